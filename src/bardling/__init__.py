@@ -1,0 +1,1 @@
+"""Bardling trains GPTs: from raw text to a model that other software opens."""

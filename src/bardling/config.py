@@ -1,0 +1,235 @@
+"""Every knob of a run, on one page.
+
+A run is described by one `RunConfig`: a few settings of its own and a section for each part of the system. Each field's
+docstring says what it does and in which unit; `bardling train --help` prints the same words. Nothing heavy is imported here,
+so that help, planning and errors answer at once.
+
+Checks that need a single section are in its `__post_init__`; those that need several are in `RunConfig.__post_init__`; those that
+need the dataset or the number of processes are where these are known (`train/plan.py`).
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from bardling.errors import UserError
+
+
+def _require(condition: bool, key: str, value: object, rule: str) -> None:
+    if not condition:
+        raise UserError(f"{key} = {value!r}: {rule}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network: a GPT-2."""
+
+    n_layer: int = 6
+    """Transformer blocks."""
+    n_head: int = 6
+    """Attention heads in a block; must divide n_embd."""
+    n_embd: int = 384
+    """Width of the residual stream (channels)."""
+    block_size: int = 256
+    """Longest context (tokens)."""
+    vocab_size: int = 0
+    """Entries of the vocabulary; 0 takes the tokenizer's."""
+    dropout: float = 0.0
+    """Probability of dropping an activation while training."""
+    bias: bool = True
+    """Biases in linear layers and layer norms, as in GPT-2."""
+    gelu: Literal["tanh", "erf"] = "tanh"
+    """GELU's form: GPT-2's tanh approximation, or the exact one that nanoGPT uses."""
+    vocab_multiple: int = 64
+    """The embedding's rows are padded to a multiple of this, for speed; padded ids are never predicted."""
+
+    def __post_init__(self) -> None:
+        for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_multiple"):
+            _require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be at least 1")
+        _require(self.vocab_size >= 0, "model.vocab_size", self.vocab_size, "must be 0 (the tokenizer's) or more")
+        _require(0.0 <= self.dropout < 1.0, "model.dropout", self.dropout, "must be at least 0 and below 1")
+        if self.n_embd % self.n_head:
+            near = self.n_embd // self.n_head * self.n_head or self.n_head
+            raise UserError(
+                f"model.n_embd = {self.n_embd} is not divisible by model.n_head = {self.n_head}: "
+                f"try --model.n_embd {near} or {near + self.n_head}"
+            )
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding: `vocab_size` rounded up to a multiple of `vocab_multiple`."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The text, and how it becomes tokens."""
+
+    source: str = "stdlib"
+    """'stdlib' (the Python standard library's sources), a text file, a folder, a glob, FILE.jsonl[:FIELD], or a prepared folder."""
+    tokenizer: str = "byte"
+    """'byte', 'char', 'bpe:SIZE' (trained on the source), or the path of a tokenizer.json."""
+    val_fraction: float = 0.05
+    """Part of the text that is held out for validation."""
+    cache: str = ""
+    """Folder for datasets made from a source; empty takes $BARDLING_CACHE, else ~/.cache/bardling."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.source), "data.source", self.source, "must name a source")
+        _require(0.0 < self.val_fraction < 1.0, "data.val_fraction", self.val_fraction, "must be between 0 and 1")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """The optimizer and its learning rate."""
+
+    lr: float = 6e-4
+    """Highest learning rate."""
+    min_lr: float | None = None
+    """Learning rate at the end of the decay; unset takes a tenth of lr."""
+    warmup_steps: int = 100
+    """Steps over which the learning rate rises linearly to lr."""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """Shape after the warm-up; 'wsd' stays at lr and decays linearly over the last decay_fraction."""
+    decay_steps: int | None = None
+    """Step at which the decay ends; unset takes train.steps."""
+    decay_fraction: float = 0.2
+    """Part of the steps in which 'wsd' decays."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay, applied to tensors of two or more dimensions."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay rates of the gradient's mean and mean square."""
+    eps: float = 1e-8
+    """AdamW's term against division by zero."""
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, "optim.lr", self.lr, "must be above 0")
+        _require(
+            self.min_lr is None or 0 <= self.min_lr <= self.lr,
+            "optim.min_lr",
+            self.min_lr,
+            f"must be between 0 and optim.lr = {self.lr}",
+        )
+        _require(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "must be at least 0")
+        _require(
+            self.decay_steps is None or self.decay_steps >= 1, "optim.decay_steps", self.decay_steps, "must be at least 1"
+        )
+        _require(0 < self.decay_fraction <= 1, "optim.decay_fraction", self.decay_fraction, "must be above 0, at most 1")
+        _require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "must be at least 0")
+        _require(all(0 <= b < 1 for b in self.betas), "optim.betas", self.betas, "must each be at least 0 and below 1")
+        _require(self.eps > 0, "optim.eps", self.eps, "must be above 0")
+
+    @property
+    def final_lr(self) -> float:
+        """Learning rate at the end of the decay."""
+        return self.lr / 10 if self.min_lr is None else self.min_lr
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, and in which portions."""
+
+    steps: int = 1000
+    """Optimizer steps."""
+    batch_size: int = 32
+    """Sequences per optimizer step, over all processes."""
+    micro_batch: int | None = None
+    """Sequences per forward pass of one process; unset takes batch_size divided by the processes."""
+    grad_clip: float = 1.0
+    """Largest norm of the gradient; 0 switches clipping off."""
+    log_every: int = 10
+    """Steps between logged lines."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "log_every"):
+            _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "must be at least 1")
+        _require(
+            self.micro_batch is None or self.micro_batch >= 1, "train.micro_batch", self.micro_batch, "must be at least 1"
+        )
+        _require(self.grad_clip >= 0, "train.grad_clip", self.grad_clip, "must be at least 0 (0: no clipping)")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Validation while training."""
+
+    every: int = 250
+    """Steps between validations; 0 validates only after the last step."""
+    windows: int = 64
+    """Windows of block_size tokens, spread evenly over the held-out split: the same ones every time."""
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 0, "eval.every", self.every, "must be at least 0 (0: only at the end)")
+        _require(self.windows >= 1, "eval.windows", self.windows, "must be at least 1")
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Text that the model writes while it trains."""
+
+    every: int = 0
+    """Steps between samples; 0 switches them off."""
+    prompt: str = ""
+    """Text to go on from; empty starts from the end-of-text token (or a line break)."""
+    num_samples: int = 1
+    """Samples at a time."""
+    max_new_tokens: int = 128
+    """Longest sample (tokens)."""
+    temperature: float = 0.8
+    """Randomness: 0 always takes the likeliest token."""
+    top_k: int | None = None
+    """Only the k likeliest tokens may be drawn; unset allows all."""
+    top_p: float | None = None
+    """Only the likeliest tokens that together reach this probability may be drawn; unset allows all."""
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 0, "sample.every", self.every, "must be at least 0 (0: no samples)")
+        _require(self.num_samples >= 1, "sample.num_samples", self.num_samples, "must be at least 1")
+        _require(self.max_new_tokens >= 1, "sample.max_new_tokens", self.max_new_tokens, "must be at least 1")
+        _require(self.temperature >= 0, "sample.temperature", self.temperature, "must be at least 0 (0: greedy)")
+        _require(self.top_k is None or self.top_k >= 1, "sample.top_k", self.top_k, "must be at least 1")
+        _require(self.top_p is None or 0 < self.top_p <= 1, "sample.top_p", self.top_p, "must be above 0, at most 1")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What is saved, and what is kept."""
+
+    every: int = 250
+    """Steps between checkpoints; 0 saves only after the last step. The last step is always saved."""
+    keep_last: int = 2
+    """Newest checkpoints that are kept; the one with the best validation loss is kept besides."""
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 0, "checkpoint.every", self.every, "must be at least 0 (0: only at the end)")
+        _require(self.keep_last >= 1, "checkpoint.keep_last", self.keep_last, "must be at least 1")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run."""
+
+    seed: int = 1337
+    """Seed of the weights, the order of the data, dropout and samples."""
+    device: str = "auto"
+    """'auto', 'cpu', 'cuda', 'cuda:N' or 'mps'; auto takes the fastest that is there."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format of matrix products; auto takes what the device does well. Weights stay float32."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile; auto compiles only when the run is long enough to earn the compilation back."""
+    deterministic: bool = False
+    """On CUDA, use only kernels that repeat to the bit (slower). On a CPU runs always repeat."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        end = self.optim.decay_steps or self.train.steps
+        if self.optim.schedule != "constant" and self.optim.warmup_steps >= end:
+            raise UserError(
+                f"optim.warmup_steps = {self.optim.warmup_steps} leaves no step for the decay, which ends at step {end}: "
+                f"lower it to at most {max(end - 1, 0)}, or raise train.steps"
+            )

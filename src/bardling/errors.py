@@ -1,0 +1,17 @@
+"""The one exception for what a user can cause and put right.
+
+The command line prints its message as one line and exits with status 2; a library user sees an ordinary `ValueError`.
+A good message names the file or key, the value that was found, and the remedy.
+"""
+
+
+class UserError(ValueError):
+    """Something in a configuration, a file or the environment that the user can change."""
+
+
+def closest(word: str, names: list[str]) -> str:
+    """Return ` (did you mean 'x'?)` for the entry of `names` most like `word`, or nothing when none is close."""
+    import difflib  # here, because most runs never make this mistake
+
+    match = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    return f" (did you mean {match[0]!r}?)" if match else ""
