@@ -30,6 +30,14 @@ def write(tmp_path: Path, text: str, name: str = "config.py") -> Path:
     return path
 
 
+def outcome(path: Path) -> tuple[dict[str, object], str]:
+    """What the file sets, and the message of the only error that may come."""
+    try:
+        return read_py_config(path, KEYS), ""
+    except UserError as error:
+        return {}, str(error)
+
+
 def test_every_construct_of_the_old_configs(tmp_path: Path) -> None:
     path = write(
         tmp_path,
@@ -221,11 +229,8 @@ def test_any_expression_is_a_value_of_its_type_or_an_error(
     tmp_path_factory: pytest.TempPathFactory, key: str, expression: str
 ) -> None:
     path = write(tmp_path_factory.getbasetemp(), f"max_iters = 4\n{key} = {expression}\n", "any.py")
-    try:
-        values = read_py_config(path, KEYS)
-    except UserError as error:
-        assert str(error).startswith(f"{path}:2: ")
-        return
+    values, message = outcome(path)
+    assert message == "" or message.startswith(f"{path}:2: ")
     assert set(values) <= set(KEYS)
     for name, value in values.items():
         assert isinstance(value, KEYS[name])
@@ -236,7 +241,4 @@ def test_any_expression_is_a_value_of_its_type_or_an_error(
 def test_any_text_is_settings_or_an_error(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
     path = tmp_path_factory.getbasetemp() / "any_text.py"
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
-    try:
-        read_py_config(path, KEYS)
-    except UserError as error:
-        assert len(str(error).splitlines()) == 1
+    assert len(outcome(path)[1].splitlines()) <= 1

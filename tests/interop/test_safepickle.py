@@ -21,6 +21,14 @@ PLAIN = st.recursive(
 )
 
 
+def outcome(path: Path) -> tuple[object, str]:
+    """What the pickle holds, and the message of the only error that may come."""
+    try:
+        return load_plain_pickle(path), ""
+    except UserError as error:
+        return None, str(error)
+
+
 class Creates:
     """Pickles into a program that creates the file `path`."""
 
@@ -36,12 +44,9 @@ class Creates:
 def test_plain_data_comes_back(tmp_path_factory: pytest.TempPathFactory, value: object, protocol: int) -> None:
     path = tmp_path_factory.getbasetemp() / "plain.pkl"
     path.write_bytes(pickle.dumps(value, protocol))
-    try:
-        assert load_plain_pickle(path) == value
-    except UserError as error:
-        # Protocols below 3 have no instruction for bytes: pickle writes them as a call, which is refused.
-        assert protocol < 3, error
-        assert "instruction" in str(error) or "two places" in str(error)
+    loaded, message = outcome(path)
+    # Protocols below 3 have no instruction for bytes: pickle writes them as a call, which is refused.
+    assert loaded == value if not message else protocol < 3 and "refused" in message
 
 
 def test_a_vocabulary(tmp_path: Path) -> None:
@@ -84,19 +89,21 @@ def test_what_is_not_a_small_tree_of_plain_data(tmp_path: Path, value: object) -
         load_plain_pickle(path)
 
 
-@pytest.mark.parametrize(
-    "data",
-    [b"", b".", b"N", b"NN.", b"t.", b"(.", b"((.", b"u.", b"(Nu.", b"N(s.", b"}(Nu.", b"h\x05.", b"\x85.", b"](h\x00e.", b"Na.", b"}Na.",
-     b"I" + b"9" * 5000 + b"\n.", b"X\xff\xff\xff\x7fab.", b"X\x01\x00\x00\x00\xff.", b"q\x00.", b"garbage", b"\x80\x09N."],
-)  # fmt: skip
+UNKNOWN_VERSION = b"\x80\x09N."  # around a plain None, which reads well
+DAMAGED = [
+    *(b"", b".", b"NN.", b"t.", b"(.", b"((.", b"u.", b"(Nu.", b"N(s.", b"}(Nu.", b"h\x05.", b"\x85.", b"](h\x00e.", b"Na."),
+    *(b"}Na.", b"I" + b"9" * 5000 + b"\n.", b"X\xff\xff\xff\x7fab.", b"X\x01\x00\x00\x00\xff.", b"q\x00.", b"garbage"),
+    UNKNOWN_VERSION,
+]
+
+
+@pytest.mark.parametrize("data", DAMAGED)
 def test_damaged_pickles(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "meta.pkl"
     path.write_bytes(data)
-    try:
-        assert load_plain_pickle(path) is None  # a version number this reader does not know, around a plain None
-        assert data == b"\x80\x09N."
-    except UserError as error:
-        assert str(path) in str(error)
+    loaded, message = outcome(path)
+    assert loaded is None
+    assert str(path) in message or data == UNKNOWN_VERSION
 
 
 @settings(max_examples=300, deadline=None)
@@ -104,10 +111,7 @@ def test_damaged_pickles(tmp_path: Path, data: bytes) -> None:
 def test_any_bytes_are_a_value_or_an_error(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
     path = tmp_path_factory.getbasetemp() / "any.pkl"
     path.write_bytes(data)
-    try:
-        load_plain_pickle(path)
-    except UserError as error:
-        assert len(str(error).splitlines()) == 1
+    assert len(outcome(path)[1].splitlines()) <= 1
 
 
 def test_missing_and_large_files(tmp_path: Path) -> None:

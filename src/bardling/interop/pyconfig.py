@@ -52,7 +52,7 @@ _ALLOWED_TEXT = (
 )
 
 
-class _Refused(Exception):
+class _RefusedError(Exception):
     """An expression that is not a setting; `line` is 1-based."""
 
     def __init__(self, reason: str, line: int) -> None:
@@ -65,7 +65,8 @@ def read_py_config(path: Path, allowed: Mapping[str, Kind], known: Mapping[str, 
 
     Args:
         path: a nanoGPT-style configuration, UTF-8.
-        allowed: every key that may be set, with its type. A whole number may stand for a float, and the reverse where it is whole.
+        allowed: every key that may be set, with its type. A whole number may stand for a float, and a float
+            for a whole number where it is one.
         known: values that lines of the file may use besides its own (the defaults, and what earlier files set).
 
     Returns:
@@ -84,7 +85,7 @@ def read_py_config(path: Path, allowed: Mapping[str, Kind], known: Mapping[str, 
         reader = _Reader(allowed, dict(known or {}))
         for number, statement in enumerate(tree.body):
             reader.statement(statement, first=number == 0)
-    except _Refused as error:
+    except _RefusedError as error:
         shown = lines[error.line - 1].strip() if 0 < error.line <= len(lines) else ""
         raise UserError(f"{path}:{error.line}: {_printable(shown)}: {error}") from None
     return reader.settings
@@ -111,7 +112,7 @@ def parse_flat_flags(args: Sequence[str], allowed: Mapping[str, Kind]) -> dict[s
             raise UserError(f"--{_printable(key)}: unknown key{closest(key, list(allowed))}")
         try:
             settings[key] = _fit(key, _flag_value(text, allowed[key]), allowed[key])
-        except (_Refused, ValueError) as error:
+        except (_RefusedError, ValueError) as error:
             raise UserError(f"--{key}={_printable(text)}: {error}") from None
     return settings
 
@@ -139,17 +140,17 @@ def read_nanogpt_arguments(
 
 
 def _parse(text: str, mode: str) -> Any:
-    """The syntax tree of `text`; whatever the parser cannot take becomes a `_Refused`."""
+    """The syntax tree of `text`; whatever the parser cannot take becomes a `_RefusedError`."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Python warns of odd escapes such as "\d"; they are the user's own business
             return ast.parse(text, mode=mode)
     except SyntaxError as error:
-        raise _Refused(f"is not valid Python ({error.msg})", error.lineno or 1) from None
+        raise _RefusedError(f"is not valid Python ({error.msg})", error.lineno or 1) from None
     except ValueError as error:
-        raise _Refused(f"is not valid Python ({error})", 1) from None
+        raise _RefusedError(f"is not valid Python ({error})", 1) from None
     except (RecursionError, MemoryError):
-        raise _Refused("is nested too deeply", 1) from None
+        raise _RefusedError("is nested too deeply", 1) from None
 
 
 def _printable(text: str) -> str:
@@ -210,7 +211,7 @@ class _Reader:
                 combined = ast.copy_location(ast.BinOp(current, op, expression), node)
                 self.assign(target, self.value(combined), node.lineno)
             case _:
-                raise _Refused(f"is not a setting; {_ALLOWED_TEXT}", node.lineno)
+                raise _RefusedError(f"is not a setting; {_ALLOWED_TEXT}", node.lineno)
 
     def assign(self, target: ast.expr, value: object, line: int) -> None:
         match target:
@@ -219,35 +220,35 @@ class _Reader:
                     self.known[name] = value
                     return
                 if name not in self.allowed:
-                    raise _Refused(f"unknown key {name}{closest(name, list(self.allowed))}", line)
+                    raise _RefusedError(f"unknown key {name}{closest(name, list(self.allowed))}", line)
                 try:
                     self.known[name] = self.settings[name] = _fit(name, value, self.allowed[name])
                 except ValueError as error:
-                    raise _Refused(str(error), line) from None
+                    raise _RefusedError(str(error), line) from None
             case ast.Tuple(elts=parts) | ast.List(elts=parts) if isinstance(value, tuple) and len(parts) == len(value):
                 for part, item in zip(parts, value, strict=True):
                     self.assign(part, item, line)
             case _:
-                raise _Refused(f"assigns to something that is not a name; {_ALLOWED_TEXT}", line)
+                raise _RefusedError(f"assigns to something that is not a name; {_ALLOWED_TEXT}", line)
 
     def value(self, node: ast.expr, depth: int = 0) -> Any:
         """The value of an expression; `depth` counts the levels above it."""
         line = node.lineno
         if depth > _DEEPEST:
-            raise _Refused(f"an expression has more than {_DEEPEST} levels", line)
+            raise _RefusedError(f"an expression has more than {_DEEPEST} levels", line)
         match node:
             case ast.Constant(value=None | bool() | int() | float() | str() as value):
                 return self.bounded(value, line)
             case ast.Name(id=name):
                 if name in self.known:
                     return self.known[name]
-                raise _Refused(f"{name} has no value here{closest(name, list(self.known))}", line)
+                raise _RefusedError(f"{name} has no value here{closest(name, list(self.known))}", line)
             case ast.Tuple(elts=parts) | ast.List(elts=parts):
                 return tuple(self.value(part, depth + 1) for part in parts)
             case ast.UnaryOp(op=op, operand=operand) if type(op) in _UNARY:
                 inner = self.value(operand, depth + 1)
                 if not isinstance(inner, bool | int | float):
-                    raise _Refused("the sign of something that is not a number", line)
+                    raise _RefusedError("the sign of something that is not a number", line)
                 return _UNARY[type(op)](inner)
             case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
                 return self.arithmetic(op, self.value(left, depth + 1), self.value(right, depth + 1), line)
@@ -257,7 +258,7 @@ class _Reader:
             case ast.Call(func=ast.Attribute(value=ast.Name(id="time"), attr="time"), args=[], keywords=[]):
                 return time.time()
             case _:
-                raise _Refused(f"holds something that is not a literal; {_ALLOWED_TEXT}", line)
+                raise _RefusedError(f"holds something that is not a literal; {_ALLOWED_TEXT}", line)
 
     def arithmetic(self, op: ast.operator, left: Any, right: Any, line: int) -> Any:
         """`left op right`, refused before it could take long or grow large."""
@@ -265,26 +266,26 @@ class _Reader:
         if isinstance(op, ast.Pow) and isinstance(left, int) and isinstance(right, int):
             # The result has about bits(left) * right bits; the exponent itself is bounded so that 0 and 1 are quick as well.
             if abs(right) > _WIDEST_INTEGER or left.bit_length() * abs(right) > 2 * _WIDEST_INTEGER:
-                raise _Refused("the power is too large", line)
+                raise _RefusedError("the power is too large", line)
         elif isinstance(op, ast.Mult) and not numbers:
             text, times = (left, right) if isinstance(left, str) else (right, left)
             if not isinstance(text, str) or not isinstance(times, int) or len(text) * times > _LONGEST_TEXT:
-                raise _Refused("only numbers are multiplied, and short texts repeated", line)
+                raise _RefusedError("only numbers are multiplied, and short texts repeated", line)
         elif not numbers and not (isinstance(op, ast.Add) and isinstance(left, str) and isinstance(right, str)):
-            raise _Refused("arithmetic on something that is not a number (a text is joined to a number with str())", line)
+            raise _RefusedError("arithmetic on something that is not a number (a text is joined to a number with str())", line)
         return self.computed(lambda: _BINARY[type(op)](left, right), line)
 
     def computed(self, compute: Callable[[], Any], line: int) -> Any:
         try:
             return self.bounded(compute(), line)
         except (ArithmeticError, TypeError, ValueError) as error:
-            raise _Refused(f"cannot be computed ({error})", line) from None
+            raise _RefusedError(f"cannot be computed ({error})", line) from None
 
     def bounded(self, value: Any, line: int) -> Any:
         if isinstance(value, str) and len(value) > _LONGEST_TEXT:
-            raise _Refused(f"a text of more than {_LONGEST_TEXT:,} characters", line)
+            raise _RefusedError(f"a text of more than {_LONGEST_TEXT:,} characters", line)
         if isinstance(value, int) and value.bit_length() > _WIDEST_INTEGER:
-            raise _Refused("the number is too large", line)
+            raise _RefusedError("the number is too large", line)
         if isinstance(value, complex) or (isinstance(value, float) and not math.isfinite(value)):
-            raise _Refused("the result is not a finite number", line)
+            raise _RefusedError("the result is not a finite number", line)
         return value

@@ -1,8 +1,8 @@
 """Pickles from outside, read without running anything: plain data only.
 
 nanoGPT keeps a vocabulary in `meta.pkl`. A pickle is a program, and Python's own unpickler runs it; this one knows only the
-instructions that build dicts, lists, tuples, strings, bytes, integers, floats, booleans and None, and refuses a file at the first
-other one. Instructions are decoded by the standard library's `pickletools.genops`, which only describes them.
+instructions that build dicts, lists, tuples, strings, bytes, integers, floats, booleans and None, and refuses a file at the
+first other one. Instructions are decoded by the standard library's `pickletools.genops`, which only describes them.
 
 Limits: files of up to 16 MiB, two million instructions, values nested up to 32 deep, integers of up to 256 bits. A
 container may stand in one place only, so the result is always a tree as large as the file says.
@@ -21,7 +21,7 @@ _DEEPEST = 32
 _WIDEST_INTEGER = 256  # bits
 
 
-class _Refused(Exception):
+class _RefusedError(Exception):
     """What in the pickle is not plain data."""
 
 
@@ -62,7 +62,7 @@ def load_plain_pickle(path: Path) -> Any:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     try:
         return _build(data)
-    except _Refused as error:
+    except _RefusedError as error:
         raise UserError(
             f"{path}: refused: {error}; only plain dicts, lists, texts and numbers are read from a pickle"
         ) from None
@@ -81,7 +81,7 @@ class _Stack:
 
     def push(self, value: Any) -> None:
         if isinstance(value, int) and value.bit_length() > _WIDEST_INTEGER:
-            raise _Refused(f"it holds an integer of more than {_WIDEST_INTEGER} bits")
+            raise _RefusedError(f"it holds an integer of more than {_WIDEST_INTEGER} bits")
         if isinstance(value, dict | list | tuple):
             self.containers.append(value)
             self.depths[id(value)] = 1
@@ -92,7 +92,7 @@ class _Stack:
         """Bound the nesting now that `container` holds `items`; each container has one parent, so depths never change later."""
         deepest = max((self.depths.get(id(item), 0) for item in items if isinstance(item, dict | list | tuple)), default=0)
         if deepest >= _DEEPEST:
-            raise _Refused(f"it is nested more than {_DEEPEST} levels deep")
+            raise _RefusedError(f"it is nested more than {_DEEPEST} levels deep")
         self.depths[id(container)] = max(self.depths[id(container)], deepest + 1)
 
     def pop(self, count: int) -> list[Any]:
@@ -118,7 +118,7 @@ class _Stack:
             raise ValueError("a key without a value")
         keys, values = items[::2], items[1::2]
         if not all(isinstance(key, str | int | float | bytes | None) for key in keys):
-            raise _Refused("a dict's key is not a text or a number")
+            raise _RefusedError("a dict's key is not a text or a number")
         self.note(target, values)
         target.update(zip(keys, values, strict=True))
 
@@ -130,10 +130,10 @@ class _Stack:
 
 def _build(data: bytes) -> Any:
     stack = _Stack()
-    memo: dict[int, Any] = {}
+    memo: dict[Any, Any] = {}  # by the number that the pickle gives
     for number, (opcode, argument, _) in enumerate(pickletools.genops(data)):
         if number >= _MOST_INSTRUCTIONS:
-            raise _Refused(f"it has more than {_MOST_INSTRUCTIONS:,} instructions")
+            raise _RefusedError(f"it has more than {_MOST_INSTRUCTIONS:,} instructions")
         name = opcode.name
         if name in _PUSH_ARGUMENT:
             stack.push(argument)
@@ -144,11 +144,11 @@ def _build(data: bytes) -> Any:
         elif name == "MARK":
             stack.marks.append(len(stack.values))
         elif name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
-            memo[len(memo) if argument is None else int(argument)] = stack.top(object)
+            memo[len(memo) if argument is None else argument] = stack.top(object)
         elif name in ("GET", "BINGET", "LONG_BINGET"):
-            value = memo[int(argument)]
+            value = memo[argument]
             if isinstance(value, dict | list | tuple):
-                raise _Refused("it uses one container in two places")  # so could a small file stand for endless data
+                raise _RefusedError("it uses one container in two places")  # so could a small file stand for endless data
             stack.push(value)
         elif name in ("SETITEM", "SETITEMS"):
             stack.extend_dict(stack.pop(2) if name == "SETITEM" else stack.pop_to_mark())
@@ -170,5 +170,5 @@ def _build(data: bytes) -> Any:
                 raise ValueError("values left over")
             return result
         else:
-            raise _Refused(f"it holds the instruction {name}, which can run code or make objects")
+            raise _RefusedError(f"it holds the instruction {name}, which can run code or make objects")
     raise ValueError("no end")
