@@ -1,0 +1,159 @@
+"""The one place where hidden states become losses: head and cross-entropy, in chunks of tokens.
+
+Full logits, [batch x time, vocabulary], are by far the largest tensor of a GPT's training step. Here they exist only for one
+chunk of tokens at a time. For the summed loss the forward pass also makes the gradients with respect to the hidden states and
+the head's weight while a chunk's logits are at hand (softmax minus one-hot, then two matrix products), so that nothing is
+computed twice and the backward pass is one multiplication. That is possible because the gradient of a sum is known up to the
+factor that arrives from above.
+
+Numbers: matrix products take the autocast dtype when autocast is on, else the hidden states' own; softmax, loss and
+the weight's gradient are float32 (float64 for float64 models).
+
+Padding: rows of the weight from `vocab_size` on take no part. Their logits are set to minus infinity, so that their
+probability, and with it their gradient, is exactly zero, while the matrix products keep the padded, faster shape.
+
+Limits: per-token losses (`reduction="none"`) that need gradients keep full logits; they are for evaluation.
+"""
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE = -100
+"""Target of a position that has no loss, as in `torch.nn.functional.cross_entropy`."""
+
+CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
+"""Most bytes of float32 logits that exist at once, by device type: as much as keeps a CPU's allocator from asking the system
+for fresh pages each time; more on a GPU, whose matrix products want tall operands."""
+
+
+def head_loss(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, vocab_size: int, reduction: Literal["sum", "none"] = "sum"
+) -> Tensor:
+    """Cross-entropy of softmax(hidden @ weight.T) against `targets` (nats).
+
+    Args:
+        hidden: [..., n_embd] final hidden states.
+        weight: [rows, n_embd] head, rows >= vocab_size; rows from vocab_size on are padding.
+        targets: [...] int64 ids below vocab_size, or -100 for positions without loss.
+        vocab_size: number of real ids.
+        reduction: "sum" for a scalar, "none" for a loss per position (0 where ignored).
+
+    Returns:
+        float32 (float64 for float64 hidden states), a scalar or shaped as `targets`.
+    """
+    if reduction not in ("sum", "none"):
+        raise ValueError(f"reduction = {reduction!r}: must be 'sum' or 'none'")
+    dtype = hidden.dtype
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+    flat, ids = hidden.reshape(-1, hidden.size(-1)), targets.reshape(-1)  # [N, E], [N]
+    grads = (flat.requires_grad, weight.requires_grad) if torch.is_grad_enabled() else (False, False)
+    if not any(grads):
+        losses = _losses(flat, weight, ids, vocab_size, dtype)
+        return losses.sum() if reduction == "sum" else losses.view(targets.shape)
+    if reduction == "sum":
+        total: Tensor = _SummedLoss.apply(flat, weight, ids, vocab_size, dtype, grads)  # type: ignore[no-untyped-call]
+        return total
+    logits = (flat.to(dtype) @ weight[:vocab_size].to(dtype).t()).to(_wide(hidden.dtype))
+    return F.cross_entropy(logits, ids, ignore_index=IGNORE, reduction="none").view(targets.shape)
+
+
+class _SummedLoss(torch.autograd.Function):
+    """Summed loss whose forward pass makes the gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,  # [N, E]
+        weight: Tensor,  # [V, E]
+        targets: Tensor,  # [N]
+        vocab_size: int,
+        dtype: torch.dtype,
+        grads: tuple[bool, bool],
+    ) -> Tensor:
+        wide = _wide(hidden.dtype)
+        want_hidden, want_weight = grads
+        with torch.autocast(hidden.device.type, enabled=False):
+            counted = (targets != IGNORE).unsqueeze(1)  # [N, 1]
+            ids = targets.clamp_min(0).unsqueeze(1)  # [N, 1]
+            # Ignored rows become zero vectors: they then add nothing to the weight's gradient, whatever their probabilities.
+            inputs = (hidden * counted).to(dtype)
+            head = weight.to(dtype)
+            total = torch.zeros((), dtype=wide, device=hidden.device)
+            hidden_grads: list[Tensor] = []
+            weight_grad: Tensor | None = None
+            for rows in _chunks(hidden.size(0), weight.size(0), hidden.device.type):
+                chunk = inputs[rows]  # [C, E]
+                logp = F.log_softmax(_logits(chunk, head, vocab_size, wide), dim=1)  # [C, V]
+                total = total - (logp.gather(1, ids[rows]) * counted[rows]).sum()
+                slope = logp.exp_().scatter_add_(1, ids[rows], logp.new_full((1, 1), -1.0).expand_as(ids[rows])).to(dtype)
+                if want_hidden:
+                    hidden_grads.append((_matmul(slope, head, wide) * counted[rows]).to(hidden.dtype))
+                if want_weight:
+                    weight_grad = _accumulate(weight_grad, slope.t(), chunk, wide)
+        saved = [torch.cat(hidden_grads) if len(hidden_grads) > 1 else hidden_grads[0]] if want_hidden else []
+        ctx.save_for_backward(*saved, *([weight_grad.to(weight.dtype)] if weight_grad is not None else []))
+        ctx.grads = grads
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *above: Tensor) -> tuple[Tensor | None, ...]:
+        # Scaling in place spares the largest gradient a copy; autograd's version check turns a second backward pass into an
+        # error.
+        saved = list(ctx.saved_tensors)
+        hidden_grad = saved.pop(0).mul_(above[0]) if ctx.grads[0] else None
+        weight_grad = saved.pop(0).mul_(above[0]) if ctx.grads[1] else None
+        return hidden_grad, weight_grad, None, None, None, None
+
+
+def _losses(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, dtype: torch.dtype) -> Tensor:
+    """Loss of each token [N], without gradients."""
+    wide = _wide(hidden.dtype)
+    out = []
+    with torch.autocast(hidden.device.type, enabled=False):
+        head = weight.to(dtype)
+        for rows in _chunks(hidden.size(0), weight.size(0), hidden.device.type):
+            logits = _logits(hidden[rows].to(dtype), head, vocab_size, wide)
+            out.append(F.cross_entropy(logits, targets[rows], ignore_index=IGNORE, reduction="none"))
+    return torch.cat(out)
+
+
+def _logits(hidden: Tensor, head: Tensor, vocab_size: int, wide: torch.dtype) -> Tensor:
+    """[C, E] -> [C, V] in `wide`, minus infinity at padded ids."""
+    logits = _matmul(hidden, head.t(), wide)
+    if head.size(0) > vocab_size:
+        logits[:, vocab_size:] = -torch.inf
+    return logits
+
+
+def _matmul(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
+    """`a @ b` in `wide`; on CUDA the product of narrow operands is never rounded to their dtype on the way."""
+    if a.dtype == wide:
+        return a @ b
+    if a.device.type == "cuda":
+        return torch.mm(a, b, out_dtype=wide)
+    if a.dtype == torch.float16:
+        return a.to(wide) @ b.to(wide)  # sums over tokens can pass 65504, float16's largest number
+    return (a @ b).to(wide)
+
+
+def _accumulate(total: Tensor | None, a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
+    """`total + a @ b` in `wide`, in place; `total` is None at first."""
+    if total is None:
+        return _matmul(a, b, wide)
+    return total.addmm_(a, b) if a.dtype == wide else total.add_(_matmul(a, b, wide))
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _chunks(tokens: int, vocab: int, device_type: str) -> list[slice]:
+    """Equal portions of the tokens, in multiples of 16, whose logits keep to `CHUNK_BYTES`."""
+    limit = CHUNK_BYTES.get(device_type, CHUNK_BYTES["cpu"])
+    count = max(1, -(-tokens * vocab * 4 // limit))
+    size = -(-tokens // count + 15) // 16 * 16 if count > 1 else max(tokens, 1)
+    return [slice(start, min(start + size, tokens)) for start in range(0, max(tokens, 1), size)]
