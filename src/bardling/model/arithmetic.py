@@ -1,0 +1,246 @@
+"""What a model costs, by arithmetic alone: parameters, FLOPs and bytes as pure functions of its configuration.
+
+Method: every tensor and every matrix product of `model/gpt.py` is listed once, by name; totals are sums over these lists. A
+product of matrices [m, k] and [k, n] counts 2*m*k*n FLOPs (a multiplication and an addition each). Torch is not imported, so
+that planning answers at once.
+
+Limits: FLOPs are those of the matrix products only; norms, softmax, GELU and the optimizer are left out (a small part of the
+arithmetic at usual sizes, though more of the time). Attention counts the full square of scores, as the papers below do,
+although causal kernels skip half of it. Rows that pad the vocabulary are not counted as FLOPs: they are no work of the model's.
+
+Sources: Kaplan et al. 2020 (arXiv:2001.08361), table 1 and section 2.1: FLOPs per operation, backward = twice forward.
+Chowdhery et al. 2022, "PaLM" (arXiv:2204.02311), appendix B: model FLOPs utilization and 6N + 12LHQT.
+Hoffmann et al. 2022, "Chinchilla" (arXiv:2203.15556), appendix F: FLOPs per operation.
+
+Legend: T context (tokens), C n_embd, V vocab_size, L n_layer, H n_head.
+"""
+
+from dataclasses import dataclass
+
+from bardling.config import ModelConfig
+from bardling.errors import UserError
+
+FLOAT32_BYTES = 4
+ADAMW_MOMENTS = 2  # running means of the gradient and of its square, one value a parameter each
+BACKWARD_PER_FORWARD = 2  # each product has two in the backward pass: one for its input's gradient, one for its weight's
+LOGIT_CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}  # most float32 logits at a time, as `model/loss.py` has it
+
+
+@dataclass(frozen=True)
+class Component:
+    """One row of the parameter table."""
+
+    name: str
+    """Dotted name of the part; `block.*` parts stand in every block."""
+    each: int
+    """Parameters in one copy."""
+    copies: int = 1
+    """How often the part occurs (n_layer for parts of a block)."""
+
+    @property
+    def total(self) -> int:
+        """Parameters in all copies."""
+        return self.each * self.copies
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One row of the FLOP table: a matrix product of the forward pass over one sequence."""
+
+    name: str
+    """Dotted name of the product; `block.*` products occur in every block."""
+    each: int
+    """FLOPs of one occurrence, forward, for one sequence."""
+    copies: int = 1
+    """How often it occurs (n_layer for those of a block)."""
+
+    @property
+    def forward(self) -> int:
+        """FLOPs of all occurrences in the forward pass."""
+        return self.each * self.copies
+
+    @property
+    def backward(self) -> int:
+        """FLOPs of all occurrences in the backward pass."""
+        return self.forward * BACKWARD_PER_FORWARD
+
+
+def _require_vocabulary(config: ModelConfig) -> None:
+    if config.vocab_size < 1:
+        raise UserError("model.vocab_size = 0: the tokenizer's size is not known here; set --model.vocab_size")
+
+
+def parameter_table(config: ModelConfig) -> tuple[Component, ...]:
+    """Trainable parameters by part, in the order of the forward pass. The tied head has none of its own.
+
+    Raises:
+        UserError: `vocab_size` is 0, that is, not known yet.
+    """
+    _require_vocabulary(config)
+    c, blocks, bias = config.n_embd, config.n_layer, config.bias
+    norm = c + c * bias
+    return (
+        Component("embedding.tokens", config.vocab_size * c),
+        Component("embedding.padding", (config.padded_vocab_size - config.vocab_size) * c),
+        Component("embedding.positions", config.block_size * c),
+        Component("block.attention.norm", norm, blocks),
+        Component("block.attention.qkv", 3 * c * c + 3 * c * bias, blocks),
+        Component("block.attention.proj", c * c + c * bias, blocks),
+        Component("block.mlp.norm", norm, blocks),
+        Component("block.mlp.up", 4 * c * c + 4 * c * bias, blocks),
+        Component("block.mlp.down", 4 * c * c + c * bias, blocks),
+        Component("final_norm", norm),
+        Component("head (tied)", 0),
+    )
+
+
+def parameters(config: ModelConfig, *, positions: bool = True, padding: bool = False) -> int:
+    """Count the trainable parameters.
+
+    Args:
+        config: The model; its `vocab_size` must be known.
+        positions: Count the position embedding. The usual "non-embedding" N of a model with a tied head leaves out positions
+            only, because the token embedding also works as the head.
+        padding: Count the embedding rows that pad the vocabulary, as memory and files hold them. Published sizes do not.
+    """
+    skip = set() if positions else {"embedding.positions"}
+    skip |= set() if padding else {"embedding.padding"}
+    return sum(part.total for part in parameter_table(config) if part.name not in skip)
+
+
+def block_parameters(config: ModelConfig) -> int:
+    """Count the parameters in all transformer blocks together."""
+    return sum(part.total for part in parameter_table(config) if part.name.startswith("block."))
+
+
+def forward_table(config: ModelConfig, context: int | None = None) -> tuple[Operation, ...]:
+    """FLOPs of each matrix product in the forward pass over one sequence of `context` tokens (unset: block_size)."""
+    _require_vocabulary(config)
+    t = _context(config, context)
+    c, blocks = config.n_embd, config.n_layer
+    return (
+        Operation("block.attention.qkv", 2 * t * c * 3 * c, blocks),  # [T, C] @ [C, 3C]
+        Operation("block.attention.scores", 2 * t * t * c, blocks),  # H times [T, C/H] @ [C/H, T]
+        Operation("block.attention.values", 2 * t * t * c, blocks),  # H times [T, T] @ [T, C/H]
+        Operation("block.attention.proj", 2 * t * c * c, blocks),  # [T, C] @ [C, C]
+        Operation("block.mlp.up", 2 * t * c * 4 * c, blocks),  # [T, C] @ [C, 4C]
+        Operation("block.mlp.down", 2 * t * 4 * c * c, blocks),  # [T, 4C] @ [4C, C]
+        Operation("head", 2 * t * c * config.vocab_size),  # [T, C] @ [C, V]
+    )
+
+
+def _context(config: ModelConfig, context: int | None) -> int:
+    t = config.block_size if context is None else context
+    if not 1 <= t <= config.block_size:
+        raise UserError(f"context = {t}: must be between 1 and model.block_size = {config.block_size}")
+    return t
+
+
+def flops_per_sequence(config: ModelConfig, context: int | None = None) -> int:
+    """FLOPs to train on one sequence of `context` tokens: forward and backward, matrix products only."""
+    return sum(row.forward + row.backward for row in forward_table(config, context))
+
+
+def flops_per_token(config: ModelConfig, context: int | None = None) -> int:
+    """FLOPs to train on one token within a context of `context` tokens (unset: block_size): the figure that MFU is made of.
+
+    MFU = flops_per_token * tokens per second / peak FLOP/s of all devices together (PaLM, appendix B).
+    """
+    t = _context(config, context)
+    return flops_per_sequence(config, t) // t  # every product is a multiple of t, so nothing is rounded
+
+
+def palm_flops_per_token(config: ModelConfig, context: int | None = None) -> int:
+    """FLOPs to train on one token by PaLM's formula, 6N + 12LHQT (appendix B), for comparison with other systems' MFU.
+
+    N leaves out the positions and, as nanoGPT's MFU does, counts norms and biases as if they were matrices, which is why the
+    result exceeds `flops_per_token` slightly. H * Q (heads times their size) is n_embd.
+    """
+    n = parameters(config, positions=False)
+    return 6 * n + 12 * config.n_layer * config.n_embd * _context(config, context)
+
+
+def weight_bytes(config: ModelConfig) -> int:
+    """Bytes of the float32 weights, vocabulary padding included."""
+    return FLOAT32_BYTES * parameters(config, padding=True)
+
+
+def checkpoint_bytes(config: ModelConfig) -> int:
+    """Bytes of a checkpoint: float32 weights and AdamW's two moments. Headers, configuration and tokenizer add a little."""
+    return weight_bytes(config) * (1 + ADAMW_MOMENTS)
+
+
+@dataclass(frozen=True)
+class ActivationBytes:
+    """Memory that one process needs for a micro-batch, besides weights, gradients and optimizer (bytes)."""
+
+    blocks: int
+    """What the transformer blocks save for the backward pass."""
+    ends: int
+    """What embedding, final norm and head save: the head has already made the gradients of its two inputs."""
+    weight_copies: int
+    """Copies of the blocks' matrices in the lower precision, which autocast makes; 0 in float32."""
+    head: int
+    """What the head needs for a moment, while the rest is held: one chunk of logits and its probabilities."""
+
+    @property
+    def saved(self) -> int:
+        """What waits for the backward pass."""
+        return self.blocks + self.ends + self.weight_copies
+
+    @property
+    def total(self) -> int:
+        """The peak, which is reached in the head."""
+        return self.saved + self.head
+
+
+def activation_bytes(
+    config: ModelConfig,
+    micro_batch: int,
+    *,
+    precision: str = "bfloat16",
+    device_type: str = "cuda",
+    context: int | None = None,
+) -> ActivationBytes:
+    """Work out the memory of the activations of one forward pass.
+
+    A block saves for each token, where a value has s bytes (2 under bfloat16 or float16 autocast, 4 in float32):
+
+    ============================================================= ===========
+    the residual stream before each norm, always float32          2 * C * 4
+    each norm's output, as the next matrix product reads it       2 * C * s
+    queries, keys and values; the heads' result                   4 * C * s
+    the MLP before and after GELU                                 8 * C * s
+    mean and 1/deviation of two norms; attention's log-sum-exp    16 + 4 * H
+    with dropout, a mask of one byte a value                      2 * C
+    ============================================================= ===========
+
+    That is about 36 C bytes in 16-bit precision and 64 C in float32. `saved` equals, to the byte, what autograd holds after an
+    eager forward pass without dropout; `torch.compile` often saves less. Attention must be one fused kernel that stores no
+    scores: on a CPU with dropout it is not, and at least 4 * H * T bytes a token and block come on top. Also not counted:
+    buffers within kernels, fragmentation, and a GPU's own context (some 0.5 GB).
+
+    Args:
+        config: The model; its `vocab_size` must be known.
+        micro_batch: Sequences per forward pass of one process.
+        precision: 'float32', 'bfloat16' or 'float16'.
+        device_type: 'cpu', 'cuda' or 'mps'; it decides how many logits exist at a time.
+        context: Tokens per sequence; unset takes block_size.
+    """
+    t = _context(config, context)
+    c, rows = config.n_embd, config.padded_vocab_size
+    s = FLOAT32_BYTES if precision == "float32" else 2
+    tokens = micro_batch * t
+    mask = c if config.dropout else 0
+    norm = c * FLOAT32_BYTES + 2 * FLOAT32_BYTES  # its input, its mean and 1/deviation
+    block = 2 * norm + 14 * c * s + config.n_head * FLOAT32_BYTES + 2 * mask
+    narrow = precision != "float32"
+    logits = min(tokens * rows * FLOAT32_BYTES, LOGIT_CHUNK_BYTES.get(device_type, LOGIT_CHUNK_BYTES["cpu"]))
+    return ActivationBytes(
+        blocks=tokens * block * config.n_layer,
+        # Ids of tokens and positions; then the final norm, and the gradients of its output and of the head's weight.
+        ends=8 * (tokens + t) + tokens * (mask + norm + c * FLOAT32_BYTES) + rows * c * FLOAT32_BYTES,
+        weight_copies=12 * c * c * config.n_layer * s if narrow else 0,
+        # Logits and their softmax; the final norm's output in float32 and as the product reads it; the head's weight likewise.
+        head=2 * logits + tokens * c * (FLOAT32_BYTES + s) + (rows * c * s if narrow else 0),
+    )
