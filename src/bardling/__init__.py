@@ -1,1 +1,58 @@
-"""Bardling trains GPTs: from raw text to a model that other software opens."""
+"""Bardling trains GPTs: from raw text to a model that other software opens.
+
+    import bardling
+
+    config = bardling.load_recipe("quickstart")
+    bardling.train(config, "runs/first")
+    print(bardling.sample("runs/first", "def "))
+
+The names below are loaded when they are first used, so that `import bardling` costs nothing.
+"""
+
+import importlib
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bardling.checkpoint.load import load_model as load_model
+    from bardling.checkpoint.load import load_tokenizer_of as load_tokenizer
+    from bardling.config import ModelConfig as ModelConfig
+    from bardling.config import RunConfig as RunConfig
+    from bardling.configfile import load_recipe as load_recipe
+    from bardling.data.prepare import prepare as prepare
+    from bardling.errors import UserError as UserError
+    from bardling.generate import generate as generate
+    from bardling.model.gpt import GPT as GPT
+    from bardling.train.loop import fit as fit
+    from bardling.train.run import resume as resume
+    from bardling.train.run import train as train
+
+__version__ = version("bardling")
+
+# name -> (module, name there)
+_PUBLIC = {
+    "GPT": ("bardling.model.gpt", "GPT"),
+    "ModelConfig": ("bardling.config", "ModelConfig"),
+    "RunConfig": ("bardling.config", "RunConfig"),
+    "UserError": ("bardling.errors", "UserError"),
+    "fit": ("bardling.train.loop", "fit"),
+    "generate": ("bardling.generate", "generate"),
+    "load_model": ("bardling.checkpoint.load", "load_model"),
+    "load_recipe": ("bardling.configfile", "load_recipe"),
+    "load_tokenizer": ("bardling.checkpoint.load", "load_tokenizer_of"),
+    "prepare": ("bardling.data.prepare", "prepare"),
+    "resume": ("bardling.train.run", "resume"),
+    "train": ("bardling.train.run", "train"),
+}
+
+__all__ = sorted(_PUBLIC)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name when it is first used (PEP 562)."""
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'bardling' has no attribute {name!r}")
+    module, attribute = _PUBLIC[name]
+    value = getattr(importlib.import_module(module), attribute)
+    globals()[name] = value
+    return value

@@ -41,6 +41,8 @@ class ModelConfig:
     """GELU's form: GPT-2's tanh approximation, or the exact one that nanoGPT uses."""
     vocab_multiple: int = 64
     """The embedding's rows are padded to a multiple of this, for speed; padded ids are never predicted."""
+    init: str = ""
+    """Weights to start from: gpt2, gpt2-medium, gpt2-large, gpt2-xl, USER/REPO, a folder or a file; empty draws new ones."""
 
     def __post_init__(self) -> None:
         for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_multiple"):
@@ -156,8 +158,16 @@ class EvalConfig:
     """Steps between validations; 0 validates only after the last step."""
     windows: int = 64
     """Windows of block_size tokens, spread evenly over the held-out split: the same ones every time."""
+    tasks: tuple[str, ...] = ()
+    """Multiple-choice tasks to measure while training: 'hellaswag', or the path of a JSONL file in its form."""
+    tasks_every: int | None = None
+    """Steps between these; unset takes eval.every."""
+    task_items: int | None = None
+    """Items of each task, drawn at random but the same every time; unset takes all."""
 
     def __post_init__(self) -> None:
+        _require(self.task_items is None or self.task_items >= 1, "eval.task_items", self.task_items, "must be at least 1")
+        _require(self.tasks_every is None or self.tasks_every >= 0, "eval.tasks_every", self.tasks_every, "must be at least 0")
         _require(self.every >= 0, "eval.every", self.every, "must be at least 0 (0: only at the end)")
         _require(self.windows >= 1, "eval.windows", self.windows, "must be at least 1")
 
@@ -198,10 +208,26 @@ class CheckpointConfig:
     """Steps between checkpoints; 0 saves only after the last step. The last step is always saved."""
     keep_last: int = 2
     """Newest checkpoints that are kept; the one with the best validation loss is kept besides."""
+    save_best: bool = True
+    """Also save whenever the validation loss is the best so far."""
 
     def __post_init__(self) -> None:
         _require(self.every >= 0, "checkpoint.every", self.every, "must be at least 0 (0: only at the end)")
         _require(self.keep_last >= 1, "checkpoint.keep_last", self.keep_last, "must be at least 1")
+
+
+@dataclass(frozen=True)
+class MonitorConfig:
+    """Services that show a run's figures, besides its own files and the terminal."""
+
+    tensorboard: bool = False
+    """Write TensorBoard files into the run folder."""
+    wandb: Literal["off", "online", "offline"] = "off"
+    """Log to Weights & Biases; offline keeps the record in the run folder until `wandb sync`."""
+    wandb_project: str = "bardling"
+    """Weights & Biases project."""
+    wandb_name: str = ""
+    """Name of the run there; empty takes the run folder's."""
 
 
 @dataclass(frozen=True)
@@ -225,6 +251,7 @@ class RunConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
 
     def __post_init__(self) -> None:
         end = self.optim.decay_steps or self.train.steps

@@ -23,9 +23,7 @@ class CacheStep:
     positions: Tensor  # [T] when rows are equally long, else [B, T]
     start: int | None  # common first slot; None when rows differ
     end: int  # one past the last slot that any row uses
-    mask: (
-        Tensor | None
-    )  # [B or 1, 1, T, end], True where a query may look; None when all may, or when it is the plain causal one
+    mask: Tensor | None  # [B or 1, 1, T, end], True where a query may look; None when `causal` says it all
     causal: bool  # the plain causal mask applies
 
 

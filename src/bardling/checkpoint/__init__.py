@@ -1,0 +1,1 @@
+"""Checkpoints: folders that appear whole or not at all, and what is in them."""

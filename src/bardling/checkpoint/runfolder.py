@@ -1,0 +1,128 @@
+"""A run is a folder: where everything of a run lies, and how it is opened again.
+
+    config.toml        the resolved configuration, itself a recipe
+    environment.json   each start of the run: versions, device, choices
+    dataset.json       which dataset it trains on, with its fingerprint
+    tokenizer.json     and tokenizer_config.json
+    metrics.jsonl      a line a figure
+    samples.jsonl      a line a set of samples
+    checkpoints/       step-000500/ ...
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bardling.checkpoint.store import CheckpointStore
+from bardling.config import RunConfig
+from bardling.configfile import config_to_toml, parse_recipe, read_text_file
+from bardling.errors import UserError
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The paths of one run."""
+
+    path: Path
+
+    @property
+    def config_file(self) -> Path:  # noqa: D102
+        return self.path / "config.toml"
+
+    @property
+    def metrics_file(self) -> Path:  # noqa: D102
+        return self.path / "metrics.jsonl"
+
+    @property
+    def samples_file(self) -> Path:  # noqa: D102
+        return self.path / "samples.jsonl"
+
+    @property
+    def environment_file(self) -> Path:  # noqa: D102
+        return self.path / "environment.json"
+
+    @property
+    def dataset_file(self) -> Path:  # noqa: D102
+        return self.path / "dataset.json"
+
+    @property
+    def checkpoints(self) -> Path:  # noqa: D102
+        return self.path / "checkpoints"
+
+    def store(self, keep_last: int = 1) -> CheckpointStore:
+        """The run's checkpoints; `keep_last` matters only to who saves."""
+        return CheckpointStore(self.checkpoints, keep_last)
+
+    def config(self) -> RunConfig:
+        """The resolved configuration."""
+        return parse_recipe(read_text_file(self.config_file), str(self.config_file))
+
+    def write_config(self, config: RunConfig) -> None:
+        """Write (or replace) the configuration."""
+        write_whole(self.config_file, config_to_toml(config))
+
+    def dataset_record(self) -> dict[str, Any]:
+        """The facts of the dataset that the run trains on."""
+        return read_json(self.dataset_file)
+
+    def add_environment(self, facts: dict[str, Any]) -> None:
+        """Add the facts of one more start of the run."""
+        starts = read_json(self.environment_file).get("starts", []) if self.environment_file.exists() else []
+        write_whole(self.environment_file, json.dumps({"starts": [*starts, facts]}, indent=2) + "\n")
+
+
+def open_run(path: Path) -> RunFolder:
+    """Open an existing run.
+
+    Raises:
+        UserError: `path` is no run folder.
+    """
+    run = RunFolder(path)
+    if not run.config_file.is_file():
+        if not path.exists():
+            near = sorted(str(other.parent) for other in path.parent.glob("*/config.toml"))[-3:] if path.parent.is_dir() else []
+            raise UserError(f"{path}: no such run{'; there are ' + ', '.join(near) if near else ''}")
+        raise UserError(f"{path}: is no run folder (it has no config.toml); a run is made by `bardling train`")
+    return run
+
+
+def create_run(path: Path, config: RunConfig) -> RunFolder:
+    """Make the folder of a new run.
+
+    Raises:
+        UserError: there is something already.
+    """
+    run = RunFolder(path)
+    if run.config_file.exists():
+        raise UserError(f"{path}: a run is there already: go on with `bardling resume {path}`, or choose another --out")
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path}: is in the way (not an empty folder): choose another --out")
+    run.checkpoints.mkdir(parents=True, exist_ok=True)
+    run.write_config(config)
+    return run
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a small file so that readers find the old or the new one, never a part: beside, synced, renamed."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a small JSON object, with errors that name the file."""
+    try:
+        value = json.loads(read_text_file(path))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{path}: is not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: holds no JSON object")
+    return value

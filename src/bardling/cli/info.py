@@ -1,0 +1,142 @@
+"""`bardling info PATH`: what is this? A run, a checkpoint or a dataset, its facts on one screen."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import tyro
+
+from bardling.cli.parse import parse
+from bardling.errors import UserError
+
+if TYPE_CHECKING:
+    from bardling.data.shards import TokenDataset
+
+
+@dataclass(frozen=True)
+class InfoOptions:
+    """Options of `bardling info`."""
+
+    path: tyro.conf.Positional[Path]
+    """A run, a checkpoint, or a dataset."""
+    verify: bool = False
+    """Also compare every file with its checksum."""
+
+
+def run(argv: Sequence[str]) -> None:
+    """Parse, recognise, print."""
+    options = parse(InfoOptions, argv, prog="bardling info", description="Say what a run, a checkpoint or a dataset is.")
+    path = options.path
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder")
+    if (path / "config.toml").is_file():
+        _show_run(path, options.verify)
+    elif (path / "config.json").is_file():
+        _show_checkpoint(path, options.verify)
+    elif (path / "manifest.json").is_file():
+        from bardling.data.shards import open_dataset
+
+        dataset = open_dataset(path)
+        show_dataset(dataset)
+        if options.verify:
+            _report(dataset.verify())
+    elif path.suffix == ".toml":
+        from bardling.configfile import config_to_toml, load_recipe
+
+        print(config_to_toml(load_recipe(str(path))), end="")
+    else:
+        raise UserError(f"{path}: is no run (config.toml), checkpoint (config.json), dataset (manifest.json) or recipe (.toml)")
+
+
+def _print(title: str, rows: list[tuple[str, str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False, pad_edge=False, title=title, title_justify="left")
+    for name, value in rows:
+        table.add_row(name, value)
+    Console().print(table)
+
+
+def _report(problems: list[str]) -> None:
+    if problems:
+        raise UserError(f"damaged: {'; '.join(problems)}")
+    print("every file is as its checksum says")
+
+
+def show_dataset(dataset: "TokenDataset") -> None:
+    """Print the facts of a dataset."""
+    from bardling.monitor.format import count, size_bytes
+
+    tokenizer = dataset.tokenizer
+    rows = []
+    for split in ("train", "val"):
+        tokens = len(dataset.split(split))
+        rows.append((split, f"{tokens:,} tokens ({count(tokens)})"))
+    rows.append(("vocabulary", f"{dataset.vocab_size:,} entries"))
+    if tokenizer is not None:
+        rows.append(("tokenizer", f"{tokenizer.kind}, fingerprint {tokenizer.fingerprint}"))
+    rows.append(("fingerprint", dataset.fingerprint))
+    rows.append(("size", size_bytes(sum(file.stat().st_size for file in Path(dataset.path).iterdir() if file.is_file()))))
+    _print(f"dataset {dataset.path}", rows)
+
+
+def _show_checkpoint(path: Path, verify: bool) -> None:
+    from bardling.checkpoint.state import read_model
+    from bardling.checkpoint.store import CheckpointStore
+    from bardling.monitor.format import count
+
+    config, state = read_model(path)
+    parameters = sum(tensor.numel() for name, tensor in state.items())
+    rows = [
+        ("model", f"GPT-2, {config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide"),
+        ("parameters", f"{parameters:,} ({count(parameters)})"),
+        ("context", f"{config.block_size:,} tokens"),
+        ("vocabulary", f"{config.vocab_size:,} entries"),
+    ]
+    training = path / "training.json"
+    if training.is_file():
+        facts = json.loads(training.read_text(encoding="utf-8"))
+        rows.append(("step", f"{facts.get('step', 0):,}"))
+        if facts.get("best_val_loss") is not None:
+            rows.append(("best validation loss", f"{facts['best_val_loss']:.4f} nats a token"))
+    _print(f"checkpoint {path}", rows)
+    if verify:
+        _report(CheckpointStore(path.parent, 1).verify(path))
+
+
+def _show_run(path: Path, verify: bool) -> None:
+    from bardling.checkpoint.runfolder import open_run
+    from bardling.monitor.format import duration
+    from bardling.monitor.jsonl import read_jsonl
+
+    run_folder = open_run(path)
+    config = run_folder.config()
+    store = run_folder.store()
+    records = list(read_jsonl(run_folder.metrics_file)) if run_folder.metrics_file.exists() else []
+    trained = [record for record in records if record["kind"] == "train"]
+    validated = [record for record in records if record["kind"] == "val"]
+    model = config.model
+    rows = [
+        ("model", f"{model.n_layer} layers, {model.n_head} heads, {model.n_embd} wide, context {model.block_size}"),
+        ("data", f"{config.data.source}, tokenizer {config.data.tokenizer}"),
+        ("precision", f"{config.precision}, compile {config.compile}"),
+    ]
+    if trained:
+        last = trained[-1]
+        state = "finished" if last["step"] >= config.train.steps else f"{duration(last['seconds_left'])} left at its last speed"
+        rows.append(("progress", f"step {last['step']:,} of {config.train.steps:,}, {state}"))
+        rows.append(("training loss", f"{last['loss']:.4f} nats a token"))
+    if validated:
+        best = min(validated, key=lambda record: record["loss"])
+        rows.append(("validation loss", f"{validated[-1]['loss']:.4f} (best {best['loss']:.4f} at step {best['step']:,})"))
+        if best.get("bits_per_byte") is not None:
+            rows.append(("bits per byte", f"{validated[-1]['bits_per_byte']:.4f} (best {best['bits_per_byte']:.4f})"))
+    steps = store.steps()
+    rows.append(("checkpoints", ", ".join(f"step {step:,}" for step in steps) or "none yet"))
+    _print(f"run {path}", rows)
+    if verify:
+        problems = [f"{store.path(step).name}: {problem}" for step in steps for problem in store.verify(store.path(step))]
+        _report(problems)

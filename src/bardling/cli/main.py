@@ -1,0 +1,99 @@
+"""`bardling VERB ...`: finds the verb, runs it, and turns errors into one line and an exit status.
+
+Exit status: 0 done; 2 something the user can put right; 130 and 143 stopped by SIGINT and SIGTERM; 1 anything else. A verb's module is imported only when it
+is called, so that help answers without importing torch.
+"""
+
+import errno
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from bardling.errors import UserError, closest
+
+VERBS = {
+    "train": "train a model by a recipe",
+    "resume": "go on with a run, exactly where it stopped",
+    "sample": "let a trained model write",
+    "eval": "measure a model on held-out text",
+    "prepare": "turn text into a dataset of tokens",
+    "report": "draw the training curve of runs",
+    "info": "say what a run, a checkpoint or a dataset is",
+}
+
+# The user can do something about these; anything else that the system refuses is reported as it is.
+_FIXABLE = {
+    errno.ENOSPC: "the disk is full: free some space",
+    errno.EDQUOT: "the disk quota is used up: free some space",
+    errno.EROFS: "the file system is read-only: choose another folder",
+    errno.EACCES: "permission denied: choose a folder that you may write to",
+    errno.EPERM: "permission denied: choose a folder that you may write to",
+    errno.ENOENT: "no such file or folder",
+    errno.ENOTDIR: "a part of this path is a file, not a folder",
+    errno.EISDIR: "is a folder, not a file",
+}
+
+
+def usage() -> str:
+    """The text of `bardling --help`."""
+    from bardling.configfile import recipe_names
+
+    verbs = "\n".join(f"  {verb:<9} {what}" for verb, what in VERBS.items())
+    return (
+        "usage: bardling VERB ... [--debug]\n\n"
+        "Trains GPTs: from raw text to a model that other software opens.\n\n"
+        f"verbs:\n{verbs}\n\n"
+        f"recipes: {', '.join(recipe_names())}\n\n"
+        "First steps:  bardling train quickstart --out runs/first\n"
+        "              bardling sample runs/first\n\n"
+        "`bardling VERB --help` explains a verb; --debug shows the traceback of an error."
+    )
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    sys.stdout.flush()
+    print(f"bardling: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(status)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one command; ends by returning (status 0) or by `SystemExit`."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return
+    if arguments[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"bardling {version('bardling')}")
+        return
+    verb = arguments[0]
+    try:
+        if verb not in VERBS:
+            raise UserError(f"{verb!r} is no verb{closest(verb, list(VERBS))}; there are {', '.join(VERBS)}")
+        importlib.import_module(f"bardling.cli.{verb}").run(arguments[1:])
+        sys.stdout.flush()
+    except UserError as error:
+        if debug:
+            raise
+        _fail(str(error), 2)
+    except BrokenPipeError:
+        # The reader (`| head`) has left; Python would complain once more when it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    except OSError as error:
+        if debug:
+            raise
+        reason = _FIXABLE.get(error.errno or 0)
+        subject = f"{error.filename}: " if error.filename else ""
+        _fail(f"{subject}{reason or error}", 2 if reason else 1)
+    except Exception as error:  # noqa: BLE001  the last line of defence: one line for the user, the traceback on request
+        if debug:
+            raise
+        _fail(f"internal error: {type(error).__name__}: {error} (run again with --debug for the traceback)", 1)

@@ -1,0 +1,51 @@
+"""`bardling train RECIPE`: start a run."""
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from bardling.cli.parse import parse
+from bardling.config import RunConfig
+from bardling.configfile import load_recipe, recipe_names
+from bardling.errors import UserError
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Options of `bardling train`."""
+
+    out: Path | None = None
+    """Folder of the run; unset takes runs/RECIPE-DATE."""
+    config: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=RunConfig)
+
+
+def run(argv: Sequence[str]) -> None:
+    """Parse, train, and leave with the run's exit status."""
+    recipe, options = parse_recipe_and_options("train", argv, "Train a model by a recipe.")
+    from bardling.train.run import train  # here, so that help answers without importing torch
+
+    out = options.out or Path("runs") / f"{Path(recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    result = train(options.config, out)
+    if result.exit_status:
+        sys.exit(result.exit_status)
+
+
+def parse_recipe_and_options(verb: str, argv: Sequence[str], what: str) -> tuple[str, TrainOptions]:
+    """Parse `RECIPE [options]`: the recipe's values are the defaults that the options override."""
+    recipe, rest = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("", argv)
+    if not recipe and not any(word in ("-h", "--help") for word in rest):
+        raise UserError(f"bardling {verb} RECIPE [--section.field VALUE ...]: name a recipe first: {', '.join(recipe_names())}, or a TOML file")
+    config = load_recipe(recipe) if recipe else RunConfig()
+    options = parse(
+        TrainOptions,
+        rest,
+        prog=f"bardling {verb} {recipe or 'RECIPE'}",
+        description=f"{what} RECIPE is a shipped name ({', '.join(recipe_names())}) or a TOML file; options override its values.",
+        default=TrainOptions(config=config),
+    )
+    return recipe, options

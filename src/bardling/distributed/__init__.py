@@ -1,0 +1,1 @@
+"""Processes and devices: who this process is, what it computes on, and in which number format."""

@@ -1,0 +1,1 @@
+"""Measuring models: loss on held-out text, multiple-choice tasks."""

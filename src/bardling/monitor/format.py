@@ -1,0 +1,49 @@
+"""Numbers as people read them: short, with a unit."""
+
+import math
+
+_SI = ("", "k", "M", "B", "T", "P", "E")
+
+
+def count(number: float) -> str:
+    """`12345` -> `12.3k`, `1.5e9` -> `1.50B`: three digits and a suffix."""
+    return _short(number, _SI)
+
+
+def size_bytes(number: float) -> str:
+    """`1.4e9` -> `1.40 GB`: three digits, decimal units (1 GB = 10^9 bytes)."""
+    text = _short(number, ("\0", "\0k", "\0M", "\0G", "\0T", "\0P", "\0E"))
+    return f"{text} B".replace("\0", "") if text.endswith("\0") or "\0" not in text else f"{text.replace('\0', ' ')}B"
+
+
+def duration(seconds: float) -> str:
+    """`0.25` -> `0.2s`, `42` -> `42s`, `192` -> `3m12s`, `7384` -> `2h03m`, `200000` -> `2d07h`."""
+    if not math.isfinite(seconds):
+        return "?"
+    if seconds < 0:
+        return "-" + duration(-seconds)
+    if seconds < 9.95:
+        return f"{seconds:.1f}s"
+    whole = round(seconds)
+    for unit, part, size, step in (("d", "h", 86400, 3600), ("h", "m", 3600, 60), ("m", "s", 60, 1)):
+        if whole >= size:
+            return f"{whole // size}{unit}{whole % size // step:02d}{part}"
+    return f"{whole}s"
+
+
+def percent(part: float) -> str:
+    """`0.4217` -> `42.2%`."""
+    return f"{100 * part:.1f}%"
+
+
+def _short(number: float, units: tuple[str, ...]) -> str:
+    """Three digits and the unit that leaves the number between 1 and 1000."""
+    if not math.isfinite(number):
+        return str(number)
+    size, unit = abs(number), 0
+    # 999.5 rounds to 1000, which belongs to the next unit.
+    while size >= 999.5 and unit < len(units) - 1:
+        size /= 1000
+        unit += 1
+    digits = 0 if unit == 0 and float(size).is_integer() or size >= 99.95 else 1 if size >= 9.995 else 2
+    return f"{'-' if number < 0 else ''}{size:.{digits}f}{units[unit]}"

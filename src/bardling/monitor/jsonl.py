@@ -1,0 +1,145 @@
+"""Records as JSON Lines: one object a line, readable while the run goes on and after it was killed.
+
+Lines are only ever appended. A kill can tear the last line; the reader leaves it out and `truncate_after` removes it. JSON has no
+NaN and no infinities: they are written as the strings "NaN", "Infinity" and "-Infinity", so that a diverged loss stays visible and every
+line stays valid.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bardling.errors import UserError
+
+
+class JsonlSink:
+    """Appends records to a file, which is made when it does not exist.
+
+    Raises:
+        UserError: the file cannot be written, or (when writing) the disk is full.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("a", encoding="utf-8", newline="\n")
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({_reason(error)})") from None
+
+    def log(self, record: Mapping[str, object]) -> None:
+        """Append one line; it survives this process at once, and the machine after `flush`."""
+        line = json.dumps(_plain(record), ensure_ascii=False, allow_nan=False) + "\n"
+        try:
+            # A lone surrogate is no UTF-8; escaped it stays valid JSON.
+            self._file.write(line if line.isascii() or _encodable(line) else json.dumps(_plain(record), allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise UserError(f"{self._path}: cannot be written ({_reason(error)}): make room, then resume") from None
+
+    def sample(self, step: int, texts: Sequence[str]) -> None:
+        """Append texts that the model wrote."""
+        self.log({"kind": "sample", "step": step, "texts": list(texts)})
+
+    def flush(self) -> None:
+        """Wait until all lines are on the disk."""
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise UserError(f"{self._path}: cannot be written ({_reason(error)}): make room, then resume") from None
+
+    def close(self) -> None:
+        """Flush and close; closing twice is no error."""
+        if not self._file.closed:
+            self.flush()
+            self._file.close()
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Read all records; a last line without its line break, torn by a kill, is left out.
+
+    Raises:
+        UserError: the file cannot be read, or a line (named by its number) is no JSON object.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({_reason(error)})") from None
+    lines = data.split(b"\n")[:-1]  # what follows the last line break is nothing, or torn
+    return [_parse(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def truncate_after(path: Path, step: int) -> None:
+    """Remove the records of steps after `step`, and a torn last line: what a kill undid will be written again.
+
+    The file is replaced at once, and only if there is something to remove. A missing file is none of these cases.
+
+    Raises:
+        UserError: a line is no record, or the file cannot be written.
+    """
+    if not path.exists():
+        return
+    try:
+        data = path.read_bytes()
+        *lines, rest = data.split(b"\n")
+        kept = []
+        for number, line in enumerate(lines, 1):
+            if line.strip() and _step_of(path, number, line) <= step:
+                kept.append(line + b"\n")
+        if not rest and b"".join(kept) == data:
+            return
+        beside = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            with beside.open("wb") as file:
+                file.writelines(kept)
+                file.flush()
+                os.fsync(file.fileno())
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({_reason(error)})") from None
+
+
+def _step_of(path: Path, number: int, line: bytes) -> int:
+    step = _parse(path, number, line).get("step")
+    if type(step) is not int:
+        raise UserError(f"{path}, line {number}: has no step: remove the line, then try again")
+    return step
+
+
+def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        raise UserError(f"{path}, line {number}: is not valid JSON: remove the line, then try again") from None
+    if not isinstance(record, dict):
+        raise UserError(f"{path}, line {number}: is no JSON object: remove the line, then try again")
+    return record
+
+
+def _plain(value: object) -> object:
+    """`value` with non-finite numbers as strings."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _reason(error: OSError) -> str:
+    return os.strerror(error.errno) if error.errno else str(error)

@@ -1,0 +1,60 @@
+"""What is logged: one typed record for a step, a validation, a set of samples. Sinks get them as plain dictionaries."""
+
+import dataclasses
+from typing import Any, ClassVar
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """A figure or text of one step."""
+
+    kind: ClassVar[str]
+    step: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values with the record's kind; what is unknown (None) is left out."""
+        values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        return {"kind": self.kind, **{name: value for name, value in values.items() if value is not None}}
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainRecord(Record):
+    """One optimizer step. The first group is the same in every repetition of the run; the second depends on the machine's mood."""
+
+    kind: ClassVar[str] = "train"
+    loss: float  # mean over the step's target tokens (nats)
+    bits_per_byte: float | None
+    lr: float
+    grad_norm: float  # before clipping
+    epoch: float  # passes over the training split
+    tokens: int  # seen since the run began
+
+    tokens_per_second: float  # over the steps since the last record, without validation, samples and saving
+    mfu: float | None  # achieved FLOP/s as a part of the device's peak; None when the peak is unknown
+    memory_bytes: int  # peak
+    seconds_left: float  # at this speed
+    time: float  # of day (seconds since 1970)
+
+
+@dataclasses.dataclass(frozen=True)
+class ValRecord(Record):
+    """One validation."""
+
+    kind: ClassVar[str] = "val"
+    loss: float  # mean over the held-out windows (nats)
+    bits_per_byte: float | None
+    perplexity: float
+    best: bool  # the lowest loss so far
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleRecord(Record):
+    """Text written by the model."""
+
+    kind: ClassVar[str] = "sample"
+    prompt: str
+    texts: list[str]
+
+
+# Fields that differ between two otherwise identical runs: comparisons of metrics leave them out.
+TIMING_FIELDS = frozenset({"tokens_per_second", "mfu", "memory_bytes", "seconds_left", "time"})

@@ -1,0 +1,77 @@
+"""The training curve: losses of one or several runs over the tokens they have seen.
+
+Drawn with `matplotlib` (the `plot` extra), without a display.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bardling.checkpoint.runfolder import open_run
+from bardling.errors import UserError
+from bardling.monitor.jsonl import read_jsonl
+
+
+def curve(records: Sequence[dict[str, Any]], kind: str, tokens_per_step: int) -> tuple[list[float], list[float], str]:
+    """Points of one run: tokens (millions), values, and the values' unit (bits per byte where known, else nats a token)."""
+    chosen = [record for record in records if record["kind"] == kind and record.get("loss") is not None]
+    in_bits = bool(chosen) and all(record.get("bits_per_byte") is not None for record in chosen)
+    tokens = [record["step"] * tokens_per_step / 1e6 for record in chosen]
+    values = [record["bits_per_byte"] if in_bits else record["loss"] for record in chosen]
+    return tokens, values, "bits per byte" if in_bits else "nats a token"
+
+
+def smooth(values: Sequence[float], span: int = 10) -> list[float]:
+    """Exponential moving average over about `span` values, without the bias of its start; gaps (NaN) are stepped over."""
+    decay, average, weight, out = 1 - 1 / span, 0.0, 0.0, []
+    for value in values:
+        if math.isfinite(value):
+            average, weight = decay * average + (1 - decay) * value, decay * weight + (1 - decay)
+        out.append(average / weight if weight else value)
+    return out
+
+
+def draw_curves(runs: Sequence[Path], out: Path, *, marks: dict[str, float] | None = None) -> None:
+    """Draw the training and validation curves of `runs` into `out` (.png, .svg or .pdf).
+
+    Args:
+        marks: horizontal lines by name, in bits per byte: what a compressor reaches on the same text, say.
+
+    Raises:
+        UserError: no figures yet, or matplotlib is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("figures need matplotlib: pip install 'bardling[plot]'") from None
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    units = set()
+    highest: list[float] = []
+    for number, path in enumerate(runs):
+        run = open_run(path)
+        config = run.config()
+        records = list(read_jsonl(run.metrics_file)) if run.metrics_file.exists() else []
+        if not records:
+            raise UserError(f"{path}: has no figures yet")
+        tokens_per_step = config.train.batch_size * config.model.block_size
+        colour = f"C{number}"
+        tokens, values, unit = curve(records, "train", tokens_per_step)
+        axes.plot(tokens, values, color=colour, alpha=0.25, linewidth=0.8)
+        axes.plot(tokens, smooth(values), color=colour, linewidth=1.5, label=f"{path.name}: training")
+        seen, validation, _ = curve(records, "val", tokens_per_step)
+        axes.plot(seen, validation, "o-", color=colour, markersize=4, linewidth=1, markerfacecolor="white", label=f"{path.name}: held out")
+        units.add(unit)
+        highest += values[len(values) // 20 :]
+    for name, value in (marks or {}).items():
+        axes.axhline(value, color="0.4", linestyle=":", linewidth=1)
+        axes.annotate(name, (1.0, value), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=9, color="0.3")
+    if highest:
+        axes.set_ylim(top=max(highest) * 1.05)
+    axes.set_xlabel("tokens seen (millions)")
+    axes.set_ylabel(" / ".join(sorted(units)))
+    axes.grid(alpha=0.2)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(out, dpi=120)

@@ -1,0 +1,74 @@
+"""The loop: a step, then the hooks, until the plan is done.
+
+A hook is called after every step with the state and the step's figures. When a run resumes, the hooks are called once for the step it
+resumes at, with no figures, so that work which a signal interrupted (a validation, say) is done before the next step.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from bardling.data.loader import Batch
+from bardling.distributed.context import SINGLE, Context
+from bardling.distributed.device import Precision
+from bardling.train.plan import TrainPlan
+from bardling.train.state import TrainState
+from bardling.train.step import StepResult, seed_dropout, train_step
+
+
+class Hook(Protocol):
+    """Something done between steps."""
+
+    def __call__(self, state: TrainState, result: StepResult | None) -> None:
+        """Act on the state after a step; `result` is None when a run resumes at this step."""
+
+
+def fit(
+    state: TrainState,
+    batches: Iterator[Batch],
+    plan: TrainPlan,
+    *,
+    lr_at: Callable[[int], float],
+    grad_clip: float = 1.0,
+    seed: int = 0,
+    forward: nn.Module | Callable[..., Tensor] | None = None,
+    precision: Precision | None = None,
+    context: Context = SINGLE,
+    hooks: Sequence[Hook] = (),
+    bytes_per_token: Tensor | None = None,
+    stop_requested: Callable[[], bool] = lambda: False,
+) -> None:
+    """Train `state` from where it stands to the end of `plan`.
+
+    Args:
+        batches: this process's batches in order, `plan.accumulation` of them a step, on `context.device`.
+        lr_at: learning rate of a step, counted from 0.
+        seed: of dropout.
+        forward: what computes the loss, if not `state.model` itself (its compiled or distributed wrapper).
+        precision: of matrix products; float32 when absent.
+
+    Raises:
+        Stopped: `stop_requested`; the state is whole.
+    """
+    precision = precision or Precision("float32", "default", context.device.type)
+    state.model.train()
+    for hook in hooks:
+        hook(state, None)
+    while state.step < plan.steps:
+        seed_dropout(seed, state.step, context.rank)
+        result = train_step(
+            state,
+            [next(batches) for _ in range(plan.accumulation)],
+            forward=forward or state.model,
+            lr=lr_at(state.step),
+            grad_clip=grad_clip,
+            precision=precision,
+            context=context,
+            bytes_per_token=bytes_per_token,
+            stop_requested=stop_requested,
+        )
+        state.step += 1
+        state.samples += plan.samples_per_step
+        for hook in hooks:
+            hook(state, result)

@@ -1,0 +1,59 @@
+"""Where a run's figures go: its own files always, the terminal, and the services that the configuration names."""
+
+from bardling.checkpoint.runfolder import RunFolder
+from bardling.config import RunConfig
+from bardling.monitor.console import Console
+from bardling.monitor.jsonl import JsonlSink, truncate_after
+from bardling.monitor.records import Record, SampleRecord
+
+
+class RunMonitor:
+    """Takes every record; in all processes but the primary one it does nothing."""
+
+    def __init__(self, folder: RunFolder, config: RunConfig, step: int, *, primary: bool, quiet: bool) -> None:
+        self._metrics: JsonlSink | None = None
+        self._samples: JsonlSink | None = None
+        self._console: Console | None = None
+        if not primary:
+            return
+        for path in (folder.metrics_file, folder.samples_file):
+            truncate_after(path, step)  # figures of steps that a kill undid
+        self._metrics, self._samples = JsonlSink(folder.metrics_file), JsonlSink(folder.samples_file)
+        if not quiet:
+            self._console = Console(config.train.steps, step)
+
+    def log(self, record: Record) -> None:
+        """Write a record where its kind belongs."""
+        values = record.as_dict()
+        if isinstance(record, SampleRecord):
+            if self._samples is not None:
+                self._samples.log(values)
+            if self._console is not None:
+                self._console.sample(record.step, record.texts)
+            return
+        if self._metrics is not None:
+            self._metrics.log(values)
+        if self._console is not None:
+            self._console.log(values)
+
+    def note(self, text: str) -> None:
+        """Say something to the person who watches."""
+        if self._console is not None:
+            self._console.note(text)
+
+    def progress(self, label: str, done: int, total: int) -> None:
+        """Show how far some long work has come."""
+        if self._console is not None:
+            self._console.progress(label, done, total)
+
+    def flush(self) -> None:
+        """Make everything logged so far durable."""
+        for sink in (self._metrics, self._samples):
+            if sink is not None:
+                sink.flush()
+
+    def close(self) -> None:
+        """Write what is left and give the terminal back."""
+        for sink in (self._metrics, self._samples, self._console):
+            if sink is not None:
+                sink.close()

@@ -1,0 +1,104 @@
+"""One optimizer step: forward and backward over the step's batches, clipping, update.
+
+The loss of a step is the sum over its target tokens divided by their true number over all processes, which is known before
+the first forward pass; gradients are therefore exact for every split into processes and forward passes, also where targets are masked.
+Nothing here waits for the device: losses and norms stay tensors until somebody prints them.
+"""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from bardling.data.loader import IGNORE, Batch
+from bardling.distributed.context import Context
+from bardling.distributed.device import Precision
+from bardling.optim.build import set_learning_rate
+from bardling.train.signals import Stopped
+from bardling.train.state import TrainState
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Figures of one step over all processes; the tensors are scalars on the device."""
+
+    loss: Tensor  # mean over the step's target tokens (nats)
+    loss_sum: Tensor  # (nats)
+    tokens: Tensor  # target tokens
+    bytes: Tensor | None  # UTF-8 bytes of these tokens
+    grad_norm: Tensor  # before clipping
+    lr: float
+
+
+def train_step(
+    state: TrainState,
+    batches: Sequence[Batch],
+    *,
+    forward: nn.Module | Callable[..., Tensor],
+    lr: float,
+    grad_clip: float,
+    precision: Precision,
+    context: Context,
+    bytes_per_token: Tensor | None = None,
+    stop_requested: Callable[[], bool] = lambda: False,
+) -> StepResult:
+    """Update `state` by one step on `batches`, this process's share of it.
+
+    Args:
+        forward: `state.model`, or its compiled or distributed wrapper: (inputs, targets, reduction="sum") -> summed loss.
+        lr: learning rate of this step.
+        grad_clip: largest gradient norm; 0 for no clipping.
+        bytes_per_token: [vocab] UTF-8 bytes of each token, to measure bits per byte.
+        stop_requested: asked before each forward pass.
+
+    Raises:
+        Stopped: `stop_requested`, in any process; the state is that before the step.
+    """
+    state.optimizer.zero_grad(set_to_none=True)
+    counts = [torch.stack([(batch.targets != IGNORE).sum() for batch in batches]).sum()]
+    if bytes_per_token is not None:
+        counts.append(torch.stack([_bytes(batch.targets, bytes_per_token) for batch in batches]).sum())
+    totals = context.sum(torch.stack(counts))
+    tokens = totals[0]
+    loss_sum = torch.zeros((), device=context.device)
+    for number, batch in enumerate(batches):
+        if context.any(stop_requested()):
+            state.optimizer.zero_grad(set_to_none=True)
+            raise Stopped
+        last = number == len(batches) - 1
+        with contextlib.nullcontext() if last or not isinstance(forward, DistributedDataParallel) else forward.no_sync():
+            with precision.autocast():
+                loss = forward(batch.inputs, batch.targets, reduction="sum")
+            # DDP averages gradients over the processes; the factor makes that the sum which the division by all tokens needs.
+            scaled = loss * (context.world_size / tokens)
+            (scaled if state.scaler is None else state.scaler.scale(scaled)).backward()  # type: ignore[no-untyped-call]
+        loss_sum += loss.detach()
+    context.sum(loss_sum)
+
+    if state.scaler is not None:
+        state.scaler.unscale_(state.optimizer)
+    parameters = [parameter for parameter in state.model.parameters() if parameter.grad is not None]
+    if grad_clip:
+        norm = nn.utils.clip_grad_norm_(parameters, grad_clip)
+    else:
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    set_learning_rate(state.optimizer, lr)
+    if state.scaler is None:
+        state.optimizer.step()
+    else:
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+    return StepResult(loss_sum / tokens, loss_sum, tokens, totals[1] if bytes_per_token is not None else None, norm, lr)
+
+
+def _bytes(targets: Tensor, bytes_per_token: Tensor) -> Tensor:
+    """UTF-8 bytes of the targets that count."""
+    return (bytes_per_token[targets.clamp(min=0)] * (targets != IGNORE)).sum()
+
+
+def seed_dropout(seed: int, step: int, rank: int) -> None:
+    """Key the device's random numbers by (seed, step, rank): a step draws the same dropout masks after any number of restarts."""
+    torch.manual_seed((seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB) % 2**63)

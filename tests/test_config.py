@@ -1,0 +1,62 @@
+"""The configuration page: checks, and values that are derived."""
+
+import dataclasses
+
+import pytest
+
+from bardling.config import CheckpointConfig, DataConfig, EvalConfig, ModelConfig, OptimConfig, RunConfig, SampleConfig, TrainConfig
+from bardling.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: ModelConfig(n_embd=100, n_head=6), "n_embd = 100 is not divisible by model.n_head = 6: try --model.n_embd 96 or 102"),
+        (lambda: ModelConfig(n_layer=0), "model.n_layer = 0"),
+        (lambda: ModelConfig(dropout=1.0), "model.dropout = 1.0"),
+        (lambda: DataConfig(val_fraction=0), "data.val_fraction = 0"),
+        (lambda: OptimConfig(lr=1e-3, min_lr=2e-3), "optim.min_lr = 0.002"),
+        (lambda: OptimConfig(betas=(0.9, 1.0)), "optim.betas"),
+        (lambda: TrainConfig(micro_batch=0), "train.micro_batch = 0"),
+        (lambda: TrainConfig(grad_clip=-1), "train.grad_clip = -1"),
+        (lambda: EvalConfig(windows=0), "eval.windows = 0"),
+        (lambda: SampleConfig(top_p=1.5), "sample.top_p = 1.5"),
+        (lambda: CheckpointConfig(keep_last=0), "checkpoint.keep_last = 0"),
+        (lambda: RunConfig(train=TrainConfig(steps=100), optim=OptimConfig(warmup_steps=100)), "warmup_steps = 100 leaves no step"),
+    ],
+)
+def test_values_that_cannot_work_are_refused_with_key_value_and_rule(make, says):
+    with pytest.raises(UserError, match=None) as error:
+        make()
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_the_vocabulary_is_padded_up_to_the_multiple():
+    assert ModelConfig(vocab_size=50257).padded_vocab_size == 50304
+    assert ModelConfig(vocab_size=64).padded_vocab_size == 64
+
+
+def test_the_final_learning_rate_is_a_tenth_unless_it_is_given():
+    assert OptimConfig(lr=1e-3).final_lr == pytest.approx(1e-4)
+    assert OptimConfig(lr=1e-3, min_lr=0.0).final_lr == 0.0
+
+
+def test_every_field_has_a_docstring():
+    import ast
+    import inspect
+
+    from bardling import config
+
+    for node in ast.parse(inspect.getsource(config)).body:
+        if not isinstance(node, ast.ClassDef) or node.name == "RunConfig":
+            continue
+        for field, after in zip(node.body, node.body[1:], strict=False):
+            if isinstance(field, ast.AnnAssign):
+                documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+                assert documented, f"{node.name}.{ast.unparse(field.target)} says nothing of itself"
+
+
+def test_configs_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        RunConfig().seed = 1  # type: ignore[misc]

@@ -1,0 +1,197 @@
+"""A run that is killed anywhere, any number of times, ends exactly where an undisturbed one does."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from bardling.configfile import config_to_toml
+from bardling.monitor.records import TIMING_FIELDS
+from bardling.train.run import train
+
+
+def metrics(run):
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key not in TIMING_FIELDS} for line in lines]
+
+
+def samples(run):
+    return [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+
+
+def weights(run, step):
+    return (run / "checkpoints" / f"step-{step:06d}" / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory, corpus):
+    """A recipe whose checkpoints are frequent and not tiny, so that kills can hit one that is being written."""
+    folder = tmp_path_factory.mktemp("recipe")
+    path = folder / "killed.toml"
+    path.write_text(
+        f"""
+        device = "cpu"
+        precision = "float32"
+        compile = "off"
+        [model]
+        n_layer = 2
+        n_head = 2
+        n_embd = 64
+        block_size = 32
+        dropout = 0.1
+        [data]
+        source = "{corpus}"
+        tokenizer = "char"
+        val_fraction = 0.1
+        [optim]
+        warmup_steps = 10
+        [train]
+        steps = 200
+        batch_size = 4
+        micro_batch = 2
+        log_every = 1
+        [eval]
+        every = 40
+        windows = 32
+        [sample]
+        every = 50
+        max_new_tokens = 12
+        [checkpoint]
+        every = 10
+        keep_last = 2
+        """
+    )
+    return path
+
+
+def start(*argv):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "bardling", *map(str, argv)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(recipe, tmp_path_factory):
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    process = start("train", recipe, "--out", run)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return run
+
+
+def wait_until(process, condition):
+    """Poll as fast as possible: the moments that matter last milliseconds."""
+    end = time.monotonic() + 120
+    while process.poll() is None and not condition():
+        assert time.monotonic() < end, "the moment never came"
+        time.sleep(0.0005)
+
+
+def lines(run):
+    path = run / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def assert_same(run, undisturbed):
+    assert weights(run, 200) == weights(undisturbed, 200)
+    assert metrics(run) == metrics(undisturbed)
+    assert samples(run) == samples(undisturbed)
+
+
+def test_sigkill_at_random_moments_and_while_saving(recipe, undisturbed, tmp_path):
+    run, chance = tmp_path / "run", random.Random(3)
+    process = start("train", recipe, "--out", run)
+    caught_saving = 0
+    for attempt in range(5):
+        target = lines(run) + chance.randrange(5, 45)
+        wait_until(process, lambda target=target: lines(run) >= target)
+        if attempt % 2:  # every other time, in the middle of writing a checkpoint
+            wait_until(process, lambda: any(run.glob("checkpoints/.tmp-*/*")))
+            caught_saving += 1
+        else:
+            time.sleep(chance.random() * 0.02)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        if (run / "config.toml").exists():
+            process = start("resume", run)
+        else:
+            process = start("train", recipe, "--out", run)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert caught_saving >= 2
+    assert_same(run, undisturbed)
+    assert not list(run.glob("checkpoints/.tmp-*")), "leftovers of killed saves are cleared away"
+
+
+def test_sigterm_saves_and_exits_with_143(recipe, undisturbed, tmp_path):
+    run, chance = tmp_path / "run", random.Random(5)
+    process = start("train", recipe, "--out", run)
+    for _ in range(3):
+        target = lines(run) + chance.randrange(5, 50)
+        wait_until(process, lambda target=target: lines(run) >= target)
+        if process.poll() is not None:
+            break
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 143, output
+        logged = [record["step"] for record in metrics(run) if record["kind"] == "train"][-1]
+        assert (run / "checkpoints" / f"step-{logged:06d}").is_dir(), "nothing is lost: the step that was logged last is saved"
+        process = start("resume", run)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert_same(run, undisturbed)
+
+
+def test_a_signal_in_validation_or_sampling_is_obeyed_at_once_and_the_work_is_done_on_resume(tiny, change, tmp_path, monkeypatch):
+    from bardling.train import hooks
+    from bardling.train.run import resume
+
+    whole = train(tiny, tmp_path / "whole", quiet=True).folder
+    for number, (name, victim) in enumerate((("evaluate_loss", 2), ("generate", 2))):
+        original, calls = getattr(hooks, name), 0
+
+        def interrupted(*args, original=original, victim=victim, **options):
+            nonlocal calls
+            calls += 1
+            if calls == victim:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.01)
+            return original(*args, **options)
+
+        out = tmp_path / f"broken{number}"
+        monkeypatch.setattr(hooks, name, interrupted)
+        result = train(tiny, out, quiet=True)
+        monkeypatch.setattr(hooks, name, original)
+        assert (result.exit_status, result.finished) == (143, False)
+        assert result.step == (20 if name == "evaluate_loss" else 30)
+        assert resume(out, quiet=True).finished
+        assert metrics(out) == metrics(whole)
+        assert samples(out) == samples(whole)
+        assert weights(out, 30) == weights(whole, 30)
+
+
+def test_raising_the_steps_goes_on_from_the_end(tiny, change, tmp_path):
+    from bardling.train.run import resume
+
+    constant = change(tiny, optim={"schedule": "constant"})
+    longer = change(constant, train={"steps": 40})
+    train(constant, tmp_path / "a", quiet=True)
+    assert resume(tmp_path / "a", longer, quiet=True).step == 40
+    train(longer, tmp_path / "b", quiet=True)
+    assert weights(tmp_path / "a", 40) == weights(tmp_path / "b", 40)
+
+
+def test_the_recipe_in_the_run_folder_repeats_the_run(tiny, tmp_path):
+    from bardling.configfile import load_recipe
+
+    train(tiny, tmp_path / "a", quiet=True)
+    train(load_recipe(str(tmp_path / "a" / "config.toml")), tmp_path / "b", quiet=True)
+    assert weights(tmp_path / "a", 30) == weights(tmp_path / "b", 30)
+    assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
+    assert config_to_toml(load_recipe(str(tmp_path / "b" / "config.toml"))) == (tmp_path / "a" / "config.toml").read_text()
