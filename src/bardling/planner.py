@@ -224,6 +224,7 @@ def plan(
             )
         budget_flops = budget_seconds * speed
     saved = _times(batch.steps, config.checkpoint.every)
+    saved += _times(batch.steps, config.eval.every) if config.checkpoint.save_best else 0
     result = Plan(
         model=model,
         batch=batch,

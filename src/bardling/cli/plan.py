@@ -117,6 +117,9 @@ def _named_device(name: str, args: PlanArgs) -> _Device:
     found = find_accelerator(name)
     if found is None and args.peak_tflops is None:
         keys = [device.key for device in ACCELERATORS]
+        variants = [key for key in keys if key.lower().startswith(name.lower())]
+        if variants:
+            raise UserError(f"--gpu {name}: which one? Choose {' or '.join(variants)}")
         raise UserError(
             f"--gpu {name}: no peak is known for it{closest(name, keys)}; give --peak_tflops, or one of {', '.join(keys)}"
         )
@@ -246,7 +249,7 @@ def _run(console: "Console", result: Plan, device: _Device, args: PlanArgs) -> N
         table.add_row("peak of one", si(result.peak_flops, "FLOP/s"), f"{result.precision}, dense; {device.source}")
         table.add_row("speed", f"{count(result.tokens_per_second)} tokens/s", f"at {result.mfu:.0%} MFU")
         table.add_row(
-            "[bold]time", f"[bold]{duration(result.seconds)}", f"{result.seconds * batch.world_size / 3600:.3g} device-hours"
+            "[bold]time", f"[bold]{duration(result.seconds)}", f"{count(result.seconds * batch.world_size / 3600)} device-hours"
         )
     console.print()
     console.print(table)

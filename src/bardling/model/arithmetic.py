@@ -23,7 +23,7 @@ from bardling.errors import UserError
 FLOAT32_BYTES = 4
 ADAMW_MOMENTS = 2  # running means of the gradient and of its square, one value a parameter each
 BACKWARD_PER_FORWARD = 2  # each product has two in the backward pass: one for its input's gradient, one for its weight's
-LOGIT_CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}  # most float32 logits at a time, as `model/loss.py` has it
+LOGIT_CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 512 << 20}  # most float32 logits at a time, as `model/loss.py` has it
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,163 @@
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from bardling.config import CheckpointConfig, DataConfig, EvalConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from bardling.errors import UserError
+from bardling.model.arithmetic import activation_bytes
+from bardling.planner import plan, resolve_vocabulary, vocabulary_in_file
+
+# nanoGPT's train_gpt2.py: 12 sequences, 40 forward passes over 8 GPUs, 600,000 steps.
+GPT2 = RunConfig(
+    model=ModelConfig(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50257, bias=False),
+    optim=OptimConfig(warmup_steps=2000),
+    train=TrainConfig(batch_size=480, micro_batch=12, steps=600_000),
+    eval=EvalConfig(every=1000, windows=200),
+    checkpoint=CheckpointConfig(every=1000, keep_last=2),
+)
+
+
+def test_gpt2_124m_on_eight_a100() -> None:
+    result = plan(GPT2, world_size=8, device_name="NVIDIA A100-SXM4-40GB", mfu=0.3, dataset_tokens=9_035_582_198)
+    assert result.parameters == 124_337_664
+    assert result.block_parameters == 84_953_088
+    assert result.batch.accumulation == 5
+    assert result.batch.tokens_per_step == 491_520
+    assert result.total_tokens == 491_520 * 600_000
+    assert result.epochs == pytest.approx(491_520 * 600_000 / 9_035_582_198)
+    assert result.flops_per_token * 1024 == 874_944_921_600
+    assert result.flops_per_step == 874_944_921_600 * 480
+    assert result.flops_training == 874_944_921_600 * 480 * 600_000
+    assert result.flops_validation == 600 * 200 * 291_648_307_200
+    assert result.seconds == pytest.approx(result.flops / (8 * 312e12 * 0.3))
+    assert result.seconds is not None
+    assert 3.8 < result.seconds / 86_400 < 4.0  # its README says about four days
+    assert result.tokens_per_second == pytest.approx(8 * 312e12 * 0.3 / 854_438_400)
+
+
+def test_memory_and_disk() -> None:
+    result = plan(GPT2, world_size=8, device_name="A100-40GB")
+    held = 124_337_664 + 47 * 768  # padded rows are held too
+    assert result.memory.weights == result.memory.gradients == 4 * held
+    assert result.memory.optimizer == 8 * held
+    assert result.memory.total == 16 * held + activation_bytes(result.model, 12).total
+    assert result.device_memory == 40 * 10**9
+    assert not any("does not fit" in note for note in result.notes)
+    assert result.checkpoint_bytes == 12 * held
+    assert result.checkpoints_kept == 4  # two newest, the best, the one being written
+    assert result.disk_bytes == 48 * held
+
+
+def test_a_run_with_one_checkpoint_keeps_one() -> None:
+    config = dataclasses.replace(GPT2, checkpoint=CheckpointConfig(every=0, save_best=False))
+    assert plan(config, world_size=8).checkpoints_kept == 1
+
+
+def test_too_large_a_micro_batch_names_one_that_fits() -> None:
+    config = dataclasses.replace(GPT2, train=TrainConfig(batch_size=480, steps=600_000))
+    result = plan(config, device_name="NVIDIA L4")
+    (note,) = [note for note in result.notes if "does not fit" in note]
+    micro = int(note.split("--train.micro_batch ")[1].split()[0])
+    smaller = dataclasses.replace(GPT2, train=TrainConfig(batch_size=480, micro_batch=micro, steps=600_000))
+    assert not any("does not fit" in note for note in plan(smaller, device_name="NVIDIA L4").notes)
+    hopeless = plan(config, device_name="NVIDIA L4", device_memory=10**9)
+    assert any("not even one sequence" in note for note in hopeless.notes)
+
+
+def test_an_unknown_device_has_no_time_and_says_so() -> None:
+    result = plan(GPT2, world_size=8, device_name="Imaginary 3000")
+    assert result.peak_flops is None
+    assert result.seconds is None
+    assert result.tokens_per_second is None
+    assert any("Imaginary 3000" in note for note in result.notes)
+    with pytest.raises(UserError, match="Imaginary 3000"):
+        plan(GPT2, device_name="Imaginary 3000", budget_seconds=3600)
+    assert plan(GPT2, device_name="Imaginary 3000", peak_flops=1e14, mfu=0.5).flops_per_second == 5e13
+
+
+def test_precision_picks_the_peak() -> None:
+    config = dataclasses.replace(GPT2, precision="float32")
+    assert plan(config, device_name="A100").peak_flops == 156e12
+    assert plan(dataclasses.replace(config, deterministic=True), device_name="A100").peak_flops == 19.5e12
+    assert plan(config, device_name="A100").memory.activations.weight_copies == 0
+
+
+def test_comparison_with_the_scaling_fits() -> None:
+    result = plan(GPT2, world_size=8, device_name="A100")
+    comparison = result.comparison
+    assert comparison.parameters == 124_337_664 - 786_432
+    assert comparison.flops == pytest.approx(6 * comparison.parameters * result.total_tokens)
+    assert "a larger model" in comparison.verdict
+    short = dataclasses.replace(GPT2, train=TrainConfig(batch_size=480, micro_batch=12, steps=5000))
+    assert "in balance" in plan(short, world_size=8).comparison.verdict
+    shorter = dataclasses.replace(GPT2, train=TrainConfig(batch_size=480, micro_batch=12, steps=2001))
+    assert "a smaller model" in plan(shorter, world_size=8).comparison.verdict
+
+
+def test_budgets() -> None:
+    by_time = plan(GPT2, world_size=8, device_name="A100", mfu=0.5, budget_seconds=86_400).comparison
+    assert by_time.flops == pytest.approx(8 * 312e12 * 0.5 * 86_400)
+    by_flops = plan(GPT2, world_size=8, budget_flops=by_time.flops).comparison
+    assert by_flops.optima == by_time.optima
+    assert by_flops.steps_in_budget == int(by_time.flops // (874_944_921_600 * 480))
+
+
+def test_repeated_data_is_pointed_out() -> None:
+    assert any("passes over the data" in note for note in plan(GPT2, dataset_tokens=9_000_000_000).notes)
+    assert not any("passes over the data" in note for note in plan(GPT2, dataset_tokens=290_000_000_000).notes)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mfu": 0.0}, "mfu = 0.0"),
+        ({"mfu": 40.0}, "mfu = 40.0"),
+        ({"world_size": 0}, "gpus = 0"),
+        ({"world_size": 7}, "does not divide among 7"),
+        ({"dataset_tokens": 0}, "dataset_tokens = 0"),
+        ({"budget_flops": float("nan")}, "budget = nan"),
+        ({"budget_flops": 1e20, "budget_seconds": 60.0}, "give one of them"),
+    ],
+)
+def test_bad_questions_are_refused(options: dict[str, float], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        plan(GPT2, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("spec", "size"), [("byte", 257), ("bpe:4096", 4096), ("char", 128)])
+def test_vocabulary_follows_the_tokenizer(spec: str, size: int) -> None:
+    model, notes = resolve_vocabulary(RunConfig(data=DataConfig(tokenizer=spec)))
+    assert model.vocab_size == size
+    assert bool(notes) == (spec == "char")
+
+
+def test_a_set_vocabulary_wins() -> None:
+    model, _ = resolve_vocabulary(RunConfig(model=ModelConfig(vocab_size=99), data=DataConfig(tokenizer="no such file")))
+    assert model.vocab_size == 99
+
+
+@pytest.mark.parametrize("vocabulary", [{"a": 0, "b": 6}, [["a", 0.0]] * 7])
+def test_vocabulary_of_a_file(tmp_path: Path, vocabulary: object) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps({"model": {"vocab": vocabulary}}))
+    assert vocabulary_in_file(path) == 7
+    path.write_text(json.dumps({"model": {"vocab": vocabulary}, "added_tokens": [{"id": 9, "content": "<end>"}]}))
+    assert vocabulary_in_file(path) == 10
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "3", '{"model": {}}', '{"model": {"vocab": {}}}', '{"model": {"vocab": {"a": "x"}}}', "[" * 100_000]
+)
+def test_a_file_that_is_no_tokenizer(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"tokenizer\.json: is not a tokenizer"):
+        vocabulary_in_file(path)
+
+
+@pytest.mark.parametrize("spec", ["bpe:many", "bpe:0", "bpe:", "missing.json"])
+def test_bad_tokenizers_are_refused(spec: str) -> None:
+    with pytest.raises(UserError, match=r"data\.tokenizer"):
+        resolve_vocabulary(RunConfig(data=DataConfig(tokenizer=spec)))
