@@ -87,7 +87,7 @@ class _SummedLoss(torch.autograd.Function):
                 # Zero vectors add nothing to the weight's gradient, whatever their probabilities.
                 inputs = inputs * counted
             total = torch.zeros((), dtype=wide, device=hidden.device)
-            hidden_grad = torch.empty_like(hidden) if want_hidden else None
+            hidden_grads: list[Tensor] = []
             weight_grad = torch.zeros_like(weight, dtype=wide) if want_weight else None
             for part in _chunks(hidden.size(0), rows, device):
                 chunk, answer = inputs[part], ids[part]  # [C, E], [C, 1]
@@ -95,14 +95,14 @@ class _SummedLoss(torch.autograd.Function):
                 found = logp.gather(1, answer)  # [C, 1]
                 total -= (found if counted is None else found * counted[part]).sum()
                 slope = logp.exp_().scatter_add_(1, answer, torch.full_like(found, -1.0)).to(dtype)
-                if hidden_grad is not None:
-                    hidden_grad[part] = _matmul(slope, head, wide)
+                if want_hidden:
+                    hidden_grads.append((slope @ head).to(hidden.dtype))
                 if weight_grad is not None:
                     _accumulate(weight_grad[:rows], slope.t(), chunk)
+            hidden_grad = _joined(hidden_grads) if want_hidden else None
             if hidden_grad is not None and counted is not None:
                 hidden_grad *= counted
-        saved = [hidden_grad, None if weight_grad is None else weight_grad.to(weight.dtype)]
-        ctx.save_for_backward(*saved)
+        ctx.save_for_backward(hidden_grad, None if weight_grad is None else weight_grad.to(weight.dtype))
         return total
 
     @staticmethod
@@ -122,7 +122,11 @@ def _losses(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, dt
         for part in _chunks(hidden.size(0), rows, hidden.device.type):
             logits = _logits(hidden[part].to(dtype), head, vocab_size, wide)
             out.append(F.cross_entropy(logits, targets[part], ignore_index=IGNORE, reduction="none"))
-    return torch.cat(out)
+    return _joined(out)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _used_rows(weight: Tensor, vocab_size: int) -> int:
