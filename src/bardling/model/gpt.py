@@ -11,6 +11,7 @@ processes, devices or optimizers.
 Shapes: B batch, T time (tokens), C = n_embd, H = n_head, D = C / H, V = vocab_size, S = tokens looked at.
 """
 
+import dataclasses
 from typing import Literal
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from bardling.config import ModelConfig
 from bardling.model.cache import CacheStep, KVCache
-from bardling.model.init import init_weights
+from bardling.model.init import crop_positions, init_weights
 from bardling.model.loss import head_loss
 
 
@@ -154,6 +155,17 @@ class GPT(nn.Module):
         """Logits [..., V] of hidden states [..., C], float32 at least; padded ids are left out."""
         logits = F.linear(hidden, self.transformer.wte.weight[: self.config.vocab_size])
         return logits if logits.dtype == torch.float64 else logits.float()
+
+    def crop_block_size(self, block_size: int) -> None:
+        """Shorten the longest context to `block_size`, keeping the first positions.
+
+        Raises:
+            UserError: the model has fewer positions.
+        """
+        wpe = self.transformer.wpe
+        wpe.weight = nn.Parameter(crop_positions(wpe.weight.detach(), block_size))
+        wpe.num_embeddings = block_size
+        self.config = dataclasses.replace(self.config, block_size=block_size)
 
     def forward(
         self,

@@ -10,11 +10,13 @@ residual stream N(0, 0.02 / sqrt(2 n_layer)), since 2 n_layer of them add up; bi
 
 import hashlib
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from bardling.config import ModelConfig
+from bardling.errors import UserError
 
 STD = 0.02
 """Standard deviation of GPT-2's initial matrices."""
@@ -50,3 +52,31 @@ def init_weights(model: nn.Module, seed: int) -> None:
     assert isinstance(config, ModelConfig)
     for name, parameter in model.named_parameters():
         parameter.copy_(initial_value(name, parameter.shape, config, seed))
+
+
+POSITIONS = "transformer.wpe.weight"
+"""Name of the learned positions [block_size, n_embd]."""
+
+
+def crop_positions(positions: Tensor, block_size: int) -> Tensor:
+    """The first `block_size` rows of learned positions, or of an optimizer's moments of them, as a tensor of its own.
+
+    Raises:
+        UserError: there are fewer rows.
+    """
+    if not 1 <= block_size <= positions.size(0):
+        raise UserError(
+            f"model.block_size = {block_size}: the weights have {positions.size(0)} positions; "
+            f"choose a block_size from 1 to {positions.size(0)}"
+        )
+    return positions[:block_size].clone()
+
+
+def crop_block_size(state: Mapping[str, Tensor], block_size: int) -> dict[str, Tensor]:
+    """A state dict (weights, or one kind of moments, by parameter name) with its positions cropped to `block_size`; rest as it
+    is.
+
+    Raises:
+        UserError: the state has fewer positions.
+    """
+    return {name: crop_positions(value, block_size) if name == POSITIONS else value for name, value in state.items()}
