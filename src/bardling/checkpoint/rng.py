@@ -1,7 +1,7 @@
 """The state of every random number generator of this process, as named tensors.
 
-Python's `random`, NumPy's global generator, PyTorch's on the CPU and on each CUDA device. They are kept as tensors so that a checkpoint needs
-no pickle. On CUDA dropout draws from the device's generator, hence one entry per device.
+Python's `random`, NumPy's global generator, PyTorch's on the CPU and on each CUDA device. They are kept as tensors so that a
+checkpoint needs no pickle. On CUDA dropout draws from the device's generator, hence one entry per device.
 """
 
 import random
@@ -17,8 +17,8 @@ from bardling.errors import UserError
 def rng_state() -> dict[str, Tensor]:
     """Capture the generators.
 
-    Entries: `python` int64[626] (version, 625 words), `python.gauss` float64[0 or 1], `numpy` int64[626] (624 words, position, has_gauss),
-    `numpy.gauss` float64[1], `torch` uint8[...], `cuda.N` uint8[...].
+    Entries: `python` int64[626] (version, 625 words), `python.gauss` float64[0 or 1], `numpy` int64[626] (624 words,
+    position, has_gauss), `numpy.gauss` float64[1], `torch` uint8[...], `cuda.N` uint8[...].
     """
     version, words, gauss = random.getstate()
     legacy = np.random.get_state(legacy=True)

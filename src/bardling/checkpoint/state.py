@@ -7,8 +7,9 @@
     training.json                      step, samples, best loss, scaler, the optimizer's other facts
     run_config.json                    the resolved configuration
 
-The model's weights are kept as float32, without the rows that pad the vocabulary: these are always zero. Everything read is taken for hostile: JSON is
-capped in size and checked value by value, tensors are compared with the shapes that the configuration asks for, and nothing is unpickled.
+The model's weights are kept as float32, without the rows that pad the vocabulary: these are always zero. Everything read is
+taken for hostile: JSON is capped in size and checked value by value, tensors are compared with the shapes that the
+configuration asks for, and nothing is unpickled.
 """
 
 import json
@@ -128,8 +129,12 @@ def read_model(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     weights = read_tensors(weights_file)
     # Before anything is built from the configuration: it must not ask for more than the file holds.
     if config.n_layer > len(weights):
-        raise UserError(f"{weights_file}: has {len(weights)} tensors, too few for the {config.n_layer} layers of {config_file.name}")
-    if wrong := sorted(name for name, tensor in weights.items() if not (tensor.is_floating_point() or name.endswith("attn.bias"))):
+        raise UserError(
+            f"{weights_file}: has {len(weights)} tensors, too few for the {config.n_layer} layers of {config_file.name}"
+        )
+    if wrong := sorted(
+        name for name, tensor in weights.items() if not (tensor.is_floating_point() or name.endswith("attn.bias"))
+    ):
         raise UserError(f"{weights_file}: {wrong[0]} is {weights[wrong[0]].dtype}, not a floating-point tensor")
     try:
         state = from_hf_state(weights, config)
@@ -141,7 +146,9 @@ def read_model(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
         if name not in state:
             raise UserError(f"{weights_file}: lacks {name}, which {config_file.name} asks for")
         if state[name].shape != shape:
-            raise UserError(f"{weights_file}: {name} has shape {list(state[name].shape)}, but {config_file.name} asks for {list(shape)}")
+            raise UserError(
+                f"{weights_file}: {name} has shape {list(state[name].shape)}, but {config_file.name} asks for {list(shape)}"
+            )
     return config, {name: state[name].float() for name in expected}
 
 

@@ -1,6 +1,7 @@
 """Named tensors in a safetensors file, with errors that name the file.
 
-No code runs when such a file is read, and its header cannot claim more than the file holds: the library checks both before it allocates.
+No code runs when such a file is read, and its header cannot claim more than the file holds: the library checks both before
+it allocates.
 """
 
 import os

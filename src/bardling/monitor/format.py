@@ -12,8 +12,7 @@ def count(number: float) -> str:
 
 def size_bytes(number: float) -> str:
     """`1.4e9` -> `1.40 GB`: three digits, decimal units (1 GB = 10^9 bytes)."""
-    text = _short(number, ("\0", "\0k", "\0M", "\0G", "\0T", "\0P", "\0E"))
-    return f"{text} B".replace("\0", "") if text.endswith("\0") or "\0" not in text else f"{text.replace('\0', ' ')}B"
+    return _short(number, (" B", " kB", " MB", " GB", " TB", " PB", " EB"))
 
 
 def duration(seconds: float) -> str:
@@ -39,11 +38,11 @@ def percent(part: float) -> str:
 def _short(number: float, units: tuple[str, ...]) -> str:
     """Three digits and the unit that leaves the number between 1 and 1000."""
     if not math.isfinite(number):
-        return str(number)
+        return f"{number}{units[0]}"
     size, unit = abs(number), 0
     # 999.5 rounds to 1000, which belongs to the next unit.
     while size >= 999.5 and unit < len(units) - 1:
         size /= 1000
         unit += 1
-    digits = 0 if unit == 0 and float(size).is_integer() or size >= 99.95 else 1 if size >= 9.995 else 2
+    digits = 0 if (unit == 0 and float(size).is_integer()) or size >= 99.95 else 1 if size >= 9.995 else 2
     return f"{'-' if number < 0 else ''}{size:.{digits}f}{units[unit]}"

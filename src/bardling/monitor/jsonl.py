@@ -1,8 +1,8 @@
 """Records as JSON Lines: one object a line, readable while the run goes on and after it was killed.
 
-Lines are only ever appended. A kill can tear the last line; the reader leaves it out and `truncate_after` removes it. JSON has no
-NaN and no infinities: they are written as the strings "NaN", "Infinity" and "-Infinity", so that a diverged loss stays visible and every
-line stays valid.
+Lines are only ever appended. A kill can tear the last line; the reader leaves it out and `truncate_after` removes it. JSON
+has no NaN and no infinities: they are written as the strings "NaN", "Infinity" and "-Infinity", so that a diverged loss
+stays visible and every line stays valid.
 """
 
 import json

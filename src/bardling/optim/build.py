@@ -1,7 +1,8 @@
 """AdamW over a model's parameters: decay where it belongs, the fused kernel where there is one.
 
-AdamW: Loshchilov and Hutter 2019, arXiv:1711.05101. Only tensors of two or more dimensions (matrices, embeddings) decay; biases and norm
-gains do not. The learning rate is set by the training loop before every update, so the rate given here never takes effect.
+AdamW: Loshchilov and Hutter 2019, arXiv:1711.05101. Only tensors of two or more dimensions (matrices, embeddings) decay;
+biases and norm gains do not. The learning rate is set by the training loop before every update, so the rate given here never
+takes effect.
 """
 
 from collections.abc import Iterable

@@ -1,7 +1,7 @@
 """The learning rate as a pure function of the step, so that there is no scheduler whose state could be lost.
 
-Step counts from 0, the first update. After a linear warm-up the rate follows one of four shapes down to `final_lr`, which it reaches at
-step `decay_steps` (or `steps`) and keeps from there on; `constant` stays at `lr`.
+Step counts from 0, the first update. After a linear warm-up the rate follows one of four shapes down to `final_lr`, which it
+reaches at step `decay_steps` (or `steps`) and keeps from there on; `constant` stays at `lr`.
 """
 
 import math

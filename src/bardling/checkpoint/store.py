@@ -1,0 +1,239 @@
+"""A folder of checkpoints, each of which appears whole or not at all.
+
+A checkpoint is written into a hidden folder beside the others, every file is flushed to the disk, a manifest with checksums
+is added, and one rename makes it visible. Nothing older is deleted before that rename is durable. A process may be killed
+between any two operations: what it leaves is either invisible (and removed by the next save) or whole. The store knows
+files, not tensors.
+
+Names: `step-000500` is a checkpoint; `.tmp-step-000500-PID` is being written or deleted; `.old-step-000500` is a checkpoint
+that makes room for a new one of the same step, and stands in for it until that is there.
+"""
+
+import contextlib
+import errno
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from bardling.checkpoint import manifest as manifests
+from bardling.errors import UserError
+
+_STEP = re.compile(r"(?:\.old-)?step-(\d{6,18})")
+_TEMPORARY = re.compile(r"\.tmp-step-\d{6,18}-(\d{1,10})")
+
+
+class CheckpointStore:
+    """The checkpoints in one folder, which need not exist yet.
+
+    Args:
+        folder: usually `RUN/checkpoints`.
+        keep_last: newest checkpoints that `save` keeps, besides the best one.
+    """
+
+    def __init__(self, folder: Path, keep_last: int) -> None:
+        if keep_last < 1:
+            raise ValueError(f"keep_last = {keep_last} must be at least 1")
+        self.folder = folder
+        self.keep_last = keep_last
+
+    def steps(self) -> list[int]:
+        """Steps of all checkpoints, rising; damaged ones too."""
+        try:
+            entries = [entry for entry in self.folder.iterdir() if entry.is_dir() and not entry.is_symlink()]
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise UserError(f"{self.folder}: cannot be read ({_reason(error)})") from None
+        return sorted({int(match[1]) for match in (_STEP.fullmatch(entry.name) for entry in entries) if match})
+
+    def path(self, step: int) -> Path:
+        """Folder of a step's checkpoint, whether it exists or not."""
+        path, old = self._place(step), self._old(step)
+        return old if not path.exists() and old.exists() else path
+
+    def verify(self, path: Path) -> list[str]:
+        """Read a whole checkpoint and return what is wrong with it: empty when it is sound."""
+        return self._check(path, checksums=True)
+
+    def latest(self, report: Callable[[str], None]) -> Path | None:
+        """The newest sound checkpoint, or None. Each damaged one before it is named, with the reason, through `report`."""
+        for step in reversed(self.steps()):
+            path = self.path(step)
+            found = self.verify(path)
+            if not found:
+                return path
+            more = f", and {len(found) - 1} more problems" if len(found) > 1 else ""
+            report(f"{path}: is damaged and passed over: {found[0]}{more}")
+        return None
+
+    def best(self) -> Path | None:
+        """The sound checkpoint with the best validation loss, or None."""
+        return next((p for p in map(self.path, reversed(self.steps())) if self._is_best(p) and not self.verify(p)), None)
+
+    def save(self, step: int, write: Callable[[Path], None], *, best: bool = False) -> Path:
+        """Save a checkpoint, then delete those that are no longer kept.
+
+        A checkpoint of the same step is replaced.
+
+        Args:
+            write: puts the files into the empty folder that it is given.
+            best: the validation loss at this step is the lowest so far.
+
+        Raises:
+            UserError: the disk is full or the folder cannot be written; every older checkpoint is still there.
+        """
+        place, old = self._place(step), self._old(step)
+        temporary = self._temporary(step)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._tidy()
+            temporary.mkdir()
+            write(temporary)
+            self._seal(temporary, step, best)
+            if place.exists():
+                place.rename(old)
+            temporary.rename(place)
+            _sync_folder(self.folder)
+        except BaseException as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if old.exists() and not place.exists():
+                with contextlib.suppress(OSError):  # if this fails too, readers still find the old one under its other name
+                    old.rename(place)
+            if isinstance(error, OSError):
+                raise UserError(self._explain(error)) from error
+            raise
+        # The new one is durable. Should deleting fail, the next save tries again.
+        with contextlib.suppress(OSError, UserError):
+            self._discard(old)
+            self._retain(step)
+        return place
+
+    def _seal(self, folder: Path, step: int, best: bool) -> None:
+        """Make a folder's files durable and add the manifest."""
+        manifest = manifests.describe(folder, step, best)
+        for name in manifest.files:
+            _sync_file(folder / name)
+        with (folder / manifests.NAME).open("w", encoding="utf-8") as file:
+            file.write(manifest.to_json())
+            file.flush()
+            os.fsync(file.fileno())
+        for root, _, _ in os.walk(folder, topdown=False):
+            _sync_folder(Path(root))
+
+    def _retain(self, saved: int) -> None:
+        """Delete what is older than the checkpoint just saved and no longer kept.
+
+        Only checkpoints whose files are all there in full size count; what is newer than `saved` stays, since it can only be
+        a damaged one that was passed over or someone's own choice.
+        """
+        older = [step for step in reversed(self.steps()) if step < saved]
+        whole = [step for step in older if not self._check(self.path(step), checksums=False)]
+        keep = set(whole[: self.keep_last - 1])
+        if not self._is_best(self.path(saved)):
+            keep.update([step for step in whole if self._is_best(self.path(step))][:1])
+        for step in older:
+            if step not in keep:
+                self._discard(self.path(step))
+
+    def _tidy(self) -> None:
+        """Remove what killed processes left, and finish what they began."""
+        for entry in self.folder.glob(".tmp-*"):
+            match = _TEMPORARY.fullmatch(entry.name)
+            if match and not _alive(int(match[1])):
+                shutil.rmtree(entry)
+        for entry in self.folder.glob(".old-*"):
+            match = _STEP.fullmatch(entry.name)
+            if match is None:
+                continue
+            place = self._place(int(match[1]))
+            if place.exists() and not self.verify(place):
+                self._discard(entry)
+            else:
+                self._discard(place)
+                entry.rename(place)
+
+    def _discard(self, path: Path) -> None:
+        """Delete a checkpoint; it vanishes at once, so that no part of it is ever seen."""
+        match = _STEP.fullmatch(path.name)
+        if match is None or not path.exists():
+            return
+        temporary = self._temporary(int(match[1]))
+        path.rename(temporary)
+        shutil.rmtree(temporary)
+
+    def _check(self, path: Path, *, checksums: bool) -> list[str]:
+        if path.is_symlink() or not path.is_dir():
+            return ["it is no folder"]
+        try:
+            manifest = manifests.read_manifest(path)
+        except ValueError as error:
+            return [str(error)]
+        name = _STEP.fullmatch(path.name)
+        if name and int(name[1]) != manifest.step:
+            return [f"it holds step {manifest.step}, not what its name says"]
+        return manifests.problems(path, manifest, checksums=checksums)
+
+    def _is_best(self, path: Path) -> bool:
+        """Whether the checkpoint was the best when it was saved; the newest such one is the best of all."""
+        try:
+            return manifests.read_manifest(path).best
+        except ValueError:
+            return False
+
+    def _explain(self, error: OSError) -> str:
+        """One line for a checkpoint that could not be saved."""
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            where = error.filename or self.folder
+            return f"{where}: the checkpoint cannot be written ({_reason(error)}); older ones are untouched"
+        room = ""
+        with contextlib.suppress(OSError):
+            room = f", {shutil.disk_usage(self.folder).free / 1e6:,.0f} MB are free"
+            if steps := self.steps():
+                size = sum(file.lstat().st_size for file in self.path(steps[-1]).rglob("*"))
+                room = f": a checkpoint takes about {size / 1e6:,.0f} MB{room}"
+        return f"{self.folder}: the disk is full{room}; older checkpoints are untouched: make room, then resume"
+
+    def _place(self, step: int) -> Path:
+        return self.folder / f"step-{step:06d}"
+
+    def _old(self, step: int) -> Path:
+        return self.folder / f".old-step-{step:06d}"
+
+    def _temporary(self, step: int) -> Path:
+        return self.folder / f".tmp-step-{step:06d}-{os.getpid()}"
+
+
+def _alive(pid: int) -> bool:
+    """Whether another process has this number."""
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    """Make a folder's entries durable, where the system can."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot, and need not
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _reason(error: OSError) -> str:
+    return os.strerror(error.errno) if error.errno else str(error)
