@@ -1,13 +1,14 @@
 import dataclasses
-import json
 from pathlib import Path
 
 import pytest
 
 from bardling.config import CheckpointConfig, DataConfig, EvalConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from bardling.data.manifest import Manifest, ShardFile, SplitInfo, write_manifest
+from bardling.data.tokenizer import build_tokenizer
 from bardling.errors import UserError
 from bardling.model.arithmetic import activation_bytes
-from bardling.planner import plan, resolve_vocabulary, vocabulary_in_file
+from bardling.planner import plan, resolve_vocabulary
 
 # nanoGPT's train_gpt2.py: 12 sequences, 40 forward passes over 8 GPUs, 600,000 steps.
 GPT2 = RunConfig(
@@ -138,23 +139,27 @@ def test_a_set_vocabulary_wins() -> None:
     assert model.vocab_size == 99
 
 
-@pytest.mark.parametrize("vocabulary", [{"a": 0, "b": 6}, [["a", 0.0]] * 7])
-def test_vocabulary_of_a_file(tmp_path: Path, vocabulary: object) -> None:
+def test_vocabulary_of_a_file(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
-    path.write_text(json.dumps({"model": {"vocab": vocabulary}}))
-    assert vocabulary_in_file(path) == 7
-    path.write_text(json.dumps({"model": {"vocab": vocabulary}, "added_tokens": [{"id": 9, "content": "<end>"}]}))
-    assert vocabulary_in_file(path) == 10
+    build_tokenizer("char", ["abc", "def"]).save(tmp_path)
+    model, _ = resolve_vocabulary(RunConfig(data=DataConfig(tokenizer=str(path))))
+    assert model.vocab_size == build_tokenizer("char", ["abc", "def"]).vocab_size
+    path.write_text("{")
+    with pytest.raises(UserError, match=r"tokenizer\.json"):
+        resolve_vocabulary(RunConfig(data=DataConfig(tokenizer=str(path))))
 
 
-@pytest.mark.parametrize(
-    "text", ["", "{", "[]", "3", '{"model": {}}', '{"model": {"vocab": {}}}', '{"model": {"vocab": {"a": "x"}}}', "[" * 100_000]
-)
-def test_a_file_that_is_no_tokenizer(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "tokenizer.json"
-    path.write_text(text)
-    with pytest.raises(UserError, match=r"tokenizer\.json: is not a tokenizer"):
-        vocabulary_in_file(path)
+def test_a_prepared_folder_says_its_size(tmp_path: Path) -> None:
+    def split(name: str, tokens: int) -> SplitInfo:
+        return SplitInfo(tokens, 1, 0, (ShardFile(f"{name}-00000.bin", tokens, 2 * tokens, "0" * 64),))
+
+    manifest = Manifest("uint16", 1234, "", {"spec": "x"}, 0.05, split("train", 1000), split("val", 100))
+    write_manifest(tmp_path, manifest)
+    config = RunConfig(data=DataConfig(source=str(tmp_path)), train=TrainConfig(steps=1000, batch_size=2))
+    result = plan(config)
+    assert result.model.vocab_size == 1234
+    assert result.epochs == 1000 * 2 * 256 / 1000
+    assert plan(config, dataset_tokens=2000).epochs == 1000 * 2 * 256 / 2000
 
 
 @pytest.mark.parametrize("spec", ["bpe:many", "bpe:0", "bpe:", "missing.json"])

@@ -8,11 +8,10 @@ top. Memory is that of one process of plain data parallelism, where each process
 """
 
 import dataclasses
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from bardling.config import ModelConfig, RunConfig
 from bardling.errors import UserError
@@ -33,7 +32,9 @@ from bardling.model.peaks import peak_flops as known_peak
 from bardling.model.scaling import APPROACH_3, FITTED_FLOPS, Optimum, approach_2_tokens, chinchilla_optimal
 from bardling.train.plan import TrainPlan, make_plan
 
-LARGEST_TOKENIZER = 1 << 28  # bytes; the largest vocabularies in use need some 30 MB
+if TYPE_CHECKING:
+    from bardling.data.manifest import Manifest
+
 ASSUMED_CHARACTERS = 128
 BYTE_VOCABULARY = 257  # 256 byte values and the end of text
 GOOD_EPOCHS = 4  # Muennighoff et al. 2023 (arXiv:2305.16264): up to four passes are nearly worth new data
@@ -105,6 +106,8 @@ class Plan:
     """Tokens trained on, repetitions included."""
     epochs: float | None
     """Passes over the dataset; None where its size is not known."""
+    dataset_tokens: int | None
+    """Tokens in the training split; None where they are not known."""
     flops_per_token: int
     """Training FLOPs a token, from the list of matrix products."""
     palm_flops_per_token: int
@@ -181,7 +184,7 @@ def plan(
         precision: Number format of matrix products; unset takes the recipe's, and bfloat16 for its 'auto'.
         peak_flops: Peak of one device (FLOP/s); unset takes the table's.
         mfu: Part of the peak that the run will reach.
-        dataset_tokens: Tokens in the training split, for the number of epochs.
+        dataset_tokens: Tokens in the training split, for the number of epochs; unset takes a prepared folder's.
         budget_flops: Ask what is optimal for this many FLOPs in place of the recipe's own.
         budget_seconds: The same as time on these devices.
 
@@ -202,6 +205,9 @@ def plan(
     if device_memory is None and device_name:
         device_memory = known_memory(device_name)
     total_tokens = batch.tokens_per_step * batch.steps
+    manifest = _manifest(config)
+    if dataset_tokens is None and manifest is not None:
+        dataset_tokens = manifest.train.tokens
     epochs = None if dataset_tokens is None else total_tokens / dataset_tokens
     if epochs is not None and epochs > GOOD_EPOCHS:
         notes.append(f"{epochs:.1f} passes over the data: beyond about {GOOD_EPOCHS}, repeated tokens teach less and less.")
@@ -233,6 +239,7 @@ def plan(
         block_parameters=block_parameters(model),
         total_tokens=total_tokens,
         epochs=epochs,
+        dataset_tokens=dataset_tokens,
         flops_per_token=per_token,
         palm_flops_per_token=palm_flops_per_token(model),
         flops_per_step=per_token * batch.tokens_per_step,
@@ -316,50 +323,38 @@ def _compare(model: ModelConfig, tokens: int, flops_per_step: int, budget: float
 
 
 def resolve_vocabulary(config: RunConfig) -> tuple[ModelConfig, list[str]]:
-    """Fill in `model.vocab_size` from the tokenizer where the recipe leaves it open; also return what had to be assumed.
+    """Fill in `model.vocab_size` where the recipe leaves it open; also return what had to be assumed.
+
+    A prepared folder says its vocabulary; before that the tokenizer decides.
 
     Raises:
-        UserError: `data.tokenizer` names no tokenizer, or its file cannot be read.
+        UserError: `data.tokenizer` names no tokenizer, or a file cannot be read.
     """
     if config.model.vocab_size:
         return config.model, []
+    manifest = _manifest(config)
     spec = config.data.tokenizer
     notes = []
-    if spec == "byte":
+    if manifest is not None:
+        size = manifest.vocab_size
+    elif spec == "byte":
         size = BYTE_VOCABULARY
     elif spec == "char":
         size = ASSUMED_CHARACTERS
-        notes.append(
-            f"A character vocabulary depends on the text; {size} entries are assumed (set --model.vocab_size to know better)."
-        )
-    elif spec.startswith("bpe:"):
-        number = spec.removeprefix("bpe:")
-        if not number.isdecimal() or int(number) < 1:
-            raise UserError(f"data.tokenizer = {spec!r}: expected bpe:SIZE with a whole number, as in bpe:4096")
-        size = int(number)
+        notes.append(f"A character vocabulary depends on the text: {size} entries are assumed (or set --model.vocab_size).")
     else:
-        size = vocabulary_in_file(Path(spec))
+        from bardling.data.tokenizer import check_tokenizer_spec, load_tokenizer  # here: most plans need no tokenizer library
+
+        trained = check_tokenizer_spec(spec)
+        size = load_tokenizer(spec).vocab_size if trained is None else trained
     return dataclasses.replace(config.model, vocab_size=size), notes
 
 
-def vocabulary_in_file(path: Path) -> int:
-    """Size of the vocabulary in a `tokenizer.json`: one more than its largest id.
+def _manifest(config: RunConfig) -> "Manifest | None":
+    """The manifest of a prepared folder, if that is what `data.source` names."""
+    path = Path(config.data.source) / "manifest.json"
+    if not path.is_file():
+        return None
+    from bardling.data.manifest import read_manifest
 
-    Raises:
-        UserError: the file is missing, too large, or no tokenizer.
-    """
-    try:
-        if path.stat().st_size > LARGEST_TOKENIZER:
-            raise UserError(f"{path}: {path.stat().st_size:,} bytes is too large for a tokenizer.json")
-        content: Any = json.loads(path.read_bytes())
-        vocabulary = content["model"]["vocab"]
-        # A unigram model lists its pieces in the order of their ids; the others map each piece to its id.
-        ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else list(range(len(vocabulary)))
-        ids += [token["id"] for token in content.get("added_tokens") or ()]
-        return int(max(ids)) + 1
-    except OSError:
-        raise UserError(f"data.tokenizer = {str(path)!r}: use byte, char, bpe:SIZE or the path of a tokenizer.json") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path}: is not a tokenizer.json (no vocabulary in it)") from None
+    return read_manifest(path)

@@ -37,7 +37,7 @@ class PlanArgs:
     memory_gb: float | None = None
     """Memory of one device (10^9 bytes)."""
     dataset_tokens: float | None = None
-    """Tokens in the training split, for the number of epochs; 9.0e9 is understood."""
+    """Tokens in the training split, for the number of epochs, as in 9.0e9; unset takes a prepared folder's."""
     budget_flops: float | None = None
     """Ask what is optimal for this many FLOPs."""
     budget_hours: float | None = None
@@ -106,7 +106,7 @@ def main(args: PlanArgs, recipe: str) -> None:
     )
     _parameters(console, result)
     _arithmetic(console, result)
-    _run(console, result, device, args)
+    _run(console, result, device)
     _scaling(console, result, args)
     for note in result.notes:
         console.print(f"[yellow]note:[/] {escape(note)}")
@@ -201,7 +201,7 @@ def _arithmetic(console: "Console", result: Plan) -> None:
     console.print(table)
 
 
-def _run(console: "Console", result: Plan, device: _Device, args: PlanArgs) -> None:
+def _run(console: "Console", result: Plan, device: _Device) -> None:
     from rich import box
     from rich.markup import escape
     from rich.table import Table
@@ -217,7 +217,7 @@ def _run(console: "Console", result: Plan, device: _Device, args: PlanArgs) -> N
     table.add_row("tokens a step", f"{batch.tokens_per_step:,}", f"processes x passes x micro-batch: {passes}")
     table.add_row("tokens in all", count(result.total_tokens), f"{batch.steps:,} steps")
     if result.epochs is not None:
-        table.add_row("epochs", f"{result.epochs:.3g}", f"of {count(args.dataset_tokens or 0)} tokens")
+        table.add_row("epochs", f"{result.epochs:.3g}", f"of {count(result.dataset_tokens or 0)} tokens")
     palm = result.palm_flops_per_token
     table.add_row("FLOPs a token", si(result.flops_per_token, "FLOP"), f"PaLM's 6N + 12LHQT: {si(palm, 'FLOP')}")
     table.add_row("FLOPs a step", si(result.flops_per_step, "FLOP"))
