@@ -1,8 +1,8 @@
 """nanoGPT's settings, translated: its configuration files and flags start the same run here.
 
 `run_config_from_nanogpt` gives each training key the place where this project keeps that knob; `nanogpt_settings` is the
-reverse and serves exported checkpoints. What cannot mean exactly the same is said in the notes of the result, which the command line
-prints and a migrated recipe carries.
+reverse and serves exported checkpoints. What cannot mean exactly the same is said in the notes of the result, which the
+command line prints and a migrated recipe carries.
 
 Limits: nanoGPT draws windows at random with replacement and evaluates on random batches; here the order is a permutation and
 the validation windows are fixed, so runs agree in distribution and not number by number.
