@@ -59,7 +59,7 @@ class Console:
         self._work = _Work()
         self._live: Live | None = None
         screen = rich.console.Console(file=self._stream, width=width, highlight=False, markup=False, emoji=False)
-        if self._stream is not None and screen.is_terminal and not screen.is_dumb_terminal:
+        if self._stream is not None and screen.is_terminal and not (screen.is_dumb_terminal or screen.is_jupyter):
             self._display = _Display(steps, first_step)
             self._live = Live(self._display.renderable(), console=screen, refresh_per_second=4)
             with self._guard():
@@ -82,7 +82,7 @@ class Console:
 
     def note(self, text: str) -> None:
         """Show a message."""
-        self._print(Text(harmless(text)) if self._live else harmless(text))
+        self._print(self._text(text))
 
     def sample(self, step: int, texts: Sequence[str]) -> None:
         """Show texts that the model wrote."""
@@ -90,9 +90,9 @@ class Console:
             title = f"sample {number} of {len(texts)} at step {step:,}" if len(texts) > 1 else f"sample at step {step:,}"
             if self._live:
                 self._print(Rule(title, align="left", style="dim"))
-                self._print(Text(harmless(text)))
             else:
-                self._print(f"--- {title} ---\n{harmless(text)}")
+                self._print(f"--- {title} ---")
+            self._print(self._text(text))
         if texts:
             self._print(Rule(style="dim") if self._live else "---")
 
@@ -127,10 +127,12 @@ class Console:
             if self._live is not None:
                 self._live.console.print(what)
             else:
-                encoding = self._stream.encoding or "utf-8"
-                text = str(what).encode(encoding, "backslashreplace").decode(encoding)
-                self._stream.write(text + "\n")
+                self._stream.write(f"{what}\n")
                 self._stream.flush()
+
+    def _text(self, text: str) -> str | Text:
+        shown = harmless(text, getattr(self._stream, "encoding", None) or "utf-8")
+        return Text(shown) if self._live else shown
 
     @contextlib.contextmanager
     def _guard(self) -> Iterator[None]:
@@ -231,6 +233,7 @@ def figures_of(record: Mapping[str, object]) -> dict[str, str]:
     return found
 
 
-def harmless(text: str) -> str:
-    """`text` with control characters spelled out: what a model wrote must not command the terminal."""
-    return "".join(c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+def harmless(text: str, encoding: str = "utf-8") -> str:
+    """`text` with spelled out what would command the terminal (what a model wrote must not) or cannot be encoded for it."""
+    shown = "".join(c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return shown.encode(encoding, "backslashreplace").decode(encoding)

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from bardling.errors import UserError
 
+# What an optimizer keeps for each parameter; of others not listed here whatever they keep is taken.
+TENSORS = {"AdamW": frozenset({"step", "exp_avg", "exp_avg_sq"})}
+
 
 def optimizer_tensors(
     optimizer: torch.optim.Optimizer, names: Mapping[str, nn.Parameter]
@@ -84,9 +87,10 @@ def load_optimizer_tensors(
     missing = sorted(name for name, entries in state.items() if not entries and name not in stateless)
     if missing:
         raise UserError(f"the optimizer state lacks {len(missing)} parameters of this model, {missing[0]!r} first")
-    kinds = {frozenset(entries) for entries in state.values() if entries}
-    if len(kinds) > 1:
-        raise UserError("the optimizer state is incomplete: its parameters have different entries")
+    for name, entries in state.items():
+        needed = TENSORS.get(kind, frozenset(entries))
+        if entries and {key for key, value in entries.items() if isinstance(value, Tensor) or kind not in TENSORS} != needed:
+            raise UserError(f"the optimizer state of {name!r} is incomplete: {sorted(entries)} instead of {sorted(needed)}")
     for name, parameter in expected.items():
         optimizer.state.pop(parameter, None)
         if state[name]:
