@@ -4,14 +4,26 @@ import dataclasses
 
 import pytest
 
-from bardling.config import CheckpointConfig, DataConfig, EvalConfig, ModelConfig, OptimConfig, RunConfig, SampleConfig, TrainConfig
+from bardling.config import (
+    CheckpointConfig,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    SampleConfig,
+    TrainConfig,
+)
 from bardling.errors import UserError
 
 
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda: ModelConfig(n_embd=100, n_head=6), "n_embd = 100 is not divisible by model.n_head = 6: try --model.n_embd 96 or 102"),
+        (
+            lambda: ModelConfig(n_embd=100, n_head=6),
+            "n_embd = 100 is not divisible by model.n_head = 6: try --model.n_embd 96 or 102",
+        ),
         (lambda: ModelConfig(n_layer=0), "model.n_layer = 0"),
         (lambda: ModelConfig(dropout=1.0), "model.dropout = 1.0"),
         (lambda: DataConfig(val_fraction=0), "data.val_fraction = 0"),
@@ -22,7 +34,10 @@ from bardling.errors import UserError
         (lambda: EvalConfig(windows=0), "eval.windows = 0"),
         (lambda: SampleConfig(top_p=1.5), "sample.top_p = 1.5"),
         (lambda: CheckpointConfig(keep_last=0), "checkpoint.keep_last = 0"),
-        (lambda: RunConfig(train=TrainConfig(steps=100), optim=OptimConfig(warmup_steps=100)), "warmup_steps = 100 leaves no step"),
+        (
+            lambda: RunConfig(train=TrainConfig(steps=100), optim=OptimConfig(warmup_steps=100)),
+            "warmup_steps = 100 leaves no step",
+        ),
     ],
 )
 def test_values_that_cannot_work_are_refused_with_key_value_and_rule(make, says):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bardling.checkpoint.load import load_model as load_model
-    from bardling.checkpoint.load import load_tokenizer_of as load_tokenizer
+    from bardling.checkpoint.load import load_tokenizer_of as load_tokenizer  # noqa: F401
     from bardling.config import ModelConfig as ModelConfig
     from bardling.config import RunConfig as RunConfig
     from bardling.configfile import load_recipe as load_recipe
@@ -45,7 +45,7 @@ _PUBLIC = {
     "train": ("bardling.train.run", "train"),
 }
 
-__all__ = sorted(_PUBLIC)  # noqa: PLE0605
+__all__ = sorted(_PUBLIC)
 
 
 def __getattr__(name: str) -> Any:

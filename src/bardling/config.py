@@ -4,8 +4,8 @@ A run is described by one `RunConfig`: a few settings of its own and a section f
 docstring says what it does and in which unit; `bardling train --help` prints the same words. Nothing heavy is imported here,
 so that help, planning and errors answer at once.
 
-Checks that need a single section are in its `__post_init__`; those that need several are in `RunConfig.__post_init__`; those that
-need the dataset or the number of processes are where these are known (`train/plan.py`).
+Checks that need a single section are in its `__post_init__`; those that need several are in `RunConfig.__post_init__`;
+those that need the dataset or the number of processes are where these are known (`train/plan.py`).
 """
 
 from dataclasses import dataclass, field
@@ -67,7 +67,7 @@ class DataConfig:
     """The text, and how it becomes tokens."""
 
     source: str = "stdlib"
-    """'stdlib' (the Python standard library's sources), a text file, a folder, a glob, FILE.jsonl[:FIELD], or a prepared folder."""
+    """'stdlib' (Python's own sources), a text file, a folder, a glob, FILE.jsonl[:FIELD], or a prepared folder."""
     tokenizer: str = "byte"
     """'byte', 'char', 'bpe:SIZE' (trained on the source), or the path of a tokenizer.json."""
     val_fraction: float = 0.05
@@ -112,9 +112,7 @@ class OptimConfig:
             f"must be between 0 and optim.lr = {self.lr}",
         )
         _require(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "must be at least 0")
-        _require(
-            self.decay_steps is None or self.decay_steps >= 1, "optim.decay_steps", self.decay_steps, "must be at least 1"
-        )
+        _require(self.decay_steps is None or self.decay_steps >= 1, "optim.decay_steps", self.decay_steps, "must be at least 1")
         _require(0 < self.decay_fraction <= 1, "optim.decay_fraction", self.decay_fraction, "must be above 0, at most 1")
         _require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "must be at least 0")
         _require(all(0 <= b < 1 for b in self.betas), "optim.betas", self.betas, "must each be at least 0 and below 1")
@@ -144,9 +142,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "log_every"):
             _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "must be at least 1")
-        _require(
-            self.micro_batch is None or self.micro_batch >= 1, "train.micro_batch", self.micro_batch, "must be at least 1"
-        )
+        _require(self.micro_batch is None or self.micro_batch >= 1, "train.micro_batch", self.micro_batch, "must be at least 1")
         _require(self.grad_clip >= 0, "train.grad_clip", self.grad_clip, "must be at least 0 (0: no clipping)")
 
 

@@ -17,8 +17,15 @@ def options(*argv):
 
 def test_dotted_options_override_the_recipe_and_leave_the_rest():
     base = options().config
-    changed = options("--model.n_layer", "2", "--optim.betas", "0.8", "0.9", "--model.bias", "False", "--train.micro-batch=8").config
-    assert (changed.model.n_layer, changed.optim.betas, changed.model.bias, changed.train.micro_batch) == (2, (0.8, 0.9), False, 8)
+    changed = options(
+        "--model.n_layer", "2", "--optim.betas", "0.8", "0.9", "--model.bias", "False", "--train.micro-batch=8"
+    ).config
+    assert (changed.model.n_layer, changed.optim.betas, changed.model.bias, changed.train.micro_batch) == (
+        2,
+        (0.8, 0.9),
+        False,
+        8,
+    )
     assert changed.model.n_embd == base.model.n_embd
     assert changed.data == base.data
 
@@ -43,7 +50,11 @@ def test_wrong_options_are_one_line(argv, says):
 
 
 def test_unknown_verbs_and_missing_recipes_exit_with_two(capsys):
-    for argv, says in ((["trian"], "did you mean 'train'"), (["train"], "name a recipe first"), (["train", "nosuch"], "no shipped recipe")):
+    for argv, says in (
+        (["trian"], "did you mean 'train'"),
+        (["train"], "name a recipe first"),
+        (["train", "nosuch"], "no shipped recipe"),
+    ):
         with pytest.raises(SystemExit) as stop:
             main(argv)
         assert stop.value.code == 2
@@ -62,10 +73,15 @@ def test_help_shows_units_defaults_and_the_recipes_values(capsys):
 
 
 def test_help_does_not_import_torch():
-    code = "import sys; from bardling.cli.main import main; main(['--help']); assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-    code = "import sys\nfrom bardling.cli.main import main\ntry: main(['train', '--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    for argv in (["--help"], ["train", "--help"]):
+        code = (
+            "import sys\n"
+            "from bardling.cli.main import main\n"
+            f"try: main({argv})\n"
+            "except SystemExit: pass\n"
+            "assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+        )
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
 def test_parse_takes_plain_defaults():

@@ -72,7 +72,11 @@ def recipe(tmp_path_factory, corpus):
 def start(*argv):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, "-m", "bardling", *map(str, argv)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, "-m", "bardling", *map(str, argv)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 
@@ -118,10 +122,7 @@ def test_sigkill_at_random_moments_and_while_saving(recipe, undisturbed, tmp_pat
             time.sleep(chance.random() * 0.02)
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        if (run / "config.toml").exists():
-            process = start("resume", run)
-        else:
-            process = start("train", recipe, "--out", run)
+        process = start("resume", run) if (run / "config.toml").exists() else start("train", recipe, "--out", run)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     assert caught_saving >= 2
@@ -148,7 +149,9 @@ def test_sigterm_saves_and_exits_with_143(recipe, undisturbed, tmp_path):
     assert_same(run, undisturbed)
 
 
-def test_a_signal_in_validation_or_sampling_is_obeyed_at_once_and_the_work_is_done_on_resume(tiny, change, tmp_path, monkeypatch):
+def test_a_signal_in_validation_or_sampling_is_obeyed_at_once_and_the_work_is_done_on_resume(
+    tiny, change, tmp_path, monkeypatch
+):
     from bardling.train import hooks
     from bardling.train.run import resume
 

@@ -21,7 +21,9 @@ def find_checkpoint(path: Path, *, best: bool = False) -> Path:
     run = open_run(path)
     found = run.store().best() if best else run.store().latest(lambda message: print(f"bardling: {message}", file=sys.stderr))
     if found is None:
-        raise UserError(f"{path}: has no {'best ' if best else ''}checkpoint yet; `bardling resume {path}` goes on with the run")
+        raise UserError(
+            f"{path}: has no {'best ' if best else ''}checkpoint yet; `bardling resume {path}` goes on with the run"
+        )
     return found
 
 

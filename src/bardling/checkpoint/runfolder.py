@@ -1,12 +1,12 @@
 """A run is a folder: where everything of a run lies, and how it is opened again.
 
-    config.toml        the resolved configuration, itself a recipe
-    environment.json   each start of the run: versions, device, choices
-    dataset.json       which dataset it trains on, with its fingerprint
-    tokenizer.json     and tokenizer_config.json
-    metrics.jsonl      a line a figure
-    samples.jsonl      a line a set of samples
-    checkpoints/       step-000500/ ...
+config.toml        the resolved configuration, itself a recipe
+environment.json   each start of the run: versions, device, choices
+dataset.json       which dataset it trains on, with its fingerprint
+tokenizer.json     and tokenizer_config.json
+metrics.jsonl      a line a figure
+samples.jsonl      a line a set of samples
+checkpoints/       step-000500/ ...
 """
 
 import json
@@ -28,27 +28,27 @@ class RunFolder:
     path: Path
 
     @property
-    def config_file(self) -> Path:  # noqa: D102
+    def config_file(self) -> Path:
         return self.path / "config.toml"
 
     @property
-    def metrics_file(self) -> Path:  # noqa: D102
+    def metrics_file(self) -> Path:
         return self.path / "metrics.jsonl"
 
     @property
-    def samples_file(self) -> Path:  # noqa: D102
+    def samples_file(self) -> Path:
         return self.path / "samples.jsonl"
 
     @property
-    def environment_file(self) -> Path:  # noqa: D102
+    def environment_file(self) -> Path:
         return self.path / "environment.json"
 
     @property
-    def dataset_file(self) -> Path:  # noqa: D102
+    def dataset_file(self) -> Path:
         return self.path / "dataset.json"
 
     @property
-    def checkpoints(self) -> Path:  # noqa: D102
+    def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
     def store(self, keep_last: int = 1) -> CheckpointStore:

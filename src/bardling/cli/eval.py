@@ -1,9 +1,9 @@
-"""`bardling eval RUN`: loss, perplexity and bits per byte on the held-out split, beside what general compressors reach on the same text."""
+"""`bardling eval RUN`: loss, perplexity and bits per byte on the held-out split, beside what compressors reach there."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
@@ -30,8 +30,8 @@ class EvalOptions:
     """Windows in a forward pass."""
     device: str = "auto"
     """'auto', 'cpu', 'cuda', 'cuda:N' or 'mps'."""
-    precision: str = "auto"
-    """Number format: float32, bfloat16, float16 or auto."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format of matrix products."""
     best: bool = False
     """Use the checkpoint with the best validation loss instead of the newest."""
 
@@ -99,14 +99,14 @@ def _dataset(options: EvalOptions) -> "TokenDataset":
     own = load_tokenizer_of(options.model)
     if dataset.tokenizer is not None and own.fingerprint != dataset.tokenizer.fingerprint:
         raise UserError(
-            f"{dataset.path}: was made with another tokenizer ({dataset.tokenizer.fingerprint}) than the model's ({own.fingerprint}): "
-            f"prepare it again with --tokenizer {options.model}/tokenizer.json"
+            f"{dataset.path}: was made with another tokenizer ({dataset.tokenizer.fingerprint}) than the model's "
+            f"({own.fingerprint}): prepare it again with --tokenizer {options.model}/tokenizer.json"
         )
     return dataset
 
 
 def compressors(dataset: "TokenDataset") -> dict[str, float]:
-    """Bits per byte of `gzip -9` and `xz -9` on the dataset's held-out text, all documents together; empty when it is too long."""
+    """Bits per byte of `gzip -9` and `xz -9` on the held-out text, all documents together; empty when it is too long."""
     import gzip
     import lzma
 

@@ -1,7 +1,7 @@
 """`bardling VERB ...`: finds the verb, runs it, and turns errors into one line and an exit status.
 
-Exit status: 0 done; 2 something the user can put right; 130 and 143 stopped by SIGINT and SIGTERM; 1 anything else. A verb's module is imported only when it
-is called, so that help answers without importing torch.
+Exit status: 0 done; 2 something the user can put right; 130 and 143 stopped by SIGINT and SIGTERM; 1 anything else. A
+verb's module is imported only when it is called, so that help answers without importing torch.
 """
 
 import errno
@@ -16,6 +16,7 @@ from bardling.errors import UserError, closest
 VERBS = {
     "train": "train a model by a recipe",
     "resume": "go on with a run, exactly where it stopped",
+    "plan": "work out what a run will need, before it starts",
     "sample": "let a trained model write",
     "eval": "measure a model on held-out text",
     "prepare": "turn text into a dataset of tokens",
@@ -93,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         reason = _FIXABLE.get(error.errno or 0)
         subject = f"{error.filename}: " if error.filename else ""
         _fail(f"{subject}{reason or error}", 2 if reason else 1)
-    except Exception as error:  # noqa: BLE001  the last line of defence: one line for the user, the traceback on request
+    except Exception as error:  # the last line of defence: one line for the user, the traceback on request
         if debug:
             raise
         _fail(f"internal error: {type(error).__name__}: {error} (run again with --debug for the traceback)", 1)

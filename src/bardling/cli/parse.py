@@ -29,7 +29,7 @@ def parse(cls: type[T], argv: Sequence[str], *, prog: str, description: str, def
     options: dict[str, Any] = {} if default is None else {"default": default}
     try:
         with contextlib.redirect_stderr(complaint):
-            value, unknown = tyro.cli(
+            answer: tuple[T, list[str]] = tyro.cli(
                 cls,
                 args=list(argv),
                 prog=prog,
@@ -43,12 +43,15 @@ def parse(cls: type[T], argv: Sequence[str], *, prog: str, description: str, def
         if stop.code in (0, None):
             raise
         raise UserError(_one_line(complaint.getvalue())) from None
+    value, unknown = answer
     if unknown:
         names = option_names(cls)
         wrong = next((word for word in unknown if word.startswith("-")), unknown[0])
         option = wrong.split("=", 1)[0]
         if option.startswith("-"):
-            raise UserError(f"unknown option {option}{closest(option.replace('-', '_'), names) or ' (see --help)'}".replace("'__", "'--"))
+            raise UserError(
+                f"unknown option {option}{closest(option.replace('-', '_'), names) or ' (see --help)'}".replace("'__", "'--")
+            )
         raise UserError(f"unexpected argument {wrong!r} (see --help)")
     return value
 

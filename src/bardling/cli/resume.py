@@ -35,7 +35,8 @@ def run(argv: Sequence[str]) -> None:
         ResumeOptions,
         rest,
         prog=f"bardling resume {folder or 'RUN'}",
-        description="Go on with a run from its newest sound checkpoint, exactly. Options change its configuration; --train.steps may be raised.",
+        description="Go on with a run from its newest sound checkpoint, exactly. Options change its configuration; "
+        "--train.steps may be raised.",
         default=ResumeOptions(config),
     )
     from bardling.train.run import resume  # here, so that help answers without importing torch

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -37,8 +38,8 @@ class SampleOptions:
     """Seed of the draws; unset draws a new one and prints it."""
     device: str = "auto"
     """'auto', 'cpu', 'cuda', 'cuda:N' or 'mps'."""
-    precision: str = "float32"
-    """Number format: float32, bfloat16, float16 or auto."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    """Number format of matrix products."""
     best: bool = False
     """Use the checkpoint with the best validation loss instead of the newest."""
 
@@ -54,10 +55,10 @@ def run(argv: Sequence[str]) -> None:
         top_k=options.top_k,
         top_p=options.top_p,
     )
-    from bardling.checkpoint.load import load_model, load_tokenizer_of, prompt_ids
+    from bardling.checkpoint.load import load_model, load_tokenizer_of
     from bardling.data.tokenizer import StreamDecoder
     from bardling.distributed.device import choose_device, choose_precision
-    from bardling.generate import generate, will_slide
+    from bardling.generate import generate, prompt_ids, will_slide
 
     device = choose_device(options.device)
     precision = choose_precision(options.precision, device)

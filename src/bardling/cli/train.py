@@ -38,14 +38,17 @@ def run(argv: Sequence[str]) -> None:
 def parse_recipe_and_options(verb: str, argv: Sequence[str], what: str) -> tuple[str, TrainOptions]:
     """Parse `RECIPE [options]`: the recipe's values are the defaults that the options override."""
     recipe, rest = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("", argv)
+    names = ", ".join(recipe_names())
     if not recipe and not any(word in ("-h", "--help") for word in rest):
-        raise UserError(f"bardling {verb} RECIPE [--section.field VALUE ...]: name a recipe first: {', '.join(recipe_names())}, or a TOML file")
+        raise UserError(
+            f"bardling {verb} RECIPE [--section.field VALUE ...]: name a recipe first: {names}, or a TOML file"
+        )
     config = load_recipe(recipe) if recipe else RunConfig()
     options = parse(
         TrainOptions,
         rest,
         prog=f"bardling {verb} {recipe or 'RECIPE'}",
-        description=f"{what} RECIPE is a shipped name ({', '.join(recipe_names())}) or a TOML file; options override its values.",
+        description=f"{what} RECIPE is a shipped name ({names}) or a TOML file; options override its values.",
         default=TrainOptions(config=config),
     )
     return recipe, options

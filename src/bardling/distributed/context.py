@@ -1,7 +1,8 @@
 """One value that says who this process is among the others, passed to whatever needs it and never global.
 
-`torchrun` describes the processes in environment variables; they are read here, once. Collectives run over gloo for tensors in host memory and over NCCL for
-those on a GPU, so that small decisions (has anyone been asked to stop?) never wait for the GPU.
+`torchrun` describes the processes in environment variables; they are read here, once. Collectives run over gloo for
+tensors in host memory and over NCCL for those on a GPU, so that small decisions (has anyone been asked to stop?) never
+wait for the GPU.
 """
 
 import contextlib
@@ -9,12 +10,15 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from bardling.distributed.device import choose_device
 from bardling.errors import UserError
+
+T = TypeVar("T")
 
 # A process that waits longer than this for the others takes them for dead. Long enough for a slow disk, short enough to notice.
 TIMEOUT = timedelta(minutes=10)
@@ -47,11 +51,11 @@ class Context:
         dist.all_reduce(votes, op=dist.ReduceOp.MAX)
         return bool(votes.item())
 
-    def broadcast(self, value: object) -> object:
-        """The primary's `value` (anything that JSON can hold), in all processes."""
+    def broadcast(self, value: T) -> T:
+        """The primary's `value`, in all processes."""
         if self.world_size == 1:
             return value
-        box = [value]
+        box: list[T] = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
 

@@ -1,7 +1,8 @@
 """The device and the number format: what the user asked for, or the best that is there, with the reason.
 
-`auto` precision on a CPU is decided by a short measurement, since whether bfloat16 pays depends on the chip: with AVX-512-BF16 or AMX its
-matrix products are two and more times faster, without them slower. The choice is recorded with the run, and a resumed run keeps it.
+`auto` precision on a CPU is decided by a short measurement, since whether bfloat16 pays depends on the chip: with
+AVX-512-BF16 or AMX its matrix products are two and more times faster, without them slower. The choice is recorded with
+the run, and a resumed run keeps it.
 """
 
 import contextlib
@@ -9,6 +10,8 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -21,7 +24,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class Precision:
     """A number format for matrix products, and how to compute in it."""
 
-    name: str  # 'float32', 'bfloat16' or 'float16'
+    name: Literal["float32", "bfloat16", "float16"]
     why: str
     device_type: str  # 'cpu', 'cuda' or 'mps'
 
@@ -63,7 +66,7 @@ def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
     return device
 
 
-def choose_precision(wanted: str, device: torch.device) -> Precision:
+def choose_precision(wanted: Literal["auto", "float32", "bfloat16", "float16"], device: torch.device) -> Precision:
     """Return the number format that `wanted` means on `device`, with the reason for the choice.
 
     Raises:
@@ -133,7 +136,7 @@ def device_name(device: torch.device) -> str:
     import platform
 
     try:
-        with open("/proc/cpuinfo", encoding="utf-8") as info:
+        with Path("/proc/cpuinfo").open(encoding="utf-8") as info:
             for line in info:
                 if line.startswith("model name"):
                     return line.split(":", 1)[1].strip()

@@ -1,7 +1,7 @@
 """Loss, perplexity and bits per byte on a fixed set of windows, shared out over the processes.
 
-Sums are kept in float64, so that the figure does not depend on how the windows were divided. Bits per byte divides the loss by the
-bytes of the text rather than by its tokens, which makes models with different tokenizers comparable.
+Sums are kept in float64, so that the figure does not depend on how the windows were divided. Bits per byte divides the
+loss by the bytes of the text rather than by its tokens, which makes models with different tokenizers comparable.
 """
 
 import math
@@ -64,22 +64,24 @@ def evaluate_loss(
     totals = torch.zeros(3, dtype=torch.float64, device="cpu" if context.device.type == "mps" else context.device)
     stride = batch_size * context.world_size
     try:
-        for first in range(0, len(windows), stride):  # every process makes the same number of turns
+        for first in range(0, windows.n, stride):  # every process makes the same number of turns
             if context.any(stop_requested()):
                 raise Interrupted
             start = first + context.rank * batch_size
-            size = min(batch_size, len(windows) - start)
+            size = min(batch_size, windows.n - start)
             if size > 0:
                 inputs, targets = (part.to(context.device) for part in windows.batch(start, size))
                 with torch.no_grad(), precision.autocast():
                     losses = model(inputs, targets, reduction="none")
                 counted = targets != IGNORE
-                totals[0] += losses.double().sum().to(totals.device) if losses.device.type != "mps" else losses.sum().cpu().double()
+                totals[0] += (
+                    losses.double().sum().to(totals.device) if losses.device.type != "mps" else losses.sum().cpu().double()
+                )
                 totals[1] += counted.sum().to(totals.device)
                 if bytes_per_token is not None:
                     totals[2] += (bytes_per_token[targets.clamp(min=0)] * counted).sum().to(totals.device)
             if progress is not None:
-                progress(min(first + stride, len(windows)), len(windows))
+                progress(min(first + stride, windows.n), windows.n)
     finally:
         model.train(was_training)
     loss_sum, tokens, size_in_bytes = context.sum(totals).tolist()

@@ -19,7 +19,7 @@ class Record:
 
 @dataclasses.dataclass(frozen=True)
 class TrainRecord(Record):
-    """One optimizer step. The first group is the same in every repetition of the run; the second depends on the machine's mood."""
+    """One optimizer step. The first group is the same in every repetition of the run; the second is measured."""
 
     kind: ClassVar[str] = "train"
     loss: float  # mean over the step's target tokens (nats)

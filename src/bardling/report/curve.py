@@ -61,7 +61,16 @@ def draw_curves(runs: Sequence[Path], out: Path, *, marks: dict[str, float] | No
         axes.plot(tokens, values, color=colour, alpha=0.25, linewidth=0.8)
         axes.plot(tokens, smooth(values), color=colour, linewidth=1.5, label=f"{path.name}: training")
         seen, validation, _ = curve(records, "val", tokens_per_step)
-        axes.plot(seen, validation, "o-", color=colour, markersize=4, linewidth=1, markerfacecolor="white", label=f"{path.name}: held out")
+        axes.plot(
+            seen,
+            validation,
+            "o-",
+            color=colour,
+            markersize=4,
+            linewidth=1,
+            markerfacecolor="white",
+            label=f"{path.name}: held out",
+        )
         units.add(unit)
         highest += values[len(values) // 20 :]
     for name, value in (marks or {}).items():

@@ -1,7 +1,8 @@
 """What happens between steps: log, validate, sample, save.
 
-Each hook decides from the step alone whether it is due, and notes in `state.hooks_done` the step at which it finished. A checkpoint carries these notes:
-work that a signal interrupted is therefore done when the run resumes, and finished work is not repeated.
+Each hook decides from the step alone whether it is due, and notes in `state.hooks_done` the step at which it finished.
+A checkpoint carries these notes: work that a signal interrupted is therefore done when the run resumes, and finished
+work is not repeated.
 """
 
 import time
@@ -283,5 +284,3 @@ class Checkpoint(_Timed):
         state.hooks_done[self.name] = state.step
         self._monitor.flush()
         self._save(state)
-
-

@@ -1,7 +1,8 @@
 """The loop: a step, then the hooks, until the plan is done.
 
-A hook is called after every step with the state and the step's figures. When a run resumes, the hooks are called once for the step it
-resumes at, with no figures, so that work which a signal interrupted (a validation, say) is done before the next step.
+A hook is called after every step with the state and the step's figures. When a run resumes, the hooks are called once
+for the step it resumes at, with no figures, so that work which a signal interrupted (a validation, say) is done before
+the next step.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,7 @@
 """All batch arithmetic, in one place: how many sequences each process reads in each forward pass of each step.
 
-The samples of a step are numbered from its first one; forward pass `m` of process `r` takes the `micro_batch` samples that start at
-`(m * world_size + r) * micro_batch`. Every split over processes and passes thus covers the same samples.
+The samples of a step are numbered from its first one; forward pass `m` of process `r` takes the `micro_batch` samples
+that start at `(m * world_size + r) * micro_batch`. Every split over processes and passes thus covers the same samples.
 """
 
 from collections.abc import Iterator

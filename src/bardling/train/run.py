@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -28,7 +28,7 @@ from bardling.data.order import WindowOrder
 from bardling.data.prepare import dataset_for
 from bardling.data.shards import TokenDataset
 from bardling.distributed.context import Context, distributed
-from bardling.distributed.device import Precision, choose_precision, device_name, matmul_flops, prepare_backend
+from bardling.distributed.device import DTYPES, choose_precision, device_name, matmul_flops, prepare_backend
 from bardling.errors import UserError
 from bardling.model.arithmetic import flops_per_token
 from bardling.model.gpt import GPT
@@ -99,7 +99,9 @@ def check_changes(before: RunConfig, after: RunConfig) -> list[str]:
         if old.get(key) == new.get(key):
             continue
         if key in _FIXED or (key.startswith("model.") and key != "model.dropout"):
-            raise UserError(f"{key} = {new.get(key)!r}: a run that has started keeps {old.get(key)!r}; start a new run for another")
+            raise UserError(
+                f"{key} = {new.get(key)!r}: a run that has started keeps {old.get(key)!r}; start a new run for another"
+            )
         changes.append(f"{key}: {old.get(key)} -> {new.get(key)}")
     return changes
 
@@ -128,7 +130,6 @@ class _Run:
         self.config = self._resolve(config)
         self.plan: TrainPlan = make_plan(self.config.train, self.config.model.block_size, context.world_size)
         self.order = WindowOrder(self.config.seed, len(self.dataset.split("train")), self.config.model.block_size)
-        self.precision: Precision = dataclasses.replace(self.precision, name=self.config.precision)
 
     def _resolve(self, config: RunConfig) -> RunConfig:
         """The configuration with every `auto` decided, for all processes as the primary decides."""
@@ -140,19 +141,22 @@ class _Run:
             )
         model = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or vocab_size)
         self.precision = choose_precision(config.precision, self.context.device)
-        precision = str(self.context.broadcast(self.precision.name))
-        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[precision]
+        # As the primary measured it: processes must not compute in different formats.
+        name, why = self.context.broadcast((self.precision.name, self.precision.why))
+        self.precision = dataclasses.replace(self.precision, name=name, why=why)
         if self.context.device.type == "cpu":
-            self.peak: float | None = matmul_flops(self.context.device, dtype)
+            self.peak: float | None = matmul_flops(self.context.device, DTYPES[name])
         else:
-            self.peak = peak_flops(device_name(self.context.device), precision)
+            self.peak = peak_flops(device_name(self.context.device), name, tf32=not config.deterministic)
         self.compile_why = "as asked"
-        compiled = config.compile
+        compiled: Literal["auto", "on", "off"] = config.compile
         if compiled == "auto":
             flops = flops_per_token(model, model.block_size) * config.train.batch_size * model.block_size
-            pays, self.compile_why = compile_pays(flops * config.train.steps / self.context.world_size, self.peak, self.context.device)
+            pays, self.compile_why = compile_pays(
+                flops * config.train.steps / self.context.world_size, self.peak, self.context.device
+            )
             compiled = "on" if self.context.broadcast(pays) else "off"
-        return dataclasses.replace(config, model=model, precision=precision, compile=compiled)
+        return dataclasses.replace(config, model=model, precision=name, compile=compiled)
 
     def go(self) -> RunResult:
         """Build the state, train it to the end or until a signal, and say how it ended."""
@@ -194,7 +198,9 @@ class _Run:
         if self.precision.needs_scaler:
             state.scaler = torch.amp.GradScaler(device.type)
         if checkpoint is not None:
-            load_optimizer_tensors(optimizer, dict(model.named_parameters()), checkpoint.optimizer_tensors, checkpoint.optimizer_meta)
+            load_optimizer_tensors(
+                optimizer, dict(model.named_parameters()), checkpoint.optimizer_tensors, checkpoint.optimizer_meta
+            )
             training = checkpoint.training
             state.step, state.samples = training["step"], training["samples"]
             state.best_val_loss, state.best_step = training["best_val_loss"], training["best_step"]
@@ -223,13 +229,16 @@ class _Run:
         """Say what will be trained, on what, and what `auto` chose."""
         config, plan = self.config, self.plan
         parameters = sum(parameter.numel() for parameter in state.model.parameters())
+        epochs = plan.steps * plan.samples_per_step / self.order.windows_per_epoch
         where = f"{device_name(self.context.device)}" + (f" x {plan.world_size}" if plan.world_size > 1 else "")
         monitor.note(
             f"{parameters / 1e6:.2f}M parameters, {plan.steps:,} steps of {plan.samples_per_step} x {config.model.block_size} tokens "
-            f"({plan.accumulation} forward passes of {plan.micro_batch}), {plan.steps * plan.samples_per_step / self.order.windows_per_epoch:.2f} "
+            f"({plan.accumulation} forward passes of {plan.micro_batch}), {epochs:.2f} "
             f"epochs of {len(self.dataset.split('train')):,} tokens"
         )
-        monitor.note(f"{where}; precision {config.precision} ({self.precision.why}); compile {config.compile} ({self.compile_why})")
+        monitor.note(
+            f"{where}; precision {config.precision} ({self.precision.why}); compile {config.compile} ({self.compile_why})"
+        )
         if self.resumed:
             monitor.note(f"resuming {self.folder.path} at step {state.step:,} of {plan.steps:,}")
 
@@ -276,7 +285,9 @@ class _Run:
                 )
             )
         hooks.append(
-            Checkpoint(monitor, timer, self._save, every=config.checkpoint.every, last=last, save_best=config.checkpoint.save_best)
+            Checkpoint(
+                monitor, timer, self._save, every=config.checkpoint.every, last=last, save_best=config.checkpoint.save_best
+            )
         )
         source = TrainWindows(self.dataset.split("train"), self.order)
         requests = plan.requests(state.samples, plan.steps - state.step, context.rank)
@@ -371,7 +382,9 @@ def check_dataset(dataset: TokenDataset, folder: RunFolder) -> None:
 def refuse_existing(folder: RunFolder) -> None:
     """Fail early, before any work, when a new run's folder is taken."""
     if folder.config_file.exists():
-        raise UserError(f"{folder.path}: a run is there already: go on with `bardling resume {folder.path}`, or choose another --out")
+        raise UserError(
+            f"{folder.path}: a run is there already: go on with `bardling resume {folder.path}`, or choose another --out"
+        )
 
 
 def environment(context: Context, step: int) -> dict[str, Any]:
@@ -398,5 +411,3 @@ def _git_commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return answer.stdout.strip() or None
-
-

@@ -1,7 +1,7 @@
 """Stopping on request: the first SIGINT or SIGTERM asks the run to save and leave, a second one leaves at once.
 
-Long work asks `requested` often (between forward passes, validation batches and sampled tokens) and raises `Stopped`, which the run turns
-into a checkpoint and the exit status that schedulers expect: 128 + the signal's number.
+Long work asks `requested` often (between forward passes, validation batches and sampled tokens) and raises `Stopped`,
+which the run turns into a checkpoint and the exit status that schedulers expect: 128 + the signal's number.
 """
 
 import os

@@ -1,8 +1,8 @@
 """One optimizer step: forward and backward over the step's batches, clipping, update.
 
 The loss of a step is the sum over its target tokens divided by their true number over all processes, which is known before
-the first forward pass; gradients are therefore exact for every split into processes and forward passes, also where targets are masked.
-Nothing here waits for the device: losses and norms stay tensors until somebody prints them.
+the first forward pass; gradients are therefore exact for every split into processes and forward passes, also where
+targets are masked. Nothing here waits for the device: losses and norms stay tensors until somebody prints them.
 """
 
 import contextlib
@@ -74,7 +74,7 @@ def train_step(
                 loss = forward(batch.inputs, batch.targets, reduction="sum")
             # DDP averages gradients over the processes; the factor makes that the sum which the division by all tokens needs.
             scaled = loss * (context.world_size / tokens)
-            (scaled if state.scaler is None else state.scaler.scale(scaled)).backward()  # type: ignore[no-untyped-call]
+            (scaled if state.scaler is None else state.scaler.scale(scaled)).backward()
         loss_sum += loss.detach()
     context.sum(loss_sum)
 
@@ -100,5 +100,5 @@ def _bytes(targets: Tensor, bytes_per_token: Tensor) -> Tensor:
 
 
 def seed_dropout(seed: int, step: int, rank: int) -> None:
-    """Key the device's random numbers by (seed, step, rank): a step draws the same dropout masks after any number of restarts."""
+    """Key the random numbers by (seed, step, rank): a step draws the same dropout masks after any number of restarts."""
     torch.manual_seed((seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB) % 2**63)

@@ -1,0 +1,63 @@
+"""Loss on held-out text, against a plain computation."""
+
+import math
+
+import pytest
+import torch
+
+from bardling.config import ModelConfig
+from bardling.data.loader import Batch
+from bardling.distributed.device import Precision
+from bardling.evaluate.loss import Interrupted, LossResult, evaluate_loss
+from bardling.model.gpt import GPT
+
+FLOAT32 = Precision("float32", "test", "cpu")
+
+
+class Windows:
+    """Seven windows of which the last is padded."""
+
+    n = 7
+
+    def __init__(self):
+        random = torch.Generator().manual_seed(2)
+        self.tokens = torch.randint(11, (7, 13), generator=random)
+        self.targets = self.tokens[:, 1:].clone()
+        self.targets[6, 5:] = -100
+
+    def batch(self, first, size):
+        return Batch(self.tokens[first : first + size, :-1], self.targets[first : first + size])
+
+
+@pytest.fixture
+def model():
+    return GPT(ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=12, vocab_size=11, dropout=0.5), seed=1).train()
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7, 20])
+def test_it_is_the_mean_over_target_tokens_whatever_the_batch_size(model, batch_size):
+    windows, table = Windows(), torch.arange(11)
+    result = evaluate_loss(model, windows, batch_size=batch_size, precision=FLOAT32, bytes_per_token=table)
+    assert model.training, "the model's mode is left as it was"
+    logits = model.eval()(windows.tokens[:, :-1])
+    reference = torch.nn.functional.cross_entropy(
+        logits.double().flatten(0, 1), windows.targets.flatten(), ignore_index=-100, reduction="sum"
+    ).item()
+    counted = windows.targets[windows.targets != -100]
+    assert result.tokens == len(counted)
+    assert result.loss == pytest.approx(reference / len(counted), rel=1e-6)
+    assert result.bits_per_byte == pytest.approx(reference / math.log(2) / counted.sum().item(), rel=1e-6)
+    assert result.perplexity == pytest.approx(math.exp(result.loss))
+
+
+def test_progress_is_told_and_a_stop_is_obeyed(model):
+    seen = []
+    evaluate_loss(model, Windows(), batch_size=3, precision=FLOAT32, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(3, 7), (6, 7), (7, 7)]
+    with pytest.raises(Interrupted):
+        evaluate_loss(model, Windows(), batch_size=3, precision=FLOAT32, stop_requested=lambda: True)
+    assert model.training
+
+
+def test_perplexity_of_a_huge_loss_is_infinite_and_no_error():
+    assert LossResult(1e4, None, 1, None).perplexity == math.inf

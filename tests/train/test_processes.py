@@ -1,0 +1,68 @@
+"""Several processes train as one does: the same losses, one log, one set of checkpoints."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from bardling.configfile import config_to_toml
+from bardling.train.run import train
+
+
+def records(run, kind):
+    return [record for line in (run / "metrics.jsonl").read_text().splitlines() if (record := json.loads(line))["kind"] == kind]
+
+
+def torchrun(processes, *argv):
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={processes}",
+        "-m",
+        "bardling",
+        *map(str, argv),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_two_processes_give_the_losses_of_one(tiny, change, tmp_path):
+    config = change(tiny, train={"steps": 20, "batch_size": 8, "micro_batch": 2}, eval={"windows": 9})
+    (tmp_path / "two.toml").write_text(config_to_toml(config))
+    done = torchrun(2, "train", tmp_path / "two.toml", "--out", tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    train(config, tmp_path / "one", quiet=True)
+    for kind in ("train", "val"):
+        one, two = records(tmp_path / "one", kind), records(tmp_path / "two", kind)
+        assert [record["step"] for record in one] == [record["step"] for record in two]
+        assert [record["loss"] for record in two] == pytest.approx([record["loss"] for record in one], rel=1e-5)
+        assert [record["bits_per_byte"] for record in two] == pytest.approx(
+            [record["bits_per_byte"] for record in one], rel=1e-5
+        )
+    norms = [[record["grad_norm"] for record in records(tmp_path / name, "train")] for name in ("one", "two")]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
+    assert done.stdout.count("parameters,") == 1, "one process speaks"
+
+    # A run that two processes began, one goes on with: the batches are the same.
+    longer = change(config, train={"steps": 24})
+    (tmp_path / "longer.toml").write_text(config_to_toml(longer))
+    from bardling.train.run import resume
+
+    assert resume(tmp_path / "two", change(longer, optim={"decay_steps": 20}), quiet=True).step == 24
+    resume(tmp_path / "one", change(longer, optim={"decay_steps": 20}), quiet=True)
+    ends = [records(tmp_path / name, "train")[-1]["loss"] for name in ("one", "two")]
+    assert ends[1] == pytest.approx(ends[0], rel=1e-5)
+
+
+def test_an_error_of_all_processes_is_said_and_exits(tiny, change, tmp_path):
+    config = change(tiny, train={"batch_size": 5})
+    (tmp_path / "odd.toml").write_text(config_to_toml(config))
+    done = torchrun(2, "train", tmp_path / "odd.toml", "--out", tmp_path / "run")
+    assert done.returncode != 0
+    assert "does not divide among 2 processes: use 4 or 6" in done.stderr
+    assert "Traceback (most recent call last)" not in done.stdout
+    assert not (tmp_path / "run").exists()
