@@ -177,5 +177,5 @@ def _chunks(tokens: int, vocab: int, device_type: str) -> list[slice]:
     """Equal portions of the tokens, in multiples of 16, whose logits keep to `CHUNK_BYTES`."""
     limit = CHUNK_BYTES.get(device_type, CHUNK_BYTES["cpu"])
     count = max(1, -(-tokens * vocab * 4 // limit))
-    size = -(-tokens // count + 15) // 16 * 16 if count > 1 else max(tokens, 1)
+    size = -(-tokens // (16 * count)) * 16 if count > 1 else max(tokens, 1)
     return [slice(start, min(start + size, tokens)) for start in range(0, max(tokens, 1), size)]
