@@ -23,7 +23,6 @@ from bardling.interop.nanogpt_keys import NAMED_DATASETS, PLACES, SAMPLE_DEFAULT
 
 _GPT2_SIZES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}
 _GPT2_VOCAB, _GPT2_CONTEXT = 50257, 1024
-_VOCAB_WITHOUT_META = 50304  # nanoGPT's when a dataset has no meta.pkl: GPT-2's 50257 rounded up to a multiple of 64
 
 
 @dataclass(frozen=True)
@@ -95,15 +94,14 @@ def run_config_from_nanogpt(settings: Mapping[str, Any], world_size: int = 1, ne
             f"gradient_accumulation_steps = {accumulation} counts all processes and does not divide by {world_size} of them: "
             f"try --gradient_accumulation_steps={near_multiple}"
         )
-    data = _data(values["dataset"], near, notes)
     try:
         config = RunConfig(
             seed=1337,
             device=settings.get("device", "auto"),
             precision=_precision(settings, notes),
             compile=_compile(settings),
-            data=data,
-            model=_model(values, init_from, data, notes),
+            data=_data(values["dataset"], near, notes),
+            model=_model(values, init_from, notes),
             optim=_optim(values, notes),
             train=TrainConfig(
                 steps=max(1, values["max_iters"]),
@@ -129,7 +127,7 @@ def run_config_from_nanogpt(settings: Mapping[str, Any], world_size: int = 1, ne
     return NanoGPTRun(config, Path(values["out_dir"]), init_from, values["eval_only"], wandb, notes)
 
 
-def _model(values: Mapping[str, Any], init_from: str, data: DataConfig, notes: list[str]) -> ModelConfig:
+def _model(values: Mapping[str, Any], init_from: str, notes: list[str]) -> ModelConfig:
     block_size, dropout = values["block_size"], values["dropout"]
     if init_from in _GPT2_SIZES:
         if block_size > _GPT2_CONTEXT:
@@ -138,9 +136,7 @@ def _model(values: Mapping[str, Any], init_from: str, data: DataConfig, notes: l
         n_layer, n_head, n_embd = _GPT2_SIZES[init_from]
         return ModelConfig(n_layer, n_head, n_embd, block_size, _GPT2_VOCAB, dropout, bias=True, gelu="tanh")
     shape = (values["n_layer"], values["n_head"], values["n_embd"], block_size)
-    source = Path(data.source)
-    vocab_size = _VOCAB_WITHOUT_META if (source / "train.bin").is_file() and not (source / "meta.pkl").is_file() else 0
-    return ModelConfig(*shape, vocab_size, dropout, bias=values["bias"], gelu="erf")
+    return ModelConfig(*shape, dropout=dropout, bias=values["bias"], gelu="erf")
 
 
 def _optim(values: Mapping[str, Any], notes: list[str]) -> OptimConfig:
