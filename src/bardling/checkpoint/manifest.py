@@ -53,7 +53,8 @@ def read_manifest(folder: Path) -> Manifest:
     """Read a folder's manifest.
 
     Raises:
-        ValueError: it is missing, unreadable or malformed; the message says which.
+        ValueError: it is missing or malformed; the message says which.
+        OSError: the disk does not answer, which says nothing about the manifest.
     """
     path = folder / NAME
     try:
@@ -63,8 +64,6 @@ def read_manifest(folder: Path) -> Manifest:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{NAME} is missing") from None
-    except OSError as error:
-        raise ValueError(f"{NAME} cannot be read ({_reason(error)})") from None
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
         raise ValueError(f"{NAME} is not valid JSON") from None
     if not isinstance(data, dict) or data.get("format") != FORMAT:
@@ -80,12 +79,12 @@ def problems(folder: Path, manifest: Manifest, *, checksums: bool) -> list[str]:
 
     Args:
         checksums: also read every file; otherwise only names and sizes are compared.
+
+    Raises:
+        OSError: something cannot be read, which says nothing about its content.
     """
     found = []
-    try:
-        present = _walk(folder)
-    except OSError as error:
-        return [f"the folder cannot be read ({_reason(error)})"]
+    present = _walk(folder)
     for name, entry in manifest.files.items():
         path = present.pop(name, None)
         if path is None:
@@ -97,8 +96,6 @@ def problems(folder: Path, manifest: Manifest, *, checksums: bool) -> list[str]:
                 found.append(f"{name} has {size:,} bytes instead of {entry.size:,}")
             elif checksums and _sha256(path) != entry.sha256:
                 found.append(f"{name} has changed (its checksum differs)")
-        except OSError as error:
-            found.append(f"{name} cannot be read ({_reason(error)})")
         except ValueError as error:
             found.append(str(error))
     return found + [f"{name} does not belong here" for name in sorted(present)]
@@ -145,7 +142,3 @@ def _regular_size(path: Path) -> int:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _reason(error: OSError) -> str:
-    return os.strerror(error.errno) if error.errno else str(error)

@@ -44,7 +44,7 @@ def restore_rng(state: Mapping[str, Tensor]) -> None:
     """
     try:
         version, *words = state["python"].tolist()
-        gauss = state["python.gauss"].tolist()
+        [*gauss] = state["python.gauss"].tolist()
         *keys, position, has_gauss = state["numpy"].tolist()
         random.setstate((version, tuple(words), gauss[0] if gauss else None))
         np.random.set_state(

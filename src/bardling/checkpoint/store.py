@@ -55,7 +55,10 @@ class CheckpointStore:
 
     def verify(self, path: Path) -> list[str]:
         """Read a whole checkpoint and return what is wrong with it: empty when it is sound."""
-        return self._check(path, checksums=True)
+        try:
+            return self._check(path, checksums=True)
+        except OSError as error:
+            return [f"{Path(error.filename or path).name} cannot be read ({_reason(error)})"]
 
     def latest(self, report: Callable[[str], None]) -> Path | None:
         """The newest sound checkpoint, or None. Each damaged one before it is named, with the reason, through `report`."""
@@ -70,7 +73,13 @@ class CheckpointStore:
 
     def best(self) -> Path | None:
         """The sound checkpoint with the best validation loss, or None."""
-        return next((p for p in map(self.path, reversed(self.steps())) if self._is_best(p) and not self.verify(p)), None)
+        for path in map(self.path, reversed(self.steps())):
+            try:
+                if self._is_best(path) and not self.verify(path):
+                    return path
+            except OSError:
+                continue  # as good as damaged, for who only reads
+        return None
 
     def save(self, step: int, write: Callable[[Path], None], *, best: bool = False) -> Path:
         """Save a checkpoint, then delete those that are no longer kept.
@@ -127,6 +136,9 @@ class CheckpointStore:
 
         Only checkpoints whose files are all there in full size count; what is newer than `saved` stays, since it can only be
         a damaged one that was passed over or someone's own choice.
+
+        Raises:
+            OSError: something cannot be read just now; then nothing more is deleted.
         """
         older = [step for step in reversed(self.steps()) if step < saved]
         whole = [step for step in older if not self._check(self.path(step), checksums=False)]
@@ -211,9 +223,9 @@ def _alive(pid: int) -> bool:
         return False
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
-    except (PermissionError, OverflowError):
+    except PermissionError:
         return True
     return True
 
