@@ -1,4 +1,4 @@
-"""Checkpoints of nanoGPT and nano-gpt: read with equal logits, written as nanoGPT has them, refused when they hold a program."""
+"""Checkpoints of nanoGPT and nano-gpt: read with equal logits, written as nanoGPT has them, refused when they hold programs."""
 
 import math
 import os
