@@ -17,7 +17,7 @@ from bardling.data.tokenizer import Tokenizer
 from bardling.distributed.context import Context
 from bardling.distributed.device import Precision, memory_used
 from bardling.evaluate.loss import Interrupted, evaluate_loss
-from bardling.generate import generate
+from bardling.generate import generate, prompt_ids
 from bardling.monitor.records import Record, SampleRecord, TrainRecord, ValRecord
 from bardling.train.plan import TrainPlan
 from bardling.train.signals import Stopped
@@ -248,13 +248,6 @@ class Sample(_Timed):
             raise Stopped
         if self._context.is_primary:
             self._monitor.log(SampleRecord(state.step, self._config.prompt, texts))
-
-
-def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """Tokens of a prompt; an empty one is an end-of-text token, after which a new document begins, or else a line break."""
-    if prompt:
-        return [int(token) for token in tokenizer.encode(prompt)]
-    return [tokenizer.eot_id] if tokenizer.eot_id is not None else [int(token) for token in tokenizer.encode("\n")]
 
 
 class Checkpoint(_Timed):

@@ -9,7 +9,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,9 +19,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import bardling
+from bardling.checkpoint.load import Loaded, load
 from bardling.checkpoint.runfolder import RunFolder, create_run, open_run, write_whole
 from bardling.checkpoint.state import read_checkpoint, restore_rng, rng_state, write_checkpoint
-from bardling.config import RunConfig
+from bardling.config import DataConfig, ModelConfig, RunConfig
 from bardling.configfile import config_to_dict
 from bardling.data.loader import EvalWindows, Prefetcher, TrainWindows
 from bardling.data.order import WindowOrder
@@ -63,6 +64,7 @@ def train(config: RunConfig, out: Path | str, *, quiet: bool = False) -> RunResu
         UserError: the configuration does not fit the data or the machine; nothing has been written then.
     """
     with distributed(config.device) as context:
+        config = dataclasses.replace(config, data=absolute(config.data))
         return _Run(context, config, RunFolder(Path(out)), quiet=quiet, resumed=False).go()
 
 
@@ -77,10 +79,32 @@ def resume(run: Path | str, config: RunConfig | None = None, *, quiet: bool = Fa
     """
     folder = open_run(Path(run))
     before = folder.config()
-    config = config or before
-    check_changes(before, config)
+    config = settle(config or before, before)
+    changes = check_changes(before, config)
     with distributed(config.device) as context:
-        return _Run(context, config, folder, quiet=quiet, resumed=True).go()
+        return _Run(context, config, folder, quiet=quiet, resumed=True, changes=changes).go()
+
+
+def settle(config: RunConfig, before: RunConfig) -> RunConfig:
+    """`config` with what it leaves open (vocabulary, precision, compilation, the place of the text) as it was decided `before`."""
+    return dataclasses.replace(
+        config,
+        precision=before.precision if config.precision == "auto" else config.precision,
+        compile=before.compile if config.compile == "auto" else config.compile,
+        model=dataclasses.replace(config.model, vocab_size=config.model.vocab_size or before.model.vocab_size),
+        data=absolute(config.data),
+    )
+
+
+def absolute(config: DataConfig) -> DataConfig:
+    """`config` with its paths made absolute, so that the run can be resumed from any folder."""
+
+    def settled(spec: str) -> str:
+        path = Path(spec.split(":", 1)[0])
+        is_path = path.exists() or any(sign in spec for sign in "*?[")
+        return str(Path.cwd() / spec) if is_path and not path.is_absolute() else spec
+
+    return dataclasses.replace(config, source=settled(config.source), tokenizer=settled(config.tokenizer))
 
 
 # A model that has been trained is bound to these; what else changes on resume takes effect, and is said.
@@ -119,14 +143,17 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 class _Run:
     """The parts of one run, put together in the order in which they need each other."""
 
-    def __init__(self, context: Context, config: RunConfig, folder: RunFolder, *, quiet: bool, resumed: bool) -> None:
-        self.context, self.folder, self.quiet, self.resumed = context, folder, quiet, resumed
+    def __init__(
+        self, context: Context, config: RunConfig, folder: RunFolder, *, quiet: bool, resumed: bool, changes: Sequence[str] = ()
+    ) -> None:
+        self.context, self.folder, self.quiet, self.resumed, self.changes = context, folder, quiet, resumed, changes
         if not resumed and context.is_primary:
             refuse_existing(folder)
         self.dataset = _open_dataset(config, context)
         self.tokenizer = self.dataset.tokenizer
         if resumed:
             check_dataset(self.dataset, folder)
+        self.start = load(config.model.init, training=True) if config.model.init and not resumed else None
         self.config = self._resolve(config)
         self.plan: TrainPlan = make_plan(self.config.train, self.config.model.block_size, context.world_size)
         self.order = WindowOrder(self.config.seed, len(self.dataset.split("train")), self.config.model.block_size)
@@ -140,6 +167,8 @@ class _Run:
                 "leave it out, or set it to at least that"
             )
         model = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or vocab_size)
+        if self.start is not None:
+            model = self._started_model(config.model, self.start)
         self.precision = choose_precision(config.precision, self.context.device)
         # As the primary measured it: processes must not compute in different formats.
         name, why = self.context.broadcast((self.precision.name, self.precision.why))
@@ -157,6 +186,22 @@ class _Run:
             )
             compiled = "on" if self.context.broadcast(pays) else "off"
         return dataclasses.replace(config, model=model, precision=name, compile=compiled)
+
+    def _started_model(self, wanted: ModelConfig, start: Loaded) -> ModelConfig:
+        """The architecture of the weights that the run starts from; the context may be shorter, the dropout any."""
+        own, other = start.tokenizer, self.tokenizer
+        if own is not None and other is not None and own.fingerprint != other.fingerprint:
+            raise UserError(
+                f"{self.dataset.path}: was made with another tokenizer ({other.fingerprint}) than {wanted.init} "
+                f"({own.fingerprint}): use the model's own tokenizer.json as data.tokenizer"
+            )
+        if start.config.vocab_size < self.dataset.vocab_size:
+            raise UserError(
+                f"{self.dataset.path}: has a vocabulary of {self.dataset.vocab_size} tokens, {wanted.init} one of "
+                f"{start.config.vocab_size}: prepare the text with the model's tokenizer"
+            )
+        block_size = min(wanted.block_size, start.config.block_size)
+        return dataclasses.replace(start.config, block_size=block_size, dropout=wanted.dropout, init=wanted.init)
 
     def go(self) -> RunResult:
         """Build the state, train it to the end or until a signal, and say how it ended."""
@@ -189,9 +234,12 @@ class _Run:
         if self.resumed:
             path = self.folder.store().latest(self._report)
             checkpoint = None if path is None else read_checkpoint(path)
-        model = GPT(config.model, seed=config.seed if checkpoint is None else None)
+        start = None if self.start is None or checkpoint is not None else self.start.cropped(config.model.block_size)
+        model = GPT(config.model, seed=config.seed if checkpoint is None and start is None else None)
         if checkpoint is not None:
             model.load_state_dict(checkpoint.model_state)
+        elif start is not None:
+            model.load_state_dict(start.state)
         model.to(device)  # before the optimizer exists: its state belongs where the weights are
         optimizer = build_optimizer(model.named_parameters(), config.optim, device)
         state = TrainState(model, optimizer)
@@ -241,6 +289,8 @@ class _Run:
         )
         if self.resumed:
             monitor.note(f"resuming {self.folder.path} at step {state.step:,} of {plan.steps:,}")
+        for change in self.changes:
+            monitor.note(f"changed: {change}")
 
     def _fit(self, state: TrainState, monitor: RunMonitor, signals: StopSignals) -> None:
         config, plan, context = self.config, self.plan, self.context
