@@ -38,7 +38,7 @@ def _feistel(x: _UInt64s, keys: _UInt64s, half: int) -> _UInt64s:
     left, right = x >> shift, x & mask
     for r in range(1, ROUNDS + 1):
         round_keys = keys + np.uint64(r * _GOLDEN & _MASK)
-        left, right = right, left ^ (_mix(right ^ _mix(round_keys)) & mask)
+        left, right = right, left ^ (_mix(right ^ round_keys) & mask)
     return (left << shift) | right
 
 

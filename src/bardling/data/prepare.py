@@ -241,10 +241,15 @@ def dataset_for(config: DataConfig, progress: Progress | None = None) -> TokenDa
     if not kept.exists():
         try:
             return prepare(config.source, kept, config.tokenizer, val_fraction=config.val_fraction, progress=progress)
-        except UserError:
+        except UserError as error:
             if not (kept / "manifest.json").is_file():  # else another process was quicker, and made the same
+                if isinstance(error.__cause__, OSError) and str(cache_folder(config)) in str(error):
+                    raise UserError(f"{error}; data.cache or $BARDLING_CACHE names another folder for datasets") from error
                 raise
-    return open_dataset(kept)
+    try:
+        return open_dataset(kept)
+    except UserError as error:
+        raise UserError(f"{error}: it was made from data.source, so remove {kept} and it is made again") from error
 
 
 def _check_tokenizer(dataset: TokenDataset, spec: str) -> None:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from bardling.data.files import told_plainly
+from bardling.data.vocabulary import valid_text
 from bardling.errors import UserError, closest
 
 STDLIB = "stdlib"
@@ -81,7 +82,7 @@ class FileSource:
         """All documents that are not empty.
 
         Raises:
-            UserError: naming the file (and line), if one is not text, not JSON Lines or lacks the field, or if none has any text.
+            UserError: naming file and line, if one is not text, not JSON Lines or lacks the field, or if all are empty.
         """
         found = False
         for path in self.files:
@@ -138,7 +139,7 @@ class FileSource:
             raise UserError(
                 f"{path}: line {number}, field {self.field!r} holds {type(text).__name__}, not text: name another field"
             )
-        return text
+        return valid_text(text)  # JSON can name half a surrogate pair
 
     def _label(self, path: Path) -> str:
         return path.relative_to(self.root).as_posix()
@@ -175,6 +176,8 @@ def open_source(spec: str) -> Source:
         _only_jsonl(spec, field, [path])
         return FileSource(_slug(path), path.resolve().parent, (path.resolve(),), field)
     if path.is_dir():
+        if (path / "manifest.json").is_file() and any(path.glob("train-*.bin")):
+            raise UserError(f"{path}: is a prepared dataset, not text: train on it as it is, with --data.source {path}")
         root = path.resolve()
         files = tuple(_below(root, left_out=frozenset()))
         if not files:

@@ -23,7 +23,16 @@ import numpy as np
 import numpy.typing as npt
 
 from bardling.data.files import told_plainly, write_whole
-from bardling.data.vocabulary import EOT, byte_alphabet, byte_content, char_content, pieces, train_bpe_content
+from bardling.data.vocabulary import (
+    ANY_CHARACTER,
+    EOT,
+    byte_alphabet,
+    byte_content,
+    char_content,
+    pieces,
+    train_bpe_content,
+    valid_text,
+)
 from bardling.errors import UserError, closest
 
 Kind = Literal["byte", "char", "bpe", "other"]
@@ -84,17 +93,21 @@ class Tokenizer:
         self.fingerprint: str = hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
     def _find_kind(self) -> Kind:
-        model, characters = self._content.get("model") or {}, byte_alphabet()
-        if _has_step(self._content.get("pre_tokenizer"), "ByteLevel") or _has_step(self._content.get("decoder"), "ByteLevel"):
-            bare = not model.get("merges") and self._tokens[:256] == characters and len(self._special) == self.vocab_size - 256
-            return "byte" if bare and self._content.get("normalizer") is None else "bpe"
-        plain = all(self._content.get(part) is None for part in ("normalizer", "post_processor"))
+        model, before = self._content.get("model") or {}, self._content.get("pre_tokenizer") or {}
+        plain = self._content.get("normalizer") is None and not before.get("add_prefix_space")
+        if _has_step(before, "ByteLevel") and (self._content.get("decoder") or {}).get("type") == "ByteLevel":
+            bare = not model.get("merges") and self._tokens[:256] == byte_alphabet()
+            return "byte" if bare and plain and len(self._special) == self.vocab_size - 256 else "bpe"
         single = all(token is not None and (len(token) == 1 or i in self._special) for i, token in enumerate(self._tokens))
-        return (
-            "char"
-            if plain and single and model.get("type") == "WordLevel" and model.get("unk_token") not in self._tokens
-            else "other"
-        )
+        alone = before.get("pattern") == {"Regex": ANY_CHARACTER} and model.get("type") == "WordLevel"
+        return "char" if single and alone and plain and model.get("unk_token") not in self._tokens else "other"
+
+    @property
+    def _may_cut(self) -> bool:
+        """Whether words are split exactly as in GPT-2, so that long texts may be encoded in pieces."""
+        before = self._content.get("pre_tokenizer") or {}
+        like_gpt2 = before.get("type") == "ByteLevel" and before.get("use_regex", True) and not before.get("add_prefix_space")
+        return bool(like_gpt2) and self._content.get("normalizer") is None
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
         """Encode texts, special tokens in them as ordinary text and none added.
@@ -105,12 +118,12 @@ class Tokenizer:
         Raises:
             UserError: under 'char', for a character that is not in the vocabulary.
         """
-        texts = [_valid(text) for text in texts]
+        texts = [valid_text(text) for text in texts]
         if self.kind == "byte":
             return [np.frombuffer(text.encode(), np.uint8).astype(np.int64) for text in texts]
         if self.kind == "char":
             return [self._encode_characters(text) for text in texts]
-        cut = [list(pieces(text)) if self.kind == "bpe" else [text] for text in texts]
+        cut = [list(pieces(text)) if self._may_cut else [text] for text in texts]
         encoded = self._library.encode_batch_fast([piece for parts in cut for piece in parts], add_special_tokens=False)
         rows = iter([np.asarray(encoding.ids, np.int64) for encoding in encoded])
         return [np.concatenate([next(rows) for _ in parts]) for parts in cut]
@@ -202,32 +215,36 @@ class Tokenizer:
 class StreamDecoder:
     """Decodes ids one at a time, holding back the bytes of a character until it is whole.
 
+    Tokenizers whose decoding looks at neighbours are given the tokens just before as well.
+
     What `push` gave, followed by `finish`, is what `Tokenizer.decode` gives for all the ids together.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._ids: list[int] = []  # for tokenizers whose decoding looks at neighbours
-        self._given = ""
+        self._ids: list[int] = []  # for tokenizers whose decoding looks at neighbours: what was given last, and what waits
+        self._given = 0  # how many of them have been given
 
     def push(self, token: int) -> str:
         """Text that is complete with this token; may be empty."""
         if self._tokenizer.kind != "other":
             return self._utf8.decode(self._tokenizer.token_bytes(self._tokenizer._checked(token)))
         self._ids.append(token)
-        text = self._tokenizer.decode(self._ids)
-        return "" if text.endswith("\ufffd") else self._give(text)
+        return self._give(self._tokenizer.decode(self._ids), final=False)
 
     def finish(self) -> str:
         """What was held back; an incomplete character becomes U+FFFD."""
         if self._tokenizer.kind != "other":
             return self._utf8.decode(b"", final=True)
-        return self._give(self._tokenizer.decode(self._ids)) if self._ids else ""
+        return self._give(self._tokenizer.decode(self._ids), final=True)
 
-    def _give(self, text: str) -> str:
-        new, self._given = text[len(self._given) :], text
-        return new
+    def _give(self, text: str, *, final: bool) -> str:
+        before = self._tokenizer.decode(self._ids[: self._given])
+        if not final and (len(text) <= len(before) or text.endswith("\ufffd")):
+            return ""
+        self._ids, self._given = self._ids[self._given :], len(self._ids) - self._given
+        return text[len(before) :]
 
 
 _BYTE_OF = {character: byte for byte, character in enumerate(byte_alphabet())}
@@ -239,15 +256,6 @@ def _has_step(part: Any, kind: str) -> bool:
         return False
     steps = part.get("pretokenizers") or part.get("decoders") or []
     return part.get("type") == kind or any(_has_step(step, kind) for step in steps)
-
-
-def _valid(text: str) -> str:
-    """Text that UTF-8 can say."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
 
 
 def _one_line(error: BaseException) -> str:
@@ -273,10 +281,12 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    with told_plainly(path, "read"), path.open("rb") as file:
-        data = file.read(_LARGEST_FILE + 1)
-    if len(data) > _LARGEST_FILE:
+    with told_plainly(path, "read"):
+        size = path.stat().st_size
+    if size > _LARGEST_FILE:
         raise UserError(f"{path}: is over {_LARGEST_FILE >> 20} MiB, the largest tokenizer file that is read")
+    with told_plainly(path, "read"):
+        data = path.read_bytes()
     try:
         content = json.loads(data)
     except (ValueError, RecursionError) as error:

@@ -12,6 +12,8 @@ from bardling.errors import UserError
 
 EOT = "<|endoftext|>"
 """The token that ends a document, as in GPT-2."""
+ANY_CHARACTER = r"[\s\S]"
+"""Regular expression that splits a text into characters."""
 _PIECE = 1 << 20  # characters; longer texts are handled in pieces, to bound memory and use all cores
 _SAFE_CUT = re.compile(r"(?<=\S)\n(?=\S)")
 
@@ -24,6 +26,15 @@ def byte_alphabet() -> list[str]:
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     moved = iter(range(0x100, 0x200))
     return [chr(byte if byte in printable else next(moved)) for byte in range(256)]
+
+
+def valid_text(text: str) -> str:
+    """The text, with U+FFFD for lone surrogates, which UTF-8 cannot say."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def pieces(text: str) -> Iterator[str]:
@@ -64,7 +75,7 @@ def char_content(texts: Iterable[str]) -> dict[str, Any]:
     if not characters:
         raise UserError("data.tokenizer = 'char': the text is empty, so it has no characters to make a vocabulary of")
     library = Tokenizer(models.WordLevel({character: i for i, character in enumerate(sorted(characters))}))
-    library.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    library.pre_tokenizer = pre_tokenizers.Split(Regex(ANY_CHARACTER), "isolated")
     library.decoder = decoders.Fuse()
     return _content(library, with_end=count > 1)
 
