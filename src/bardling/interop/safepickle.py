@@ -15,7 +15,7 @@ from typing import Any
 
 from bardling.errors import UserError
 
-LARGEST_PICKLE = 16 << 20  # bytes; a vocabulary of 100,000 characters takes about 3 MB
+LARGEST_PICKLE = 16 << 20  # bytes; a vocabulary of 100,000 characters takes 2 MB and 500,000 instructions
 _MOST_INSTRUCTIONS = 2_000_000
 _DEEPEST = 32
 _WIDEST_INTEGER = 256  # bits
