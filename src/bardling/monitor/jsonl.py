@@ -2,7 +2,7 @@
 
 Lines are only ever appended. A kill can tear the last line; the reader leaves it out and `truncate_after` removes it. JSON
 has no NaN and no infinities: they are written as the strings "NaN", "Infinity" and "-Infinity", so that a diverged loss
-stays visible and every line stays valid.
+stays visible and every line stays valid; `float()` understands them.
 """
 
 import json
@@ -74,23 +74,19 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def truncate_after(path: Path, step: int) -> None:
-    """Remove the records of steps after `step`, and a torn last line: what a kill undid will be written again.
+    """Remove the records of steps after `step`, and what a kill or a power cut left behind them: it will be written again.
 
-    The file is replaced at once, and only if there is something to remove. A missing file is none of these cases.
+    The file is replaced at once, and only if there is something to remove. A missing file is left missing.
 
     Raises:
-        UserError: a line is no record, or the file cannot be written.
+        UserError: a line before the last record that stays is malformed, or the file cannot be written.
     """
     if not path.exists():
         return
     try:
         data = path.read_bytes()
-        *lines, rest = data.split(b"\n")
-        kept = []
-        for number, line in enumerate(lines, 1):
-            if line.strip() and _step_of(path, number, line) <= step:
-                kept.append(line + b"\n")
-        if not rest and b"".join(kept) == data:
+        kept = _lines_until(path, data.split(b"\n")[:-1], step)
+        if b"".join(kept) == data:
             return
         beside = path.with_name(f".{path.name}.{os.getpid()}")
         try:
@@ -103,6 +99,23 @@ def truncate_after(path: Path, step: int) -> None:
             beside.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({_reason(error)})") from None
+
+
+def _lines_until(path: Path, lines: list[bytes], step: int) -> list[bytes]:
+    """The lines, with their breaks, of records up to `step`. Malformed lines are dropped where no such record follows them."""
+    kept: list[bytes] = []
+    malformed: UserError | None = None
+    for number, line in enumerate(lines, 1):
+        try:
+            stays = _step_of(path, number, line) <= step
+        except UserError as error:
+            malformed = malformed or error
+            continue
+        if stays and malformed:
+            raise malformed
+        if stays:
+            kept.append(line + b"\n")
+    return kept
 
 
 def _step_of(path: Path, number: int, line: bytes) -> int:
