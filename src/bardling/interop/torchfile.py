@@ -5,7 +5,8 @@ archive is checked (nothing compressed, no name twice, no more bytes than the fi
 listed: only the names that plain tensors need may be imported by it. PyTorch then loads it with `weights_only=True`, mapped
 into memory, on the CPU whatever device wrote it.
 
-Limits: the zip format, which PyTorch writes since 1.6; pickles of up to 16 MiB, which is eighty times that of a GPT-2 XL with its Adam state.
+Limits: the zip format, which PyTorch writes since 1.6; pickles of up to 16 MiB, eighty times that of a GPT-2 XL with its
+Adam state.
 """
 
 import pickle
