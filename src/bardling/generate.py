@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from bardling.data.tokenizer import Tokenizer
 from bardling.errors import UserError
 from bardling.model.cache import KVCache
 from bardling.model.gpt import GPT
@@ -38,6 +39,13 @@ def will_slide(prompt_length: int, max_new_tokens: int, block_size: int) -> bool
     """Whether making `max_new_tokens` after such a prompt forgets its beginning. The last token made is never read, so it needs
     no room."""
     return prompt_length + max_new_tokens - 1 > block_size
+
+
+def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """Tokens of a prompt; an empty one is an end-of-text token, after which a new document begins, or else a line break."""
+    if prompt:
+        return [int(token) for token in tokenizer.encode(prompt)]
+    return [tokenizer.eot_id] if tokenizer.eot_id is not None else [int(token) for token in tokenizer.encode("\n")]
 
 
 def generate(
@@ -132,7 +140,8 @@ def prefill(model: GPT, cache: KVCache, prompts: Sequence[Sequence[int]]) -> Ten
 
 def decode(model: GPT, cache: KVCache, tokens: Sequence[int]) -> Tensor:
     """Take in one more token of each row; return the logits of the next [B, V]."""
-    return model(torch.tensor(tokens, device=_device(model))[:, None], cache=cache)[:, 0]
+    hidden = model.hidden(torch.tensor(tokens, device=_device(model))[:, None], cache)  # [B, 1, C]
+    return model.head(hidden[:, 0])
 
 
 def _decode_rows(model: GPT, cache: KVCache, rows: Sequence[_Row]) -> Tensor:
