@@ -170,6 +170,14 @@ def test_a_damaged_cached_dataset_says_what_to_remove(tmp_path: Path) -> None:
         dataset_for(config_for(tmp_path))
 
 
+def test_a_cache_that_cannot_be_written_says_which_setting(tmp_path: Path) -> None:
+    rows(tmp_path / "a.jsonl", TEXTS)
+    (tmp_path / "cache").write_text("a file, not a folder")
+    with pytest.raises(UserError, match=r"cache.*cannot make the dataset.*BARDLING_CACHE") as caught:
+        dataset_for(config_for(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
 def _prepare_in_process(config: DataConfig, barrier: object, results: object) -> None:
     barrier.wait()  # type: ignore[attr-defined]
     results.put(dataset_for(config).fingerprint)  # type: ignore[attr-defined]

@@ -129,6 +129,36 @@ def test_special_tokens_in_text_are_text() -> None:
         assert tokenizer.decode(ids) == stream(tokenizer, ids) == f"x{EOT}y{EOT}"
 
 
+@given(text=st.text(alphabet="\n\n\n\n \r\t\x0b\x1c\x85\xa0\u2028\u200b's1a.é👍/", max_size=40))
+@settings(deadline=None, max_examples=300)
+def test_no_cut_changes_a_token(text: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vocabulary, "_PIECE", 1)
+        assert "".join(vocabulary.pieces(text)) == text
+        assert BPE.encode(text).tolist() == BPE._library.encode(text, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}},
+        {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}},
+        {"normalizer": {"type": "Prepend", "prepend": "_"}},
+    ],
+    ids=["prefix", "whole", "normalizer"],
+)
+def test_texts_are_not_cut_where_that_would_change_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
+) -> None:
+    BPE.save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    tokenizer = load_tokenizer(tmp_path)
+    monkeypatch.setattr(vocabulary, "_PIECE", 5)
+    text = corpus(200)
+    assert tokenizer.encode(text).tolist() == tokenizer._library.encode(text, add_special_tokens=False).ids
+
+
 def test_long_texts_in_pieces_give_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     text = corpus(2000)
     whole = BPE._library.encode(text, add_special_tokens=False).ids

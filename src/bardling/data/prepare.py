@@ -175,6 +175,7 @@ def _write(
     shard_tokens: int,
 ) -> Manifest:
     end = [tokenizer.eot_id] if splitter.several and tokenizer.eot_id is not None else []
+    facts = {"spec": source_spec, "name": source.name, "identity": source.identity(), "held_out": splitter.describe()}
     total, done = source.size(), 0
     with (
         ShardWriter(folder, "train", tokenizer.vocab_size, shard_tokens) as train,
@@ -187,7 +188,6 @@ def _write(
                     writer.add(np.concatenate([ids, np.array(end, np.int64)]), text_bytes=len(text.encode("utf-8", "replace")))
                 done += len(text)
             progress("tokenising", done, total)
-        facts = {"spec": source_spec, "name": source.name, "identity": source.identity(), "held_out": splitter.describe()}
         return Manifest(
             dtype=train.dtype,
             vocab_size=tokenizer.vocab_size,
