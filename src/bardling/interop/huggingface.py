@@ -110,14 +110,15 @@ def model_config_from_hf(values: Mapping[str, Any], source: str = "config.json")
         dropout=_dropout(values, ours, source),
         bias=ours.get("bias", True),
         gelu="tanh" if _ACTIVATIONS[activation] == "tanh" else "erf",
-        vocab_multiple=_integer(ours, "vocab_multiple", ModelConfig.vocab_multiple, source),
+        # Padding is the one size that no tensor in the file confirms, so it is kept small.
+        vocab_multiple=_integer(ours, "vocab_multiple", ModelConfig.vocab_multiple, source, limit=4096),
     )
 
 
-def _integer(values: Mapping[str, Any], key: str, default: int, source: str) -> int:
+def _integer(values: Mapping[str, Any], key: str, default: int, source: str, *, limit: int = 2**31 - 1) -> int:
     value = values.get(key, default)
-    if type(value) is not int or not 1 <= value < 2**31:
-        raise UserError(f"{source}: {key} = {value!r}: must be a whole number from 1 to {2**31 - 1}")
+    if type(value) is not int or not 1 <= value <= limit:
+        raise UserError(f"{source}: {key} = {value!r}: must be a whole number from 1 to {limit}")
     return value
 
 
