@@ -45,7 +45,7 @@ def test_figures_are_printed_whole(
 
 
 def test_overrides_budget_and_sweep(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
-    run([recipe, "--gpu", "H100-SXM", "--model.n_layer", "24", "--budget_hours", "10", "--sweep", "True"])
+    run([recipe, "--gpu", "H100-SXM", "--model.n_layer", "24", "--budget_hours", "10", "--sweep"])
     text = capsys.readouterr().out
     assert "24 layers" in text
     assert "The budget pays for" in text

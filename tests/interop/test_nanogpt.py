@@ -70,7 +70,7 @@ def test_a_character_model(tmp_path: Path) -> None:
     assert (config.eval.every, config.eval.windows) == (250, 20 * 64)
     assert (config.checkpoint.every, config.checkpoint.save_best) == (0, True)
     assert (config.device, config.precision, config.compile, config.seed) == ("auto", "auto", "auto", 1337)
-    assert (run.out, run.init_from, run.eval_only, run.wandb) == (Path("out-char"), "scratch", False, None)
+    assert (run.out, run.init_from, run.eval_only, run.config.monitor.wandb) == (Path("out-char"), "scratch", False, "off")
     assert config.data.source == str(Path("data/plays_char"))
 
 
@@ -96,9 +96,14 @@ def test_finetuning_at_a_constant_rate(tmp_path: Path) -> None:
     model = run.config.model
     assert (model.n_layer, model.n_head, model.n_embd, model.vocab_size) == (48, 25, 1600, 50257)
     assert (model.bias, model.gelu, model.dropout) == (True, "tanh", 0.1)
-    assert (run.init_from, run.config.train.batch_size, run.config.train.micro_batch) == ("gpt2-xl", 32, 1)
-    assert run.wandb is not None
-    assert run.wandb.name.startswith("ft-1")
+    assert (run.init_from, model.init, run.config.train.batch_size, run.config.train.micro_batch) == (
+        "gpt2-xl",
+        "gpt2-xl",
+        32,
+        1,
+    )
+    assert run.config.monitor.wandb == "online"
+    assert run.config.monitor.wandb_name.startswith("ft-1")
 
 
 def test_accumulation_counts_all_processes() -> None:

@@ -15,8 +15,8 @@ from bardling.checkpoint.state import read_checkpoint, read_model
 from bardling.config import ModelConfig
 from bardling.data.tokenizer import Tokenizer, load_tokenizer
 from bardling.errors import UserError
-from bardling.interop.huggingface import load_hf_folder
 from bardling.interop.hub import fetch_model, is_hub_name
+from bardling.interop.huggingface import load_hf_folder
 from bardling.interop.imported import ImportedCheckpoint
 from bardling.interop.nano_gpt import read_nano_gpt_checkpoint
 from bardling.interop.nanogpt_checkpoint import read_nanogpt_checkpoint

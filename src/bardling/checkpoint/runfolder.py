@@ -88,8 +88,11 @@ def open_run(path: Path) -> RunFolder:
     return run
 
 
-def create_run(path: Path, config: RunConfig) -> RunFolder:
+def create_run(path: Path, config: RunConfig, *, beside: bool = False) -> RunFolder:
     """Make the folder of a new run.
+
+    Args:
+        beside: the folder may hold other files: a run that goes on from another trainer's checkpoint may live beside it.
 
     Raises:
         UserError: there is something already.
@@ -97,7 +100,7 @@ def create_run(path: Path, config: RunConfig) -> RunFolder:
     run = RunFolder(path)
     if run.config_file.exists():
         raise UserError(f"{path}: a run is there already: go on with `bardling resume {path}`, or choose another --out")
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not beside)):
         raise UserError(f"{path}: is in the way (not an empty folder): choose another --out")
     run.checkpoints.mkdir(parents=True, exist_ok=True)
     run.write_config(config)

@@ -49,6 +49,24 @@ class Checkpoint:
     run_config: dict[str, Any]
 
 
+def write_model(folder: Path, config: ModelConfig, state: Mapping[str, Tensor], tokenizer: Tokenizer | None) -> None:
+    """Write the files that `transformers` opens into an existing, empty folder: configuration, weights and tokenizer.
+
+    Args:
+        state: as `GPT.state_dict()`.
+        tokenizer: None for data that came as tokens without one.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    eot_id = None if tokenizer is None else tokenizer.eot_id
+    _write_json(folder / "config.json", hf_config(config, eot_id=eot_id))
+    weights = hf_state(dict(state), config)
+    write_tensors(folder / "model.safetensors", {name: tensor.float() for name, tensor in weights.items()})
+    if tokenizer is not None:
+        tokenizer.save(folder)
+
+
 def write_checkpoint(
     folder: Path,
     *,
@@ -64,19 +82,13 @@ def write_checkpoint(
     """Write the files of a checkpoint into an existing, empty folder. `CheckpointStore.save` makes them appear at once.
 
     Args:
-        model_state: as `GPT.state_dict()`.
+        model_state, tokenizer: as `write_model` takes them.
         training: JSON-able, with `step`, `samples` and `best_val_loss` (inf: never validated).
-        tokenizer: None for data that came as tokens without one.
 
     Raises:
         OSError: a file cannot be written.
     """
-    eot_id = None if tokenizer is None else tokenizer.eot_id
-    _write_json(folder / "config.json", hf_config(model_config, eot_id=eot_id))
-    weights = hf_state(dict(model_state), model_config)
-    write_tensors(folder / "model.safetensors", {name: tensor.float() for name, tensor in weights.items()})
-    if tokenizer is not None:
-        tokenizer.save(folder)
+    write_model(folder, model_config, model_state, tokenizer)
     write_tensors(folder / "optimizer.safetensors", optimizer_tensors)
     write_tensors(folder / "rng.safetensors", rng)
     best = training["best_val_loss"]

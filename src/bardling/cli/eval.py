@@ -11,6 +11,7 @@ from bardling.cli.parse import parse
 
 if TYPE_CHECKING:
     from bardling.data.shards import TokenDataset
+    from bardling.data.tokenizer import Tokenizer
 
 # Compressing more than this takes minutes; beyond it the comparison is left out.
 LARGEST_COMPRESSED = 64 << 20  # bytes
@@ -20,8 +21,8 @@ LARGEST_COMPRESSED = 64 << 20  # bytes
 class EvalOptions:
     """Options of `bardling eval`."""
 
-    model: tyro.conf.Positional[Path]
-    """A run, or a checkpoint folder."""
+    model: tyro.conf.Positional[str]
+    """A run, a checkpoint, a model folder, gpt2 or USER/REPO on the hub, or a checkpoint of nanoGPT or nano-gpt."""
     data: str | None = None
     """Another dataset: a prepared folder, or a source as in data.source. Unset takes the run's own."""
     windows: int | None = None
@@ -43,7 +44,7 @@ def run(argv: Sequence[str]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from bardling.checkpoint.load import load_model
+    from bardling.checkpoint.load import load
     from bardling.cli.progress import Progress
     from bardling.data.loader import EvalWindows
     from bardling.distributed.context import distributed
@@ -51,9 +52,10 @@ def run(argv: Sequence[str]) -> None:
     from bardling.evaluate.loss import evaluate_loss
 
     with distributed(options.device) as context:
-        dataset = _dataset(options)
+        loaded = load(options.model, best=options.best)
+        dataset = _dataset(options, loaded.tokenizer)
         precision = choose_precision(options.precision, context.device)
-        model = load_model(options.model, best=options.best).to(context.device)
+        model = loaded.build().to(context.device)
         tokenizer = dataset.tokenizer
         table = None if tokenizer is None else torch.from_numpy(tokenizer.bytes_per_token()).to(context.device)
         with Progress("evaluating", show=context.is_primary) as progress:
@@ -80,24 +82,23 @@ def run(argv: Sequence[str]) -> None:
         Console().print(rows)
 
 
-def _dataset(options: EvalOptions) -> "TokenDataset":
+def _dataset(options: EvalOptions, own: "Tokenizer | None") -> "TokenDataset":
     """The dataset that was asked for, or the one that the run was trained on."""
     import dataclasses
 
-    from bardling.checkpoint.load import load_tokenizer_of, run_of
+    from bardling.checkpoint.load import run_of
     from bardling.config import DataConfig
-    from bardling.data.prepare import dataset_for
     from bardling.errors import UserError
+    from bardling.interop.dataset import open_data
 
-    owner = run_of(options.model)
+    owner = run_of(Path(options.model))
     if options.data is None and owner is None:
         raise UserError(f"{options.model}: belongs to no run, so say what to measure on: --data FOLDER or SOURCE")
     config = DataConfig() if owner is None else owner.config().data
     if options.data is not None:
         config = dataclasses.replace(config, source=options.data)
-    dataset = dataset_for(config)
-    own = load_tokenizer_of(options.model)
-    if dataset.tokenizer is not None and own.fingerprint != dataset.tokenizer.fingerprint:
+    dataset = open_data(config)
+    if own is not None and dataset.tokenizer is not None and own.fingerprint != dataset.tokenizer.fingerprint:
         raise UserError(
             f"{dataset.path}: was made with another tokenizer ({dataset.tokenizer.fingerprint}) than the model's "
             f"({own.fingerprint}): prepare it again with --tokenizer {options.model}/tokenizer.json"

@@ -19,7 +19,9 @@ VERBS = {
     "plan": "work out what a run will need, before it starts",
     "sample": "let a trained model write",
     "eval": "measure a model on held-out text",
+    "export": "write a model in the form that other software opens",
     "prepare": "turn text into a dataset of tokens",
+    "migrate": "translate a nanoGPT configuration into a recipe",
     "report": "draw the training curve of runs",
     "info": "say what a run, a checkpoint or a dataset is",
 }

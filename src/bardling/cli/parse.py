@@ -36,7 +36,7 @@ def parse(cls: type[T], argv: Sequence[str], *, prog: str, description: str, def
                 description=description,
                 return_unknown_args=True,
                 use_underscores=True,
-                config=(tyro.conf.FlagConversionOff, tyro.conf.HelptextFromCommentsOff),
+                config=(tyro.conf.FlagCreatePairsOff, tyro.conf.HelptextFromCommentsOff),
                 **options,
             )
     except SystemExit as stop:

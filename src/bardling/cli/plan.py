@@ -44,7 +44,7 @@ class PlanArgs:
     """Ask what is optimal for this much time on these devices (hours)."""
     sweep: bool = False
     """Also list the optimum for budgets from 1e17 to 1e26 FLOPs."""
-    config: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=RunConfig)
+    config: Annotated[RunConfig, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff] = field(default_factory=RunConfig)
 
 
 @dataclass(frozen=True)

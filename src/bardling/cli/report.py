@@ -33,9 +33,9 @@ def run(argv: Sequence[str]) -> None:
     if options.compressors:
         from bardling.checkpoint.runfolder import open_run
         from bardling.cli.eval import compressors
-        from bardling.data.prepare import dataset_for
+        from bardling.interop.dataset import open_data
 
-        marks = compressors(dataset_for(open_run(options.runs[0]).config().data))
+        marks = compressors(open_data(open_run(options.runs[0]).config().data))
     out = options.out or options.runs[0] / "curve.png"
     draw_curves(options.runs, out, marks=marks)
     print(out)

@@ -17,7 +17,7 @@ from bardling.errors import UserError
 class ResumeOptions:
     """Options of `bardling resume`."""
 
-    config: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=RunConfig)
+    config: Annotated[RunConfig, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff] = field(default_factory=RunConfig)
 
 
 def run(argv: Sequence[str]) -> None:

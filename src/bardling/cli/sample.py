@@ -18,8 +18,8 @@ from bardling.errors import UserError
 class SampleOptions:
     """Options of `bardling sample`."""
 
-    model: tyro.conf.Positional[Path]
-    """A run, or a checkpoint folder."""
+    model: tyro.conf.Positional[str]
+    """A run, a checkpoint, a model folder, gpt2 or USER/REPO on the hub, or a checkpoint of nanoGPT or nano-gpt."""
     prompt: str | None = None
     """Text to go on from; '-' reads it from standard input. Unset begins a new document."""
     prompt_file: Path | None = None
@@ -46,7 +46,13 @@ class SampleOptions:
 
 def run(argv: Sequence[str]) -> None:
     """Parse, load, write."""
-    options = parse(SampleOptions, argv, prog="bardling sample", description="Let a trained model write.")
+    from bardling.cli.nanogpt import is_nanogpt, sample_options
+    from bardling.interop.nanogpt_keys import SAMPLE_KEYS
+
+    if is_nanogpt(argv, SAMPLE_KEYS):
+        options = sample_options(argv)
+    else:
+        options = parse(SampleOptions, argv, prog="bardling sample", description="Let a trained model write.")
     config = SampleConfig(
         prompt=_prompt(options),
         num_samples=options.num_samples,
@@ -55,15 +61,18 @@ def run(argv: Sequence[str]) -> None:
         top_k=options.top_k,
         top_p=options.top_p,
     )
-    from bardling.checkpoint.load import load_model, load_tokenizer_of
+    from bardling.checkpoint.load import load
     from bardling.data.tokenizer import StreamDecoder
     from bardling.distributed.device import choose_device, choose_precision
     from bardling.generate import generate, prompt_ids, will_slide
 
     device = choose_device(options.device)
     precision = choose_precision(options.precision, device)
-    tokenizer = load_tokenizer_of(options.model)
-    model = load_model(options.model, best=options.best).to(device).eval()
+    loaded = load(options.model, best=options.best)
+    tokenizer = loaded.tokenizer
+    if tokenizer is None:
+        raise UserError(f"{options.model}: has no tokenizer: put its tokenizer.json into the model's folder")
+    model = loaded.build().to(device)
     prompt = prompt_ids(tokenizer, config.prompt)
     if will_slide(len(prompt), config.max_new_tokens, model.config.block_size):
         print(

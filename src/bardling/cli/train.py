@@ -21,11 +21,17 @@ class TrainOptions:
 
     out: Path | None = None
     """Folder of the run; unset takes runs/RECIPE-DATE."""
-    config: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=RunConfig)
+    config: Annotated[RunConfig, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff] = field(default_factory=RunConfig)
 
 
 def run(argv: Sequence[str]) -> None:
     """Parse, train, and leave with the run's exit status."""
+    from bardling.cli import nanogpt
+    from bardling.interop.nanogpt_keys import TRAIN_KEYS
+
+    if nanogpt.is_nanogpt(argv, TRAIN_KEYS):
+        nanogpt.train(argv)
+        return
     recipe, options = parse_recipe_and_options("train", argv, "Train a model by a recipe.")
     from bardling.train.run import train  # here, so that help answers without importing torch
 
@@ -40,9 +46,7 @@ def parse_recipe_and_options(verb: str, argv: Sequence[str], what: str) -> tuple
     recipe, rest = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("", argv)
     names = ", ".join(recipe_names())
     if not recipe and not any(word in ("-h", "--help") for word in rest):
-        raise UserError(
-            f"bardling {verb} RECIPE [--section.field VALUE ...]: name a recipe first: {names}, or a TOML file"
-        )
+        raise UserError(f"bardling {verb} RECIPE [--section.field VALUE ...]: name a recipe first: {names}, or a TOML file")
     config = load_recipe(recipe) if recipe else RunConfig()
     options = parse(
         TrainOptions,

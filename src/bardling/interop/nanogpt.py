@@ -16,21 +16,22 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from bardling.config import CheckpointConfig, DataConfig, EvalConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from bardling.config import (
+    CheckpointConfig,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    MonitorConfig,
+    OptimConfig,
+    RunConfig,
+    TrainConfig,
+)
 from bardling.configfile import read_text_file
 from bardling.errors import UserError
 from bardling.interop.nanogpt_keys import NAMED_DATASETS, PLACES, SAMPLE_DEFAULTS, TRAIN_DEFAULTS
 
 _GPT2_SIZES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}
 _GPT2_VOCAB, _GPT2_CONTEXT = 50257, 1024
-
-
-@dataclass(frozen=True)
-class WandbSettings:
-    """Where nanoGPT would have sent its figures."""
-
-    project: str
-    name: str
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,6 @@ class NanoGPTRun:
     """'scratch', 'resume' or the name of a GPT-2."""
     eval_only: bool
     """Evaluate once and stop, whatever init_from says."""
-    wandb: WandbSettings | None
     notes: list[str] = field(default_factory=list)
     """What differs from nanoGPT, one sentence each."""
 
@@ -62,7 +62,7 @@ class NanoGPTSample:
     top_k: int | None
     seed: int
     device: str
-    precision: str
+    precision: Literal["auto", "float32", "bfloat16", "float16"]
     compile: bool
 
 
@@ -114,6 +114,11 @@ def run_config_from_nanogpt(settings: Mapping[str, Any], world_size: int = 1, ne
             checkpoint=CheckpointConfig(
                 every=values["eval_interval"] if values["always_save_checkpoint"] else 0, save_best=True
             ),
+            monitor=MonitorConfig(
+                wandb="online" if values["wandb_log"] else "off",
+                wandb_project=values["wandb_project"] if values["wandb_log"] else MonitorConfig.wandb_project,
+                wandb_name=values["wandb_run_name"] if values["wandb_log"] else "",
+            ),
         )
     except UserError as error:
         raise UserError(_in_nanogpt_words(str(error))) from None
@@ -123,8 +128,7 @@ def run_config_from_nanogpt(settings: Mapping[str, Any], world_size: int = 1, ne
         notes.append(f"backend = {values['backend']!r} is not needed: nccl is used on CUDA, gloo elsewhere")
     if not values["always_save_checkpoint"]:
         notes.append("besides the checkpoint with the best validation loss, the last step's is kept")
-    wandb = WandbSettings(values["wandb_project"], values["wandb_run_name"]) if values["wandb_log"] else None
-    return NanoGPTRun(config, Path(values["out_dir"]), init_from, values["eval_only"], wandb, notes)
+    return NanoGPTRun(config, Path(values["out_dir"]), init_from, values["eval_only"], notes)
 
 
 def _model(values: Mapping[str, Any], init_from: str, notes: list[str]) -> ModelConfig:
@@ -134,7 +138,7 @@ def _model(values: Mapping[str, Any], init_from: str, notes: list[str]) -> Model
             raise UserError(f"block_size = {block_size}: {init_from} knows {_GPT2_CONTEXT} positions; lower it to at most that")
         notes.append(f"{init_from} is run with the GELU it was trained with (tanh); nanoGPT runs it with the exact one")
         n_layer, n_head, n_embd = _GPT2_SIZES[init_from]
-        return ModelConfig(n_layer, n_head, n_embd, block_size, _GPT2_VOCAB, dropout, bias=True, gelu="tanh")
+        return ModelConfig(n_layer, n_head, n_embd, block_size, _GPT2_VOCAB, dropout, bias=True, gelu="tanh", init=init_from)
     shape = (values["n_layer"], values["n_head"], values["n_embd"], block_size)
     return ModelConfig(*shape, dropout=dropout, bias=values["bias"], gelu="erf")
 
@@ -250,12 +254,10 @@ def recipe_toml(run: NanoGPTRun, origin: str) -> str:
         return lines
 
     head = [f"Made from {origin}.", f"Start it with: bardling train RECIPE --out {run.out}", *run.notes]
-    if run.init_from != "scratch":
-        head.append(f"init_from was {run.init_from!r}")
+    if run.init_from == "resume":
+        head.append(f"init_from was 'resume': `bardling resume {run.out / 'ckpt.pt'}` goes on with it")
     if run.eval_only:
         head.append("eval_only was set: `bardling eval` does that")
-    if run.wandb:
-        head.append(f"wandb: project {run.wandb.project!r}, name {run.wandb.name!r}")
     text = ["# " + "".join(char if char.isprintable() else " " for char in sentence) for sentence in head] + [
         "",
         *line("", run.config),

@@ -26,11 +26,11 @@ from bardling.config import DataConfig, ModelConfig, RunConfig
 from bardling.configfile import config_to_dict
 from bardling.data.loader import EvalWindows, Prefetcher, TrainWindows
 from bardling.data.order import WindowOrder
-from bardling.data.prepare import dataset_for
 from bardling.data.shards import TokenDataset
 from bardling.distributed.context import Context, distributed
 from bardling.distributed.device import DTYPES, choose_precision, device_name, matmul_flops, prepare_backend
 from bardling.errors import UserError
+from bardling.interop.dataset import open_data
 from bardling.model.arithmetic import flops_per_token
 from bardling.model.gpt import GPT
 from bardling.model.peaks import peak_flops
@@ -57,15 +57,19 @@ class RunResult:
     exit_status: int  # 0, or 128 + the signal
 
 
-def train(config: RunConfig, out: Path | str, *, quiet: bool = False) -> RunResult:
+def train(config: RunConfig, out: Path | str, *, continue_from: str | None = None, quiet: bool = False) -> RunResult:
     """Train a new run in the folder `out`, which must not exist yet.
+
+    Args:
+        continue_from: a checkpoint, another trainer's say, whose training the run goes on with: weights, optimizer and step.
+            (`config.model.init` takes only the weights.)
 
     Raises:
         UserError: the configuration does not fit the data or the machine; nothing has been written then.
     """
     with distributed(config.device) as context:
         config = dataclasses.replace(config, data=absolute(config.data))
-        return _Run(context, config, RunFolder(Path(out)), quiet=quiet, resumed=False).go()
+        return _Run(context, config, RunFolder(Path(out)), quiet=quiet, resumed=False, continue_from=continue_from).go()
 
 
 def resume(run: Path | str, config: RunConfig | None = None, *, quiet: bool = False) -> RunResult:
@@ -86,7 +90,7 @@ def resume(run: Path | str, config: RunConfig | None = None, *, quiet: bool = Fa
 
 
 def settle(config: RunConfig, before: RunConfig) -> RunConfig:
-    """`config` with what it leaves open (vocabulary, precision, compilation, the place of the text) as it was decided `before`."""
+    """`config` with what it leaves open (vocabulary, precision, compilation) as it was decided `before`."""
     return dataclasses.replace(
         config,
         precision=before.precision if config.precision == "auto" else config.precision,
@@ -144,7 +148,15 @@ class _Run:
     """The parts of one run, put together in the order in which they need each other."""
 
     def __init__(
-        self, context: Context, config: RunConfig, folder: RunFolder, *, quiet: bool, resumed: bool, changes: Sequence[str] = ()
+        self,
+        context: Context,
+        config: RunConfig,
+        folder: RunFolder,
+        *,
+        quiet: bool,
+        resumed: bool,
+        changes: Sequence[str] = (),
+        continue_from: str | None = None,
     ) -> None:
         self.context, self.folder, self.quiet, self.resumed, self.changes = context, folder, quiet, resumed, changes
         if not resumed and context.is_primary:
@@ -153,7 +165,9 @@ class _Run:
         self.tokenizer = self.dataset.tokenizer
         if resumed:
             check_dataset(self.dataset, folder)
-        self.start = load(config.model.init, training=True) if config.model.init and not resumed else None
+        self.continues = continue_from is not None
+        origin = continue_from or config.model.init
+        self.start = load(origin, training=self.continues) if origin and not resumed else None
         self.config = self._resolve(config)
         self.plan: TrainPlan = make_plan(self.config.train, self.config.model.block_size, context.world_size)
         self.order = WindowOrder(self.config.seed, len(self.dataset.split("train")), self.config.model.block_size)
@@ -192,12 +206,12 @@ class _Run:
         own, other = start.tokenizer, self.tokenizer
         if own is not None and other is not None and own.fingerprint != other.fingerprint:
             raise UserError(
-                f"{self.dataset.path}: was made with another tokenizer ({other.fingerprint}) than {wanted.init} "
+                f"{self.dataset.path}: was made with another tokenizer ({other.fingerprint}) than the model "
                 f"({own.fingerprint}): use the model's own tokenizer.json as data.tokenizer"
             )
         if start.config.vocab_size < self.dataset.vocab_size:
             raise UserError(
-                f"{self.dataset.path}: has a vocabulary of {self.dataset.vocab_size} tokens, {wanted.init} one of "
+                f"{self.dataset.path}: has a vocabulary of {self.dataset.vocab_size} tokens, the model one of "
                 f"{start.config.vocab_size}: prepare the text with the model's tokenizer"
             )
         block_size = min(wanted.block_size, start.config.block_size)
@@ -256,6 +270,12 @@ class _Run:
             if state.scaler is not None and training.get("scaler"):
                 state.scaler.load_state_dict(training["scaler"])
             restore_rng(checkpoint.rng)
+        elif start is not None and self.continues:
+            if start.optimizer_tensors:
+                load_optimizer_tensors(optimizer, dict(model.named_parameters()), start.optimizer_tensors, start.optimizer_meta)
+            state.step, state.samples = start.step, start.step * self.plan.samples_per_step
+            if start.best_val_loss is not None:
+                state.best_val_loss, state.best_step = start.best_val_loss, start.step
         return state
 
     def _report(self, message: str) -> None:
@@ -267,7 +287,7 @@ class _Run:
         if self.resumed:
             self.folder.write_config(self.config)
         else:
-            create_run(self.folder.path, self.config)
+            create_run(self.folder.path, self.config, beside=self.continues)
             write_whole(self.folder.dataset_file, dataset_record(self.dataset))
             if self.tokenizer is not None:
                 self.tokenizer.save(self.folder.path)
@@ -280,8 +300,8 @@ class _Run:
         epochs = plan.steps * plan.samples_per_step / self.order.windows_per_epoch
         where = f"{device_name(self.context.device)}" + (f" x {plan.world_size}" if plan.world_size > 1 else "")
         monitor.note(
-            f"{parameters / 1e6:.2f}M parameters, {plan.steps:,} steps of {plan.samples_per_step} x {config.model.block_size} tokens "
-            f"({plan.accumulation} forward passes of {plan.micro_batch}), {epochs:.2f} "
+            f"{parameters / 1e6:.2f}M parameters, {plan.steps:,} steps of {plan.samples_per_step} x {config.model.block_size} "
+            f"tokens ({plan.accumulation} forward passes of {plan.micro_batch}), {epochs:.2f} "
             f"epochs of {len(self.dataset.split('train')):,} tokens"
         )
         monitor.note(
@@ -399,11 +419,11 @@ def _wrap(model: GPT, compiled: bool, context: Context) -> nn.Module | Callable[
 def _open_dataset(config: RunConfig, context: Context) -> TokenDataset:
     """The dataset; when it has to be made first, the primary process makes it while the others wait."""
     if context.is_primary:
-        dataset = dataset_for(config.data)
+        dataset = open_data(config.data)
         context.barrier()
         return dataset
     context.barrier()
-    return dataset_for(config.data)
+    return open_data(config.data)
 
 
 def dataset_record(dataset: TokenDataset) -> str:
