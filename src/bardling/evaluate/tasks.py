@@ -1,8 +1,9 @@
 """Multiple-choice tasks: where their items come from, and what a model is shown of them.
 
 A task is 'hellaswag' (Zellers et al. 2019, the 10,042 validation items, from the hub) or the path of a file in HellaSwag's
-form: JSON Lines, plain or gzip, each line an object with `ctx` (or `ctx_a` and `ctx_b`), `endings` and `label`, and perhaps `ind`
-and `activity_label`. An ending is scored as the text " " + ending after the context; what the context is depends on the style:
+form: JSON Lines, plain or gzip, each line an object with `ctx` (or `ctx_a` and `ctx_b`), `endings` and `label`, and perhaps
+`ind` and `activity_label`. An ending is scored as the text " " + ending after the context; what the context is depends on the
+style:
 
 - 'plain' (the default) takes the texts as they are written, `[header]` and the like included. This is how GPT-2 124M gets the
   0.294 of completion-normalised accuracy that small GPTs are compared with.
@@ -165,11 +166,10 @@ def _label(value: Any, count: int, place: str) -> int:
     """An index, written as a number (as the first files have it) or as digits (as the hub's do)."""
     if value == "":
         raise UserError(f"{place}: label is empty: test splits come without answers; use the validation split")
-    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,4}", value):
-        value = int(value)
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < count:
+    label = int(value) if isinstance(value, str) and re.fullmatch(r"[0-9]{1,4}", value) else value
+    if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < count:
         raise UserError(f"{place}: label = {_short(value)}: must be the right ending's index, 0 to {count - 1}")
-    return value
+    return label
 
 
 def _text(row: dict[str, Any], field: str, place: str, *, why: str = "") -> str:
@@ -232,7 +232,8 @@ def read_hub_items(source: HubFile, *, style: Style = "plain", endpoint: str | N
         path = Path(hf_hub_download(source.repo, source.path, repo_type="dataset", revision=source.revision, endpoint=endpoint))
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
     except Exception as error:  # the hub's client and its transport fail in many ways that have no common base
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        first = error.__cause__ or error  # the hub's client wraps what happened into advice
+        reason = " ".join(str(first).split())[:200] or type(first).__name__
         raise UserError(f"{source.repo}: cannot download ({reason}): check the network and try again, {otherwise}") from error
     if digest != source.sha256:
         raise UserError(
