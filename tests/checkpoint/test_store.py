@@ -314,13 +314,15 @@ def test_killed_at_any_operation(tmp_path: Path, step: int) -> None:
         outcomes.add(text)
         assert text == "new" if reader.steps()[-1] == 40 else text in ("new", "old 30")
         assert store.path(10).exists()
+        assert not any(reader.verify(reader.path(each)) for each in reader.steps())
+        newest = reader.steps()[-1]
         best = reader.best()
         assert best is not None
         assert best.name == "step-000010"
         # The next save works, and leaves nothing of the dead one.
         reader.save(50, writer("next"))
         assert all(name.startswith("step-") for name in names(store.folder))
-        assert reader.steps()[0] == 10
+        assert reader.steps() == [10, newest, 50]
         assert not any(reader.verify(reader.path(each)) for each in reader.steps())
     assert outcomes == {"new", "old 30"}
 
