@@ -154,13 +154,13 @@ def _spread(seconds: Sequence[float]) -> str:
     if len(seconds) < 10:
         return f"median; {len(seconds)} steps from {ms(seconds[0])} to {ms(seconds[-1])}"
     tenths = statistics.quantiles(seconds, n=10)
-    return f"median; 8 of 10 steps between {ms(tenths[0])} and {ms(tenths[-1])}"
+    return f"median; 8 of 10 between {ms(tenths[0])} and {ms(tenths[-1])}"
 
 
 def ms(seconds: float) -> str:
-    """`0.0123` -> `12.3 ms`; from ten seconds on `12.3 s`."""
-    if seconds >= 10:
-        return f"{seconds:,.1f} s"
+    """`0.0123` -> `12.3 ms`, `1.234` -> `1.23 s`."""
+    if seconds >= 0.9995:
+        return f"{seconds:,.{1 if seconds >= 10 else 2}f} s"
     value = seconds * 1e3
     return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f} ms"
 
