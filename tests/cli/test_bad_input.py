@@ -1,0 +1,346 @@
+"""What users get wrong, in one table: each ends in one line with the remedy, status 2, and nothing lost or left behind."""
+
+import json
+import os
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+
+from bardling.cli.main import main
+from bardling.configfile import config_to_toml
+from bardling.train.run import train
+
+
+@pytest.fixture
+def place(tiny, tmp_path, change):
+    """A folder with a recipe, a prepared dataset, a finished run and some broken things; `place.fail(...)` runs a command."""
+
+    class Place:
+        path = tmp_path
+
+        def __init__(self):
+            (tmp_path / "tiny.toml").write_text(config_to_toml(change(tiny, train={"steps": 8})))
+
+        def prepare(self):
+            main(["prepare", tiny.data.source, "--out", str(tmp_path / "data"), "--tokenizer", "char"])
+            return tmp_path / "data"
+
+        def run(self):
+            return train(change(tiny, train={"steps": 8}), tmp_path / "run", quiet=True).folder
+
+    return Place()
+
+
+def fail(capsys, *argv):
+    """Run a command that must fail; return its one line."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(word) for word in argv])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2, error
+    assert error.count("\n") == 1, error
+    assert error.startswith("bardling: ")
+    assert "Traceback" not in error
+    return error
+
+
+def missing_source(place):
+    return ["--data.source", place.path / "nowhere.txt"], "nowhere.txt"
+
+
+def empty_source(place):
+    (place.path / "empty.txt").write_text("")
+    return ["--data.source", place.path / "empty.txt"], "empty.txt"
+
+
+def empty_folder(place):
+    (place.path / "hollow").mkdir()
+    return ["--data.source", place.path / "hollow"], "hollow"
+
+
+def not_text(place):
+    (place.path / "noise.txt").write_bytes(bytes(range(128, 256)) * 10)
+    return ["--data.source", place.path / "noise.txt"], "UTF-8"
+
+
+def missing_field(place):
+    (place.path / "a.jsonl").write_text('{"body": "x"}\n{"body": "y"}\n')
+    return ["--data.source", f"{place.path / 'a.jsonl'}:text"], "text"
+
+
+def broken_json(place):
+    (place.path / "b.jsonl").write_text('{"text": "x"}\n{"text": \n')
+    return ["--data.source", place.path / "b.jsonl"], "line 2"
+
+
+def too_short(place):
+    (place.path / "short.txt").write_text("to be or not to be")
+    return ["--data.source", place.path / "short.txt"], "block_size"
+
+
+def unknown_tokenizer(place):
+    return ["--data.tokenizer", "bytes"], "byte"
+
+
+def missing_tokenizer(place):
+    return ["--data.tokenizer", place.path / "tokenizer.json"], "tokenizer.json"
+
+
+def heads_do_not_divide(place):
+    return ["--model.n_embd", "15"], "model.n_embd = 15 is not divisible by model.n_head = 2: try --model.n_embd 14 or 16"
+
+
+def batch_does_not_divide(place):
+    return ["--train.micro_batch", "3"], "use --train.micro_batch 2"
+
+
+def vocabulary_too_small(place):
+    return ["--model.vocab_size", "5"], "model.vocab_size = 5"
+
+
+def unknown_device(place):
+    return ["--device", "tpu"], "tpu"
+
+
+def no_such_gpu(place):
+    return ["--device", "cuda:99"], "cuda"
+
+
+def float16_on_cpu(place):
+    return ["--precision", "float16"], "float32 or bfloat16"
+
+
+def warmup_as_long_as_the_run(place):
+    return ["--optim.warmup_steps", "8"], "warmup_steps = 8"
+
+
+def out_is_a_file(place):
+    (place.path / "taken").write_text("precious")
+    return ["--out", place.path / "taken"], "taken"
+
+
+def out_holds_something(place):
+    (place.path / "full").mkdir()
+    (place.path / "full" / "thesis.tex").write_text("precious")
+    return ["--out", place.path / "full"], "not an empty folder"
+
+
+def out_on_a_system_that_takes_no_files(place):
+    return ["--out", "/proc/bardling-run"], "/proc/bardling-run"
+
+
+def run_exists(place):
+    place.run()
+    return ["--out", place.path / "run"], "bardling resume"
+
+
+def cut_dataset(place):
+    data = place.prepare()
+    file = data / "train-00000.bin"
+    file.write_bytes(file.read_bytes()[:-10])
+    return ["--data.source", data], "train-00000.bin"
+
+
+def ids_outside_the_vocabulary(place):
+    data = place.prepare()
+    file = data / "train-00000.bin"
+    tokens = np.fromfile(file, dtype="<u2")
+    tokens[:] = 60000
+    tokens.tofile(file)
+    return ["--data.source", data], "train-00000.bin"
+
+
+def missing_shard(place):
+    data = place.prepare()
+    (data / "val-00000.bin").unlink()
+    return ["--data.source", data], "val-00000.bin"
+
+
+def broken_manifest(place):
+    data = place.prepare()
+    (data / "manifest.json").write_text("{")
+    return ["--data.source", data], "manifest.json"
+
+
+def dataset_of_another_tokenizer(place):
+    data = place.prepare()
+    other = json.loads((data / "tokenizer.json").read_text())
+    folder = place.path / "other"
+    folder.mkdir()
+    main(["prepare", str(place.path / "tiny.toml"), "--out", str(place.path / "other" / "d"), "--tokenizer", "byte"])
+    assert other
+    return ["--data.source", data, "--data.tokenizer", folder / "d" / "tokenizer.json"], "tokenizer"
+
+
+CASES = [
+    missing_source,
+    empty_source,
+    empty_folder,
+    not_text,
+    missing_field,
+    broken_json,
+    too_short,
+    unknown_tokenizer,
+    missing_tokenizer,
+    heads_do_not_divide,
+    batch_does_not_divide,
+    vocabulary_too_small,
+    unknown_device,
+    no_such_gpu,
+    float16_on_cpu,
+    warmup_as_long_as_the_run,
+    out_is_a_file,
+    out_holds_something,
+    out_on_a_system_that_takes_no_files,
+    run_exists,
+    cut_dataset,
+    ids_outside_the_vocabulary,
+    missing_shard,
+    broken_manifest,
+    dataset_of_another_tokenizer,
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+def test_train_refuses(case, place, capsys):
+    options, says = case(place)
+    capsys.readouterr()
+    before = {path: path.read_bytes() for path in place.path.rglob("*") if path.is_file()}
+    out = [] if "--out" in options else ["--out", place.path / "new"]
+    assert says in fail(capsys, "train", place.path / "tiny.toml", *options, *out)
+    after = {path: path.read_bytes() for path in place.path.rglob("*") if path.is_file() and "new" not in path.parts}
+    assert after == before, "nothing that was there is changed"
+    assert not list(place.path.glob(".*partial*")), "nothing half-made is left"
+
+
+def resume_of_nothing(place, run):
+    return ["resume", place.path / "nosuch"], "no such run"
+
+
+def resume_of_no_run(place, run):
+    (place.path / "stuff").mkdir()
+    return ["resume", place.path / "stuff"], "no run folder"
+
+
+def resume_with_another_architecture(place, run):
+    return ["resume", run, "--model.n_layer", "3"], "model.n_layer = 3: a run that has started keeps 2"
+
+
+def resume_with_another_seed(place, run):
+    return ["resume", run, "--seed", "2"], "seed = 2"
+
+
+def resume_with_other_data(place, run):
+    record = json.loads((run / "dataset.json").read_text())
+    (run / "dataset.json").write_text(json.dumps({**record, "fingerprint": "0" * 16}))
+    return ["resume", run], "is not the dataset"
+
+
+def resume_with_a_broken_config(place, run):
+    (run / "config.toml").write_text("[model]\nn_laye = 3\n")
+    return ["resume", run], "did you mean 'n_layer'"
+
+
+def sample_of_another_architecture(place, run):
+    path = next((run / "checkpoints").iterdir())
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "model_type": "bert"}))
+    return ["sample", path], "bert"
+
+
+def sample_of_unknown_characters(place, run):
+    return ["sample", run, "--prompt", "kingß"], "'ß'"
+
+
+def sample_with_two_prompts(place, run):
+    return ["sample", run, "--prompt", "a", "--prompt_file", "b"], "one of them"
+
+
+def sample_hotter_than_allowed(place, run):
+    return ["sample", run, "--temperature", "-1"], "temperature"
+
+
+def eval_on_foreign_tokens(place, run):
+    main(["prepare", str(place.path / "tiny.toml"), "--out", str(place.path / "bytes"), "--tokenizer", "byte"])
+    return ["eval", run, "--data", place.path / "bytes"], "another tokenizer"
+
+
+def info_of_nothing(place, run):
+    return ["info", place.path / "nosuch"], "no such file"
+
+
+def prepare_over_something(place, run):
+    return ["prepare", place.path / "tiny.toml", "--out", run], "run"
+
+
+def export_over_something(place, run):
+    return ["export", run, "--out", run], "exists already"
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        resume_of_nothing,
+        resume_of_no_run,
+        resume_with_another_architecture,
+        resume_with_another_seed,
+        resume_with_other_data,
+        resume_with_a_broken_config,
+        sample_of_another_architecture,
+        sample_of_unknown_characters,
+        sample_with_two_prompts,
+        sample_hotter_than_allowed,
+        eval_on_foreign_tokens,
+        info_of_nothing,
+        prepare_over_something,
+        export_over_something,
+    ],
+    ids=lambda case: case.__name__,
+)
+def test_other_verbs_refuse(case, place, capsys):
+    run = place.run()
+    argv, says = case(place, run)
+    capsys.readouterr()
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert says in fail(capsys, *argv)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(tiny, tmp_path, capsys):
+    run = train(tiny, tmp_path / "run", quiet=True).folder
+    newest = run / "checkpoints" / "step-000030" / "model.safetensors"
+    data = bytearray(newest.read_bytes())
+    data[-1] ^= 1
+    newest.write_bytes(bytes(data))
+    main(["sample", str(run), "--max_new_tokens", "3", "--seed", "1"])
+    error = capsys.readouterr().err
+    assert "step-000030" in error
+    assert "model.safetensors" in error
+    with pytest.raises(SystemExit) as stop:
+        main(["info", str(run), "--verify"])
+    assert stop.value.code == 2
+    assert "step-000030: model.safetensors" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not shutil.which("mount") or os.geteuid() != 0, reason="needs the right to mount a small file system")
+def test_a_full_disk_is_said_and_the_older_checkpoint_stays(tiny, change, tmp_path, bardling):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", str(disk)], check=False, capture_output=True
+    ).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        config = change(tiny, model={"n_embd": 32}, train={"steps": 60}, checkpoint={"every": 5, "keep_last": 20})
+        (tmp_path / "tiny.toml").write_text(config_to_toml(config))
+        done = bardling("train", tmp_path / "tiny.toml", "--out", disk / "run", check=None)
+        assert done.returncode == 2, done.stderr
+        assert "space" in done.stderr or "full" in done.stderr
+        assert "Traceback" not in done.stderr
+        checked = bardling("info", disk / "run", "--verify")
+        assert "every file is as its checksum says" in checked.stdout
+        shutil.copytree(disk / "run", tmp_path / "moved")  # to where there is room
+        assert bardling("resume", tmp_path / "moved").returncode == 0
+    finally:
+        subprocess.run(["umount", str(disk)], check=False)
