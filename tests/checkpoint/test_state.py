@@ -235,7 +235,7 @@ HOSTILE: list[tuple[Callable[[Path], object], str]] = [
     (edit_json("config.json", n_layer=2 * 10**9), "model.safetensors: "),
     (edit_json("config.json", n_embd=4), "model.safetensors: "),
     (edit_json("config.json", n_positions="x"), "config.json: n_positions"),
-    (edit_json("config.json", bardling={"vocab_multiple": 2**31 - 1}), "vocab_multiple = 2,147,483,647"),
+    (edit_json("config.json", bardling={"vocab_multiple": 2**31 - 1}), "config.json: vocab_multiple = 2147483647"),
     (lambda f: (f / "config.json").write_text("[]"), "config.json: holds no JSON object"),
     (lambda f: (f / "config.json").write_text("{"), "config.json: is not valid JSON"),
     (lambda f: (f / "config.json").write_bytes(b"\xff{}"), "config.json: is not valid JSON"),

@@ -33,7 +33,6 @@ __all__ = ["Checkpoint", "read_checkpoint", "read_model", "restore_rng", "rng_st
 
 FORMAT = 1
 LARGEST_JSON = 16 << 20  # bytes; the largest of these files has a short line per parameter
-LARGEST_MULTIPLE = 1 << 16  # rows
 
 
 @dataclass(frozen=True)
@@ -130,8 +129,6 @@ def read_model(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     """
     config_file, weights_file = folder / "config.json", folder / "model.safetensors"
     config = model_config_from_hf(_read_json(config_file), str(config_file))
-    if config.vocab_multiple > LARGEST_MULTIPLE:  # rows of padding are not in the file, but take memory
-        raise UserError(f"{config_file}: vocab_multiple = {config.vocab_multiple:,} must be at most {LARGEST_MULTIPLE:,}")
     state = from_hf_state(read_tensors(weights_file), config, str(weights_file))
     for name, tensor in state.items():
         if not tensor.is_floating_point():
