@@ -17,6 +17,7 @@ VERBS = {
     "train": "train a model by a recipe",
     "resume": "go on with a run, exactly where it stopped",
     "plan": "work out what a run will need, before it starts",
+    "bench": "measure how fast a recipe trains on this machine",
     "sample": "let a trained model write",
     "eval": "measure a model on held-out text",
     "export": "write a model in the form that other software opens",

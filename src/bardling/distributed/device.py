@@ -84,7 +84,12 @@ def choose_precision(wanted: Literal["auto", "float32", "bfloat16", "float16"], 
         return Precision("float16", "this GPU has no bfloat16 arithmetic", device.type)
     if device.type == "mps":
         return Precision("float32", "on Apple GPUs lower precision is not reliable enough to be a default", device.type)
-    ratio = matmul_flops(device, torch.bfloat16) / matmul_flops(device, torch.float32)
+    # By turns, and each at its best: on a busy machine a single measurement of either may be several times too low.
+    speeds = dict.fromkeys((torch.float32, torch.bfloat16), 0.0)
+    for _ in range(3):
+        for dtype, best in speeds.items():
+            speeds[dtype] = max(best, matmul_flops(device, dtype, seconds=0.03))
+    ratio = speeds[torch.bfloat16] / speeds[torch.float32]
     if ratio > 1.3:
         return Precision("bfloat16", f"this CPU multiplies it {ratio:.1f} times as fast as float32", device.type)
     return Precision("float32", f"bfloat16 runs at {ratio:.1f} times float32's speed on this CPU", device.type)

@@ -61,7 +61,7 @@ def fit(
         result = train_step(
             state,
             [next(batches) for _ in range(plan.accumulation)],
-            forward=forward or state.model,
+            forward=state.model if forward is None else forward,
             lr=lr_at(state.step),
             grad_clip=grad_clip,
             precision=precision,

@@ -5,6 +5,7 @@ from bardling.config import RunConfig
 from bardling.monitor.console import Console
 from bardling.monitor.jsonl import JsonlSink, truncate_after
 from bardling.monitor.records import Record, SampleRecord
+from bardling.monitor.services import Services
 
 
 class RunMonitor:
@@ -14,6 +15,7 @@ class RunMonitor:
         self._metrics: JsonlSink | None = None
         self._samples: JsonlSink | None = None
         self._console: Console | None = None
+        self._services: Services | None = None
         if not primary:
             return
         for path in (folder.metrics_file, folder.samples_file):
@@ -21,6 +23,7 @@ class RunMonitor:
         self._metrics, self._samples = JsonlSink(folder.metrics_file), JsonlSink(folder.samples_file)
         if not quiet:
             self._console = Console(config.train.steps, step)
+        self._services = Services(folder.path, config, step, self.note)
 
     def log(self, record: Record) -> None:
         """Write a record where its kind belongs."""
@@ -30,11 +33,15 @@ class RunMonitor:
                 self._samples.log(values)
             if self._console is not None:
                 self._console.sample(record.step, record.texts)
+            if self._services is not None:
+                self._services.sample(record.step, record.prompt, record.texts)
             return
         if self._metrics is not None:
             self._metrics.log(values)
         if self._console is not None:
             self._console.log(values)
+        if self._services is not None:
+            self._services.log(values)
 
     def note(self, text: str) -> None:
         """Say something to the person who watches."""
@@ -48,12 +55,12 @@ class RunMonitor:
 
     def flush(self) -> None:
         """Make everything logged so far durable."""
-        for sink in (self._metrics, self._samples):
+        for sink in (self._metrics, self._samples, self._services):
             if sink is not None:
                 sink.flush()
 
     def close(self) -> None:
         """Write what is left and give the terminal back."""
-        for sink in (self._metrics, self._samples, self._console):
+        for sink in (self._metrics, self._samples, self._services, self._console):
             if sink is not None:
                 sink.close()

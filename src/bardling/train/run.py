@@ -34,6 +34,7 @@ from bardling.interop.dataset import open_data
 from bardling.model.arithmetic import flops_per_token
 from bardling.model.gpt import GPT
 from bardling.model.peaks import peak_flops
+from bardling.monitor.services import check_services
 from bardling.optim.build import build_optimizer
 from bardling.optim.schedule import learning_rate
 from bardling.optim.state import load_optimizer_tensors, optimizer_tensors
@@ -161,6 +162,8 @@ class _Run:
         self.context, self.folder, self.quiet, self.resumed, self.changes = context, folder, quiet, resumed, changes
         if not resumed and context.is_primary:
             refuse_existing(folder)
+        if context.is_primary:
+            check_services(config.monitor)
         self.dataset = _open_dataset(config, context)
         self.tokenizer = self.dataset.tokenizer
         if resumed:
@@ -246,7 +249,13 @@ class _Run:
         config, device = self.config, self.context.device
         checkpoint = None
         if self.resumed:
-            path = self.folder.store().latest(self._report)
+            store = self.folder.store()
+            path = store.latest(self._report)
+            if path is None and store.steps():
+                raise UserError(
+                    f"{store.path(store.steps()[-1])}: every checkpoint of this run is damaged (see above): restore one from a "
+                    "copy, or start a new run"
+                )
             checkpoint = None if path is None else read_checkpoint(path)
         start = None if self.start is None or checkpoint is not None else self.start.cropped(config.model.block_size)
         model = GPT(config.model, seed=config.seed if checkpoint is None and start is None else None)
