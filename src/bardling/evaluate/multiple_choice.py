@@ -7,12 +7,13 @@ chosen ending is the one with the smallest loss, counted in three ways:
 - normalised: its mean per token, which is what the usual 0.294 of GPT-2 124M on HellaSwag counts;
 - by characters: its sum divided by the ending's characters, which the language model evaluation harness calls `acc_norm`.
 
-Context and " " + ending are encoded apart, so that a context is the same tokens before each of its endings. Items are batched
-by their length in tokens, shared out over the processes, and put together again before anything is counted: how they were
-divided does not show in the result. An item one of whose losses is not a finite number counts as wrong.
+Context and " " + ending are encoded apart, so that a context is the same tokens before each of its endings: it is computed
+once, and its keys and values serve all endings. Items are batched by their length in tokens, shared out over the processes, and
+put together again before anything is counted: how they were divided does not show in the result. An item one of whose losses is
+not a finite number counts as wrong.
 
-Limits: of a context that is too long only its end is seen, and of an ending that alone fills the context only its end is
-scored; both are counted in the result.
+Limits: a context is cut from the left until it and the item's longest ending fit into the block size, and an ending that does
+not even fit behind one token is scored on its beginning; both are counted in the result.
 """
 
 import math
@@ -22,6 +23,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -32,10 +34,11 @@ from bardling.distributed.device import Precision
 from bardling.errors import UserError
 from bardling.evaluate.loss import Interrupted
 from bardling.evaluate.tasks import ChoiceItem
+from bardling.model.cache import KVCache
 from bardling.model.gpt import GPT
 
-BATCH_TOKENS = 8192
-"""Tokens in a forward pass of one process, padding included."""
+BATCH_TOKENS = {"cpu": 2048, "cuda": 16384, "mps": 8192}
+"""Tokens of a batch by device type. A CPU gains nothing from more than fill its cores, and loses to padding."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +77,8 @@ class ChoiceResult:
 
     task: str
     items: tuple[ItemScore, ...]  # in the order in which they were given
-    cut_contexts: int  # endings whose context did not fit
-    cut_endings: int  # endings that did not fit themselves
+    cut_contexts: int  # of items: only the end of the context was seen
+    cut_endings: int  # endings of which only the beginning was scored
     seconds: float = field(compare=False)  # that it took
 
     @property
@@ -138,20 +141,26 @@ def _stderr(p: float, n: int) -> float:
     return math.sqrt(p * (1 - p) / n)
 
 
+Ids = npt.NDArray[np.int64]
+
+
 @dataclass(frozen=True)
 class _Encoded:
-    """An item as tokens: a row for each ending, context first, cut to what the model can see."""
+    """An item as tokens, cut to what the model can see."""
 
     index: int  # among all items
-    rows: tuple[np.ndarray[tuple[int], np.dtype[np.int64]], ...]
-    scored: tuple[int, ...]  # tokens at the end of each row that are scored
-    cut_contexts: int
+    context: Ids  # at least one token
+    endings: tuple[Ids, ...]
+    cut_context: bool
     cut_endings: int
 
     @property
-    def longest(self) -> int:
-        """Inputs of the longest row."""
-        return max(len(row) for row in self.rows) - 1
+    def widths(self) -> tuple[int, int]:
+        """Tokens computed once and tokens computed for each ending.
+
+        The context's last token goes with the endings, since it foretells their first.
+        """
+        return len(self.context) - 1, max(map(len, self.endings))
 
 
 def evaluate_choices(
@@ -161,7 +170,7 @@ def evaluate_choices(
     *,
     precision: Precision,
     task: str = "multiple-choice",
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int | None = None,
     context: Context = SINGLE,
     stop_requested: Callable[[], bool] = lambda: False,
     progress: Callable[[int, int], None] | None = None,
@@ -171,7 +180,8 @@ def evaluate_choices(
     Args:
         model: on the context's device; not compiled, since every batch has a shape of its own.
         task: what the result is called.
-        batch_tokens: tokens in a forward pass of one process, padding included; a single item may exceed it.
+        batch_tokens: tokens of a batch in one process, padding included and the context counted with each ending: the keys and
+            values of so many are held at a time. A single item may exceed it. Unset takes what suits the device.
         stop_requested: asked before each batch.
         progress: called with (items done, items in all); over several processes the first is this process's part, scaled up.
 
@@ -190,7 +200,8 @@ def evaluate_choices(
             "use the tokenizer that the model was trained with"
         )
     begun = time.monotonic()
-    batches, own, turns = _plan(tokenizer, items, model.config.block_size, batch_tokens, task, context)
+    size = batch_tokens or BATCH_TOKENS.get(context.device.type, 2048)
+    batches, own, turns = _plan(tokenizer, items, model.config.block_size, size, task, context)
     # In host memory, so that a batch's losses do not wait for the next; float64 does not exist on Apple GPUs besides.
     width = max(len(item.endings) for item in items)
     table = torch.zeros(2, len(items), width, dtype=torch.float64)  # summed loss and number of tokens [2, items, endings]
@@ -205,10 +216,10 @@ def evaluate_choices(
                 batch = batches[turn]
                 losses = _ending_losses(model, batch, precision, context.device)
                 for item in batch:
-                    count = len(item.rows)
+                    count = len(item.endings)
                     table[0, item.index, :count], losses = losses[:count], losses[count:]
-                    table[1, item.index, :count] = torch.tensor(item.scored, dtype=torch.float64)
-                    cuts += torch.tensor([item.cut_contexts, item.cut_endings], dtype=torch.float64)
+                    table[1, item.index, :count] = torch.tensor([len(ending) for ending in item.endings], dtype=torch.float64)
+                    cuts += torch.tensor([item.cut_context, item.cut_endings], dtype=torch.float64)
                 done += len(batch)
             if progress is not None:
                 last = turn == turns - 1
@@ -241,7 +252,7 @@ def _plan(
         error = caught
     if context.any(error is not None):  # all stop together; otherwise the others would wait for this one
         raise error or UserError(f"{task}: another process could not encode its items; its message says why")
-    batches = _batches(encoded, batch_tokens)
+    batches = _batches(encoded, batch_tokens, block_size)
     counts = torch.zeros(context.world_size, dtype=torch.int64)
     counts[context.rank] = len(batches)
     return batches, len(encoded), int(context.sum(counts).max())
@@ -264,15 +275,11 @@ def _encode(
                     f"{task}, item {items[index].id}: the context is empty, and the tokenizer has no token to start from"
                 )
             start = np.array([tokenizer.eot_id], np.int64)
-        rows, scored, cut_contexts, cut_endings = [], [], 0, 0
-        for _ in items[index].endings:
-            ending = next(ids)
-            row = np.concatenate([start, ending])
-            cut_contexts += len(row) - 1 > block_size
-            cut_endings += len(ending) > block_size
-            rows.append(row[-(block_size + 1) :])  # a row's last token is only a target
-            scored.append(min(len(ending), block_size))
-        encoded.append(_Encoded(index, tuple(rows), tuple(scored), cut_contexts, cut_endings))
+        whole = [next(ids) for _ in items[index].endings]
+        endings = tuple(ending[:block_size] for ending in whole)
+        room = block_size + 1 - max(map(len, endings))  # for the context: the last token of an ending is only a target
+        cut_endings = sum(len(ending) > block_size for ending in whole)
+        encoded.append(_Encoded(index, start[-room:], endings, len(start) > room, cut_endings))
     return encoded
 
 
@@ -289,36 +296,52 @@ def _culprit(tokenizer: Tokenizer, items: Sequence[ChoiceItem], chosen: Sequence
     return "an item"
 
 
-def _batches(encoded: list[_Encoded], batch_tokens: int) -> list[list[_Encoded]]:
+def _batches(encoded: list[_Encoded], batch_tokens: int, block_size: int) -> list[list[_Encoded]]:
     """Items of like length together, an item's endings always in one batch.
 
-    The longest batch comes first, so that memory that does not suffice shows at once; the others in random order, so that the
-    speed so far tells the time left.
+    The longest endings come first, so that memory that does not suffice shows at once; the other batches in random order, so
+    that the speed so far tells the time left.
     """
     batches: list[list[_Encoded]] = []
-    rows = longest = 0
-    for item in sorted(encoded, key=lambda item: -item.longest):
-        if not batches or (rows + len(item.rows)) * longest > batch_tokens:
+    rows = before = after = 0  # of the last batch: endings, and the width of contexts and endings
+    # By endings first, since each item has several: on all of HellaSwag padding then adds a fifth.
+    for item in sorted(encoded, key=lambda item: (-item.widths[1], -item.widths[0])):
+        wider = max(before, item.widths[0]), max(after, item.widths[1])
+        if not batches or (rows + len(item.endings)) * sum(wider) > batch_tokens or sum(wider) > block_size:
             batches.append([])
-            rows, longest = 0, item.longest
+            rows, wider = 0, item.widths
         batches[-1].append(item)
-        rows += len(item.rows)
+        rows, (before, after) = rows + len(item.endings), wider
     others = batches[1:]
     random.Random(0).shuffle(others)
     return batches[:1] + others
 
 
 def _ending_losses(model: GPT, batch: Sequence[_Encoded], precision: Precision, device: torch.device) -> Tensor:
-    """Summed loss of every row of the batch, one item's after another's: float64 [rows], in host memory."""
-    rows = [(row, scored) for item in batch for row, scored in zip(item.rows, item.scored, strict=True)]
-    width = max(item.longest for item in batch)
-    inputs = np.zeros((len(rows), width), np.int64)  # padded on the right, where nothing before it looks
-    targets = np.full((len(rows), width), IGNORE, np.int64)
-    for place, (row, scored) in enumerate(rows):
-        length = len(row) - 1
-        inputs[place, :length] = row[:-1]
-        targets[place, length - scored : length] = row[len(row) - scored :]
+    """Summed loss of every ending of the batch, one item's after another's: float64 [endings], in host memory."""
+    before, after = (max(widths) for widths in zip(*(item.widths for item in batch), strict=True))
+    owner = [place for place, item in enumerate(batch) for _ in item.endings]  # of each ending, its item
+    contexts = np.zeros((len(batch), before), np.int64)  # padded on the right, where nothing before it looks
+    inputs = np.zeros((len(owner), after), np.int64)
+    targets = np.full((len(owner), after), IGNORE, np.int64)
+    for row, item in zip(contexts, batch, strict=True):
+        row[: len(item.context) - 1] = item.context[:-1]
+    for place, (last, ending) in enumerate((item.context[-1], ending) for item in batch for ending in item.endings):
+        inputs[place, 0], inputs[place, 1 : len(ending)] = last, ending[:-1]
+        targets[place, : len(ending)] = ending
     with torch.no_grad(), precision.autocast():
+        seen = KVCache(model.config, len(owner), capacity=before + after)
+        if before:
+            once = KVCache(model.config, len(batch), capacity=before + after)
+            model.hidden(torch.from_numpy(contexts).to(device), once)
+            assert once.keys is not None
+            assert once.values is not None
+            owners = torch.tensor(owner, device=device)
+            seen.keys, seen.values = (
+                once.keys[:, owners],
+                once.values[:, owners],
+            )  # [n_layer, endings, n_head, capacity, head_dim]
+            seen.lengths = [len(batch[place].context) - 1 for place in owner]  # what was padding will be written over or masked
         tokens, wanted = torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device)
-        losses: Tensor = model(tokens, wanted, reduction="none")  # [rows, width]
+        losses: Tensor = model(tokens, wanted, reduction="none", cache=seen)  # [endings, after]
     return losses.cpu().double().sum(1)
