@@ -41,10 +41,13 @@ def will_slide(prompt_length: int, max_new_tokens: int, block_size: int) -> bool
     return prompt_length + max_new_tokens - 1 > block_size
 
 
-def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """Tokens of a prompt; an empty one is an end-of-text token, after which a new document begins, or else a line break."""
+def prompt_ids(tokenizer: Tokenizer, prompt: str, *, allow_special: bool = False) -> list[int]:
+    """Tokens of a prompt; an empty one is an end-of-text token, after which a new document begins, or else a line break.
+
+    With `allow_special`, names of special tokens in it, such as `<|endoftext|>`, mean these tokens.
+    """
     if prompt:
-        return [int(token) for token in tokenizer.encode(prompt)]
+        return [int(token) for token in tokenizer.encode(prompt, allow_special=allow_special)]
     return [tokenizer.eot_id] if tokenizer.eot_id is not None else [int(token) for token in tokenizer.encode("\n")]
 
 
@@ -57,6 +60,7 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     eot_id: int | None = None,
+    vocab_size: int | None = None,
     seed: int = 0,
     autocast: Autocast = nullcontext,
     should_stop: Callable[[], bool] | None = None,
@@ -71,6 +75,7 @@ def generate(
         top_k: only the k likeliest tokens may be drawn (all, when k is larger than the vocabulary).
         top_p: only the fewest likeliest tokens whose probabilities together reach p may be drawn.
         eot_id: a row ends with this token, which is yielded.
+        vocab_size: the tokenizer's, where it is smaller than the model's: only ids below it are drawn.
         seed: with a row's number, seeds that row's draws.
         autocast: makes the context in which the model runs. It converts the weights anew at each step: for long texts a model
             converted once (`model.to(torch.bfloat16)`) is faster.
@@ -81,7 +86,7 @@ def generate(
             finite.
     """
     _check(model, prompts, max_new_tokens, temperature, top_k, top_p)
-    return _steps(model, prompts, max_new_tokens, temperature, top_k, top_p, eot_id, seed, autocast, should_stop)
+    return _steps(model, prompts, max_new_tokens, temperature, top_k, top_p, eot_id, vocab_size, seed, autocast, should_stop)
 
 
 def _steps(
@@ -92,6 +97,7 @@ def _steps(
     top_k: int | None,
     top_p: float | None,
     eot_id: int | None,
+    vocab_size: int | None,
     seed: int,
     autocast: Autocast,
     should_stop: Callable[[], bool] | None,
@@ -105,7 +111,7 @@ def _steps(
         with _evaluating(model), torch.no_grad(), autocast():
             logits = prefill(model, cache, [row.tokens for row in rows]) if made == 0 else _decode_rows(model, cache, rows)
         draws = [float(torch.rand((), generator=row.random, dtype=torch.float64)) for row in rows] if temperature > 0 else None
-        chosen = choose(logits, draws, temperature=temperature, top_k=top_k, top_p=top_p)
+        chosen = choose(logits[:, :vocab_size], draws, temperature=temperature, top_k=top_k, top_p=top_p)
         step: list[int | None] = [None] * len(prompts)
         for row, token in zip(rows, chosen, strict=True):
             step[row.index] = token
@@ -141,7 +147,7 @@ def prefill(model: GPT, cache: KVCache, prompts: Sequence[Sequence[int]]) -> Ten
 def decode(model: GPT, cache: KVCache, tokens: Sequence[int]) -> Tensor:
     """Take in one more token of each row; return the logits of the next [B, V]."""
     hidden = model.hidden(torch.tensor(tokens, device=_device(model))[:, None], cache)  # [B, 1, C]
-    return model.head(hidden[:, 0])
+    return model.head(hidden)[:, 0]
 
 
 def _decode_rows(model: GPT, cache: KVCache, rows: Sequence[_Row]) -> Tensor:

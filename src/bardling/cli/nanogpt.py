@@ -4,12 +4,14 @@ A command is taken for one of these when it names a `.py` file, or when its opti
 files are parsed, never executed.
 """
 
+import dataclasses
 import os
 import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bardling.config import RunConfig
 from bardling.errors import UserError
 from bardling.interop.nanogpt import NanoGPTRun, recipe_toml, run_config_from_nanogpt, sample_from_nanogpt
 from bardling.interop.nanogpt_keys import SAMPLE_KEYS, TRAIN_DEFAULTS, TRAIN_KEYS
@@ -49,7 +51,7 @@ def train(argv: Sequence[str]) -> None:
 
     if run.init_from == "resume":
         if (run.out / "config.toml").is_file():
-            result = resume(run.out, run.config)
+            result = resume(run.out, _with_the_runs_shape(run))
         else:
             if not (run.out / "ckpt.pt").is_file():
                 raise UserError(f"{run.out}: holds neither a run nor a ckpt.pt to resume from; check --out_dir")
@@ -58,6 +60,23 @@ def train(argv: Sequence[str]) -> None:
         result = train(run.config, run.out)
     if result.exit_status:
         sys.exit(result.exit_status)
+
+
+def _with_the_runs_shape(run: NanoGPTRun) -> RunConfig:
+    """What to resume one of our runs with: as in nanoGPT the model's shape is the checkpoint's, its dropout is not."""
+    from bardling.checkpoint.runfolder import open_run
+
+    own, asked = open_run(run.out).config().model, run.config.model
+    if asked.block_size < own.block_size:
+        raise UserError(
+            f"block_size = {asked.block_size}: {run.out} goes on with its {own.block_size}; for a shorter context start a new "
+            f"run from its weights: bardling train RECIPE --model.init {run.out} --model.block_size {asked.block_size}"
+        )
+    keys = ("n_layer", "n_head", "n_embd", "block_size", "bias")
+    kept = [f"{key} = {getattr(own, key)}" for key in keys if getattr(own, key) != getattr(asked, key)]
+    if kept and os.environ.get("RANK", "0") == "0":
+        print(f"bardling: the run keeps its own {', '.join(kept)}", file=sys.stderr)
+    return dataclasses.replace(run.config, model=dataclasses.replace(own, dropout=asked.dropout))
 
 
 def _evaluate(run: NanoGPTRun) -> None:
@@ -91,13 +110,19 @@ def _evaluate(run: NanoGPTRun) -> None:
 
 
 def sample_options(argv: Sequence[str]) -> "SampleOptions":
-    """Translate a nanoGPT sampling command; its `compile` has no effect there and none here."""
+    """Translate a nanoGPT sampling command."""
     from bardling.cli.sample import SampleOptions
 
     asked = sample_from_nanogpt(read_nanogpt_arguments(argv, SAMPLE_KEYS))
+    if asked.compile:
+        print(
+            "bardling: compile = True: sampling is not compiled here (nor is it in nanoGPT, whatever this says)",
+            file=sys.stderr,
+        )
     return SampleOptions(
         model=asked.model,
         prompt=asked.prompt,
+        special=True,  # nanoGPT takes <|endoftext|> in a prompt for the token
         num_samples=asked.num_samples,
         max_new_tokens=asked.max_new_tokens,
         temperature=asked.temperature,

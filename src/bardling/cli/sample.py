@@ -24,6 +24,8 @@ class SampleOptions:
     """Text to go on from; '-' reads it from standard input. Unset begins a new document."""
     prompt_file: Path | None = None
     """File to read the prompt from."""
+    special: bool = False
+    """Names of special tokens in the prompt, such as <|endoftext|>, mean these tokens instead of their letters."""
     max_new_tokens: int = 256
     """Longest sample (tokens)."""
     temperature: float = 0.8
@@ -73,7 +75,7 @@ def run(argv: Sequence[str]) -> None:
     if tokenizer is None:
         raise UserError(f"{options.model}: has no tokenizer: put its tokenizer.json into the model's folder")
     model = loaded.build().to(device)
-    prompt = prompt_ids(tokenizer, config.prompt)
+    prompt = prompt_ids(tokenizer, config.prompt, allow_special=options.special)
     if will_slide(len(prompt), config.max_new_tokens, model.config.block_size):
         print(
             f"bardling: the text will outgrow the model's context of {model.config.block_size} tokens; "
@@ -96,6 +98,7 @@ def run(argv: Sequence[str]) -> None:
         top_k=config.top_k,
         top_p=config.top_p,
         eot_id=tokenizer.eot_id,
+        vocab_size=tokenizer.vocab_size,
         seed=seed,
         autocast=precision.autocast,
     ):

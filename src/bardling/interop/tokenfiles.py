@@ -75,9 +75,10 @@ class ForeignDataset(TokenDataset):
         super().__init__(path, manifest)
         self.kind = kind
         self.tokenizer = tokenizer
-        sampled = hashlib.sha256(manifest.fingerprint.encode())
+        # Of the files alone: which tokenizer this machine happens to have cached does not make it other data.
+        sampled = hashlib.sha256(manifest.dtype.encode())
         for file in (*manifest.train.files, *manifest.val.files):
-            sampled.update(_ends(path / file.name))
+            sampled.update(f"{file.name}:{file.size}:{file.offset};".encode() + _ends(path / file.name))
         self.fingerprint = sampled.hexdigest()[:16]
 
 

@@ -235,6 +235,7 @@ class Sample(_Timed):
                 top_k=self._config.top_k,
                 top_p=self._config.top_p,
                 eot_id=self._tokenizer.eot_id,
+                vocab_size=self._tokenizer.vocab_size,
                 seed=self._seed + state.step,
                 autocast=self._precision.autocast,
                 should_stop=self._stop_requested,

@@ -27,6 +27,7 @@ from bardling.configfile import config_to_dict
 from bardling.data.loader import EvalWindows, Prefetcher, TrainWindows
 from bardling.data.order import WindowOrder
 from bardling.data.shards import TokenDataset
+from bardling.data.tokenizer import load_tokenizer
 from bardling.distributed.context import Context, distributed
 from bardling.distributed.device import DTYPES, choose_precision, device_name, matmul_flops, prepare_backend
 from bardling.errors import UserError
@@ -171,9 +172,26 @@ class _Run:
         self.continues = continue_from is not None
         origin = continue_from or config.model.init
         self.start = load(origin, training=self.continues) if origin and not resumed else None
+        self._settle_vocabulary(config.model.vocab_size if self.start is None else self.start.config.vocab_size)
         self.config = self._resolve(config)
         self.plan: TrainPlan = make_plan(self.config.train, self.config.model.block_size, context.world_size)
         self.order = WindowOrder(self.config.seed, len(self.dataset.split("train")), self.config.model.block_size)
+
+    def _settle_vocabulary(self, vocab_size: int) -> None:
+        """Let tokens of unknown origin follow the model that is there already.
+
+        A nanoGPT folder without a meta.pkl passes for having nanoGPT's vocabulary, which is GPT-2's rounded up to a multiple of
+        64. For a model with GPT-2's own, the ids must be below that (each read checks it), and its tokenizer is theirs.
+        """
+        if self.tokenizer is not None or self.dataset.vocab_size != -(-vocab_size // 64) * 64:
+            return
+        self.dataset.vocab_size = vocab_size
+        if self.start is not None:
+            self.tokenizer = self.start.tokenizer
+        elif self.resumed and (self.folder.path / "tokenizer.json").is_file():
+            self.tokenizer = load_tokenizer(self.folder.path)
+        if self.tokenizer is not None and self.tokenizer.vocab_size < vocab_size:
+            self.tokenizer = None
 
     def _resolve(self, config: RunConfig) -> RunConfig:
         """The configuration with every `auto` decided, for all processes as the primary decides."""
