@@ -79,7 +79,7 @@ def test_loss_of_each_token_is_zero_where_ignored_and_sums_to_the_sum() -> None:
 
 
 def test_too_long_an_input_is_refused_with_the_numbers() -> None:
-    with pytest.raises(ValueError, match="25 tokens are more than model.block_size = 24"):
+    with pytest.raises(ValueError, match=r"25 tokens are more than model\.block_size = 24"):
         GPT(TINY)(tokens(time=25))
 
 
@@ -121,6 +121,18 @@ def test_cached_rows_of_different_lengths_equal_full() -> None:
     for row in range(3):
         full = torch.cat([inputs[row, : lengths[row] + 6], inputs[row, :3]])[None]
         assert relative(logits[row], model(full)[0, -3:]) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch", [1, 6, 8, 33])
+@pytest.mark.parametrize("bias", [True, False])
+def test_single_tokens_of_any_batch_equal_full(batch: int, bias: bool) -> None:
+    config = dataclasses.replace(TINY, bias=bias)
+    model = perturbed(config)
+    inputs = tokens(batch=batch, time=5)
+    cache = KVCache(config, batch)
+    parts = [model(part, cache=cache) for part in inputs.split(1, dim=1)]
+    assert relative(torch.cat(parts, dim=1), model(inputs)) < 1e-5
 
 
 @torch.no_grad()

@@ -28,10 +28,30 @@ class _Linear(nn.Linear):
     def reset_parameters(self) -> None:
         """Leave the memory as it is: `init_weights` draws every parameter, and drawing twice costs seconds on large models."""
 
+    def forward(self, x: Tensor) -> Tensor:
+        return _few_rows(x, self.weight, self.bias) if _is_few(x) else F.linear(x, self.weight, self.bias)
+
 
 class _Embedding(nn.Embedding):
     def reset_parameters(self) -> None:
         """Leave the memory as it is, as in `_Linear`."""
+
+
+def _is_few(x: Tensor) -> bool:
+    """Whether `x` is one token of each of 7 to 32 rows in inference on a CPU, where `_few_rows` is faster."""
+    return not torch.is_grad_enabled() and x.dim() == 3 and x.size(1) == 1 and 7 <= x.size(0) <= 32 and _is_cpu_float32(x)
+
+
+def _is_cpu_float32(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+
+
+def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear` for x [B, 1, in] as the transpose of weight @ x.T: with few rows about 1.5 times as fast on a CPU, because
+    the large operand is then read in the order in which it lies."""
+    columns = x[:, 0].t()  # [in, B]
+    product = weight @ columns if bias is None else torch.addmm(bias[:, None], weight, columns)  # [out, B]
+    return product.t()[:, None]  # [B, 1, out]
 
 
 class CausalSelfAttention(nn.Module):
@@ -153,7 +173,8 @@ class GPT(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of hidden states [..., C], float32 at least; padded ids are left out."""
-        logits = F.linear(hidden, self.transformer.wte.weight[: self.config.vocab_size])
+        weight = self.transformer.wte.weight[: self.config.vocab_size]
+        logits = _few_rows(hidden, weight, None) if _is_few(hidden) else F.linear(hidden, weight)
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def crop_block_size(self, block_size: int) -> None:
