@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import threading
 from pathlib import Path
 
 import pytest
@@ -200,19 +201,27 @@ def test_two_processes_at_once_agree(tmp_path: Path) -> None:
     assert len(list((tmp_path / "cache" / "datasets").iterdir())) == 1
 
 
-def test_the_loser_of_a_race_takes_the_winners_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_comes_second_waits_and_takes_the_firsts_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows(tmp_path / "a.jsonl", TEXTS)
     real = prepare_module._write
     config = config_for(tmp_path)
+    made, second = [], []
 
-    def slower(*args: object) -> object:
-        monkeypatch.setattr(prepare_module, "_write", real)
-        dataset_for(config)  # someone else is done first
+    def slow(*args: object) -> object:
+        made.append(1)
+        if len(made) == 1:
+            other.start()
+            other.join(0.3)  # it waits all this time
+            assert other.is_alive()
         return real(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(prepare_module, "_write", slower)
+    other = threading.Thread(target=lambda: second.append(dataset_for(config)))
+    monkeypatch.setattr(prepare_module, "_write", slow)
     dataset = dataset_for(config)
+    other.join(30)
+    assert second[0].fingerprint == dataset.fingerprint
     assert dataset.verify() == []
+    assert len(made) == 1
     assert [path.name for path in dataset.path.parent.iterdir()] == [dataset.path.name]
 
 

@@ -274,7 +274,7 @@ def test_a_file_that_is_too_large_is_not_parsed(tmp_path: Path) -> None:
         ("bpe:many", "SIZE must be a number"),
         ("bpe:256", "between 257"),
         ("bpe:99999999", "between 257"),
-        ("no/such/tokenizer.json", "neither byte, char, bpe:SIZE nor an existing"),
+        ("no/such/tokenizer.json", "neither byte, char, gpt2, bpe:SIZE nor an existing"),
     ],
 )
 def test_bad_specs(spec: str, message: str) -> None:

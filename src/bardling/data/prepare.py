@@ -9,31 +9,36 @@ Where there are several documents, each is followed by the end-of-text token, in
 nothing to separate and gets none. A BPE is trained on the training split only; the characters of 'char' are those of both, for
 one that is missing could not be encoded.
 
-A dataset folder appears whole or not at all: everything is written into a folder beside it, which is then renamed.
+A dataset folder appears whole or not at all: everything is written into a folder beside it, which is then renamed. What takes
+long keeps a journal there, and goes on after an interruption when the same is asked for again; otherwise nothing is left.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from bardling.config import DataConfig
+from bardling.data.datasets import documents_after, source_for
 from bardling.data.files import sync_folder, told_plainly
+from bardling.data.journal import Journal, Position, digest, working_on
 from bardling.data.manifest import FORMAT, Manifest, SplitName, write_manifest
+from bardling.data.parallel import SPLITS, Encoders, default_workers
+from bardling.data.progress import Bar
 from bardling.data.shards import SHARD_TOKENS, ShardWriter, TokenDataset, open_dataset
-from bardling.data.sources import Source, open_source
-from bardling.data.tokenizer import Tokenizer, build_tokenizer, check_tokenizer_spec
+from bardling.data.sources import Document, Source
+from bardling.data.tokenizer import Tokenizer, build_tokenizer, check_tokenizer_spec, load_tokenizer
 from bardling.errors import UserError
 
 MANY = 100
 """Documents from which on whole ones are held out."""
 _BATCH = 4 << 20  # characters that are tokenised at a time
+_BATCH_OF_WORKER = 1 << 20  # the same for one of several processes
 _METHOD = 1  # raise it when the same source comes to give other tokens, so that cached datasets are made anew
 
 Progress = Callable[[str, int, int], None]
@@ -66,12 +71,14 @@ class _Splitter:
 
     def pieces(self) -> Iterator[Piece]:
         for document in self._source.documents():
-            if self.by_document:
-                yield ("val" if held_out(document.text, self._val_fraction) else "train"), document.text
-                continue
-            cut = _cut(document.text, self._val_fraction, at_line=self.several)
-            yield "train", document.text[:cut]
-            yield "val", document.text[cut:]
+            yield from self.split(document.text)
+
+    def split(self, text: str) -> list[Piece]:
+        """The pieces of one document."""
+        if self.by_document:
+            return [("val" if held_out(text, self._val_fraction) else "train", text)]
+        cut = _cut(text, self._val_fraction, at_line=self.several)
+        return [("train", text[:cut]), ("val", text[cut:])]
 
     def describe(self) -> str:
         return "whole documents by hash" if self.by_document else "the last part of each document"
@@ -98,16 +105,18 @@ def prepare(
     val_fraction: float = 0.05,
     progress: Progress | None = None,
     shard_tokens: int = SHARD_TOKENS,
+    workers: int | None = None,
 ) -> TokenDataset:
-    """Make a dataset folder.
+    """Make a dataset folder; one that was interrupted after some time goes on where it stopped.
 
     Args:
-        source_spec: as in `bardling.data.sources.open_source`.
+        source_spec: as in `bardling.data.datasets.source_for`.
         out: the folder to make; it must not exist.
         tokenizer_spec: as in `bardling.data.tokenizer.build_tokenizer`.
         val_fraction: part of the text that is held out, between 0 and 1.
         progress: told how far it is; unset shows a bar on a terminal when it takes more than two seconds.
         shard_tokens: tokens in one file at most.
+        workers: processes that tokenise; unset takes as many as pay. The result is the same for every number.
 
     Raises:
         UserError: if the folder exists, the source or tokenizer cannot be used, or the disk refuses. Nothing is left at `out`.
@@ -115,101 +124,154 @@ def prepare(
     out = Path(out)
     if not 0.0 < val_fraction < 1.0:
         raise UserError(f"data.val_fraction = {val_fraction!r}: must be between 0 and 1")
+    if workers is not None and workers < 1:
+        raise UserError(f"workers = {workers}: must be at least 1")
     if out.exists() or out.is_symlink():
         raise UserError(f"{out}: exists already: choose another folder, or remove it first")
     check_tokenizer_spec(tokenizer_spec)
-    source = open_source(source_spec)
-    if progress is not None:
-        _make(source, source_spec, out, tokenizer_spec, val_fraction, progress, shard_tokens)
-    else:
-        from bardling.data.progress import Bar
-
-        with Bar() as bar:
-            _make(source, source_spec, out, tokenizer_spec, val_fraction, bar, shard_tokens)
+    source = source_for(source_spec)
+    with Bar() as bar:
+        order = _Order(source, source_spec, tokenizer_spec, val_fraction, shard_tokens, workers, progress or bar, bar)
+        with told_plainly(out, "make the dataset"):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            with working_on(out) as work:
+                _make(order, out, work)
     return open_dataset(out)
 
 
-def _make(
-    source: Source, source_spec: str, out: Path, tokenizer_spec: str, val_fraction: float, progress: Progress, shard_tokens: int
-) -> None:
-    """Write the dataset beside `out` and rename it there."""
-    with told_plainly(out, "make the dataset"):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
-        try:
-            beside.chmod(0o755)  # mkdtemp's is for the owner alone
-            splitter = _Splitter(source, val_fraction)
-            total = source.size()
+@dataclass(frozen=True)
+class _Order:
+    """What is to be made, and how."""
 
-            def texts(split: SplitName | None, doing: str) -> Iterator[str]:
-                done = 0
-                for where, text in splitter.pieces():
-                    done += len(text)
-                    progress(doing, done, total)
-                    if split is None or where == split:
-                        yield text
+    source: Source
+    source_spec: str
+    tokenizer_spec: str
+    val_fraction: float
+    shard_tokens: int
+    workers: int | None
+    progress: Progress
+    bar: Bar
 
-            if tokenizer_spec == "char":
-                documents = (document.text for document in source.documents())
-                tokenizer = build_tokenizer(tokenizer_spec, documents)
-            else:
-                tokenizer = build_tokenizer(tokenizer_spec, texts("train", "training the tokenizer"))
-            manifest = _write(splitter, source, source_spec, tokenizer, beside, val_fraction, progress, shard_tokens)
-            tokenizer.save(beside)
-            write_manifest(beside, manifest)
-            sync_folder(beside)
-            beside.rename(out)  # refused by the system if someone else has made a folder with files there meanwhile
-            sync_folder(out.parent)
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
+
+def _make(order: _Order, out: Path, work: Path) -> None:
+    """Write the dataset into the work folder and rename it."""
+    journal = Journal(work)
+    try:
+        splitter = _Splitter(order.source, order.val_fraction)
+        made_of = digest(
+            _METHOD, order.source.identity(), order.tokenizer_spec, order.val_fraction, order.shard_tokens, splitter.describe()
+        )
+        position = journal.read(made_of)
+        if position is None:
+            _empty(work)
+            tokenizer = _tokenizer(order, splitter)
+            tokenizer.save(work)
+        else:
+            tokenizer = load_tokenizer(work)
+        manifest = _write(order, splitter, tokenizer, work, journal, position, made_of)
+        write_manifest(work, manifest)
+        journal.remove()
+        (work / "lock").unlink(missing_ok=True)
+        sync_folder(work)
+        work.rename(out)  # refused by the system if someone else has made a folder with files there meanwhile
+        sync_folder(out.parent)
+    finally:
+        if not Journal(work).kept and work.exists():
+            _empty(work)
+            (work / "lock").unlink(missing_ok=True)  # last: from here on another process may begin
+            with contextlib.suppress(OSError):
+                work.rmdir()
+
+
+def _empty(work: Path) -> None:
+    """Remove all but the lock from a work folder."""
+    for path in work.iterdir():
+        if path.name != "lock":
+            path.unlink(missing_ok=True)
+
+
+def _tokenizer(order: _Order, splitter: _Splitter) -> Tokenizer:
+    def texts() -> Iterator[str]:
+        done, total = 0, order.source.size()
+        for where, text in splitter.pieces():
+            done += len(text)
+            order.progress("training the tokenizer", done, total)
+            if where == "train":
+                yield text
+
+    whole = order.tokenizer_spec == "char"
+    return build_tokenizer(order.tokenizer_spec, (d.text for d in order.source.documents()) if whole else texts())
 
 
 def _write(
+    order: _Order,
     splitter: _Splitter,
-    source: Source,
-    source_spec: str,
     tokenizer: Tokenizer,
     folder: Path,
-    val_fraction: float,
-    progress: Progress,
-    shard_tokens: int,
+    journal: Journal,
+    position: Position | None,
+    made_of: str,
 ) -> Manifest:
     end = [tokenizer.eot_id] if splitter.several and tokenizer.eot_id is not None else []
-    facts = {"spec": source_spec, "name": source.name, "identity": source.identity(), "held_out": splitter.describe()}
-    total, done = source.size(), 0
+    source, total = order.source, order.source.size()
+    facts = {"spec": order.source_spec, "name": source.name, "identity": source.identity(), "held_out": splitter.describe()}
+    workers = order.workers or default_workers(total, tokenizer.kind)
+    documents, done, begun = 0, 0, time.monotonic()
     with (
-        ShardWriter(folder, "train", tokenizer.vocab_size, shard_tokens) as train,
-        ShardWriter(folder, "val", tokenizer.vocab_size, shard_tokens) as val,
+        ShardWriter(folder, "train", tokenizer.vocab_size, order.shard_tokens) as train,
+        ShardWriter(folder, "val", tokenizer.vocab_size, order.shard_tokens) as val,
+        Encoders[_Batch](tokenizer, folder, end, workers) as encoders,
     ):
-        for batch in _batches(splitter.pieces()):
-            for (split, text), ids in zip(batch, tokenizer.encode_batch([text for _, text in batch]), strict=True):
-                if text:
-                    writer = train if split == "train" else val
-                    writer.add(np.concatenate([ids, np.array(end, np.int64)]), text_bytes=len(text.encode("utf-8", "replace")))
-                done += len(text)
-            progress("tokenising", done, total)
+        writers: dict[SplitName, ShardWriter] = {"train": train, "val": val}
+        if position is not None:
+            documents, done = position.documents, position.characters
+            for split, writer in writers.items():
+                writer.restore(position.splits[split])
+        before = documents
+        rest = source.documents() if position is None else documents_after(source, position.documents, position.last)
+        for batch, encoded in encoders.run(_batches(splitter, rest, _BATCH if workers == 1 else _BATCH_OF_WORKER)):
+            for writer, part in zip((writers[split] for split in SPLITS), encoded, strict=True):
+                writer.add(part.ids, documents=part.documents, text_bytes=part.bytes)
+            documents, done = documents + batch.documents, done + batch.characters
+            if journal.due:
+                states = {str(split): writer.sync() for split, writer in writers.items()}
+                journal.write(Position(made_of, documents, batch.last, done, states))
+            order.bar.note = f"{(documents - before) / max(time.monotonic() - begun, 1e-9):,.0f} documents/s"
+            order.progress("tokenising", done, total)
         return Manifest(
             dtype=train.dtype,
             vocab_size=tokenizer.vocab_size,
             tokenizer=tokenizer.fingerprint,
             source=facts,
-            val_fraction=val_fraction,
+            val_fraction=order.val_fraction,
             train=train.finish(),
             val=val.finish(),
         )
 
 
-def _batches(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
-    batch: list[Piece] = []
-    size = 0
-    for piece in pieces:
-        batch.append(piece)
-        size += len(piece[1])
-        if size >= _BATCH:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+@dataclass(frozen=True)
+class _Batch:
+    """Some documents one after the other, as pieces of the splits."""
+
+    pieces: list[Piece]
+    documents: int
+    characters: int
+    last: str
+    """Name of the last document."""
+
+
+def _batches(splitter: _Splitter, documents: Iterable[Document], most: int) -> Iterator[_Batch]:
+    pieces: list[Piece] = []
+    count = size = 0
+    name = ""
+    for name, text in documents:
+        pieces += splitter.split(text)
+        count, size = count + 1, size + len(text)
+        if size >= most:
+            yield _Batch(pieces, count, size, name)
+            pieces, count, size = [], 0, 0
+    if pieces:
+        yield _Batch(pieces, count, size, name)
 
 
 def cache_folder(config: DataConfig) -> Path:
@@ -229,7 +291,7 @@ def dataset_for(config: DataConfig, progress: Progress | None = None) -> TokenDa
         _check_tokenizer(dataset, config.tokenizer)
         return dataset
     check_tokenizer_spec(config.tokenizer)
-    source = open_source(config.source)
+    source = source_for(config.source)
     tokenizer = config.tokenizer
     if Path(tokenizer).exists() and tokenizer not in ("byte", "char"):
         tokenizer = build_tokenizer(tokenizer, ()).fingerprint

@@ -5,15 +5,28 @@ import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 _PATIENCE = 2.0  # seconds
 
 
 class Bar:
-    """Called with (what is being done, done, total), it draws on standard error; silent where that is no terminal."""
+    """Called with (what is being done, bytes done, total or 0), it draws on standard error; silent where that is no terminal.
+
+    Attributes:
+        note: what else to say, behind the speed.
+    """
 
     def __init__(self) -> None:
+        self.note = ""
         self._shown = sys.stderr.isatty()
         self._begun = time.monotonic()
         self._bar: Progress | None = None
@@ -23,12 +36,13 @@ class Bar:
         if not self._shown or time.monotonic() - self._begun < _PATIENCE:
             return
         if self._bar is None:
-            columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+            what = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
+            columns = (*what, TransferSpeedColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
             self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
             self._bar.start()
         if doing not in self._tasks:
-            self._tasks[doing] = self._bar.add_task(doing, total=total)
-        self._bar.update(self._tasks[doing], completed=done, total=total)
+            self._tasks[doing] = self._bar.add_task(doing, total=total or None, note=self.note)
+        self._bar.update(self._tasks[doing], completed=done, total=total or None, note=self.note)
 
     def __enter__(self) -> "Bar":
         return self

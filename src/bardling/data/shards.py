@@ -14,6 +14,7 @@ against the vocabulary, so that a bad one is named here and not by a failing ker
 import hashlib
 import os
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -82,6 +83,40 @@ class ShardWriter:
         self._open = None
         size = self._tokens * self._dtype.itemsize
         self._files.append(ShardFile(self._path.name, self._tokens, size, self._hash.hexdigest()))
+
+    def sync(self) -> dict[str, Any]:
+        """Make what was written so far survive a power cut; return what `restore` needs to go on from here."""
+        if self._open is not None:
+            self._open.flush()
+            os.fsync(self._open.fileno())
+        begun = self._tokens if self._open is not None else 0
+        return {"files": list(map(asdict, self._files)), "begun": begun, "documents": self._documents, "bytes": self._bytes}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on, in a new writer for the same folder, where another one was when `sync` gave `state`.
+
+        Raises:
+            UserError: if the files are shorter than they were then.
+        """
+        self._files = [ShardFile(**file) for file in state["files"]]
+        self._documents, self._bytes = state["documents"], state["bytes"]
+        wanted = [(file.name, file.size) for file in self._files]
+        if state["begun"]:
+            wanted.append((f"{self._split}-{len(self._files):05d}.bin", state["begun"] * self._dtype.itemsize))
+        for path in self._folder.glob(f"{self._split}-*.bin"):
+            if path.name not in dict(wanted):
+                path.unlink()  # begun later than the state
+        for name, size in wanted:
+            path = self._folder / name
+            if not path.is_file() or path.stat().st_size < size:
+                raise UserError(f"{path}: is missing or was cut: remove the folder {self._folder}, and it is made anew")
+        for name, size in wanted[-1:]:
+            os.truncate(self._folder / name, size)
+        if state["begun"]:
+            self._path, self._tokens = self._folder / wanted[-1][0], state["begun"]
+            with self._path.open("rb") as file:
+                self._hash = hashlib.sha256(file.read())
+            self._open = self._path.open("ab")
 
     def finish(self) -> SplitInfo:
         """Close and sync the last file; say what was written."""

@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bardling.data.files import told_plainly, write_whole
+from bardling.data.hub import gpt2_tokenizer_file
 from bardling.data.vocabulary import (
     ANY_CHARACTER,
     EOT,
@@ -35,6 +36,8 @@ from bardling.data.vocabulary import (
 )
 from bardling.errors import UserError, closest
 
+GPT2 = "gpt2"
+"""Spec of GPT-2's tokenizer."""
 Kind = Literal["byte", "char", "bpe", "other"]
 Ids = npt.NDArray[np.int64]
 
@@ -297,12 +300,12 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def check_tokenizer_spec(spec: str) -> int | None:
-    """The SIZE of 'bpe:SIZE', or None for 'byte', 'char' and paths that exist.
+    """The SIZE of 'bpe:SIZE', or None for 'byte', 'char', 'gpt2' and paths that exist.
 
     Raises:
         UserError: if the spec is none of these.
     """
-    if spec in ("byte", "char"):
+    if spec in ("byte", "char", GPT2):
         return None
     kind, colon, size = spec.partition(":")
     if kind == "bpe" and not Path(spec).exists():
@@ -312,8 +315,10 @@ def check_tokenizer_spec(spec: str) -> int | None:
             raise UserError(f"data.tokenizer = {spec!r}: SIZE must be between 257 (every byte and {EOT}) and {_MOST_IDS}")
         return int(size)
     if not Path(spec).exists():
-        hint = closest(kind, ["byte", "char", "bpe"])
-        raise UserError(f"data.tokenizer = {spec!r}: is neither byte, char, bpe:SIZE nor an existing file or folder{hint}")
+        hint = closest(kind, ["byte", "char", "bpe", GPT2])
+        raise UserError(
+            f"data.tokenizer = {spec!r}: is neither byte, char, gpt2, bpe:SIZE nor an existing file or folder{hint}"
+        )
     return None
 
 
@@ -324,13 +329,16 @@ def build_tokenizer(spec: str, texts: Iterable[str]) -> Tokenizer:
         spec: 'byte' (ids 0 to 255 are the bytes, 256 is `<|endoftext|>`); 'char' (the characters of the texts, sorted, and
             `<|endoftext|>` after them only where there are several texts to keep apart); 'bpe:SIZE' (byte-level BPE trained
             on the texts, `<|endoftext|>` last; SIZE counts everything, and fewer come out where the texts give too few merges);
-            or the path of a `tokenizer.json`.
+            'gpt2' (GPT-2's own, 50,257 entries, from the Hugging Face hub or its cache here); or the path of a
+            `tokenizer.json`.
         texts: what 'char' and 'bpe' are made from; not looked at otherwise.
 
     Raises:
         UserError: if the spec is wrong or the texts are empty.
     """
     size = check_tokenizer_spec(spec)
+    if spec == GPT2:
+        return load_tokenizer(gpt2_tokenizer_file())
     if spec != "byte" and spec != "char" and size is None:
         return load_tokenizer(spec)
     if spec == "byte":
