@@ -5,11 +5,11 @@ import os
 import shutil
 from pathlib import Path
 
-from bardling.checkpoint.load import load, run_of
+from bardling.checkpoint.load import GPT2_VOCAB, load, run_of
 from bardling.checkpoint.state import write_model
 from bardling.config import RunConfig
 from bardling.errors import UserError
-from bardling.interop.nanogpt_checkpoint import write_nanogpt_checkpoint
+from bardling.interop.nanogpt_checkpoint import write_meta, write_nanogpt_checkpoint
 
 
 def export_hf(spec: str, out: Path, *, best: bool = False) -> None:
@@ -31,18 +31,24 @@ def export_hf(spec: str, out: Path, *, best: bool = False) -> None:
 
 
 def export_nanogpt(spec: str, out: Path, *, best: bool = False, dataset: str = "bardling") -> list[str]:
-    """Write the model `spec`, with its optimizer's state, as `out/ckpt.pt`.
+    """Write the model `spec`, with its optimizer's state, as `out/ckpt.pt`; beside it `meta.pkl`, if its tokens are characters.
 
     Args:
         dataset: the folder below nanoGPT's `data/` where its programs look for data and `meta.pkl`.
 
     Returns:
-        What nanoGPT will do differently, a sentence each.
+        What nanoGPT will do differently or needs besides, a sentence each.
+
+    Raises:
+        UserError: there is no such model, or one of the files exists.
     """
+    for file in (out / "ckpt.pt", out / "meta.pkl"):
+        if file.exists():
+            raise UserError(f"{file}: exists already: remove it, or choose another --out")
     loaded = load(spec, best=best, training=True)
     owner = run_of(Path(spec))
     config = dataclasses.replace(RunConfig() if owner is None else owner.config(), model=loaded.config)
-    return write_nanogpt_checkpoint(
+    notes = write_nanogpt_checkpoint(
         out / "ckpt.pt",
         config=config,
         weights=loaded.state,
@@ -51,3 +57,14 @@ def export_nanogpt(spec: str, out: Path, *, best: bool = False, dataset: str = "
         best_val_loss=loaded.best_val_loss,
         dataset=dataset,
     )
+    if loaded.tokenizer is not None and loaded.tokenizer.kind == "char":
+        write_meta(out / "meta.pkl", loaded.tokenizer)
+        notes.append(
+            f"copy {out / 'meta.pkl'} to data/{dataset}/ in nanoGPT's folder: its sample.py reads the characters there"
+        )
+    elif loaded.tokenizer is not None and loaded.tokenizer.vocab_size != GPT2_VOCAB:
+        notes.append(
+            f"nanoGPT's sample.py knows characters and GPT-2's tokens only, not this {loaded.tokenizer.kind!r} tokenizer: "
+            "nanoGPT can go on training the model, but not write with it"
+        )
+    return notes

@@ -123,7 +123,9 @@ def _foreign(path: Path) -> Loaded:
 
 
 def _foreign_tokenizer(path: Path, found: ImportedCheckpoint) -> Tokenizer | None:
-    """The tokenizer of a nanoGPT checkpoint: that of its dataset's folder, as far as it can be found, or else GPT-2's."""
+    """The tokenizer of a nanoGPT checkpoint: of a meta.pkl beside it or in its dataset's folder, or else GPT-2's."""
+    if (path.parent / "meta.pkl").is_file():
+        return read_meta(path.parent / "meta.pkl")[1]
     dataset = found.settings.get("dataset")
     if isinstance(dataset, str):
         for base in (Path(), path.parent, path.parent.parent):

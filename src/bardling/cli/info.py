@@ -1,4 +1,4 @@
-"""`bardling info PATH`: what is this? A run, a checkpoint or a dataset, its facts on one screen."""
+"""`bardling info PATH`: what is this? A run, a checkpoint or a dataset, ours or another trainer's, its facts on one screen."""
 
 import json
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ class InfoOptions:
     """Options of `bardling info`."""
 
     path: tyro.conf.Positional[Path]
-    """A run, a checkpoint, or a dataset."""
+    """A run, a checkpoint, or a dataset; also a checkpoint file or a token folder of nanoGPT, nano-gpt or llm.c."""
     verify: bool = False
     """Also compare every file with its checksum."""
 
@@ -46,7 +46,7 @@ def run(argv: Sequence[str]) -> None:
         from bardling.configfile import config_to_toml, load_recipe
 
         print(config_to_toml(load_recipe(str(path))), end="")
-    else:
+    elif not _show_foreign(path):
         raise UserError(f"{path}: is no run (config.toml), checkpoint (config.json), dataset (manifest.json) or recipe (.toml)")
 
 
@@ -105,6 +105,41 @@ def _show_checkpoint(path: Path, verify: bool) -> None:
     _print(f"checkpoint {path}", rows)
     if verify:
         _report(CheckpointStore(path.parent, 1).verify(path))
+
+
+def _show_foreign(path: Path) -> bool:
+    """Print the facts of another trainer's checkpoint or tokens; False if it is neither."""
+    if path.is_file() or (path / "ckpt.pt").is_file():
+        from bardling.checkpoint.load import load
+        from bardling.monitor.format import count
+
+        loaded = load(path)
+        config, state = loaded.config, loaded.state
+        # Parameters as its owner counts them, without the rows that pad the vocabulary here.
+        parameters = sum(tensor.numel() for tensor in state.values())
+        parameters -= (config.padded_vocab_size - config.vocab_size) * config.n_embd
+        rows = [
+            ("made by", loaded.foreign.origin if loaded.foreign is not None else "unknown"),
+            ("model", f"GPT-2, {config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide, GELU {config.gelu}"),
+            ("parameters", f"{parameters:,} ({count(parameters)})"),
+            ("context", f"{config.block_size:,} tokens"),
+            ("vocabulary", f"{config.vocab_size:,} entries"),
+            ("tokenizer", "unknown" if loaded.tokenizer is None else loaded.tokenizer.kind),
+            ("step", f"{loaded.step:,}"),
+            ("optimizer state", "AdamW's" if loaded.optimizer_tensors else "none"),
+        ]
+        if loaded.best_val_loss is not None:
+            rows.append(("best validation loss", f"{loaded.best_val_loss:.4f} nats a token"))
+        _print(f"checkpoint {path}", rows)
+        return True
+    from bardling.interop.tokenfiles import detect_token_folder, open_token_folder
+
+    kind = detect_token_folder(path)
+    if kind is None:
+        return False
+    print(f"token files as {kind} writes them")
+    show_dataset(open_token_folder(path))
+    return True
 
 
 def _show_run(path: Path, verify: bool) -> None:

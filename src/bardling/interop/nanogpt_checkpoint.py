@@ -8,6 +8,7 @@ its logits differ a little there. The random state and the data's position are n
 """
 
 import os
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor
 
 from bardling.config import ModelConfig, RunConfig
-from bardling.data.files import sync_folder, told_plainly
+from bardling.data.files import sync_folder, told_plainly, write_whole
+from bardling.data.tokenizer import Tokenizer
 from bardling.errors import UserError
 from bardling.interop.imported import (
     EMBEDDING,
@@ -124,6 +126,23 @@ def write_nanogpt_checkpoint(
     }
     _save(path, content)
     return notes
+
+
+def write_meta(path: Path, tokenizer: Tokenizer) -> None:
+    """Write the `meta.pkl` by which nanoGPT's sample.py knows a vocabulary of characters: a dict of plain values.
+
+    The token that ends a document, where there is one, stands in its tables under its name.
+
+    Raises:
+        UserError: the file exists or cannot be written, or the tokenizer's tokens are not characters.
+    """
+    if path.exists():
+        raise UserError(f"{path}: exists already: remove it or choose another folder")
+    if tokenizer.kind != "char":
+        raise UserError(f"{path}: a meta.pkl lists characters, and this model's tokenizer is of kind {tokenizer.kind!r}")
+    itos = {number: tokenizer.decode([number]) for number in range(tokenizer.vocab_size)}
+    meta = {"vocab_size": tokenizer.vocab_size, "itos": itos, "stoi": {text: number for number, text in itos.items()}}
+    write_whole(path, pickle.dumps(meta, protocol=4))
 
 
 def _rows(name: str, value: Tensor | None, shape: tuple[int, ...]) -> Tensor:

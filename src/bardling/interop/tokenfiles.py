@@ -31,7 +31,7 @@ from bardling.data.files import told_plainly
 from bardling.data.manifest import Manifest, ShardFile, SplitInfo
 from bardling.data.shards import TokenDataset
 from bardling.data.tokenizer import Tokenizer, load_tokenizer
-from bardling.data.vocabulary import char_content
+from bardling.data.vocabulary import EOT, char_content
 from bardling.errors import UserError
 from bardling.interop.safepickle import load_plain_pickle
 
@@ -162,16 +162,20 @@ def read_meta(path: Path) -> tuple[int, Tokenizer | None]:
         itos = dict(enumerate(itos))
     if stoi is None and isinstance(itos, dict):
         stoi = {char: index for index, char in itos.items() if isinstance(char, str)}
+    # Besides characters there may be, as the last, the token that ends a document: `write_meta` puts it there.
     if not isinstance(stoi, dict) or not all(
-        isinstance(char, str) and len(char) == 1 and not 0xD800 <= ord(char) < 0xE000 for char in stoi
+        (isinstance(char, str) and len(char) == 1 and not 0xD800 <= ord(char) < 0xE000)
+        or (char == EOT and index == size - 1 > 0)
+        for char, index in stoi.items()
     ):
         raise UserError(f"{path}: its stoi is not a table of single characters")
     if not all(type(index) is int for index in stoi.values()) or sorted(stoi.values()) != list(range(size)):
         raise UserError(f"{path}: its characters are not numbered from 0 to vocab_size - 1 = {size - 1}")
     if itos is not None and itos != {index: char for char, index in stoi.items()}:
         raise UserError(f"{path}: its stoi and itos do not agree")
-    content = char_content(["".join(stoi)])
-    content["model"] = {**content["model"], "vocab": dict(sorted(stoi.items(), key=lambda item: item[1]))}
+    characters = {char: index for char, index in sorted(stoi.items(), key=lambda item: item[1]) if char != EOT}
+    content = char_content(["".join(characters)] + [""] * (EOT in stoi))
+    content["model"] = {**content["model"], "vocab": characters}
     return size, Tokenizer(content, str(path))
 
 
