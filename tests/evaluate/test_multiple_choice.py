@@ -120,6 +120,15 @@ def test_every_item_equals_a_plain_computation(model, byte_tokenizer, batch_toke
     assert (result.cut_contexts, result.cut_endings) == (2, 1), "the long context, and the one before the long ending"
 
 
+@pytest.mark.parametrize(("extra", "cut"), [(0, 0), (1, 1)])
+def test_a_context_that_just_fits_is_not_cut(model, byte_tokenizer, extra, cut):
+    # " abc" gives three inputs besides the context's, since its last token is only a target
+    item = ChoiceItem("x" * (BLOCK_SIZE - 3 + extra), ("abc", "b"), 0, "1")
+    result = evaluate_choices(model, byte_tokenizer, [item], precision=FLOAT32)
+    assert (result.cut_contexts, result.cut_endings) == (cut, 0)
+    assert result.items[0].losses == pytest.approx([loss for loss, _ in reference(model, item)], rel=1e-4)
+
+
 def test_a_random_model_is_right_as_often_as_chance(byte_tokenizer):
     model = GPT(ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=64, vocab_size=257), seed=1)
     draw = random.Random(2)
