@@ -236,7 +236,13 @@ class _Run:
                 f"{start.config.vocab_size}: prepare the text with the model's tokenizer"
             )
         block_size = min(wanted.block_size, start.config.block_size)
-        return dataclasses.replace(start.config, block_size=block_size, dropout=wanted.dropout, init=wanted.init)
+        model = dataclasses.replace(start.config, block_size=block_size, dropout=wanted.dropout, init=wanted.init)
+        shape = ("n_layer", "n_head", "n_embd", "block_size", "bias", "gelu")
+        differs = {
+            key: (getattr(wanted, key), getattr(model, key)) for key in shape if getattr(wanted, key) != getattr(model, key)
+        }
+        self.changes = [*self.changes, *(f"model.{key}: {a} -> {b}, as the weights are" for key, (a, b) in differs.items())]
+        return model
 
     def go(self) -> RunResult:
         """Build the state, train it to the end or until a signal, and say how it ended."""
