@@ -23,6 +23,7 @@ from typing import Any, NoReturn, TypeVar
 
 from bardling.data.download import cache_root, file_sha256
 from bardling.data.files import told_plainly, write_whole
+from bardling.data.gpt2bpe import GPT2_DIGEST, vocabulary_digest
 from bardling.errors import UserError, closest
 
 EXTRA = "pip install 'bardling[datasets]'"
@@ -30,7 +31,6 @@ SUFFIXES = (".parquet", ".jsonl", ".json", ".jsonl.gz", ".json.gz")
 _CONVERTED = "refs/convert/parquet"
 _USUAL = ("data/{0}-*.parquet", "{0}-*.parquet", "data/{0}.parquet", "{0}.parquet", "data/{0}/*.parquet", "{0}/*.parquet")
 _GPT2_REPOSITORIES = ("openai-community/gpt2", "gpt2")
-_GPT2_DIGEST = "7af2255eedd60b16dd34cbba614d328a4b0726f23b66fb09c942a867f3ccac38"  # of GPT-2's vocabulary and merges
 
 Result = TypeVar("Result")
 
@@ -125,23 +125,21 @@ def gpt2_tokenizer_file() -> Path:
         raise UserError(
             f"data.tokenizer = 'gpt2': {error}; or name a copy of GPT-2's tokenizer.json: --data.tokenizer PATH/tokenizer.json"
         ) from error
-    if vocabulary_digest(path) != _GPT2_DIGEST:
+    if not _is_gpt2(path):
         raise UserError(
             f"{path}: is not GPT-2's tokenizer: remove it, or name another with --data.tokenizer PATH/tokenizer.json"
         )
     return path
 
 
-def vocabulary_digest(path: Path) -> str:
-    """Digest of the vocabulary and merges of a BPE's `tokenizer.json`, however they are written; empty if it has none."""
+def _is_gpt2(path: Path) -> bool:
     with told_plainly(path, "read"):
         data = path.read_bytes()
     try:
-        model = json.loads(data)["model"]
-        merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
-        return hashlib.sha256(json.dumps([model["vocab"], merges], sort_keys=True).encode()).hexdigest()
-    except (ValueError, KeyError, TypeError):
-        return ""
+        content = json.loads(data)
+    except ValueError:
+        return False
+    return isinstance(content, dict) and vocabulary_digest(content) == GPT2_DIGEST
 
 
 def _library(name: str) -> Any:
