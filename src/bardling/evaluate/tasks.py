@@ -226,7 +226,7 @@ def read_hub_items(source: HubFile, *, style: Style = "plain", endpoint: str | N
         from huggingface_hub import hf_hub_download
     except ImportError as error:
         raise UserError(
-            f"{source.repo} needs the package {error.name}: pip install 'bardling[hf]' pyarrow, {otherwise}"
+            f"{source.repo} needs the package {error.name}: pip install 'bardling[datasets]', {otherwise}"
         ) from None
     try:
         path = Path(hf_hub_download(source.repo, source.path, repo_type="dataset", revision=source.revision, endpoint=endpoint))
