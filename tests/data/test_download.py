@@ -5,6 +5,7 @@ import hashlib
 import http.server
 import os
 import random
+import socket
 import threading
 import time
 
@@ -233,6 +234,16 @@ def test_no_server_names_address_and_remedy(tmp_path):
     refused("", tmp_path, r"127.0.0.1:9/x: .*refused.*: use a local file", remote=Remote(("http://127.0.0.1:9/x",)),
             remedy="use a local file")  # fmt: skip
     refused("", tmp_path, "no HTTP address", remote=Remote(("file:///etc/passwd",)))
+
+
+def test_without_a_network_nobody_waits(tmp_path, monkeypatch):
+    def unknown(*_, **__):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    begun = time.monotonic()
+    refused("", tmp_path, "name or service not known", remote=Remote(("http://somewhere.invalid/x",)), pause=5.0)
+    assert time.monotonic() - begun < 4
 
 
 def test_full_or_read_only_disk_is_told(serve, tmp_path):

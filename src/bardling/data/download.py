@@ -13,6 +13,7 @@ Limits: HTTP and HTTPS, through the proxies that the environment names. A server
 import hashlib
 import http.client
 import os
+import socket
 import time
 import urllib.error
 import urllib.request
@@ -150,6 +151,8 @@ def _request(url: str, remote: Remote, part: Path, have: int, validator: list[st
             raise _Passing(reason, float(after) if after.isdigit() else None) from error
         raise _Lasting(reason) from error
     except (OSError, http.client.HTTPException, ValueError) as error:
+        if isinstance(getattr(error, "reason", None), socket.gaierror):  # offline, or no such server: waiting would not help
+            raise _Lasting(_reason(error, timeout)) from error
         raise _Passing(_reason(error, timeout)) from error
     with answer:
         if answer.status not in (200, 206):
