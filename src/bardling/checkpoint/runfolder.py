@@ -88,6 +88,16 @@ def open_run(path: Path) -> RunFolder:
     return run
 
 
+def refuse_existing(path: Path) -> None:
+    """Fail early, before any work, when a new run's folder is taken.
+
+    Raises:
+        UserError: there is a run already.
+    """
+    if RunFolder(path).config_file.exists():
+        raise UserError(f"{path}: a run is there already: go on with `bardling resume {path}`, or choose another --out")
+
+
 def create_run(path: Path, config: RunConfig, *, beside: bool = False) -> RunFolder:
     """Make the folder of a new run.
 
@@ -98,8 +108,7 @@ def create_run(path: Path, config: RunConfig, *, beside: bool = False) -> RunFol
         UserError: there is something already.
     """
     run = RunFolder(path)
-    if run.config_file.exists():
-        raise UserError(f"{path}: a run is there already: go on with `bardling resume {path}`, or choose another --out")
+    refuse_existing(path)
     if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not beside)):
         raise UserError(f"{path}: is in the way (not an empty folder): choose another --out")
     run.checkpoints.mkdir(parents=True, exist_ok=True)

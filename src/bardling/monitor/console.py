@@ -30,6 +30,7 @@ _FIGURES: tuple[tuple[str, Callable[[float], str]], ...] = (
     ("bits_per_byte", lambda value: f"{value:.4f} bits/byte"),
     ("perplexity", lambda value: f"perplexity {value:.4g}"),
     ("accuracy", lambda value: f"accuracy {percent(value)}"),
+    ("accuracy_norm", lambda value: f"normalised {percent(value)}"),
     ("lr", lambda value: f"lr {value:.2e}"),
     ("grad_norm", lambda value: f"grad norm {value:.3g}"),
     ("tokens_per_second", lambda value: f"{count(value)} tok/s"),
@@ -76,7 +77,7 @@ class Console:
                 self._live.update(self._display.renderable())
             return
         place = f"step {step:>{len(f'{self._steps:,}')},}/{self._steps:,}" if isinstance(step, int) else ""
-        name = "" if kind == "train" else "validation" if kind == "val" else kind
+        name = {"train": "", "val": "validation", "task": str(record.get("task", ""))}.get(kind, kind)
         line = "  ".join(part for part in [place, name, *figures.values(), *best] if part)
         self._print(Text(line, style="bold green" if best else "bold") if self._live else line)
 

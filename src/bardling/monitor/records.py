@@ -48,6 +48,18 @@ class ValRecord(Record):
 
 
 @dataclasses.dataclass(frozen=True)
+class TaskRecord(Record):
+    """One multiple-choice task."""
+
+    kind: ClassVar[str] = "task"
+    task: str
+    accuracy: float  # part of the items whose likeliest ending was the right one
+    accuracy_norm: float  # the same with each ending's loss divided by its tokens
+    stderr: float  # of accuracy_norm
+    items: int
+
+
+@dataclasses.dataclass(frozen=True)
 class SampleRecord(Record):
     """Text written by the model."""
 

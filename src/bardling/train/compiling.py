@@ -1,6 +1,11 @@
-"""Whether to compile: only when the run is long enough to earn the compilation back."""
+"""The model as the step calls it: compiled when that pays, and with gradients synchronised between processes."""
 
 import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from bardling.distributed.context import Context
+from bardling.model.gpt import GPT
 
 # What was measured on GPT-2 shapes: compilation takes about this long, and removes about this part of a step's time.
 _COST_SECONDS = {"cpu": 45.0, "cuda": 60.0}
@@ -24,3 +29,13 @@ def compile_pays(run_flops: float, peak_flops: float | None, device: torch.devic
     if saved > 2 * cost:
         return True, f"saves about {saved:.0f} s for about {cost:.0f} s of compiling"
     return False, f"would save about {saved:.0f} s and cost about {cost:.0f} s"
+
+
+def wrap(model: GPT, *, compiled: bool, context: Context) -> nn.Module:
+    """The model as the training step calls it: compiled if asked, gradients synchronised if there are several processes."""
+    forward: nn.Module = torch.compile(model) if compiled else model  # type: ignore[assignment]
+    if context.world_size > 1:
+        ids = [context.device.index] if context.device.type == "cuda" else None
+        # Every parameter takes part in every step, and there are no buffers to keep equal.
+        forward = DistributedDataParallel(forward, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return forward

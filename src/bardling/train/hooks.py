@@ -7,18 +7,21 @@ work is not repeated.
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import torch
 
-from bardling.config import SampleConfig
+from bardling.config import EvalConfig, SampleConfig
 from bardling.data.loader import EvalWindows
 from bardling.data.tokenizer import Tokenizer
 from bardling.distributed.context import Context
 from bardling.distributed.device import Precision, memory_used
 from bardling.evaluate.loss import Interrupted, evaluate_loss
+from bardling.evaluate.multiple_choice import evaluate_choices
+from bardling.evaluate.tasks import draw_items, load_items, task_name
 from bardling.generate import generate, prompt_ids
-from bardling.monitor.records import Record, SampleRecord, TrainRecord, ValRecord
+from bardling.monitor.records import Record, SampleRecord, TaskRecord, TrainRecord, ValRecord
 from bardling.train.plan import TrainPlan
 from bardling.train.signals import Stopped
 from bardling.train.state import TrainState
@@ -249,6 +252,57 @@ class Sample(_Timed):
             raise Stopped
         if self._context.is_primary:
             self._monitor.log(SampleRecord(state.step, self._config.prompt, texts))
+
+
+class Tasks(_Timed):
+    """Measures multiple-choice tasks, shared out over the processes."""
+
+    name = "tasks"
+
+    def __init__(
+        self,
+        monitor: Monitor,
+        timer: StepTimer,
+        config: EvalConfig,
+        tokenizer: Tokenizer,
+        *,
+        last: int,
+        seed: int,
+        precision: Precision,
+        context: Context,
+        stop_requested: Callable[[], bool],
+    ) -> None:
+        super().__init__(timer, config.every if config.tasks_every is None else config.tasks_every, last)
+        self._monitor, self._tokenizer = monitor, tokenizer
+        self._precision, self._context, self._stop_requested = precision, context, stop_requested
+        if context.is_primary:  # downloads what is missing, once
+            for task in config.tasks:
+                load_items(task)
+        context.barrier()
+        self._items = {task_name(task): draw_items(load_items(task), config.task_items, seed) for task in config.tasks}
+
+    def work(self, state: TrainState) -> None:
+        """Measure all tasks; they are logged together, so that an interruption leaves none logged twice."""
+        records = []
+        for task, items in self._items.items():
+            try:
+                result = evaluate_choices(
+                    state.model,
+                    self._tokenizer,
+                    items,
+                    precision=self._precision,
+                    task=task,
+                    context=self._context,
+                    stop_requested=self._stop_requested,
+                    progress=partial(self._monitor.progress, task),
+                )
+            except Interrupted:
+                raise Stopped from None
+            records.append(
+                TaskRecord(state.step, task, result.accuracy, result.accuracy_norm, result.stderr_norm, result.total)
+            )
+        for record in records:
+            self._monitor.log(record)
 
 
 class Checkpoint(_Timed):

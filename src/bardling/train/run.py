@@ -5,44 +5,35 @@ Both put the same parts together (data, model, optimizer, hooks) and differ only
 """
 
 import dataclasses
-import platform
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-import bardling
 from bardling.checkpoint.load import Loaded, load
-from bardling.checkpoint.runfolder import RunFolder, create_run, open_run, write_whole
-from bardling.checkpoint.state import read_checkpoint, restore_rng, rng_state, write_checkpoint
-from bardling.config import DataConfig, ModelConfig, RunConfig
-from bardling.configfile import config_to_dict
+from bardling.checkpoint.runfolder import RunFolder, create_run, open_run, refuse_existing, write_whole
+from bardling.config import ModelConfig, RunConfig
 from bardling.data.loader import EvalWindows, Prefetcher, TrainWindows
 from bardling.data.order import WindowOrder
-from bardling.data.shards import TokenDataset
 from bardling.data.tokenizer import load_tokenizer
 from bardling.distributed.context import Context, distributed
 from bardling.distributed.device import DTYPES, choose_precision, device_name, matmul_flops, prepare_backend
 from bardling.errors import UserError
+from bardling.evaluate.tasks import check_task
 from bardling.interop.dataset import open_data
 from bardling.model.arithmetic import flops_per_token
-from bardling.model.gpt import GPT
 from bardling.model.peaks import peak_flops
 from bardling.monitor.services import check_services
-from bardling.optim.build import build_optimizer
 from bardling.optim.schedule import learning_rate
-from bardling.optim.state import load_optimizer_tensors, optimizer_tensors
-from bardling.train.compiling import compile_pays
-from bardling.train.hooks import Checkpoint, Log, Sample, StepTimer, Validate
+from bardling.train.changes import absolute, check_changes, settle
+from bardling.train.compiling import compile_pays, wrap
+from bardling.train.environment import check_dataset, dataset_record, environment_facts
+from bardling.train.hooks import Checkpoint, Log, Sample, StepTimer, Tasks, Validate
 from bardling.train.loop import Hook, fit
 from bardling.train.monitoring import RunMonitor
+from bardling.train.persist import build_state, newest_checkpoint, save_state
 from bardling.train.plan import TrainPlan, make_plan
 from bardling.train.signals import Stopped, StopSignals
 from bardling.train.state import TrainState
@@ -91,61 +82,6 @@ def resume(run: Path | str, config: RunConfig | None = None, *, quiet: bool = Fa
         return _Run(context, config, folder, quiet=quiet, resumed=True, changes=changes).go()
 
 
-def settle(config: RunConfig, before: RunConfig) -> RunConfig:
-    """`config` with what it leaves open (vocabulary, precision, compilation) as it was decided `before`."""
-    return dataclasses.replace(
-        config,
-        precision=before.precision if config.precision == "auto" else config.precision,
-        compile=before.compile if config.compile == "auto" else config.compile,
-        model=dataclasses.replace(config.model, vocab_size=config.model.vocab_size or before.model.vocab_size),
-        data=absolute(config.data),
-    )
-
-
-def absolute(config: DataConfig) -> DataConfig:
-    """`config` with its paths made absolute, so that the run can be resumed from any folder."""
-
-    def settled(spec: str) -> str:
-        path = Path(spec.split(":", 1)[0])
-        is_path = path.exists() or any(sign in spec for sign in "*?[")
-        return str(Path.cwd() / spec) if is_path and not path.is_absolute() else spec
-
-    return dataclasses.replace(config, source=settled(config.source), tokenizer=settled(config.tokenizer))
-
-
-# A model that has been trained is bound to these; what else changes on resume takes effect, and is said.
-_FIXED = ("seed", "data.source", "data.tokenizer", "data.val_fraction")
-
-
-def check_changes(before: RunConfig, after: RunConfig) -> list[str]:
-    """Describe what changed between two configurations of one run ("train.steps: 100 -> 200").
-
-    Raises:
-        UserError: a change that the trained weights or the exact data order cannot follow.
-    """
-    old, new = _flat(config_to_dict(before)), _flat(config_to_dict(after))
-    changes = []
-    for key in sorted(old.keys() | new.keys()):
-        if old.get(key) == new.get(key):
-            continue
-        if key in _FIXED or (key.startswith("model.") and key != "model.dropout"):
-            raise UserError(
-                f"{key} = {new.get(key)!r}: a run that has started keeps {old.get(key)!r}; start a new run for another"
-            )
-        changes.append(f"{key}: {old.get(key)} -> {new.get(key)}")
-    return changes
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
 class _Run:
     """The parts of one run, put together in the order in which they need each other."""
 
@@ -162,10 +98,12 @@ class _Run:
     ) -> None:
         self.context, self.folder, self.quiet, self.resumed, self.changes = context, folder, quiet, resumed, changes
         if not resumed and context.is_primary:
-            refuse_existing(folder)
+            refuse_existing(folder.path)
         if context.is_primary:
             check_services(config.monitor)
-        self.dataset = _open_dataset(config, context)
+        for task in config.eval.tasks:
+            check_task(task)
+        self.dataset = open_data(config.data)  # processes that need it made wait for the first to make it
         self.tokenizer = self.dataset.tokenizer
         if resumed:
             check_dataset(self.dataset, folder)
@@ -249,7 +187,14 @@ class _Run:
         context, config = self.context, self.config
         undo = prepare_backend(context.device, deterministic=config.deterministic)
         with StopSignals() as signals:
-            state = self._state()
+            state = build_state(
+                config,
+                context.device,
+                checkpoint=newest_checkpoint(self.folder, context) if self.resumed else None,
+                start=self.start,
+                continues=self.continues,
+                samples_per_step=self.plan.samples_per_step,
+            )
             if context.is_primary:
                 self._write_folder(state)
             context.barrier()
@@ -268,53 +213,6 @@ class _Run:
                 undo()
         return RunResult(self.folder.path, state.step, True, state.best_val_loss, 0)
 
-    def _state(self) -> TrainState:
-        """A new state, or the one of the newest sound checkpoint."""
-        config, device = self.config, self.context.device
-        checkpoint = None
-        if self.resumed:
-            store = self.folder.store()
-            path = store.latest(self._report)
-            if path is None and store.steps():
-                raise UserError(
-                    f"{store.path(store.steps()[-1])}: every checkpoint of this run is damaged (see above): restore one from a "
-                    "copy, or start a new run"
-                )
-            checkpoint = None if path is None else read_checkpoint(path)
-        start = None if self.start is None or checkpoint is not None else self.start.cropped(config.model.block_size)
-        model = GPT(config.model, seed=config.seed if checkpoint is None and start is None else None)
-        if checkpoint is not None:
-            model.load_state_dict(checkpoint.model_state)
-        elif start is not None:
-            model.load_state_dict(start.state)
-        model.to(device)  # before the optimizer exists: its state belongs where the weights are
-        optimizer = build_optimizer(model.named_parameters(), config.optim, device)
-        state = TrainState(model, optimizer)
-        if self.precision.needs_scaler:
-            state.scaler = torch.amp.GradScaler(device.type)
-        if checkpoint is not None:
-            load_optimizer_tensors(
-                optimizer, dict(model.named_parameters()), checkpoint.optimizer_tensors, checkpoint.optimizer_meta
-            )
-            training = checkpoint.training
-            state.step, state.samples = training["step"], training["samples"]
-            state.best_val_loss, state.best_step = training["best_val_loss"], training["best_step"]
-            state.hooks_done = dict(training["hooks_done"])
-            if state.scaler is not None and training.get("scaler"):
-                state.scaler.load_state_dict(training["scaler"])
-            restore_rng(checkpoint.rng)
-        elif start is not None and self.continues:
-            if start.optimizer_tensors:
-                load_optimizer_tensors(optimizer, dict(model.named_parameters()), start.optimizer_tensors, start.optimizer_meta)
-            state.step, state.samples = start.step, start.step * self.plan.samples_per_step
-            if start.best_val_loss is not None:
-                state.best_val_loss, state.best_step = start.best_val_loss, start.step
-        return state
-
-    def _report(self, message: str) -> None:
-        if self.context.is_primary:
-            print(f"bardling: {message}", file=sys.stderr)
-
     def _write_folder(self, state: TrainState) -> None:
         """What a run folder holds besides figures and checkpoints."""
         if self.resumed:
@@ -324,7 +222,7 @@ class _Run:
             write_whole(self.folder.dataset_file, dataset_record(self.dataset))
             if self.tokenizer is not None:
                 self.tokenizer.save(self.folder.path)
-        self.folder.add_environment(environment(self.context, state.step))
+        self.folder.add_environment(environment_facts(self.context, state.step))
 
     def _announce(self, monitor: RunMonitor, state: TrainState) -> None:
         """Say what will be trained, on what, and what `auto` chose."""
@@ -387,6 +285,20 @@ class _Run:
                     stop_requested=signals.requested,
                 )
             )
+            if config.eval.tasks:
+                hooks.append(
+                    Tasks(
+                        monitor,
+                        timer,
+                        config.eval,
+                        self.tokenizer,
+                        last=last,
+                        seed=config.seed,
+                        precision=self.precision,
+                        context=context,
+                        stop_requested=signals.requested,
+                    )
+                )
         hooks.append(
             Checkpoint(
                 monitor, timer, self._save, every=config.checkpoint.every, last=last, save_best=config.checkpoint.save_best
@@ -402,7 +314,7 @@ class _Run:
                 lr_at=lambda step: learning_rate(step, config.optim, plan.steps),
                 grad_clip=config.train.grad_clip,
                 seed=config.seed,
-                forward=_wrap(state.model, config.compile == "on", context),
+                forward=wrap(state.model, compiled=config.compile == "on", context=context),
                 precision=self.precision,
                 context=context,
                 hooks=hooks,
@@ -411,106 +323,4 @@ class _Run:
             )
 
     def _save(self, state: TrainState) -> None:
-        """Save one checkpoint (the primary process); the others wait until it is there."""
-        if self.context.is_primary:
-            tensors, meta = optimizer_tensors(state.optimizer, dict(state.model.named_parameters()))
-
-            def write(folder: Path) -> None:
-                write_checkpoint(
-                    folder,
-                    model_state=state.model.state_dict(),
-                    model_config=self.config.model,
-                    optimizer_tensors=tensors,
-                    optimizer_meta=meta,
-                    training={
-                        "step": state.step,
-                        "samples": state.samples,
-                        "best_val_loss": state.best_val_loss,
-                        "best_step": state.best_step,
-                        "hooks_done": state.hooks_done,
-                        "scaler": None if state.scaler is None else state.scaler.state_dict(),
-                    },
-                    rng=rng_state(),
-                    tokenizer=self.tokenizer,
-                    run_config=config_to_dict(self.config),
-                )
-
-            self.folder.store(self.config.checkpoint.keep_last).save(state.step, write, best=state.best_step == state.step)
-        self.context.barrier()
-
-
-def _wrap(model: GPT, compiled: bool, context: Context) -> nn.Module | Callable[..., torch.Tensor]:
-    """The model as the step calls it: compiled if asked, gradients synchronised if there are several processes."""
-    forward: Any = torch.compile(model) if compiled else model
-    if context.world_size > 1:
-        ids = [context.device.index] if context.device.type == "cuda" else None
-        # Every parameter takes part in every step, and there are no buffers to keep equal.
-        forward = DistributedDataParallel(forward, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
-    return forward  # type: ignore[no-any-return]
-
-
-def _open_dataset(config: RunConfig, context: Context) -> TokenDataset:
-    """The dataset; when it has to be made first, the primary process makes it while the others wait."""
-    if context.is_primary:
-        dataset = open_data(config.data)
-        context.barrier()
-        return dataset
-    context.barrier()
-    return open_data(config.data)
-
-
-def dataset_record(dataset: TokenDataset) -> str:
-    """JSON that lets a resumed run check that it reads the same data."""
-    import json
-
-    facts = {
-        "path": str(dataset.path),
-        "fingerprint": dataset.fingerprint,
-        "train_tokens": len(dataset.split("train")),
-        "val_tokens": len(dataset.split("val")),
-    }
-    return json.dumps(facts, indent=2) + "\n"
-
-
-def check_dataset(dataset: TokenDataset, folder: RunFolder) -> None:
-    """Refuse to go on with other data than the run began with."""
-    before = folder.dataset_record()
-    if before.get("fingerprint") != dataset.fingerprint:
-        raise UserError(
-            f"{dataset.path}: is not the dataset that {folder.path} began with (fingerprint {dataset.fingerprint}, was "
-            f"{before.get('fingerprint')}): restore the data, or start a new run"
-        )
-
-
-def refuse_existing(folder: RunFolder) -> None:
-    """Fail early, before any work, when a new run's folder is taken."""
-    if folder.config_file.exists():
-        raise UserError(
-            f"{folder.path}: a run is there already: go on with `bardling resume {folder.path}`, or choose another --out"
-        )
-
-
-def environment(context: Context, step: int) -> dict[str, Any]:
-    """Facts about this start of the run that explain its figures later."""
-    return {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "first_step": step,
-        "bardling": bardling.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "device": device_name(context.device),
-        "processes": context.world_size,
-        "threads": torch.get_num_threads(),
-        "git_commit": _git_commit(),
-        "command": sys.argv,
-    }
-
-
-def _git_commit() -> str | None:
-    """The commit of the folder that the command was given in, if it is a git checkout."""
-    try:
-        answer = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return answer.stdout.strip() or None
+        save_state(state, self.folder, self.config, self.tokenizer, self.context)

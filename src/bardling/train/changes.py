@@ -1,0 +1,68 @@
+"""What a run that has started may still change, and what it keeps.
+
+A resumed run takes its own configuration with the user's changes on top. Weights and the order of the data bind some settings;
+the others take effect, and the run says which they are.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from bardling.config import DataConfig, RunConfig
+from bardling.configfile import config_to_dict
+from bardling.errors import UserError
+
+
+def settle(config: RunConfig, before: RunConfig) -> RunConfig:
+    """`config` with what it leaves open (vocabulary, precision, compilation) as it was decided `before`."""
+    return dataclasses.replace(
+        config,
+        precision=before.precision if config.precision == "auto" else config.precision,
+        compile=before.compile if config.compile == "auto" else config.compile,
+        model=dataclasses.replace(config.model, vocab_size=config.model.vocab_size or before.model.vocab_size),
+        data=absolute(config.data),
+    )
+
+
+def absolute(config: DataConfig) -> DataConfig:
+    """`config` with its paths made absolute, so that the run can be resumed from any folder."""
+
+    def settled(spec: str) -> str:
+        path = Path(spec.split(":", 1)[0])
+        is_path = path.exists() or any(sign in spec for sign in "*?[")
+        return str(Path.cwd() / spec) if is_path and not path.is_absolute() else spec
+
+    return dataclasses.replace(config, source=settled(config.source), tokenizer=settled(config.tokenizer))
+
+
+# A model that has been trained is bound to these; what else changes on resume takes effect, and is said.
+_FIXED = ("seed", "data.source", "data.tokenizer", "data.val_fraction")
+
+
+def check_changes(before: RunConfig, after: RunConfig) -> list[str]:
+    """Describe what changed between two configurations of one run ("train.steps: 100 -> 200").
+
+    Raises:
+        UserError: a change that the trained weights or the exact data order cannot follow.
+    """
+    old, new = _flat(config_to_dict(before)), _flat(config_to_dict(after))
+    changes = []
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) == new.get(key):
+            continue
+        if key in _FIXED or (key.startswith("model.") and key != "model.dropout"):
+            raise UserError(
+                f"{key} = {new.get(key)!r}: a run that has started keeps {old.get(key)!r}; start a new run for another"
+            )
+        changes.append(f"{key}: {old.get(key)} -> {new.get(key)}")
+    return changes
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

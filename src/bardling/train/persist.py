@@ -1,0 +1,115 @@
+"""Where a run's state comes from, and how it is saved: new weights, another model's, or the newest sound checkpoint."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from bardling.checkpoint.load import Loaded
+from bardling.checkpoint.runfolder import RunFolder
+from bardling.checkpoint.state import Checkpoint, read_checkpoint, restore_rng, rng_state, write_checkpoint
+from bardling.config import RunConfig
+from bardling.configfile import config_to_dict
+from bardling.data.tokenizer import Tokenizer
+from bardling.distributed.context import Context
+from bardling.errors import UserError
+from bardling.model.gpt import GPT
+from bardling.optim.build import build_optimizer
+from bardling.optim.state import load_optimizer_tensors, optimizer_tensors
+from bardling.train.state import TrainState
+
+
+def newest_checkpoint(folder: RunFolder, context: Context) -> Checkpoint | None:
+    """The newest sound checkpoint of a run; None when it was stopped before the first one.
+
+    Raises:
+        UserError: there are checkpoints, but none of them is sound.
+    """
+
+    def report(message: str) -> None:
+        if context.is_primary:
+            print(f"bardling: {message}", file=sys.stderr)
+
+    store = folder.store()
+    path = store.latest(report)
+    if path is None and store.steps():
+        raise UserError(
+            f"{store.path(store.steps()[-1])}: every checkpoint of this run is damaged (see above): restore one from a "
+            "copy, or start a new run"
+        )
+    return None if path is None else read_checkpoint(path)
+
+
+def build_state(
+    config: RunConfig,
+    device: torch.device,
+    *,
+    checkpoint: Checkpoint | None = None,
+    start: Loaded | None = None,
+    continues: bool = False,
+    samples_per_step: int = 0,
+) -> TrainState:
+    """Make the state that training begins with.
+
+    Args:
+        config: resolved: vocabulary and precision are known.
+        checkpoint: to resume; else
+        start: weights to begin with; else weights are drawn with the run's seed.
+        continues: take over the optimizer and the step of `start` too.
+    """
+    start = None if start is None or checkpoint is not None else start.cropped(config.model.block_size)
+    model = GPT(config.model, seed=config.seed if checkpoint is None and start is None else None)
+    if checkpoint is not None:
+        model.load_state_dict(checkpoint.model_state)
+    elif start is not None:
+        model.load_state_dict(start.state)
+    model.to(device)  # before the optimizer exists: its state belongs where the weights are
+    names = dict(model.named_parameters())
+    state = TrainState(model, build_optimizer(model.named_parameters(), config.optim, device))
+    if config.precision == "float16":
+        state.scaler = torch.amp.GradScaler(device.type)
+    if checkpoint is not None:
+        load_optimizer_tensors(state.optimizer, names, checkpoint.optimizer_tensors, checkpoint.optimizer_meta)
+        training = checkpoint.training
+        state.step, state.samples = training["step"], training["samples"]
+        state.best_val_loss, state.best_step = training["best_val_loss"], training["best_step"]
+        state.hooks_done = dict(training["hooks_done"])
+        if state.scaler is not None and training.get("scaler"):
+            state.scaler.load_state_dict(training["scaler"])
+        restore_rng(checkpoint.rng)
+    elif start is not None and continues:
+        if start.optimizer_tensors:
+            load_optimizer_tensors(state.optimizer, names, start.optimizer_tensors, start.optimizer_meta)
+        state.step, state.samples = start.step, start.step * samples_per_step
+        if start.best_val_loss is not None:
+            state.best_val_loss, state.best_step = start.best_val_loss, start.step
+    return state
+
+
+def save_state(state: TrainState, folder: RunFolder, config: RunConfig, tokenizer: Tokenizer | None, context: Context) -> None:
+    """Save one checkpoint (the primary process); the others wait until it is there."""
+    if context.is_primary:
+        tensors, meta = optimizer_tensors(state.optimizer, dict(state.model.named_parameters()))
+
+        def write(place: Path) -> None:
+            write_checkpoint(
+                place,
+                model_state=state.model.state_dict(),
+                model_config=config.model,
+                optimizer_tensors=tensors,
+                optimizer_meta=meta,
+                training={
+                    "step": state.step,
+                    "samples": state.samples,
+                    "best_val_loss": state.best_val_loss,
+                    "best_step": state.best_step,
+                    "hooks_done": state.hooks_done,
+                    "scaler": None if state.scaler is None else state.scaler.state_dict(),
+                },
+                rng=rng_state(),
+                tokenizer=tokenizer,
+                run_config=config_to_dict(config),
+            )
+
+        folder.store(config.checkpoint.keep_last).save(state.step, write, best=state.best_step == state.step)
+    context.barrier()
