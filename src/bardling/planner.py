@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from bardling.data.manifest import Manifest
 
 ASSUMED_CHARACTERS = 128
+GPT2_VOCABULARY = 50257
 BYTE_VOCABULARY = 257  # 256 byte values and the end of text
 GOOD_EPOCHS = 4  # Muennighoff et al. 2023 (arXiv:2305.16264): up to four passes are nearly worth new data
 
@@ -342,6 +343,8 @@ def resolve_vocabulary(config: RunConfig) -> tuple[ModelConfig, list[str]]:
     elif spec == "char":
         size = ASSUMED_CHARACTERS
         notes.append(f"A character vocabulary depends on the text: {size} entries are assumed (or set --model.vocab_size).")
+    elif spec == "gpt2":
+        size = GPT2_VOCABULARY
     else:
         from bardling.data.tokenizer import check_tokenizer_spec, load_tokenizer  # here: most plans need no tokenizer library
 
