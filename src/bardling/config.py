@@ -68,9 +68,10 @@ class DataConfig:
     """The text, and how it becomes tokens."""
 
     source: str = "stdlib"
-    """'stdlib' (Python's own sources), a text file, a folder, a glob, FILE.jsonl[:FIELD], or a prepared folder."""
+    """'stdlib' (Python's own sources), shakespeare, openwebtext, fineweb-edu, hf:NAME[:CONFIG][:SPLIT][:FIELD] on the hub, a text
+    file, a folder, a glob, FILE.jsonl[:FIELD], a prepared folder, or token files of nanoGPT, nano-gpt or llm.c."""
     tokenizer: str = "byte"
-    """'byte', 'char', 'bpe:SIZE' (trained on the source), or the path of a tokenizer.json."""
+    """'byte', 'char', 'bpe:SIZE' (trained on the source), 'gpt2', or the path of a tokenizer.json."""
     val_fraction: float = 0.05
     """Part of the text that is held out for validation."""
     cache: str = ""
