@@ -25,7 +25,6 @@ import torch
 from bardling.config import ModelConfig, RunConfig
 from bardling.data.loader import Batch, BatchSource, Prefetcher, TrainWindows
 from bardling.data.order import WindowOrder
-from bardling.data.prepare import dataset_for
 from bardling.distributed.context import Context, distributed
 from bardling.distributed.device import (
     DTYPES,
@@ -37,6 +36,7 @@ from bardling.distributed.device import (
     prepare_backend,
 )
 from bardling.errors import UserError
+from bardling.interop.dataset import open_data
 from bardling.model.arithmetic import flops_per_token
 from bardling.model.gpt import GPT
 from bardling.model.peaks import peak_flops
@@ -377,7 +377,7 @@ def _model_and_source(config: RunConfig, data: str) -> tuple[ModelConfig, BatchS
     if data == "random":
         model, notes = resolve_vocabulary(config)
         return model, RandomWindows(model.vocab_size, model.block_size), notes
-    dataset = dataset_for(config.data)
+    dataset = open_data(config.data)
     wanted = config.model.vocab_size
     if wanted and wanted < dataset.vocab_size:
         raise UserError(f"model.vocab_size = {wanted} is smaller than the tokenizer's {dataset.vocab_size}: leave it out")

@@ -1,5 +1,6 @@
 """nanoGPT's own command lines, behind our verb, in a folder laid out as its users have it."""
 
+import dataclasses
 import json
 import os
 import pickle
@@ -14,6 +15,7 @@ import torch
 
 from bardling.checkpoint.load import load, load_model
 from bardling.cli.main import main
+from bardling.cli.nanogpt import bench_options
 from bardling.config import ModelConfig
 from bardling.data.tokenizer import build_tokenizer
 from bardling.model.gpt import GPT
@@ -308,6 +310,33 @@ def test_finetuning_gpt2_on_tokens_that_name_no_vocabulary(workplace, hub, capsy
     np.array([1, 50300, 2] * 20, np.uint16).tofile(workplace / "data" / "shakespeare" / "val.bin")
     message = refused(capsys, "train", "config/finetune_shakespeare.py", *flags, "--out_dir=other")
     assert "val.bin: token 1 is 50300, outside the vocabulary of 50,257" in message
+
+
+def test_the_benchmark(workplace, capsys, monkeypatch):
+    from bardling.cli import bench as command
+
+    asked = []
+    monkeypatch.setattr(command, "main", asked.append)
+    main(["bench", "--batch_size=2", "--block_size=16", "--bias=True", "--device=cpu", "--compile=False", "--seed=3"])
+    main(["bench", "--real_data=False", "--profile=True"])
+    first, second = asked
+    model = first.config.model
+    assert (model.n_layer, model.n_head, model.n_embd, model.block_size, model.bias) == (12, 12, 768, 16, True)
+    assert (model.padded_vocab_size, model.gelu, first.config.seed) == (50304, "erf", 3)
+    assert (first.config.train.batch_size, first.config.optim.lr, first.config.optim.weight_decay) == (2, 1e-4, 1e-2)
+    assert (first.steps, first.warmup, first.data, first.profile) == (20, 10, "real", None)
+    assert (second.data, second.profile, second.config.model.block_size) == ("random", Path("bench_log"), 1024)
+    assert "unknown key" in refused(capsys, "bench", "--batch_size=2", "--batchsize=2")
+    monkeypatch.undo()
+    monkeypatch.chdir(workplace)
+
+    from bardling.bench import bench
+
+    config = dataclasses.replace(first.config, model=dataclasses.replace(model, n_layer=1, n_head=1, n_embd=8))
+    assert bench(config, steps=1, warmup=1, data="real").tokens_per_second > 0
+    (workplace / "data" / "openwebtext" / "train.bin").unlink()
+    assert bench_options(["--device=cpu"]).data == "random"
+    assert "random tokens instead" in capsys.readouterr().err
 
 
 def test_the_multi_gpu_command_translates_whole(workplace, capsys):

@@ -41,6 +41,12 @@ class BenchOptions:
 
 def run(argv: Sequence[str]) -> None:
     """Parse, measure, print."""
+    from bardling.cli.nanogpt import bench_options, is_nanogpt
+    from bardling.interop.nanogpt_keys import BENCH_KEYS
+
+    if is_nanogpt(argv, BENCH_KEYS):
+        main(bench_options(argv))
+        return
     recipe, rest = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("", argv)
     if not recipe and not any(word in ("-h", "--help") for word in rest):
         raise UserError(f"bardling bench RECIPE [options]: name a recipe first: {', '.join(recipe_names())}, or a TOML file")

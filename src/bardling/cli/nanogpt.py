@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING
 from bardling.config import RunConfig
 from bardling.errors import UserError
 from bardling.interop.nanogpt import NanoGPTRun, recipe_toml, run_config_from_nanogpt, sample_from_nanogpt
-from bardling.interop.nanogpt_keys import SAMPLE_KEYS, TRAIN_DEFAULTS, TRAIN_KEYS
+from bardling.interop.nanogpt_keys import BENCH_DEFAULTS, BENCH_KEYS, SAMPLE_KEYS, TRAIN_DEFAULTS, TRAIN_KEYS
 from bardling.interop.pyconfig import read_nanogpt_arguments
 
 if TYPE_CHECKING:
+    from bardling.cli.bench import BenchOptions
     from bardling.cli.sample import SampleOptions
 
 
@@ -131,6 +132,33 @@ def sample_options(argv: Sequence[str]) -> "SampleOptions":
         device=asked.device,
         precision=asked.precision,
     )
+
+
+def bench_options(argv: Sequence[str]) -> "BenchOptions":
+    """Translate a nanoGPT benchmark command: GPT-2 124M, 10 steps before the 20 that are timed."""
+    from bardling.cli.bench import BenchOptions
+    from bardling.interop.tokenfiles import NANOGPT_VOCAB
+
+    settings = read_nanogpt_arguments(argv, BENCH_KEYS, BENCH_DEFAULTS)
+    values = {**BENCH_DEFAULTS, **settings}
+    shared = {
+        key: settings[key] for key in ("batch_size", "block_size", "bias", "device", "dtype", "compile") if key in settings
+    }
+    run = run_config_from_nanogpt({**shared, "gradient_accumulation_steps": 1, "dataset": "openwebtext", "learning_rate": 1e-4})
+    real = values["real_data"] and Path(run.config.data.source).is_dir()
+    if values["real_data"] and not real:
+        print(
+            "bardling: real_data = True, but there is no data/openwebtext/train.bin here: random tokens instead",
+            file=sys.stderr,
+        )
+    config = dataclasses.replace(
+        run.config,
+        seed=values["seed"],
+        model=dataclasses.replace(run.config.model, vocab_size=NANOGPT_VOCAB),
+        optim=dataclasses.replace(run.config.optim, weight_decay=1e-2),
+    )
+    folder = Path("bench_log") if values["profile"] else None
+    return BenchOptions(steps=20, warmup=10, data="real" if real else "random", profile=folder, config=config)
 
 
 def migrated(argv: Sequence[str]) -> str:
