@@ -1,6 +1,7 @@
-"""`bardling resume RUN`: go on with a run."""
+"""`bardling resume RUN`: go on with a run, or in a new one with the training of a nanoGPT or nano-gpt checkpoint."""
 
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,8 @@ from bardling.errors import UserError
 class ResumeOptions:
     """Options of `bardling resume`."""
 
+    out: Path | None = None
+    """Folder of the run that goes on from another trainer's checkpoint; unset takes runs/NAME-DATE."""
     config: Annotated[RunConfig, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff] = field(default_factory=RunConfig)
 
 
@@ -26,8 +29,10 @@ def run(argv: Sequence[str]) -> None:
     wants_help = any(word in ("-h", "--help") for word in rest)
     if not folder and not wants_help:
         raise UserError("bardling resume RUN [--section.field VALUE ...]: name the run's folder first")
-    config = RunConfig()
-    if folder:
+    config, foreign = RunConfig(), bool(folder) and is_foreign(Path(folder))
+    if foreign:
+        config = foreign_config(Path(folder))
+    elif folder:
         from bardling.checkpoint.runfolder import open_run
 
         config = open_run(Path(folder)).config()
@@ -37,10 +42,36 @@ def run(argv: Sequence[str]) -> None:
         prog=f"bardling resume {folder or 'RUN'}",
         description="Go on with a run from its newest sound checkpoint, exactly. Options change its configuration; "
         "--train.steps may be raised.",
-        default=ResumeOptions(config),
+        default=ResumeOptions(config=config),
     )
-    from bardling.train.run import resume  # here, so that help answers without importing torch
+    from bardling.train.run import resume, train  # here, so that help answers without importing torch
 
-    result = resume(folder, options.config)
+    if foreign:
+        out = options.out or Path("runs") / f"{Path(folder).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+        result = train(options.config, out, continue_from=folder)
+    elif options.out is not None:
+        raise UserError(f"--out {options.out}: a run is resumed where it is; leave it out")
+    else:
+        result = resume(folder, options.config)
     if result.exit_status:
         sys.exit(result.exit_status)
+
+
+def is_foreign(path: Path) -> bool:
+    """Whether `path` is another trainer's checkpoint: a file, or nanoGPT's output folder."""
+    return path.is_file() or (path.is_dir() and not (path / "config.toml").is_file() and (path / "ckpt.pt").is_file())
+
+
+def foreign_config(path: Path) -> RunConfig:
+    """The run that another trainer's checkpoint belongs to, as far as its settings tell."""
+    from bardling.checkpoint.load import load
+    from bardling.interop.nano_gpt import run_config_from_nano_gpt
+    from bardling.interop.nanogpt import run_config_from_nanogpt
+
+    found = load(path).foreign
+    if found is None:
+        raise UserError(f"{path}: is no checkpoint of nanoGPT or nano-gpt")
+    if found.origin == "nano-gpt":
+        return run_config_from_nano_gpt(found)
+    folder = path.absolute().parent
+    return run_config_from_nanogpt(found.settings, near=[folder, folder.parent]).config
