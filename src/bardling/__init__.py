@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from bardling.errors import UserError as UserError
     from bardling.generate import generate as generate
     from bardling.model.gpt import GPT as GPT
-    from bardling.train.loop import fit as fit
+    from bardling.train.library import fit_batches as fit_batches
     from bardling.train.run import resume as resume
     from bardling.train.run import train as train
 
@@ -35,7 +35,7 @@ _PUBLIC = {
     "ModelConfig": ("bardling.config", "ModelConfig"),
     "RunConfig": ("bardling.config", "RunConfig"),
     "UserError": ("bardling.errors", "UserError"),
-    "fit": ("bardling.train.loop", "fit"),
+    "fit_batches": ("bardling.train.library", "fit_batches"),
     "generate": ("bardling.generate", "generate"),
     "load_model": ("bardling.checkpoint.load", "load_model"),
     "load_recipe": ("bardling.configfile", "load_recipe"),

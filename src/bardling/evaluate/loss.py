@@ -7,14 +7,24 @@ loss by the bytes of the text rather than by its tokens, which makes models with
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from bardling.data.loader import IGNORE, EvalWindows
+from bardling.data.loader import IGNORE, Batch
 from bardling.distributed.context import SINGLE, Context
 from bardling.distributed.device import Precision
 from bardling.model.gpt import GPT
+
+
+class Windows(Protocol):
+    """A fixed set of `n` windows, such as `EvalWindows`."""
+
+    n: int
+
+    def batch(self, first_sample: int, size: int) -> Batch:
+        """Some windows: inputs and targets [size, time]."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +48,7 @@ class Interrupted(Exception):  # noqa: N818  not an error: the caller asked for 
 
 def evaluate_loss(
     model: GPT,
-    windows: EvalWindows,
+    windows: Windows,
     *,
     batch_size: int,
     precision: Precision,

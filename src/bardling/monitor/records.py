@@ -26,7 +26,7 @@ class TrainRecord(Record):
     bits_per_byte: float | None
     lr: float
     grad_norm: float  # before clipping
-    epoch: float  # passes over the training split
+    epoch: float | None  # passes over the training split, where its length is known
     tokens: int  # seen since the run began
 
     tokens_per_second: float  # over the steps since the last record, without validation, samples and saving

@@ -13,11 +13,10 @@ from typing import Protocol
 import torch
 
 from bardling.config import EvalConfig, SampleConfig
-from bardling.data.loader import EvalWindows
 from bardling.data.tokenizer import Tokenizer
 from bardling.distributed.context import Context
 from bardling.distributed.device import Precision, memory_used
-from bardling.evaluate.loss import Interrupted, evaluate_loss
+from bardling.evaluate.loss import Interrupted, Windows, evaluate_loss
 from bardling.evaluate.multiple_choice import evaluate_choices
 from bardling.evaluate.tasks import draw_items, load_items, task_name
 from bardling.generate import generate, prompt_ids
@@ -87,7 +86,7 @@ class Log:
         timer: StepTimer,
         *,
         every: int,
-        windows_per_epoch: int,
+        windows_per_epoch: int | None,
         flops_per_token: float,
         peak_flops: float | None,
     ) -> None:
@@ -116,7 +115,7 @@ class Log:
                 bits_per_byte=loss_sum / 0.6931471805599453 / size if size else None,
                 lr=result.lr,
                 grad_norm=result.grad_norm.item(),
-                epoch=state.samples / self._windows_per_epoch,
+                epoch=None if self._windows_per_epoch is None else state.samples / self._windows_per_epoch,
                 tokens=state.step * self._plan.tokens_per_step,
                 tokens_per_second=speed,
                 mfu=None if self._peak_flops is None else speed * self._flops_per_token / self._peak_flops,
@@ -160,7 +159,7 @@ class Validate(_Timed):
         self,
         monitor: Monitor,
         timer: StepTimer,
-        windows: EvalWindows,
+        windows: Windows,
         *,
         every: int,
         last: int,
