@@ -32,11 +32,12 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# One thread a process: the tests' tensors are tiny, and as many tests run at once as there are cores.
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 slow: install
-	$(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 clean:
 	rm -rf $(VENV) build src/*.egg-info
