@@ -228,6 +228,37 @@ def test_programs_in_data_folders_are_refused_by_every_command(tmp_path, monkeyp
     assert victim.exists(), "it would have run: the test can fail"
 
 
+def test_resume_goes_on_with_other_trainers_checkpoints(tiny, change, corpus, tmp_path, capsys):
+    train(change(tiny, model={"gelu": "erf"}, train={"steps": 6}), tmp_path / "run", quiet=True)
+    export_nanogpt(str(tmp_path / "run"), tmp_path / "out")
+    content = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)
+    content["config"] |= {"device": "cuda", "dtype": "float16", "init_from": "gpt2", "learning_rate": "high"}
+    torch.save(content, tmp_path / "out" / "ckpt.pt")
+    sizes = {key: content["model_args"][key] for key in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")}
+    plan = {"total_batch_size": 64, "micro_batch_size": 2, "sequence_length": 16, "max_lr": 1e-3, "max_steps": 9}
+    other = {
+        **{"model_state_dict": content["model"], "config": sizes, "step": 6, "optimizer_state_dict": content["optimizer"]},
+        **{
+            "train_config": {**plan, "warmup_steps": 2},
+            "dataset_config": {"dataset_dir": "d", "dataset_name": "n"},
+            "name": None,
+        },
+    }
+    torch.save(other, tmp_path / "out" / "checkpoint_000006.bin")
+    data = ["--data.source", str(corpus), "--data.tokenizer", "char", "--data.val_fraction", "0.1"]
+    for number, name in enumerate(("out", "out/ckpt.pt", "out/checkpoint_000006.bin")):
+        run = tmp_path / f"on{number}"
+        main(["resume", str(tmp_path / name), "--out", str(run), *data, "--train.steps", "9"])
+        checkpoint = read_checkpoint(newest(run))
+        assert (checkpoint.training["step"], checkpoint.training["samples"]) == (9, 36)
+        assert checkpoint.optimizer_tensors["transformer.ln_f.weight.step"] == 9
+        assert checkpoint.model_config.gelu == ("tanh" if number == 2 else "erf")
+    capsys.readouterr()
+    assert "--out" in refused(capsys, "resume", tmp_path / "run", "--out", tmp_path / "x")
+    assert "d/n" in refused(capsys, "resume", tmp_path / "out" / "checkpoint_000006.bin", "--out", tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
 def test_info_says_what_other_trainers_files_are(tiny, change, tmp_path, capsys):
     train(change(tiny, train={"steps": 2}), tmp_path / "run", quiet=True)
     export_nanogpt(str(tmp_path / "run"), tmp_path / "out")

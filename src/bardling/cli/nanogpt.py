@@ -141,7 +141,7 @@ def bench_options(argv: Sequence[str]) -> "BenchOptions":
 
     settings = read_nanogpt_arguments(argv, BENCH_KEYS, BENCH_DEFAULTS)
     values = {**BENCH_DEFAULTS, **settings}
-    shared = {
+    shared: dict[str, object] = {
         key: settings[key] for key in ("batch_size", "block_size", "bias", "device", "dtype", "compile") if key in settings
     }
     run = run_config_from_nanogpt({**shared, "gradient_accumulation_steps": 1, "dataset": "openwebtext", "learning_rate": 1e-4})

@@ -1,5 +1,6 @@
 """`bardling resume RUN`: go on with a run, or in a new one with the training of a nanoGPT or nano-gpt checkpoint."""
 
+import dataclasses
 import sys
 import time
 from collections.abc import Sequence
@@ -67,11 +68,23 @@ def foreign_config(path: Path) -> RunConfig:
     from bardling.checkpoint.load import load
     from bardling.interop.nano_gpt import run_config_from_nano_gpt
     from bardling.interop.nanogpt import run_config_from_nanogpt
+    from bardling.interop.nanogpt_keys import TRAIN_DEFAULTS
 
     found = load(path).foreign
     if found is None:
         raise UserError(f"{path}: is no checkpoint of nanoGPT or nano-gpt")
     if found.origin == "nano-gpt":
-        return run_config_from_nano_gpt(found)
+        config, data = run_config_from_nano_gpt(found), found.settings.get("dataset_config", {})
+        # Its shards, by folder and name; where they are missing, the error says so, and no other text is trained on.
+        tokens = Path(str(data.get("dataset_dir", "dataset_cache"))) / str(data.get("dataset_name", "tinyshakespeare"))
+        return dataclasses.replace(config, data=dataclasses.replace(config.data, source=str(tokens)))
+    # What belongs to the machine or the command that wrote the file is left open, and so is what is not of its key's type.
+    elsewhere = ("device", "dtype", "compile", "init_from", "eval_only")
+    settings = {
+        key: value
+        for key, value in found.settings.items()
+        if key in TRAIN_DEFAULTS and key not in elsewhere and isinstance(value, type(TRAIN_DEFAULTS[key]))
+    }
     folder = path.absolute().parent
-    return run_config_from_nanogpt(found.settings, near=[folder, folder.parent]).config
+    config = run_config_from_nanogpt(settings, near=[folder, folder.parent]).config
+    return dataclasses.replace(config, model=dataclasses.replace(found.config, vocab_multiple=config.model.vocab_multiple))
