@@ -8,9 +8,10 @@ Checks that need a single section are in its `__post_init__`; those that need se
 those that need the dataset or the number of processes are where these are known (`train/plan.py`).
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from bardling.architecture import FAMILIES, Architecture, Family, Feedforward, Norm, Positions, QKNorm
 from bardling.errors import UserError
 
 
@@ -21,12 +22,12 @@ def _require(condition: bool, key: str, value: object, rule: str) -> None:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The network: a GPT-2."""
+    """The network: a GPT-2, or a member of another family, or a mixture of their parts."""
 
     n_layer: int = 6
     """Transformer blocks."""
     n_head: int = 6
-    """Attention heads in a block; must divide n_embd."""
+    """Attention heads in a block; must divide n_embd, unless head_dim is set."""
     n_embd: int = 384
     """Width of the residual stream (channels)."""
     block_size: int = 256
@@ -36,13 +37,47 @@ class ModelConfig:
     dropout: float = 0.0
     """Probability of dropping an activation while training."""
     bias: bool = True
-    """Biases in linear layers and layer norms, as in GPT-2."""
+    """Biases in linear layers and layer norms, as in GPT-2; the families llama and qwen3 have none."""
     gelu: Literal["tanh", "erf"] = "tanh"
     """GELU's form: GPT-2's tanh approximation, or the exact one that nanoGPT uses."""
     vocab_multiple: int = 64
     """The embedding's rows are padded to a multiple of this, for speed; padded ids are never predicted."""
     init: str = ""
     """Weights to start from: gpt2, gpt2-medium, gpt2-large, gpt2-xl, USER/REPO, a folder or a file; empty draws new ones."""
+    family: Family = "gpt2"
+    """What unset options below are: as in GPT-2, Llama or Qwen3, which transformers opens; 'custom' mixes, from GPT-2's."""
+    norm: Norm | None = None
+    """Normalisation; unset takes the family's."""
+    norm_eps: float | None = None
+    """Term against division by zero in norms; unset takes the family's."""
+    positions: Positions | None = None
+    """How tokens know their places: a learned vector, or rotated queries and keys; unset takes the family's."""
+    rope_theta: float | None = None
+    """Base of rotary positions' wavelengths; unset takes the family's."""
+    qk_norm: QKNorm | None = None
+    """RMSNorm of each head's queries and keys, with or without a learned weight; unset takes the family's."""
+    n_kv_head: int | None = None
+    """Heads of keys and values, each shared by n_head / n_kv_head heads; unset takes n_head."""
+    head_dim: int | None = None
+    """Width of a head (channels); unset takes n_embd / n_head."""
+    mlp: Feedforward | None = None
+    """The MLP's nonlinearity; unset takes the family's."""
+    mlp_hidden: int | None = None
+    """Inner width of the MLP (channels); unset takes 4 n_embd, for swiglu 8/3 n_embd rounded up to a multiple of 64."""
+    tied: bool | None = None
+    """Use the token embedding as the head too; unset takes the family's."""
+    zero_init: bool = False
+    """Start the projections back into the residual stream at zero, so that every block begins as the identity."""
+    init_std: float = 0.02
+    """Standard deviation of initial matrices and embeddings."""
+    logit_softcap: float = 0.0
+    """Squash logits smoothly between plus and minus this; 0 leaves them."""
+    sliding_window: int | None = None
+    """Tokens that layers with a window see, themselves included; unset: every layer sees all."""
+    global_every: int = 4
+    """With a sliding window, every how many layers one sees all; 0: none does."""
+    value_embeddings: int = 0
+    """Extra token embeddings mixed into the values of as many first and last layers; 0: none."""
 
     def __post_init__(self) -> None:
         for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_multiple"):
@@ -50,12 +85,63 @@ class ModelConfig:
         _require(self.vocab_multiple <= 4096, "model.vocab_multiple", self.vocab_multiple, "must be at most 4096")
         _require(self.vocab_size >= 0, "model.vocab_size", self.vocab_size, "must be 0 (the tokenizer's) or more")
         _require(0.0 <= self.dropout < 1.0, "model.dropout", self.dropout, "must be at least 0 and below 1")
-        if self.n_embd % self.n_head:
+        for name in ("n_kv_head", "head_dim", "mlp_hidden", "sliding_window"):
+            size = getattr(self, name)
+            _require(size is None or size >= 1, f"model.{name}", size, "must be at least 1")
+        for name in ("norm_eps", "rope_theta", "init_std"):
+            number = getattr(self, name)
+            _require(number is None or 0 < number < float("inf"), f"model.{name}", number, "must be above 0")
+        _require(
+            0 <= self.logit_softcap < float("inf"), "model.logit_softcap", self.logit_softcap, "must be at least 0 (0: off)"
+        )
+        _require(self.global_every >= 0, "model.global_every", self.global_every, "must be at least 0 (0: no layer sees all)")
+        tables = (self.n_layer + 1) // 2
+        rule = f"must be from 0 to {tables}, half of model.n_layer = {self.n_layer}"
+        _require(0 <= self.value_embeddings <= tables, "model.value_embeddings", self.value_embeddings, rule)
+        if self.n_kv_head is not None and self.n_head % self.n_kv_head:
+            raise UserError(f"model.n_kv_head = {self.n_kv_head}: must divide model.n_head = {self.n_head}")
+        if self.head_dim is None and self.n_embd % self.n_head:
             near = self.n_embd // self.n_head * self.n_head or self.n_head
             raise UserError(
                 f"model.n_embd = {self.n_embd} is not divisible by model.n_head = {self.n_head}: "
                 f"try --model.n_embd {near} or {near + self.n_head}"
             )
+        made = self.architecture
+        if made.positions == "rotary" and made.head_dim % 2:
+            raise UserError(f"model.head_dim = {made.head_dim}: must be even for rotary positions; set --model.head_dim")
+
+    @property
+    def architecture(self) -> Architecture:
+        """Every choice with its value: the options that are set, and the family's for the rest."""
+        family = FAMILIES[self.family]
+        mlp = self.mlp or family.mlp
+        # Shazeer 2020 (arXiv:2002.05202): two thirds of 4 n_embd, so that three matrices have the size of two.
+        hidden = -(-8 * self.n_embd // (3 * 64)) * 64 if mlp == "swiglu" else 4 * self.n_embd
+        return Architecture(
+            n_layer=self.n_layer,
+            n_embd=self.n_embd,
+            norm=self.norm or family.norm,
+            norm_eps=self.norm_eps or family.norm_eps,
+            positions=self.positions or family.positions,
+            rope_theta=self.rope_theta or family.rope_theta,
+            qk_norm=self.qk_norm or family.qk_norm,
+            n_head=self.n_head,
+            n_kv_head=self.n_kv_head or self.n_head,
+            head_dim=self.head_dim or self.n_embd // self.n_head,
+            mlp=mlp,
+            mlp_hidden=self.mlp_hidden or hidden,
+            bias=self.bias and family.biases,
+            tied=family.tied if self.tied is None else self.tied,
+            logit_softcap=self.logit_softcap,
+            sliding_window=self.sliding_window,
+            global_every=self.global_every,
+            value_embeddings=self.value_embeddings,
+        )
+
+    def resolved(self) -> "ModelConfig":
+        """The same model with every option of its family written out. Sizes that follow from others stay unset."""
+        made, options = self.architecture, ("norm", "norm_eps", "positions", "rope_theta", "qk_norm", "mlp", "bias", "tied")
+        return replace(self, **{name: getattr(made, name) for name in options})
 
     @property
     def padded_vocab_size(self) -> int:
@@ -86,8 +172,16 @@ class DataConfig:
 class OptimConfig:
     """The optimizer and its learning rate."""
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """AdamW for everything; or Muon for the matrices inside blocks and AdamW for the rest."""
     lr: float = 6e-4
-    """Highest learning rate."""
+    """Highest learning rate (of AdamW: with Muon, that of all but the matrices inside blocks)."""
+    muon_lr: float = 0.02
+    """Muon's highest learning rate; it follows the same schedule, and the same value suits models of any width."""
+    embed_lr: float | None = None
+    """With Muon, highest learning rate of embeddings; unset takes lr."""
+    head_lr: float | None = None
+    """With Muon, highest learning rate of a head that is not tied to the embedding; unset takes lr."""
     min_lr: float | None = None
     """Learning rate at the end of the decay; unset takes a tenth of lr."""
     warmup_steps: int = 100
@@ -104,9 +198,24 @@ class OptimConfig:
     """AdamW's decay rates of the gradient's mean and mean square."""
     eps: float = 1e-8
     """AdamW's term against division by zero."""
+    momentum: float = 0.95
+    """Muon's decay rate of the gradient's mean (Nesterov's form)."""
+    muon_steps: int = 5
+    """Newton-Schulz steps by which Muon orthogonalises an update: fewer are cheaper and less exact."""
+    muon_precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Number format of these steps; auto takes bfloat16 where the run's matrix products are computed in it."""
+    cautious_decay: bool = False
+    """With Muon, decay only those entries of its matrices whose update moves them towards zero too."""
+    ema_decay: float = 0.0
+    """Decay rate of a running mean of the weights, which validation and samples then use; 0 keeps none."""
 
     def __post_init__(self) -> None:
-        _require(self.lr > 0, "optim.lr", self.lr, "must be above 0")
+        for name in ("lr", "muon_lr", "embed_lr", "head_lr"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"optim.{name}", value, "must be above 0")
+        _require(0 <= self.momentum < 1, "optim.momentum", self.momentum, "must be at least 0 and below 1")
+        _require(1 <= self.muon_steps <= 20, "optim.muon_steps", self.muon_steps, "must be from 1 to 20")
+        _require(0 <= self.ema_decay < 1, "optim.ema_decay", self.ema_decay, "must be at least 0 and below 1")
         _require(
             self.min_lr is None or 0 <= self.min_lr <= self.lr,
             "optim.min_lr",

@@ -1,9 +1,11 @@
 """Keys and values of the tokens a model has seen, so that generation computes each token once.
 
-The cache is allocated once, [n_layer, batch, n_head, capacity, head_dim]. A token at position p of its row lies in slot p, so
-rows of different lengths share one cache: each has its own length, and a mask hides what lies beyond it. When all rows are
+The cache is allocated once, [n_layer, batch, n_kv_head, capacity, head_dim]. A token at position p of its row lies in slot p,
+so rows of different lengths share one cache: each has its own length, and a mask hides what lies beyond it. When all rows are
 equally long, which is the usual case, there is no mask and writing is one copy. Lengths are plain integers, so nothing waits
-for the device.
+for the device. Keys are kept as they are scored: normed and, with rotary positions, turned.
+
+Layers with a sliding window keep all their tokens too, and a second mask hides those that are too old.
 
 Limits: inference only. Slots beyond a row's length hold zeros or stale, finite values; nothing reads them.
 """
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bardling.config import ModelConfig
+from bardling.model.attend import band
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,11 @@ class CacheStep:
     end: int  # one past the last slot that any row uses
     mask: Tensor | None  # [B or 1, 1, T, end], True where a query may look; None when `causal` says it all
     causal: bool  # the plain causal mask applies
+    near: Tensor | None = None  # the mask of layers with a sliding window; None where the window hides nothing
+
+    def view(self, window: int | None) -> tuple[Tensor | None, bool]:
+        """Mask of a layer, and whether the plain causal mask applies instead."""
+        return (self.mask, self.causal) if window is None or self.near is None else (self.near, False)
 
 
 class KVCache:
@@ -38,7 +46,7 @@ class KVCache:
         self.config = config
         self.capacity = min(capacity or config.block_size, config.block_size)
         self.lengths = [0] * batch
-        self.keys: Tensor | None = None  # [n_layer, B, n_head, capacity, head_dim]
+        self.keys: Tensor | None = None  # [n_layer, B, n_kv_head, capacity, head_dim]
         self.values: Tensor | None = None
 
     @property
@@ -58,18 +66,24 @@ class KVCache:
         if end > self.capacity:
             raise ValueError(f"{self.length} cached and {time} new tokens exceed the cache's capacity of {self.capacity}")
         steps = torch.arange(time, device=device)
+        slots = torch.arange(end, device=device)
+        window = self.config.sliding_window
         if min(self.lengths) == self.length:
             start = self.length
-            mask = None
+            positions = start + steps  # [T]
+            mask = near = None
             if start > 0 and time > 1:
-                mask = (torch.arange(end, device=device) <= (start + steps)[:, None])[None, None]  # [1, 1, T, S]
-            return CacheStep(start + steps, start, end, mask, causal=start == 0 and time > 1)
+                mask = (slots <= positions[:, None])[None, None]  # [1, 1, T, S]
+            if window is not None and end > window:
+                near = band(positions[:, None], slots, window)[None, None]
+            return CacheStep(positions, start, end, mask, causal=start == 0 and time > 1, near=near)
         positions = torch.tensor(self.lengths, device=device)[:, None] + steps  # [B, T]
-        mask = (torch.arange(end, device=device) <= positions[:, :, None])[:, None]  # [B, 1, T, S]
-        return CacheStep(positions, None, end, mask, causal=False)
+        mask = (slots <= positions[:, :, None])[:, None]  # [B, 1, T, S]
+        near = None if window is None else band(positions[:, :, None], slots, window)[:, None]
+        return CacheStep(positions, None, end, mask, causal=False, near=near)
 
     def write(self, layer: int, step: CacheStep, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store one layer's new keys and values [B, H, T, D]; return all that the queries may look at [B, H, S, D]."""
+        """Store one layer's new keys and values [B, K, T, D]; return all that the queries may look at [B, K, S, D]."""
         if self.keys is None or self.values is None:
             batch, heads, _, width = key.shape
             shape = (self.config.n_layer, batch, heads, self.capacity, width)
@@ -80,7 +94,7 @@ class KVCache:
             values[:, :, step.start : step.end] = value
         else:
             rows = torch.arange(key.size(0), device=key.device)[:, None]
-            keys[rows, :, step.positions] = key.transpose(1, 2)  # [B, T, H, D]
+            keys[rows, :, step.positions] = key.transpose(1, 2)  # [B, T, K, D]
             values[rows, :, step.positions] = value.transpose(1, 2)
         return keys[:, :, : step.end], values[:, :, : step.end]
 

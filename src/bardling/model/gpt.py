@@ -1,14 +1,28 @@
-"""GPT-2: the model, in one file.
+"""The model, in one file: GPT-2, and the options that make other families of it.
 
-A decoder-only transformer (Radford et al. 2019): learned positions, layer norms before attention and MLP, fused query-key-value
-projection, GELU, and a head tied to the token embedding. Parameters are named as in nanoGPT and Hugging Face's GPT-2
-(`transformer.h.0.attn.c_attn.weight`), matrices laid out as `nn.Linear` keeps them, [out, in].
+A decoder-only transformer (Radford et al. 2019): by default learned positions, layer norms before attention and MLP, fused
+query-key-value projection, GELU, and a head tied to the token embedding. Parameters are named as in nanoGPT and Hugging Face's
+GPT-2 (`transformer.h.0.attn.c_attn.weight`), matrices laid out as `nn.Linear` keeps them, [out, in]. The options keep these
+names: `c_attn` holds the rows of queries, keys and values, `c_fc` those of SwiGLU's gate and then of what it gates.
 
-The embedding has `config.padded_vocab_size` rows. Rows beyond the vocabulary are zero, never get a gradient and so stay zero.
-Losses come from `model/loss.py`, keys and values of earlier tokens from `model/cache.py`; the model knows nothing of
+Each option is independent, and off in GPT-2:
+
+- RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467), in `model/layers.py`;
+- rotary positions (Su et al. 2021, arXiv:2104.09864), in `model/rotary.py`;
+- QK-norm (Henry et al. 2020, arXiv:2010.04245; RMS over a head's channels, as Qwen3, arXiv:2505.09388);
+- grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245) and sliding windows (Beltagy et al. 2020, arXiv:2004.05150, in
+  turn with global layers as in Gemma 2, arXiv:2408.00118), in `model/attend.py`;
+- SwiGLU (Shazeer 2020, arXiv:2002.05202) and squared ReLU (So et al. 2021, arXiv:2109.08668);
+- an untied head (as GPT-NeoX, arXiv:2204.06745, and Llama), logit soft-capping (Gemma 2);
+- zero-initialised residual projections (Zhang et al. 2019, "Fixup", arXiv:1901.09321; Yang et al. 2022, arXiv:2203.03466);
+- value embeddings (after Zhou et al. 2024, "Value Residual Learning", arXiv:2410.17897, in the form of modded-nanogpt's speed
+  runs: extra token embeddings, each mixed into the values of one of the first and one of the last layers by two weights).
+
+Embeddings and head have `config.padded_vocab_size` rows. Rows beyond the vocabulary are zero, never get a gradient and so stay
+zero. Losses come from `model/loss.py`, keys and values of earlier tokens from `model/cache.py`; the model knows nothing of
 processes, devices or optimizers.
 
-Shapes: B batch, T time (tokens), C = n_embd, H = n_head, D = C / H, V = vocab_size, S = tokens looked at.
+Shapes: B batch, T time (tokens), C = n_embd, H = n_head, K = n_kv_head, D = head_dim, V = vocab_size, S = tokens looked at.
 """
 
 import dataclasses
@@ -18,93 +32,114 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bardling.architecture import Architecture
 from bardling.config import ModelConfig
+from bardling.model.attend import attend, attend_window
 from bardling.model.cache import CacheStep, KVCache
-from bardling.model.init import crop_positions, init_weights
-from bardling.model.loss import head_loss
-
-
-class _Linear(nn.Linear):
-    def reset_parameters(self) -> None:
-        """Leave the memory as it is: `init_weights` draws every parameter, and drawing twice costs seconds on large models."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _few_rows(x, self.weight, self.bias) if _is_few(x) else F.linear(x, self.weight, self.bias)
-
-
-class _Embedding(nn.Embedding):
-    def reset_parameters(self) -> None:
-        """Leave the memory as it is, as in `_Linear`."""
-
-
-def _is_few(x: Tensor) -> bool:
-    """Whether `x` is one token of each of 7 to 32 rows in inference on a CPU, where `_few_rows` is faster."""
-    return not torch.is_grad_enabled() and x.dim() == 3 and x.size(1) == 1 and 7 <= x.size(0) <= 32 and _is_cpu_float32(x)
-
-
-def _is_cpu_float32(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-
-
-def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear` for x [B, 1, in] as the transpose of weight @ x.T: with few rows about 1.5 times as fast on a CPU, because
-    the large operand is then read in the order in which it lies."""
-    columns = x[:, 0].t()  # [in, B]
-    product = weight @ columns if bias is None else torch.addmm(bias[:, None], weight, columns)  # [out, B]
-    return product.t()[:, None]  # [B, 1, out]
+from bardling.model.init import crop_positions, init_weights, require_positions
+from bardling.model.layers import Embedding, Linear, RMSNorm, few_rows, is_few, make_norm
+from bardling.model.loss import head_loss, soft_cap
+from bardling.model.rotary import Rotation, rotate, rotation
 
 
 class CausalSelfAttention(nn.Module):
     """Multi-head attention in which a token sees itself and what came before."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.n_head = config.n_head
+        made = config.architecture
+        self.head_dim = made.head_dim
+        self.widths = (made.query_width, made.kv_width, made.kv_width)
+        self.window = made.window(layer)
         self.dropout = config.dropout
-        self.c_attn = _Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.c_proj = _Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_attn = Linear(made.n_embd, sum(self.widths), bias=made.bias)
+        self.c_proj = Linear(made.query_width, made.n_embd, bias=made.bias)
+        self.normed = made.qk_norm != "off"
+        if self.normed:
+            self.ln_q = RMSNorm(made.head_dim, made.norm_eps, weight=made.qk_norm == "weight")
+            self.ln_k = RMSNorm(made.head_dim, made.norm_eps, weight=made.qk_norm == "weight")
+        if made.value_table(layer) is not None:
+            self.value_mix = nn.Parameter(torch.empty(2))  # of the layer's own values, of the token's embedding
 
-    def forward(self, x: Tensor, cache: KVCache | None, step: CacheStep | None, layer: int) -> Tensor:
-        batch, time, width = x.shape
-        qkv = self.c_attn(x).view(batch, time, 3, self.n_head, width // self.n_head)  # [B, T, 3, H, D]
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, H, T, D]
-        mask, causal = None, True
-        if cache is not None and step is not None:
-            k, v = cache.write(layer, step, k, v)  # [B, H, S, D]
-            mask, causal = step.mask, step.causal
+    def forward(
+        self,
+        x: Tensor,
+        cache: KVCache | None,
+        step: CacheStep | None,
+        layer: int,
+        turn: Rotation | None = None,
+        embedded: Tensor | None = None,
+    ) -> Tensor:
+        q, k, v = (
+            part.unflatten(-1, (-1, self.head_dim)) for part in self.c_attn(x).split(self.widths, dim=-1)
+        )  # [B, T, H or K, D]
+        if self.normed:
+            q, k = self.ln_q(q), self.ln_k(k)
+        if turn is not None:
+            q, k = rotate(q, turn), rotate(k, turn)
+        if embedded is not None:  # [B, T, K * D]
+            own, other = self.value_mix.to(v.dtype).unbind()
+            v = own * v + other * embedded.to(v.dtype).view_as(v)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, H or K, T, D]
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)  # [B, H, T, D]
-        y = self.c_proj(y.transpose(1, 2).reshape(batch, time, width))  # [B, T, C]
+        if cache is not None and step is not None:
+            k, v = cache.write(layer, step, k, v)  # [B, K, S, D]
+            mask, causal = step.view(self.window)
+            y = attend(q, k, v, mask=mask, causal=causal, dropout=dropout)  # [B, H, T, D]
+        elif self.window is None:
+            y = attend(q, k, v, dropout=dropout)
+        else:
+            y = attend_window(q, k, v, self.window, dropout=dropout)
+        y = self.c_proj(y.transpose(1, 2).flatten(2))  # [B, T, C]
         return F.dropout(y, dropout) if dropout else y
 
 
 class MLP(nn.Module):
-    """Two matrices with a GELU between them, four times as wide as the stream."""
+    """Two matrices with a nonlinearity between them; SwiGLU's first one is two, of which one gates the other."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        made = config.architecture
+        self.kind = made.mlp
         self.dropout = config.dropout
         self.approximate = "tanh" if config.gelu == "tanh" else "none"
-        self.c_fc = _Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = _Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_fc = Linear(made.n_embd, made.fc_width, bias=made.bias)
+        self.c_proj = Linear(made.mlp_hidden, made.n_embd, bias=made.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.c_proj(F.gelu(self.c_fc(x), approximate=self.approximate))
+        x = self.c_fc(x)
+        if self.kind == "gelu":
+            x = F.gelu(x, approximate=self.approximate)
+        elif self.kind == "relu2":
+            x = F.relu(x).square()
+        else:
+            gate, up = x.chunk(2, dim=-1)
+            x = F.silu(gate) * up
+        y: Tensor = self.c_proj(x)
         return F.dropout(y, self.dropout) if self.training and self.dropout else y
 
 
 class Block(nn.Module):
     """One layer: attention and MLP, each added to the residual stream."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.attn = CausalSelfAttention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        made = config.architecture
+        self.ln_1 = make_norm(made)
+        self.attn = CausalSelfAttention(config, layer)
+        self.ln_2 = make_norm(made)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cache: KVCache | None, step: CacheStep | None, layer: int) -> Tensor:
-        x = x + self.attn(self.ln_1(x), cache, step, layer)
+    def forward(
+        self,
+        x: Tensor,
+        cache: KVCache | None,
+        step: CacheStep | None,
+        layer: int,
+        turn: Rotation | None = None,
+        embedded: Tensor | None = None,
+    ) -> Tensor:
+        x = x + self.attn(self.ln_1(x), cache, step, layer, turn, embedded)
         x = x + self.mlp(self.ln_2(x))
         return x
 
@@ -114,29 +149,46 @@ class Transformer(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        made = config.architecture
+        self.made: Architecture = made
         self.dropout = config.dropout
-        self.wte = _Embedding(config.padded_vocab_size, config.n_embd)
-        self.wpe = _Embedding(config.block_size, config.n_embd)
-        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.wte = Embedding(config.padded_vocab_size, config.n_embd)
+        if made.positions == "learned":
+            self.wpe = Embedding(config.block_size, config.n_embd)
+        if made.value_embeddings:
+            self.wve = nn.ModuleList(Embedding(config.padded_vocab_size, made.kv_width) for _ in range(made.value_embeddings))
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.ln_f = make_norm(made)
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         batch, time = tokens.shape
         step = cache.plan(batch, time, tokens.device) if cache is not None else None
         positions = step.positions if step is not None else torch.arange(time, device=tokens.device)
-        x = self.wte(tokens) + self.wpe(positions)  # [B, T, C]
+        x = self.wte(tokens)  # [B, T, C]
+        turn = None
+        if self.made.positions == "learned":
+            x = x + self.wpe(positions)
+        else:
+            turn = rotation(positions, self.made.head_dim, self.made.rope_theta, _product_dtype(x))
         if self.training and self.dropout:
             x = F.dropout(x, self.dropout)
+        embedded = [table(tokens) for table in self.wve] if self.made.value_embeddings else []  # each [B, T, K * D]
         for layer, block in enumerate(self.h):
-            x = block(x, cache, step, layer)
+            table = self.made.value_table(layer)
+            x = block(x, cache, step, layer, turn, None if table is None else embedded[table])
         if cache is not None:
             cache.advance(time)
         hidden: Tensor = self.ln_f(x)
         return hidden
 
 
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that a matrix product of `x` will have."""
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+
+
 class GPT(nn.Module):
-    """A GPT-2 with a head tied to its token embedding.
+    """A language model: the transformer and its head, which is the token embedding unless `lm_head` is a matrix of its own.
 
     Args:
         config: the architecture; `vocab_size` must be known (above 0).
@@ -154,6 +206,8 @@ class GPT(nn.Module):
             raise ValueError("model.vocab_size = 0: the vocabulary's size must be known before the model is built")
         self.config = config
         self.transformer = Transformer(config)
+        if not self.transformer.made.tied:
+            self.lm_head = Linear(config.n_embd, config.padded_vocab_size, bias=False)
         if seed is not None and not self.transformer.wte.weight.is_meta:
             init_weights(self, seed)
 
@@ -171,11 +225,16 @@ class GPT(nn.Module):
         hidden: Tensor = self.transformer(tokens, cache)
         return hidden
 
+    @property
+    def head_weight(self) -> Tensor:
+        """The head's matrix [padded_vocab_size, C]: the token embedding's, if they are tied."""
+        return self.transformer.wte.weight if self.transformer.made.tied else self.lm_head.weight
+
     def head(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of hidden states [..., C], float32 at least; padded ids are left out."""
-        weight = self.transformer.wte.weight[: self.config.vocab_size]
-        logits = _few_rows(hidden, weight, None) if _is_few(hidden) else F.linear(hidden, weight)
-        return logits if logits.dtype == torch.float64 else logits.float()
+        weight = self.head_weight[: self.config.vocab_size]
+        logits = few_rows(hidden, weight, None) if is_few(hidden) else F.linear(hidden, weight)
+        return soft_cap(logits if logits.dtype == torch.float64 else logits.float(), self.config.logit_softcap)
 
     def crop_block_size(self, block_size: int) -> None:
         """Shorten the longest context to `block_size`, keeping the first positions.
@@ -183,9 +242,12 @@ class GPT(nn.Module):
         Raises:
             UserError: the model has fewer positions.
         """
-        wpe = self.transformer.wpe
-        wpe.weight = nn.Parameter(crop_positions(wpe.weight.detach(), block_size))
-        wpe.num_embeddings = block_size
+        if self.transformer.made.positions == "learned":
+            wpe = self.transformer.wpe
+            wpe.weight = nn.Parameter(crop_positions(wpe.weight.detach(), block_size))
+            wpe.num_embeddings = block_size
+        else:
+            require_positions(block_size, self.config.block_size)
         self.config = dataclasses.replace(self.config, block_size=block_size)
 
     def forward(
@@ -215,4 +277,11 @@ class GPT(nn.Module):
         hidden = self.hidden(tokens, cache)
         if targets is None:
             return self.head(hidden[:, -1:] if last_only else hidden)
-        return head_loss(hidden, self.transformer.wte.weight, targets, vocab_size=self.config.vocab_size, reduction=reduction)
+        return head_loss(
+            hidden,
+            self.head_weight,
+            targets,
+            vocab_size=self.config.vocab_size,
+            reduction=reduction,
+            softcap=self.config.logit_softcap,
+        )

@@ -1,11 +1,13 @@
-"""GPT-2's initial weights, the same however and wherever the model is built.
+"""Initial weights: GPT-2's, with a few settings; the same however and wherever the model is built.
 
 Every parameter is drawn from its own generator, seeded by a hash of (seed, parameter name), on the CPU in float32. A model
 therefore starts alike whole or sharded, made directly or on the meta device first, whatever order its parameters are visited
 in, and whatever the padding of its vocabulary.
 
 Method (Radford et al. 2019 and the released code): N(0, 0.02) for matrices and embeddings; the projections back into the
-residual stream N(0, 0.02 / sqrt(2 n_layer)), since 2 n_layer of them add up; biases 0, norms 1.
+residual stream N(0, 0.02 / sqrt(2 n_layer)), since 2 n_layer of them add up; biases 0, norms 1. `init_std` replaces 0.02, and
+`zero_init` makes these projections 0. Value embeddings are drawn as large as the values that they are mixed with, half and
+half.
 """
 
 import hashlib
@@ -18,8 +20,15 @@ from torch import Tensor, nn
 from bardling.config import ModelConfig
 from bardling.errors import UserError
 
-STD = 0.02
-"""Standard deviation of GPT-2's initial matrices."""
+
+def is_value_table(name: str) -> bool:
+    """Whether a parameter is a table of value embeddings."""
+    return name.startswith("transformer.wve.")
+
+
+def has_vocabulary_rows(name: str) -> bool:
+    """Whether a parameter has a row for each token, and rows of padding."""
+    return name in ("transformer.wte.weight", "lm_head.weight") or is_value_table(name)
 
 
 def parameter_seed(seed: int, name: str) -> int:
@@ -30,15 +39,20 @@ def parameter_seed(seed: int, name: str) -> int:
 def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor:
     """The initial float32 value of the parameter `name` of a `GPT(config)`, on the CPU.
 
-    Rows of the token embedding beyond `config.vocab_size` are zero.
+    Rows of embeddings and head beyond `config.vocab_size` are zero.
     """
-    if name.endswith(".bias"):
+    projection = name.endswith(".c_proj.weight")
+    if name.endswith(".bias") or (projection and config.zero_init):
         return torch.zeros(shape, device="cpu")
     if ".ln_" in name:
         return torch.ones(shape, device="cpu")
-    std = STD / math.sqrt(2 * config.n_layer) if name.endswith(".c_proj.weight") else STD
+    if name.endswith(".value_mix"):
+        return torch.full(shape, 0.5, device="cpu")
+    std = config.init_std / math.sqrt(2 * config.n_layer) if projection else config.init_std
+    if is_value_table(name):
+        std *= math.sqrt(config.n_embd)  # the spread of a product of c_attn with a normed input
     generator = torch.Generator("cpu").manual_seed(parameter_seed(seed, name))
-    if name.endswith(".wte.weight"):
+    if has_vocabulary_rows(name):
         value = torch.zeros(shape, device="cpu")
         value[: config.vocab_size] = torch.normal(0.0, std, (config.vocab_size, shape[1]), generator=generator, device="cpu")
         return value
@@ -64,12 +78,16 @@ def crop_positions(positions: Tensor, block_size: int) -> Tensor:
     Raises:
         UserError: there are fewer rows.
     """
-    if not 1 <= block_size <= positions.size(0):
-        raise UserError(
-            f"model.block_size = {block_size}: the weights have {positions.size(0)} positions; "
-            f"choose a block_size from 1 to {positions.size(0)}"
-        )
+    require_positions(block_size, positions.size(0))
     return positions[:block_size].clone()
+
+
+def require_positions(block_size: int, have: int) -> None:
+    """Raise a UserError unless a model of `have` positions can be cropped to `block_size`."""
+    if not 1 <= block_size <= have:
+        raise UserError(
+            f"model.block_size = {block_size}: the weights have {have} positions; choose a block_size from 1 to {have}"
+        )
 
 
 def crop_block_size(state: Mapping[str, Tensor], block_size: int) -> dict[str, Tensor]:

@@ -12,6 +12,8 @@ the weight's gradient are float32 (float64 for float64 models).
 Padding: rows of the weight from `vocab_size` on take no part. Their logits are set to minus infinity, so that their
 probability, and with it their gradient, is exactly zero, while the matrix products keep the padded, faster shape.
 
+Soft-capping (Gemma 2, arXiv:2408.00118): logits become cap * tanh(logits / cap), chunk by chunk; its slope is 1 - tanh^2.
+
 Limits: per-token losses (`reduction="none"`) that need gradients keep full logits; they are for evaluation.
 """
 
@@ -30,7 +32,13 @@ the weight: on 2 CPU cores and GPT-2's vocabulary 32 MB took up to twice as long
 
 
 def head_loss(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, vocab_size: int, reduction: Literal["sum", "none"] = "sum"
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    vocab_size: int,
+    reduction: Literal["sum", "none"] = "sum",
+    softcap: float = 0.0,
 ) -> Tensor:
     """Cross-entropy of softmax(hidden @ weight.T) against `targets` (nats).
 
@@ -40,6 +48,7 @@ def head_loss(
         targets: [...] int64 ids below vocab_size, or -100 for positions without loss.
         vocab_size: number of real ids.
         reduction: "sum" for a scalar, "none" for a loss per position (0 where ignored).
+        softcap: bound of the logits; 0 for none.
 
     Returns:
         float32 (float64 for float64 hidden states), a scalar or shaped as `targets`.
@@ -52,13 +61,19 @@ def head_loss(
     flat, ids = hidden.reshape(-1, hidden.size(-1)), targets.reshape(-1)  # [N, E], [N]
     grads = (flat.requires_grad, weight.requires_grad) if torch.is_grad_enabled() else (False, False)
     if not any(grads):
-        losses = _losses(flat, weight, ids, vocab_size, dtype)
+        losses = _losses(flat, weight, ids, vocab_size, dtype, softcap)
         return losses.sum() if reduction == "sum" else losses.view(targets.shape)
     if reduction == "sum":
-        total: Tensor = _SummedLoss.apply(flat, weight, ids, vocab_size, dtype, grads)  # type: ignore[no-untyped-call]
+        total: Tensor = _SummedLoss.apply(flat, weight, ids, vocab_size, dtype, grads, softcap)  # type: ignore[no-untyped-call]
         return total
     logits = (flat.to(dtype) @ weight[:vocab_size].to(dtype).t()).to(_wide(hidden.dtype))
+    logits = soft_cap(logits, softcap)
     return F.cross_entropy(logits, ids, ignore_index=IGNORE, reduction="none").view(targets.shape)
+
+
+def soft_cap(logits: Tensor, cap: float) -> Tensor:
+    """cap * tanh(logits / cap); the logits themselves for a cap of 0."""
+    return logits if cap == 0 else torch.tanh(logits / cap) * cap
 
 
 class _SummedLoss(torch.autograd.Function):
@@ -73,6 +88,7 @@ class _SummedLoss(torch.autograd.Function):
         vocab_size: int,
         dtype: torch.dtype,
         grads: tuple[bool, bool],
+        softcap: float,
     ) -> Tensor:
         wide, device = _wide(hidden.dtype), hidden.device.type
         want_hidden, want_weight = grads
@@ -91,10 +107,14 @@ class _SummedLoss(torch.autograd.Function):
             weight_grad = torch.zeros_like(weight, dtype=wide) if want_weight else None
             for part in _chunks(hidden.size(0), rows, device):
                 chunk, answer = inputs[part], ids[part]  # [C, E], [C, 1]
-                logp = F.log_softmax(_logits(chunk, head, vocab_size, wide), dim=1)  # [C, V]
+                logits, squashed = _logits(chunk, head, vocab_size, wide, softcap)
+                logp = F.log_softmax(logits, dim=1)  # [C, V]
                 found = logp.gather(1, answer)  # [C, 1]
                 total -= (found if counted is None else found * counted[part]).sum()
-                slope = logp.exp_().scatter_add_(1, answer, torch.full_like(found, -1.0)).to(dtype)
+                slope = logp.exp_().scatter_add_(1, answer, torch.full_like(found, -1.0))
+                if squashed is not None:
+                    slope.mul_(squashed.square_().neg_().add_(1))  # 1 - tanh^2
+                slope = slope.to(dtype)
                 if want_hidden:
                     hidden_grads.append((slope @ head).to(hidden.dtype))
                 if weight_grad is not None:
@@ -110,17 +130,17 @@ class _SummedLoss(torch.autograd.Function):
         # Scaling in place spares the largest gradient a copy; autograd's version check turns a second backward pass into an
         # error.
         hidden_grad, weight_grad = (None if grad is None else grad.mul_(above[0]) for grad in ctx.saved_tensors)
-        return hidden_grad, weight_grad, None, None, None, None
+        return hidden_grad, weight_grad, None, None, None, None, None
 
 
-def _losses(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, dtype: torch.dtype) -> Tensor:
+def _losses(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, dtype: torch.dtype, softcap: float) -> Tensor:
     """Loss of each token [N], without gradients."""
     wide, out = _wide(hidden.dtype), []
     with torch.autocast(hidden.device.type, enabled=False):
         rows = _used_rows(weight, vocab_size)
         head = weight[:rows].to(dtype)
         for part in _chunks(hidden.size(0), rows, hidden.device.type):
-            logits = _logits(hidden[part].to(dtype), head, vocab_size, wide)
+            logits, _ = _logits(hidden[part].to(dtype), head, vocab_size, wide, softcap)
             out.append(F.cross_entropy(logits, targets[part], ignore_index=IGNORE, reduction="none"))
     return _joined(out)
 
@@ -142,12 +162,15 @@ def _counted(ids: Tensor) -> Tensor | None:
     return counted
 
 
-def _logits(hidden: Tensor, head: Tensor, vocab_size: int, wide: torch.dtype) -> Tensor:
-    """[C, E] -> [C, V] in `wide`, minus infinity at padded ids."""
-    logits = _matmul(hidden, head.t(), wide)
+def _logits(hidden: Tensor, head: Tensor, vocab_size: int, wide: torch.dtype, softcap: float) -> tuple[Tensor, Tensor | None]:
+    """[C, E] -> [C, V] in `wide`, minus infinity at padded ids; and with a cap, the tanh that made them."""
+    logits, squashed = _matmul(hidden, head.t(), wide), None
+    if softcap:
+        squashed = logits.div_(softcap).tanh_()
+        logits = squashed * softcap
     if head.size(0) > vocab_size:
         logits[:, vocab_size:] = -torch.inf
-    return logits
+    return logits, squashed
 
 
 def _matmul(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:

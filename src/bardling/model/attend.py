@@ -1,0 +1,64 @@
+"""Scaled dot-product attention, causal or in a sliding window, over heads that may share keys and values.
+
+Grouped-query attention: Ainslie et al. 2023, arXiv:2305.13245. Sliding windows: Beltagy et al. 2020, arXiv:2004.05150; layers
+with and without a window in turn, as in Gemma 2 (arXiv:2408.00118).
+
+A window of w tokens needs only two blocks of keys for each block of w queries: the block itself and the one before. Where the
+length T is a multiple of w that is how it is computed, with w * w + (T - w) * 2w scores a head instead of T * T. Other lengths
+compute all scores and mask.
+
+Shapes: B batch, H query heads, K key and value heads, T queries, S keys, D channels of a head.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causal: bool = True, dropout: float = 0.0) -> Tensor:
+    """Attention of q [B, H, T, D] to k, v [B, K, S, D], each of the K heads shared by H / K neighbouring query heads."""
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=q.size(1) != k.size(1)
+    )
+
+
+def is_blocked(time: int, window: int) -> bool:
+    """Whether a window is computed in blocks, which saves work."""
+    return time > 2 * window and time % window == 0
+
+
+def scores_of(time: int, window: int | None) -> int:
+    """Pairs of a query and a key, per head, whose score is computed for a sequence of `time` tokens."""
+    if window is None or not is_blocked(time, window):
+        return time * time
+    return window * window + (time - window) * 2 * window
+
+
+def attend_window(q: Tensor, k: Tensor, v: Tensor, window: int, *, dropout: float = 0.0) -> Tensor:
+    """Causal attention of q [B, H, T, D] to k, v [B, K, T, D] in which a token sees itself and the `window` - 1 before it."""
+    time = q.size(2)
+    if window >= time:
+        return attend(q, k, v, dropout=dropout)
+    slots = torch.arange(time, device=q.device)
+    if not is_blocked(time, window):
+        return attend(q, k, v, mask=band(slots[:, None], slots, window), causal=False, dropout=dropout)
+    first = attend(q[:, :, :window], k[:, :, :window], v[:, :, :window], dropout=dropout)  # [B, H, w, D]
+    blocks = time // window - 1
+    queries = _blocks(q[:, :, window:], blocks)  # [B * blocks, H, w, D]
+    keys = torch.cat([_blocks(k[:, :, :-window], blocks), _blocks(k[:, :, window:], blocks)], dim=2)  # [B * blocks, K, 2w, D]
+    values = torch.cat([_blocks(v[:, :, :-window], blocks), _blocks(v[:, :, window:], blocks)], dim=2)
+    mask = band(slots[window : 2 * window, None], slots[: 2 * window], window)  # [w, 2w]
+    rest = attend(queries, keys, values, mask=mask, causal=False, dropout=dropout)
+    rest = rest.view(-1, blocks, *rest.shape[1:]).transpose(1, 2).flatten(2, 3)  # [B, H, blocks * w, D]
+    return torch.cat([first, rest], dim=2)
+
+
+def band(places: Tensor, slots: Tensor, window: int) -> Tensor:
+    """True where a query at one of `places` sees the key in one of `slots`; the two broadcast."""
+    return (slots <= places) & (slots > places - window)
+
+
+def _blocks(x: Tensor, blocks: int) -> Tensor:
+    """[B, H, blocks * w, D] -> [B * blocks, H, w, D]"""
+    batch, heads, time, width = x.shape
+    return x.view(batch, heads, blocks, time // blocks, width).transpose(1, 2).flatten(0, 1)

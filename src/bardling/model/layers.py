@@ -1,0 +1,106 @@
+"""Small parts that the model is put together from: linear layers, embeddings and norms.
+
+Linear layers and embeddings leave their memory as it is when they are made: `init_weights` draws every parameter, and drawing
+twice costs seconds on large models.
+
+RMSNorm: Zhang and Sennrich 2019, arXiv:1910.07467: x / sqrt(mean(x^2) + eps) * weight. PyTorch's own is one kernel on CUDA and,
+compiled, everywhere; uncompiled on a CPU it is a chain of a dozen passes over memory, about ten times as slow as a layer norm.
+There it is written out here: three passes forward, and backward through the layer norm's kernel.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bardling.architecture import Architecture
+
+
+class Linear(nn.Linear):
+    def reset_parameters(self) -> None:
+        """Leave the memory as it is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return few_rows(x, self.weight, self.bias) if is_few(x) else F.linear(x, self.weight, self.bias)
+
+
+class Embedding(nn.Embedding):
+    def reset_parameters(self) -> None:
+        """Leave the memory as it is."""
+
+
+def is_few(x: Tensor) -> bool:
+    """Whether `x` is one token of each of 7 to 32 rows in inference on a CPU, where `few_rows` is faster."""
+    return not torch.is_grad_enabled() and x.dim() == 3 and x.size(1) == 1 and 7 <= x.size(0) <= 32 and _is_cpu_float32(x)
+
+
+def _is_cpu_float32(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+
+
+def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear` for x [B, 1, in] as the transpose of weight @ x.T: with few rows about 1.5 times as fast on a CPU, because
+    the large operand is then read in the order in which it lies."""
+    columns = x[:, 0].t()  # [in, B]
+    product = weight @ columns if bias is None else torch.addmm(bias[:, None], weight, columns)  # [out, B]
+    return product.t()[:, None]  # [B, 1, out]
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm over the last `width` channels, with a learned weight or without."""
+
+    def __init__(self, width: int, eps: float, *, weight: bool = True) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width)) if weight else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+def make_norm(made: Architecture) -> nn.Module:
+    """The norm of the residual stream."""
+    if made.norm == "rmsnorm":
+        return RMSNorm(made.n_embd, made.norm_eps)
+    return nn.LayerNorm(made.n_embd, eps=made.norm_eps, bias=made.bias)
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """x [..., C] over the root of its mean square along C, times `weight` [C]; in the dtype of x."""
+    if weight is not None and weight.dtype != x.dtype:
+        weight = weight.to(x.dtype)
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        normed: Tensor = _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
+        return normed
+    return F.rms_norm(x, (x.size(-1),), weight, eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """RMSNorm in few passes over memory."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+        x = x.contiguous()
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)  # [..., 1]
+        scale = norm.square_().div_(x.size(-1)).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        y = torch.mul(x, scale, out=torch.empty_like(x))  # in float32 for narrow x, rounded once
+        return y if weight is None else y.mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *above: Tensor) -> tuple[Tensor | None, ...]:
+        # With y = x s w and s = (mean(x^2) + eps)^(-1/2), each row's gradient is s (g w - x s mean(g w x s)). A layer norm's
+        # backward pass with a mean of 0 and a deviation of 1/s is the same less s mean(g w), which is added again.
+        x, weight, scale = ctx.saved_tensors
+        grad = above[0].contiguous()
+        width = x.size(-1)
+        mask = [ctx.needs_input_grad[0], weight is not None and ctx.needs_input_grad[1], False]
+        dx, dw, _ = torch.ops.aten.native_layer_norm_backward(
+            grad, x, [width], torch.zeros_like(scale), scale, weight, None, mask
+        )
+        if mask[0]:
+            mean = grad.mean(-1, keepdim=True) if weight is None else (grad @ (weight / width))[..., None]
+            dx += mean * scale.to(dx.dtype)
+        return dx if mask[0] else None, dw if mask[1] else None, None
