@@ -149,8 +149,9 @@ def _dataset(options: EvalOptions, own: "Tokenizer | None", owner: "RunFolder | 
 
     config = DataConfig() if owner is None else owner.config().data
     if options.data is not None:
-        tokenizer, val_fraction = DEFAULTS.get(options.data, (config.tokenizer, config.val_fraction))
-        if own is not None:  # text becomes tokens as the model knows them
+        tokenizer, val_fraction = DEFAULTS.get(options.data, (DataConfig.tokenizer, config.val_fraction))
+        prepared = (Path(options.data) / "manifest.json").is_file()
+        if own is not None and not prepared:  # text becomes tokens as the model knows them
             place = cache_root() / "tokenizers" / own.fingerprint
             place.mkdir(parents=True, exist_ok=True)
             own.save(place)
