@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from bardling.errors import UserError
 
-# What an optimizer keeps for each parameter; of others not listed here whatever they keep is taken.
-TENSORS = {"AdamW": frozenset({"step", "exp_avg", "exp_avg_sq"})}
+# What is kept for each parameter; of optimizers not listed here whatever they keep is taken.
+ADAMW_TENSORS = frozenset({"step", "exp_avg", "exp_avg_sq"})
+MUON_TENSORS = frozenset({"momentum"})
+LISTED = ("AdamW", "Muon")
 
 
 def optimizer_tensors(
@@ -87,9 +89,12 @@ def load_optimizer_tensors(
     missing = sorted(name for name, entries in state.items() if not entries and name not in stateless)
     if missing:
         raise UserError(f"the optimizer state lacks {len(missing)} parameters of this model, {missing[0]!r} first")
+    by_muon = {id(p) for group in optimizer.param_groups if group.get("muon") for p in group["params"]}
     for name, entries in state.items():
-        needed = TENSORS.get(kind, frozenset(entries))
-        if entries and {key for key, value in entries.items() if isinstance(value, Tensor) or kind not in TENSORS} != needed:
+        if kind not in LISTED:
+            continue
+        needed = MUON_TENSORS if id(expected[name]) in by_muon else ADAMW_TENSORS
+        if entries and {key for key, value in entries.items() if isinstance(value, Tensor)} != needed:
             raise UserError(f"the optimizer state of {name!r} is incomplete: {sorted(entries)} instead of {sorted(needed)}")
     for name, parameter in expected.items():
         optimizer.state.pop(parameter, None)
