@@ -68,12 +68,10 @@ def make_norm(made: Architecture) -> nn.Module:
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """x [..., C] over the root of its mean square along C, times `weight` [C]; in the dtype of x."""
-    if weight is not None and weight.dtype != x.dtype:
-        weight = weight.to(x.dtype)
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
         normed: Tensor = _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
         return normed
-    return F.rms_norm(x, (x.size(-1),), weight, eps)
+    return F.rms_norm(x, (x.size(-1),), None if weight is None else weight.to(x.dtype), eps)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -94,13 +92,13 @@ class _RMSNorm(torch.autograd.Function):
         # With y = x s w and s = (mean(x^2) + eps)^(-1/2), each row's gradient is s (g w - x s mean(g w x s)). A layer norm's
         # backward pass with a mean of 0 and a deviation of 1/s is the same less s mean(g w), which is added again.
         x, weight, scale = ctx.saved_tensors
-        grad = above[0].contiguous()
-        width = x.size(-1)
+        grad, width = above[0].contiguous(), x.size(-1)
+        # The kernel takes narrow inputs with wide statistics and weights only.
+        gain = x.new_ones(width, dtype=scale.dtype) if weight is None else weight.to(scale.dtype)
         mask = [ctx.needs_input_grad[0], weight is not None and ctx.needs_input_grad[1], False]
         dx, dw, _ = torch.ops.aten.native_layer_norm_backward(
-            grad, x, [width], torch.zeros_like(scale), scale, weight, None, mask
+            grad, x, [width], torch.zeros_like(scale), scale, gain, None, mask
         )
         if mask[0]:
-            mean = grad.mean(-1, keepdim=True) if weight is None else (grad @ (weight / width))[..., None]
-            dx += mean * scale.to(dx.dtype)
-        return dx if mask[0] else None, dw if mask[1] else None, None
+            dx += (grad @ (gain / width).to(grad.dtype))[..., None] * scale
+        return dx if mask[0] else None, dw.to(weight.dtype) if mask[1] else None, None
