@@ -1,5 +1,6 @@
 """Models from the Hugging Face hub: only configuration, safetensors and tokenizer files are fetched, nothing that could run."""
 
+import os
 import re
 from pathlib import Path
 
@@ -35,7 +36,9 @@ def fetch_model(spec: str) -> Path:
         raise UserError(f"{spec}: models from the hub need the 'hf' extra: pip install 'bardling[hf]'") from None
     repository = GPT2_NAMES.get(spec, spec)
     try:
-        return Path(snapshot_download(repository, allow_patterns=list(_WANTED)))
+        # The endpoint is read now, so that setting HF_ENDPOINT in a script works after the library was imported.
+        endpoint = os.environ.get("HF_ENDPOINT") or None
+        return Path(snapshot_download(repository, allow_patterns=list(_WANTED), endpoint=endpoint))
     except (RepositoryNotFoundError, HFValidationError):
         raise UserError(f"{spec}: the hub has no model {repository}, and there is no such folder here") from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:

@@ -1,0 +1,116 @@
+"""Models from the hub, which is a local server that speaks its protocol."""
+
+import hashlib
+import http.server
+import json
+import re
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from bardling.checkpoint.export import export_hf
+from bardling.checkpoint.load import load
+from bardling.errors import UserError
+from bardling.train.run import train
+
+constants = pytest.importorskip("huggingface_hub.constants")
+COMMIT = "c" * 40
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def answer(self, body, status=200, **headers):
+        self.send_response(status)
+        for name, value in {"Content-Length": len(body), **headers}.items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        path = self.path.split("?")[0]
+        about = re.fullmatch(r"/api/models/([\w-]+/[\w-]+)(?:/(?:revision|tree)/\w+)?", path)
+        file = re.fullmatch(r"/([\w-]+/[\w-]+)/resolve/\w+/(.+)", path)
+        files = self.server.models.get(about[1] if about else file[1] if file else "")
+        if files is None:
+            return self.answer(b"{}", 401, X_Error_Code="RepoNotFound")
+        if about and "/tree/" in path:
+            entries = [{"type": "file", "path": name, "size": len(data), "oid": "0" * 40} for name, data in files.items()]
+            return self.answer(json.dumps(entries).encode(), Content_Type="application/json")
+        if about:
+            siblings = [{"rfilename": name} for name in files]
+            facts = {"id": about[1], "sha": COMMIT, "siblings": siblings, "tags": [], "private": False}
+            return self.answer(json.dumps(facts).encode(), Content_Type="application/json")
+        self.server.fetched.append(file[2])
+        data = files[file[2]]
+        return self.answer(data, X_Repo_Commit=COMMIT, ETag=f'"{hashlib.sha256(data).hexdigest()}"')
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.models, server.fetched = {}, []
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def gpt2(hub, tiny, change, tmp_path):
+    """A tiny GPT-2 under the name of the real one, with a pickled copy beside it as on the real hub."""
+    folder = train(change(tiny, train={"steps": 8}), tmp_path / "first", quiet=True).folder
+    export_hf(str(folder), tmp_path / "gpt2")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "gpt2").iterdir()}
+    hub.models["openai-community/gpt2"] = {**files, "pytorch_model.bin": b"a pickle"}
+    return folder
+
+
+def test_gpt2_is_fetched_by_name_without_anything_that_could_run(hub, gpt2):
+    loaded, own = load("gpt2"), load(gpt2)
+    assert all(torch.equal(loaded.state[name], own.state[name]) for name in own.state)
+    assert loaded.tokenizer.fingerprint == own.tokenizer.fingerprint
+    assert "pytorch_model.bin" not in hub.fetched
+    assert "model.safetensors" in hub.fetched
+
+
+def test_a_run_starts_from_weights_on_the_hub_with_a_shorter_context(hub, gpt2, tiny, change, tmp_path):
+    config = change(tiny, model={"init": "gpt2", "block_size": 8, "dropout": 0.1}, train={"steps": 6}, checkpoint={"every": 3})
+    result = train(config, tmp_path / "tuned", quiet=True)
+    tuned = load(result.folder)
+    assert (tuned.config.block_size, tuned.config.dropout, tuned.config.n_embd) == (8, 0.1, 16)
+    first = json.loads((result.folder / "metrics.jsonl").read_text().splitlines()[0])
+    scratch = json.loads((gpt2 / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["loss"] < scratch["loss"] - 0.1, "it starts where the weights were, not at random"
+
+
+def test_names_that_the_hub_does_not_have_are_one_line(hub):
+    with pytest.raises(UserError, match="nobody/nothing: the hub has no model") as error:
+        load("nobody/nothing")
+    assert "\n" not in str(error.value)
+
+
+def test_without_network_the_error_names_the_remedy(hub, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    with pytest.raises(UserError, match="gpt2-medium: could not be fetched") as error:
+        load("gpt2-medium")
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_that_exists_is_never_taken_for_a_name(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("user/model").mkdir(parents=True)
+    with pytest.raises(UserError, match="user/model: is no run folder"):
+        load("user/model")
