@@ -17,8 +17,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: install
 	@rm -rf $(DEMO)
 	$(BIN)/bardling train quickstart --out $(DEMO)
-	@echo; echo "A function that it makes up, from '    def ':"; echo
-	@$(BIN)/bardling sample $(DEMO) --prompt '    def ' --max_new_tokens 160 --seed 1
+	@echo; echo "A function that it makes up, from '    def':"; echo
+	@$(BIN)/bardling sample $(DEMO) --prompt '    def' --max_new_tokens 160 --seed 1
 	@echo; echo "How well it predicts files that it has never seen, beside what compressors make of them:"; echo
 	@$(BIN)/bardling eval $(DEMO)
 	@echo; echo "Try next:"

@@ -95,3 +95,20 @@ def bardling():
         return done
 
     return command
+
+
+@pytest.fixture
+def torchrun():
+    """Run the command in several processes: `torchrun(2, "train", ...)` returns the finished process."""
+
+    def command(processes: int, *argv: str) -> subprocess.CompletedProcess[str]:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        return subprocess.run(
+            [sys.executable, *launcher, "-m", "bardling", *map(str, argv)],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    return command

@@ -1,9 +1,6 @@
 """Several processes train as one does: the same losses, one log, one set of checkpoints."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
@@ -15,22 +12,7 @@ def records(run, kind):
     return [record for line in (run / "metrics.jsonl").read_text().splitlines() if (record := json.loads(line))["kind"] == kind]
 
 
-def torchrun(processes, *argv):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={processes}",
-        "-m",
-        "bardling",
-        *map(str, argv),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-
-
-def test_two_processes_give_the_losses_of_one(tiny, change, tmp_path):
+def test_two_processes_give_the_losses_of_one(tiny, change, tmp_path, torchrun):
     config = change(tiny, train={"steps": 20, "batch_size": 8, "micro_batch": 2}, eval={"windows": 9})
     (tmp_path / "two.toml").write_text(config_to_toml(config))
     done = torchrun(2, "train", tmp_path / "two.toml", "--out", tmp_path / "two")
@@ -58,7 +40,7 @@ def test_two_processes_give_the_losses_of_one(tiny, change, tmp_path):
     assert ends[1] == pytest.approx(ends[0], rel=1e-5)
 
 
-def test_an_error_of_all_processes_is_said_and_exits(tiny, change, tmp_path):
+def test_an_error_of_all_processes_is_said_and_exits(tiny, change, tmp_path, torchrun):
     config = change(tiny, train={"batch_size": 5})
     (tmp_path / "odd.toml").write_text(config_to_toml(config))
     done = torchrun(2, "train", tmp_path / "odd.toml", "--out", tmp_path / "run")
