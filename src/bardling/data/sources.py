@@ -27,7 +27,8 @@ from bardling.errors import UserError, closest
 
 STDLIB = "stdlib"
 _DEFAULT_FIELD = "text"
-_LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}  # folders of the standard library
+_LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings", "pydoc_data"}
+"""Folders of the standard library that are passed over: tests, what is not part of it, and tables that programs wrote."""
 
 
 class Document(NamedTuple):

@@ -75,7 +75,7 @@ def draw_curves(runs: Sequence[Path], out: Path, *, marks: dict[str, float] | No
         highest += values[len(values) // 20 :]
     for name, value in (marks or {}).items():
         axes.axhline(value, color="0.4", linestyle=":", linewidth=1)
-        axes.annotate(name, (1.0, value), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=9, color="0.3")
+        axes.annotate(name, (0.005, value), xycoords=("axes fraction", "data"), ha="left", va="bottom", fontsize=9, color="0.3")
     if highest:
         axes.set_ylim(top=max(highest) * 1.05)
     axes.set_xlabel("tokens seen (millions)")

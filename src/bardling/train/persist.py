@@ -14,7 +14,7 @@ from bardling.data.tokenizer import Tokenizer
 from bardling.distributed.context import Context
 from bardling.errors import UserError
 from bardling.model.gpt import GPT
-from bardling.optim.build import build_optimizer
+from bardling.optim.build import build_optimizer, row_splits
 from bardling.optim.state import load_optimizer_tensors, optimizer_tensors
 from bardling.train.state import TrainState
 
@@ -42,7 +42,7 @@ def newest_checkpoint(folder: RunFolder, context: Context) -> Checkpoint | None:
 
 def build_state(
     config: RunConfig,
-    device: torch.device,
+    context: Context,
     *,
     checkpoint: Checkpoint | None = None,
     start: Loaded | None = None,
@@ -63,11 +63,20 @@ def build_state(
         model.load_state_dict(checkpoint.model_state)
     elif start is not None:
         model.load_state_dict(start.state)
-    model.to(device)  # before the optimizer exists: its state belongs where the weights are
+    model.to(context.device)  # before the optimizer exists: its state belongs where the weights are
     names = dict(model.named_parameters())
-    state = TrainState(model, build_optimizer(model.named_parameters(), config.optim, device))
+    optimizer = build_optimizer(
+        model.named_parameters(),
+        config.optim,
+        context.device,
+        splits=row_splits(config.model),
+        rank=context.rank,
+        world_size=context.world_size,
+        compiled=config.compile == "on",
+    )
+    state = TrainState(model, optimizer)
     if config.precision == "float16":
-        state.scaler = torch.amp.GradScaler(device.type)
+        state.scaler = torch.amp.GradScaler(context.device.type)
     if checkpoint is not None:
         load_optimizer_tensors(state.optimizer, names, checkpoint.optimizer_tensors, checkpoint.optimizer_meta)
         training = checkpoint.training

@@ -26,6 +26,7 @@ from bardling.interop.dataset import open_data
 from bardling.model.arithmetic import flops_per_token
 from bardling.model.peaks import peak_flops
 from bardling.monitor.services import check_services
+from bardling.optim.build import settle_muon_precision
 from bardling.optim.schedule import learning_rate
 from bardling.train.changes import absolute, check_changes, settle
 from bardling.train.compiling import compile_pays, wrap
@@ -158,7 +159,8 @@ class _Run:
                 flops * config.train.steps / self.context.world_size, self.peak, self.context.device
             )
             compiled = "on" if self.context.broadcast(pays) else "off"
-        return dataclasses.replace(config, model=model, precision=name, compile=compiled)
+        optim = settle_muon_precision(config.optim, name)
+        return dataclasses.replace(config, model=model, precision=name, compile=compiled, optim=optim)
 
     def _started_model(self, wanted: ModelConfig, start: Loaded) -> ModelConfig:
         """The architecture of the weights that the run starts from; the context may be shorter, the dropout any."""
@@ -189,7 +191,7 @@ class _Run:
         with StopSignals() as signals:
             state = build_state(
                 config,
-                context.device,
+                context,
                 checkpoint=newest_checkpoint(self.folder, context) if self.resumed else None,
                 start=self.start,
                 continues=self.continues,
