@@ -8,6 +8,7 @@ Checks that need a single section are in its `__post_init__`; those that need se
 those that need the dataset or the number of processes are where these are known (`train/plan.py`).
 """
 
+import re
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -18,6 +19,19 @@ from bardling.errors import UserError
 def _require(condition: bool, key: str, value: object, rule: str) -> None:
     if not condition:
         raise UserError(f"{key} = {value!r}: {rule}")
+
+
+def duration_seconds(text: str, key: str) -> float:
+    """Seconds that a text such as 8h, 1h30m, 45m, 90s or 2d stands for; a bare number is seconds.
+
+    Raises:
+        UserError: it is none; the message names `key`.
+    """
+    found = re.fullmatch(r"(?:(\d{1,6})d)?(?:(\d{1,9})h)?(?:(\d{1,9})m)?(?:(\d{1,9}(?:\.\d{1,9})?)s?)?", text.strip())
+    if found is None or not any(found.groups()):
+        raise UserError(f"{key} = {text!r}: write a time as 8h, 1h30m, 45m, 90s or 2d")
+    days, hours, minutes, seconds = (float(part or 0) for part in found.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 @dataclass(frozen=True)
@@ -243,18 +257,34 @@ class TrainConfig:
     """Optimizer steps."""
     batch_size: int = 32
     """Sequences per optimizer step, over all processes."""
-    micro_batch: int | None = None
-    """Sequences per forward pass of one process; unset takes batch_size divided by the processes."""
+    micro_batch: int | Literal["auto"] | None = None
+    """Sequences per forward pass of one process; 'auto' takes what fits and is fast, unset batch_size divided by the processes."""
     grad_clip: float = 1.0
     """Largest norm of the gradient; 0 switches clipping off."""
     log_every: int = 10
     """Steps between logged lines."""
+    deadline: int | str | None = None
+    """Time that the whole run may take, as 8h, 1h30m, 90s or seconds: steps, and the decay, are planned to end then; unset: steps."""
+    rank_timeout: float = 120.0
+    """Seconds of silence, or without progress, after which a process counts as dead and the job ends; 0: never."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "log_every"):
             _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "must be at least 1")
-        _require(self.micro_batch is None or self.micro_batch >= 1, "train.micro_batch", self.micro_batch, "must be at least 1")
+        least = isinstance(self.micro_batch, str) or self.micro_batch is None or self.micro_batch >= 1
+        _require(least, "train.micro_batch", self.micro_batch, "must be at least 1, or 'auto'")
+        _require(0 <= self.rank_timeout < float("inf"), "train.rank_timeout", self.rank_timeout, "must be at least 0 (0: never)")
+        seconds = self.deadline_seconds
+        _require(seconds is None or seconds >= 1, "train.deadline", self.deadline, "must be at least a second")
         _require(self.grad_clip >= 0, "train.grad_clip", self.grad_clip, "must be at least 0 (0: no clipping)")
+
+
+    @property
+    def deadline_seconds(self) -> float | None:
+        """`deadline` in seconds; None without one."""
+        if self.deadline is None or isinstance(self.deadline, int):
+            return self.deadline
+        return duration_seconds(self.deadline, "train.deadline")
 
 
 @dataclass(frozen=True)
@@ -311,16 +341,38 @@ class SampleConfig:
 class CheckpointConfig:
     """What is saved, and what is kept."""
 
-    every: int = 250
-    """Steps between checkpoints; 0 saves only after the last step. The last step is always saved."""
+    every: int | str = 250
+    """Steps between checkpoints, or a time: '15m', '2h'; 0 saves only after the last step, which is always saved."""
     keep_last: int = 2
-    """Newest checkpoints that are kept; the one with the best validation loss is kept besides."""
+    """Newest checkpoints that are kept."""
+    keep_best: int = 1
+    """Newest checkpoints that are kept of those at which the validation loss was the lowest so far."""
+    keep_every: int = 0
+    """Checkpoints of steps divisible by this are kept for good; 0 keeps none so."""
     save_best: bool = True
     """Also save whenever the validation loss is the best so far."""
+    asynchronous: bool = True
+    """Write in the background while training goes on, at the price of host memory for one checkpoint."""
 
     def __post_init__(self) -> None:
-        _require(self.every >= 0, "checkpoint.every", self.every, "must be at least 0 (0: only at the end)")
+        if isinstance(self.every, str):
+            rule = "must be a number of steps, or a time with its unit, such as '90s', '15m' or '1h30m'"
+            _require(bool(self.every_seconds) and not self.every.strip()[-1].isdigit(), "checkpoint.every", self.every, rule)
+        else:
+            _require(self.every >= 0, "checkpoint.every", self.every, "must be at least 0 (0: only at the end)")
         _require(self.keep_last >= 1, "checkpoint.keep_last", self.keep_last, "must be at least 1")
+        _require(self.keep_best >= 0, "checkpoint.keep_best", self.keep_best, "must be at least 0 (0: none for its loss)")
+        _require(self.keep_every >= 0, "checkpoint.keep_every", self.keep_every, "must be at least 0 (0: none for good)")
+
+    @property
+    def every_steps(self) -> int:
+        """Steps between checkpoints; 0 where time decides, or only the end."""
+        return self.every if isinstance(self.every, int) else 0
+
+    @property
+    def every_seconds(self) -> float | None:
+        """Seconds between checkpoints; None where steps decide."""
+        return duration_seconds(self.every, "checkpoint.every") if isinstance(self.every, str) else None
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bardling.config import ModelConfig, RunConfig
+from bardling.config import CheckpointConfig, ModelConfig, RunConfig
 from bardling.errors import UserError
 from bardling.model.arithmetic import (
     ActivationBytes,
@@ -230,7 +230,7 @@ def plan(
                 f"a budget of time needs the device's speed, and none is known for {device_name or 'it'}: give its peak"
             )
         budget_flops = budget_seconds * speed
-    saved = _times(batch.steps, config.checkpoint.every)
+    saved = batch.steps if config.checkpoint.every_seconds else _times(batch.steps, config.checkpoint.every_steps)
     saved += _times(batch.steps, config.eval.every) if config.checkpoint.save_best else 0
     result = Plan(
         model=model,
@@ -248,7 +248,7 @@ def plan(
         # A forward pass is a third of forward and backward.
         flops_validation=_times(batch.steps, config.eval.every) * config.eval.windows * model.block_size * (per_token // 3),
         checkpoint_bytes=checkpoint_bytes(model),
-        checkpoints_kept=min(saved, config.checkpoint.keep_last + 2),  # the newest, the best, and the one being written
+        checkpoints_kept=min(saved, _most_kept(config.checkpoint, batch.steps)),
         memory=memory,
         precision=precision,
         device_name=device_name,
@@ -293,6 +293,11 @@ def _check(
 def _times(steps: int, every: int) -> int:
     """How often something happens that is done every `every` steps (0: never) and after the last one."""
     return -(-steps // every) if every else 1
+
+
+def _most_kept(config: CheckpointConfig, steps: int) -> int:
+    """Most checkpoints on disk at once: the newest, the best, those kept for good, and the one being written."""
+    return config.keep_last + config.keep_best + (steps // config.keep_every if config.keep_every else 0) + 1
 
 
 def _smaller_batch(

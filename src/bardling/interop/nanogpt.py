@@ -280,13 +280,14 @@ def nanogpt_settings(config: RunConfig, out: Path, dataset: str) -> dict[str, An
         dataset: the folder below nanoGPT's `data/` in which it looks for a meta.pkl.
     """
     model, optim, train = config.model, config.optim, config.train
-    micro = math.gcd(train.micro_batch or train.batch_size, train.batch_size)
+    asked = train.micro_batch if isinstance(train.micro_batch, int) else train.batch_size
+    micro = math.gcd(asked, train.batch_size)
     values = {
         "out_dir": os.fspath(out),
         "eval_interval": config.eval.every or train.steps,
         "log_interval": train.log_every,
         "eval_iters": max(1, config.eval.windows // micro),
-        "always_save_checkpoint": config.checkpoint.every > 0,
+        "always_save_checkpoint": config.checkpoint.every != 0,
         "dataset": dataset,
         "gradient_accumulation_steps": train.batch_size // micro,
         "batch_size": micro,
