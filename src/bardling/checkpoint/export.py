@@ -16,11 +16,13 @@ def export_hf(spec: str, out: Path, *, best: bool = False) -> None:
     """Write `config.json`, `model.safetensors` and the tokenizer of the model `spec` into the new folder `out`.
 
     Raises:
-        UserError: `out` exists, or there is no such model.
+        UserError: `out` exists, there is no such model, or `transformers` has none that computes the same.
     """
     if out.exists():
         raise UserError(f"{out}: exists already: remove it, or choose another --out")
     loaded = load(spec, best=best)
+    if loaded.config.architecture.opens_as is None:
+        raise UserError(f"{spec}: cannot be written for transformers: {loaded.config.architecture.why_not}")
     beside = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:
         beside.mkdir(parents=True)
@@ -40,12 +42,15 @@ def export_nanogpt(spec: str, out: Path, *, best: bool = False, dataset: str = "
         What nanoGPT will do differently or needs besides, a sentence each.
 
     Raises:
-        UserError: there is no such model, or one of the files exists.
+        UserError: there is no such model, one of the files exists, or the model is no GPT-2.
     """
     for file in (out / "ckpt.pt", out / "meta.pkl"):
         if file.exists():
             raise UserError(f"{file}: exists already: remove it, or choose another --out")
     loaded = load(spec, best=best, training=True)
+    beyond = loaded.config.architecture.beyond("gpt2")
+    if beyond:
+        raise UserError(f"{spec}: cannot be written for nanoGPT, which has no {', '.join(beyond)}")
     owner = run_of(Path(spec))
     config = dataclasses.replace(RunConfig() if owner is None else owner.config(), model=loaded.config)
     notes = write_nanogpt_checkpoint(

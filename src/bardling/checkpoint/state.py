@@ -1,6 +1,7 @@
 """What is in one checkpoint folder, and how it is written and read.
 
-    config.json, model.safetensors     Hugging Face's GPT-2 layout: `transformers` opens the folder as it is
+    config.json, model.safetensors     Hugging Face's layout of GPT-2, Llama or Qwen3: `transformers` opens the folder as it is
+                                       (of another model: model_type "bardling" and our own names; only bardling opens it)
     tokenizer.json, tokenizer_config.json
     optimizer.safetensors              the optimizer's tensors, by parameter name
     rng.safetensors                    the random number generators

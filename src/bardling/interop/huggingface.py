@@ -1,9 +1,9 @@
-"""Hugging Face's GPT-2 format: `config.json` and `model.safetensors`, as `transformers` writes and opens them.
+"""Hugging Face's format: `config.json` and `model.safetensors`, as `transformers` writes and opens them.
 
-Our parameter names are already those of `GPT2LMHeadModel`. What differs: its four linear layers of a block keep their matrices
-[in, out] where ours are [out, in]; its vocabulary is not padded; it always has biases. Per-tensor functions (`to_hf`,
-`from_hf`) do the conversion for weights and for an optimizer's moments alike. All of it is exact: a round trip gives back the
-same bits.
+GPT-2's parameter names are already those of `GPT2LMHeadModel`. What differs: its four linear layers of a block keep their
+matrices [in, out] where ours are [out, in]; its vocabulary is not padded; it always has biases. Llama and Qwen3, and what no
+family of `transformers` computes, are in `interop/families.py`, which also has the table of tensors that the conversion here
+follows, for weights and for an optimizer's moments alike. All of it is exact: a round trip gives back the same bits.
 
 What transformers' configuration cannot say (no biases, the padding, one dropout for all places) is kept under the key
 `bardling` in `config.json`, which transformers preserves and does not interpret.
@@ -24,17 +24,42 @@ from torch import Tensor
 
 from bardling.config import ModelConfig
 from bardling.errors import UserError
+from bardling.interop.families import (
+    OWN,
+    Part,
+    layout_of,
+    own_config,
+    own_model_config,
+    read_ours,
+    rotary_config,
+    rotary_model_config,
+    tensor_parts,
+    whole,
+)
+from bardling.interop.shapes import EMBEDDING, HEAD, parameter_shapes
 from bardling.model.gpt import GPT
+
+__all__ = [
+    "METADATA",
+    "check_hf_shapes",
+    "from_hf_state",
+    "hf_config",
+    "hf_shapes",
+    "hf_state",
+    "load_hf_folder",
+    "model_config_from_hf",
+    "parameter_shapes",
+]
 
 METADATA = {"format": "pt"}
 """What `transformers` looks for in the metadata of a safetensors file."""
 
-_PREFIX = "transformer."
-_TRANSPOSED = (".attn.c_attn.weight", ".attn.c_proj.weight", ".mlp.c_fc.weight", ".mlp.c_proj.weight")
-_EMBEDDING = "transformer.wte.weight"
-_HEAD = "lm_head.weight"
-_BUFFER = re.compile(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)")  # causal masks that old files carry
-_LAYER = re.compile(r"transformer\.h\.(\d+)\.")
+_PREFIXES = {"gpt2": "transformer.", "llama": "model.", "qwen3": "model.", OWN: ""}
+_TITLES = {"gpt2": "GPT-2", "llama": "Llama", "qwen3": "Qwen3", OWN: "this model"}
+_BUFFER = re.compile(  # causal masks and wavelengths that old files carry
+    r"transformer\.h\.\d+\.attn\.(bias|masked_bias)|model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
+)
+_LAYER = re.compile(r"(?:transformer\.h|model\.layers)\.(\d+)\.")
 _ACTIVATIONS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "erf"}
 _DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 _FIXED: dict[str, tuple[object, ...]] = {  # settings with one meaning here, and the values that mean it
@@ -56,7 +81,13 @@ _MAX_JSON = 64 << 20  # bytes; a real index of a thousand shards is far smaller
 
 
 def hf_config(config: ModelConfig, *, eot_id: int | None = None) -> dict[str, Any]:
-    """The `config.json` of `config`, for `GPT2LMHeadModel`; `eot_id` is the token that ends a text, if there is one."""
+    """The `config.json` of `config`, for the model of `transformers` that computes it; `eot_id` is the token that ends a text,
+    if there is one. A model that none computes gets the `model_type` 'bardling', which transformers refuses to open."""
+    layout = layout_of(config)
+    if layout == OWN:
+        return own_config(config)
+    if layout != "gpt2":
+        return rotary_config(config, eot_id=eot_id)
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -75,7 +106,7 @@ def hf_config(config: ModelConfig, *, eot_id: int | None = None) -> dict[str, An
         "bos_token_id": eot_id,
         "eos_token_id": eot_id,
         "dtype": "float32",
-        "bardling": {"bias": config.bias, "dropout": config.dropout, "vocab_multiple": config.vocab_multiple},
+        OWN: {"bias": config.architecture.bias, "dropout": config.dropout, "vocab_multiple": config.vocab_multiple},
     }
 
 
@@ -83,14 +114,19 @@ def model_config_from_hf(values: Mapping[str, Any], source: str = "config.json")
     """The architecture that a `config.json` describes. `source` names it in errors.
 
     Raises:
-        UserError: not a GPT-2, a value of the wrong kind, or a setting that our GPT-2 does not have.
+        UserError: another kind of model, a value of the wrong kind, or a setting that is not implemented here.
     """
-    if values.get("model_type") != "gpt2":
-        raise UserError(f"{source}: model_type = {values.get('model_type')!r}: only 'gpt2' models are supported")
+    kind = values.get("model_type")
+    if kind == OWN:
+        return own_model_config(values, source)
+    if kind in ("llama", "qwen3"):
+        return rotary_model_config(values, source)
+    if kind != "gpt2":
+        raise UserError(f"{source}: model_type = {kind!r}: only 'gpt2', 'llama', 'qwen3' and 'bardling' are supported")
     for key, allowed in _FIXED.items():
         if key in values and values[key] not in allowed:
             raise UserError(f"{source}: {key} = {values[key]!r} is not supported; it must be {allowed[0]!r}")
-    n_embd = _integer(values, "n_embd", 768, source)
+    n_embd = whole(values, "n_embd", 768, source)
     if values.get("n_inner") not in (None, 4 * n_embd):
         raise UserError(
             f"{source}: n_inner = {values['n_inner']!r} is not supported; it must be null or 4 * n_embd = {4 * n_embd}"
@@ -98,28 +134,19 @@ def model_config_from_hf(values: Mapping[str, Any], source: str = "config.json")
     activation = values.get("activation_function", "gelu_new")
     if not isinstance(activation, str) or activation not in _ACTIVATIONS:
         raise UserError(f"{source}: activation_function = {activation!r} is not supported; there are {', '.join(_ACTIVATIONS)}")
-    ours = values.get("bardling", {})
-    if not isinstance(ours, Mapping) or not isinstance(ours.get("bias", True), bool):
-        raise UserError(f"{source}: bardling = {ours!r}: must be an object whose 'bias' is true or false")
+    ours = read_ours(values, source)
     return ModelConfig(
-        n_layer=_integer(values, "n_layer", 12, source),
-        n_head=_integer(values, "n_head", 12, source),
+        n_layer=whole(values, "n_layer", 12, source),
+        n_head=whole(values, "n_head", 12, source),
         n_embd=n_embd,
-        block_size=_integer(values, "n_positions", 1024, source),
-        vocab_size=_integer(values, "vocab_size", 50257, source),
+        block_size=whole(values, "n_positions", 1024, source),
+        vocab_size=whole(values, "vocab_size", 50257, source),
         dropout=_dropout(values, ours, source),
         bias=ours.get("bias", True),
         gelu="tanh" if _ACTIVATIONS[activation] == "tanh" else "erf",
         # Padding is the one size that no tensor in the file confirms, so it is kept small.
-        vocab_multiple=_integer(ours, "vocab_multiple", ModelConfig.vocab_multiple, source, limit=4096),
+        vocab_multiple=whole(ours, "vocab_multiple", ModelConfig.vocab_multiple, source, limit=4096),
     )
-
-
-def _integer(values: Mapping[str, Any], key: str, default: int, source: str, *, limit: int = 2**31 - 1) -> int:
-    value = values.get(key, default)
-    if type(value) is not int or not 1 <= value <= limit:
-        raise UserError(f"{source}: {key} = {value!r}: must be a whole number from 1 to {limit}")
-    return value
 
 
 def _dropout(values: Mapping[str, Any], ours: Mapping[str, Any], source: str) -> float:
@@ -137,64 +164,45 @@ def _dropout(values: Mapping[str, Any], ours: Mapping[str, Any], source: str) ->
 # ---- tensors ----
 
 
-def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a `GPT(config)`'s parameters, without building one."""
-    width = config.n_embd
-    shapes: dict[str, tuple[int, ...]] = {
-        _EMBEDDING: (config.padded_vocab_size, width),
-        "transformer.wpe.weight": (config.block_size, width),
-    }
-    block = {"attn.c_attn": (3 * width, width), "attn.c_proj": (width, width)}
-    block |= {"mlp.c_fc": (4 * width, width), "mlp.c_proj": (width, 4 * width)}
-    modules: dict[str, tuple[int, ...]] = {}
-    for layer in range(config.n_layer):
-        prefix = f"transformer.h.{layer}."
-        modules |= {f"{prefix}ln_1": (width,), f"{prefix}ln_2": (width,)}
-        modules |= {prefix + name: shape for name, shape in block.items()}
-    modules["transformer.ln_f"] = (width,)
-    for name, shape in modules.items():
-        shapes[f"{name}.weight"] = shape
-        if config.bias:
-            shapes[f"{name}.bias"] = shape[:1]
+def hf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors of `config` in Hugging Face's layout; GPT-2's biases are there whatever `config.bias`
+    says."""
+    ours, shapes = parameter_shapes(config), {}
+    for name, parts in tensor_parts(config).items():
+        for part in parts:
+            shape = (part.stop - part.start, *ours[name][1:])
+            shapes[part.name] = shape[::-1] if part.transposed else shape
+            if layout_of(config) == "gpt2" and _has_bias(name):
+                shapes[_bias_of(name)] = ours[name][:1]
     return shapes
 
 
-def hf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors of `config` in Hugging Face's layout; biases are there whatever `config.bias` says."""
-    shapes = parameter_shapes(config)
-    shapes |= {_bias_of(name): shape[:1] for name, shape in shapes.items() if _has_bias(name)}
-    shapes = {name: shape[::-1] if name.endswith(_TRANSPOSED) else shape for name, shape in shapes.items()}
-    return shapes | {_EMBEDDING: (config.vocab_size, config.n_embd)}
-
-
-def to_hf(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
-    """One of our parameters, or its gradient or moment, in Hugging Face's layout: contiguous, not padded."""
-    if name.endswith(_TRANSPOSED):
-        return tensor.t().contiguous()
-    return tensor[: config.vocab_size].contiguous() if name == _EMBEDDING else tensor.contiguous()
-
-
-def from_hf(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
-    """The inverse of `to_hf`: padded rows are zero."""
-    if name.endswith(_TRANSPOSED):
-        return tensor.t().contiguous()
-    if name == _EMBEDDING and config.padded_vocab_size > config.vocab_size:
-        return torch.cat([tensor, tensor.new_zeros(config.padded_vocab_size - config.vocab_size, config.n_embd)])
-    return tensor.contiguous()
-
-
 def hf_state(state: Mapping[str, Tensor], config: ModelConfig, *, fill_biases: bool = True) -> dict[str, Tensor]:
-    """Our tensors by parameter name (weights, gradients or moments) in Hugging Face's layout.
+    """Our tensors by parameter name (weights, gradients or moments) in Hugging Face's layout: contiguous, not padded.
 
-    With `fill_biases` a model without biases gets zeros for them, which Hugging Face's GPT-2 needs; the function it computes
-    stays the same. There is no `lm_head.weight`: it is tied.
+    With `fill_biases` a GPT-2 without biases gets zeros for them, which Hugging Face's needs; the function it computes stays
+    the same. There is no `lm_head.weight` where it is tied.
     """
-    converted = {name: to_hf(name, tensor, config) for name, tensor in state.items()}
-    if fill_biases and not config.bias:
+    parts = tensor_parts(config)
+    converted = {part.name: _cut(tensor, part) for name, tensor in state.items() for part in parts[name]}
+    if fill_biases and not config.architecture.bias:
         for name, shape in hf_shapes(config).items():
             if name not in converted:
-                converted[name] = torch.zeros(shape, dtype=state[_EMBEDDING].dtype, device=state[_EMBEDDING].device)
+                converted[name] = torch.zeros(shape, dtype=state[EMBEDDING].dtype, device=state[EMBEDDING].device)
     return converted
+
+
+def _cut(tensor: Tensor, part: Part) -> Tensor:
+    rows = tensor[part.start : part.stop]
+    return (rows.t() if part.transposed else rows).contiguous()
+
+
+def _joined(tensors: Mapping[str, Tensor], parts: tuple[Part, ...], rows: int) -> Tensor:
+    """The inverse of `_cut` for all parts of a parameter; padded rows are zero."""
+    found = [tensors[part.name].t() if part.transposed else tensors[part.name] for part in parts]
+    if rows > parts[-1].stop:
+        found.append(found[0].new_zeros(rows - parts[-1].stop, *found[0].shape[1:]))
+    return found[0].contiguous() if len(found) == 1 else torch.cat(found)
 
 
 def from_hf_state(state: Mapping[str, Tensor], config: ModelConfig, source: str = "the weights") -> dict[str, Tensor]:
@@ -206,16 +214,18 @@ def from_hf_state(state: Mapping[str, Tensor], config: ModelConfig, source: str 
     Raises:
         UserError: a tensor is missing, not known, of another shape, an untied head, or a bias that is not zero.
     """
-    named = {_full_name(name): tensor for name, tensor in state.items()}
+    named = {_full_name(name, config): tensor for name, tensor in state.items()}
     check_hf_shapes({name: tuple(tensor.shape) for name, tensor in named.items()}, config, source)
-    if _HEAD in named and not torch.equal(named[_HEAD], named[_EMBEDDING]):
-        raise UserError(f"{source}: {_HEAD} differs from {_EMBEDDING}: models with an untied head are not supported")
-    wanted = parameter_shapes(config)
+    parts = tensor_parts(config)
+    (embedding,) = parts[EMBEDDING]
+    if HEAD in named and HEAD not in parts and not torch.equal(named[HEAD], named[embedding.name]):
+        raise UserError(f"{source}: {HEAD} differs from {embedding.name}: an untied head, but the configuration ties it")
+    wanted = {part.name for group in parts.values() for part in group}
     for name, tensor in named.items():
-        extra = name not in wanted and name != _HEAD and not _BUFFER.fullmatch(name)
+        extra = name not in wanted and name != HEAD and not _BUFFER.fullmatch(name)
         if extra and bool(torch.any(tensor != 0)):
             raise UserError(f"{source}: {name} is not zero, but model.bias = False: use a configuration with biases")
-    return {name: from_hf(name, named[name], config) for name in wanted}
+    return {name: _joined(named, parts[name], shape[0]) for name, shape in parameter_shapes(config).items()}
 
 
 def check_hf_shapes(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig, source: str) -> None:
@@ -228,22 +238,24 @@ def check_hf_shapes(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig, 
     layers = {int(match[1]) for match in map(_LAYER.match, shapes) if match}
     if len(layers) != config.n_layer:
         raise UserError(f"{source}: holds {len(layers)} layers, but the configuration says n_layer = {config.n_layer}")
-    expected = hf_shapes(config)
-    for name in parameter_shapes(config):
-        if name not in shapes:
-            raise UserError(f"{source}: {name} is missing: the file is incomplete or not a GPT-2")
+    expected, parts = hf_shapes(config), tensor_parts(config)
+    for part in (part for group in parts.values() for part in group):
+        if part.name not in shapes:
+            raise UserError(f"{source}: {part.name} is missing: the file is incomplete or of another architecture")
+    (embedding,) = parts[EMBEDDING]
     for name, shape in shapes.items():
         if _BUFFER.fullmatch(name):
             continue
-        want = expected.get(_EMBEDDING if name == _HEAD else name)
+        want = expected.get(embedding.name if name == HEAD else name)
         if want is None:
-            raise UserError(f"{source}: {name} is not a part of GPT-2")
+            raise UserError(f"{source}: {name} is not a part of {_TITLES[layout_of(config)]}")
         if shape != want:
             raise UserError(f"{source}: {name} has shape {list(shape)}, but the configuration needs {list(want)}")
 
 
-def _full_name(name: str) -> str:
-    return name if name.startswith((_PREFIX, "lm_head.")) else _PREFIX + name
+def _full_name(name: str, config: ModelConfig) -> str:
+    prefix = _PREFIXES[layout_of(config)]
+    return name if name.startswith((prefix, "lm_head.")) else prefix + name
 
 
 def _has_bias(name: str) -> bool:
@@ -270,7 +282,7 @@ def load_hf_folder(folder: str | Path, *, check_finite: bool = True) -> GPT:
     files = _weight_files(folder)
     shapes: dict[str, tuple[int, ...]] = {}
     for file, names in files.items():
-        shapes |= {_full_name(name): shape for name, shape in _read_shapes(file, names).items()}
+        shapes |= {_full_name(name, config): shape for name, shape in _read_shapes(file, names).items()}
     check_hf_shapes(shapes, config, str(folder))
     state = {name: tensor for file, names in files.items() for name, tensor in _read_tensors(file, names)}
     if check_finite:
@@ -341,11 +353,15 @@ def _opened(path: Path, names: Iterable[str] | None, read: Callable[[Any, str], 
 def _read_shapes(path: Path, names: list[str] | None) -> dict[str, tuple[int, ...]]:
     def read(file: Any, name: str) -> tuple[int, ...]:
         part = file.get_slice(name)
-        if part.get_dtype() not in _DTYPES and not _BUFFER.fullmatch(_full_name(name)):
+        if part.get_dtype() not in _DTYPES and not _is_buffer(name):
             raise UserError(f"{path}: {name} is of type {part.get_dtype()}; weights must be {', '.join(_DTYPES)}")
         return tuple(part.get_shape())
 
     return _opened(path, names, read)
+
+
+def _is_buffer(name: str) -> bool:
+    return any(_BUFFER.fullmatch(prefix + name) for prefix in ("", "transformer.", "model."))
 
 
 def _read_tensors(path: Path, names: list[str] | None) -> Iterable[tuple[str, Tensor]]:
