@@ -273,11 +273,12 @@ class TrainConfig:
             _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "must be at least 1")
         least = isinstance(self.micro_batch, str) or self.micro_batch is None or self.micro_batch >= 1
         _require(least, "train.micro_batch", self.micro_batch, "must be at least 1, or 'auto'")
-        _require(0 <= self.rank_timeout < float("inf"), "train.rank_timeout", self.rank_timeout, "must be at least 0 (0: never)")
+        _require(
+            0 <= self.rank_timeout < float("inf"), "train.rank_timeout", self.rank_timeout, "must be at least 0 (0: never)"
+        )
         seconds = self.deadline_seconds
         _require(seconds is None or seconds >= 1, "train.deadline", self.deadline, "must be at least a second")
         _require(self.grad_clip >= 0, "train.grad_clip", self.grad_clip, "must be at least 0 (0: no clipping)")
-
 
     @property
     def deadline_seconds(self) -> float | None:
@@ -376,6 +377,33 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class GuardConfig:
+    """What is done about bad steps: those whose loss or gradient is no number, or far above that of the steps before."""
+
+    policy: Literal["skip", "rollback", "stop", "off"] = "skip"
+    """A bad step's update is left out (skip); or the run goes back to its last checkpoint and passes over the step's windows
+    (rollback); or it ends (stop); off looks at nothing."""
+    loss_z: float = 10.0
+    """Deviations above the recent median from which on a loss is a spike; 0: only a loss that is no number is bad."""
+    grad_norm_z: float = 30.0
+    """The same for the gradient's norm."""
+    window: int = 100
+    """Recent steps that give median and deviation; spikes are looked for once half of them are there."""
+    max_skips: int = 10
+    """Bad steps in a row that end the run: by then it has diverged."""
+    max_rollbacks: int = 5
+    """Rollbacks of a run; the next bad step ends it."""
+
+    def __post_init__(self) -> None:
+        for name in ("loss_z", "grad_norm_z"):
+            value = getattr(self, name)
+            _require(0 <= value < float("inf"), f"guard.{name}", value, "must be at least 0 (0: off)")
+        _require(8 <= self.window <= 10_000, "guard.window", self.window, "must be from 8 to 10000")
+        _require(self.max_skips >= 1, "guard.max_skips", self.max_skips, "must be at least 1")
+        _require(self.max_rollbacks >= 0, "guard.max_rollbacks", self.max_rollbacks, "must be at least 0")
+
+
+@dataclass(frozen=True)
 class MonitorConfig:
     """Services that show a run's figures, besides its own files and the terminal."""
 
@@ -410,6 +438,7 @@ class RunConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
 
     def __post_init__(self) -> None:
