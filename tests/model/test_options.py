@@ -13,7 +13,7 @@ from bardling.config import ModelConfig
 from bardling.errors import UserError
 from bardling.generate import generate
 from bardling.model import loss as loss_module
-from bardling.model.attend import attend_window, scores_of
+from bardling.model.attend import attend_window
 from bardling.model.cache import KVCache
 from bardling.model.gpt import GPT
 from bardling.model.init import init_weights
@@ -306,7 +306,6 @@ def test_windows_equal_a_masked_softmax(window: int, shared: int) -> None:
         torch.autograd.grad(ours, (q, k, v), above), torch.autograd.grad(expected, (q, k, v), above), strict=True
     ):
         torch.testing.assert_close(mine, theirs)
-    assert scores_of(24, window) <= 24 * 24
 
 
 @pytest.mark.parametrize("ignored", [False, True])

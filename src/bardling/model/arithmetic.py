@@ -6,17 +6,20 @@ that planning answers at once.
 
 Limits: FLOPs are those of the matrix products only; norms, softmax, GELU and the optimizer are left out (a small part of the
 arithmetic at usual sizes, though more of the time). Attention counts the full square of scores, as the papers below do,
-although causal kernels skip half of it. Rows that pad the vocabulary are not counted as FLOPs: they are no work of the model's.
+although causal kernels skip half of it; a layer with a sliding window counts the two blocks of keys for each block of queries
+that `model/attend.py` computes. Rows that pad the vocabulary are not counted as FLOPs: they are no work of the model's.
 
 Sources: Kaplan et al. 2020 (arXiv:2001.08361), table 1 and section 2.1: FLOPs per operation, backward = twice forward.
 Chowdhery et al. 2022, "PaLM" (arXiv:2204.02311), appendix B: model FLOPs utilization and 6N + 12LHQT.
 Hoffmann et al. 2022, "Chinchilla" (arXiv:2203.15556), appendix F: FLOPs per operation.
 
-Legend: T context (tokens), C n_embd, V vocab_size, L n_layer, H n_head.
+Legend: T context (tokens), C n_embd, V vocab_size, L n_layer, H n_head, Q channels of all query heads, K channels of all key
+(or value) heads, F inner width of the MLP; in GPT-2 Q = K = C and F = 4 C.
 """
 
 from dataclasses import dataclass
 
+from bardling.architecture import Architecture
 from bardling.config import ModelConfig
 from bardling.errors import UserError
 
@@ -71,27 +74,42 @@ def _require_vocabulary(config: ModelConfig) -> None:
 
 
 def parameter_table(config: ModelConfig) -> tuple[Component, ...]:
-    """Trainable parameters by part, in the order of the forward pass. The tied head has none of its own.
+    """Trainable parameters by part, in the order of the forward pass. A tied head has none of its own.
 
     Raises:
         UserError: `vocab_size` is 0, that is, not known yet.
     """
     _require_vocabulary(config)
-    c, blocks, bias = config.n_embd, config.n_layer, config.bias
-    norm = c + c * bias
-    return (
+    made, c, blocks = config.architecture, config.n_embd, config.n_layer
+    bias = made.bias
+    norm = c + c * (bias and made.norm == "layernorm")
+    qkv = made.query_width + 2 * made.kv_width
+    row = c + c * (not made.tied) + made.value_embeddings * made.kv_width  # what each id has, padding included
+    parts = [
         Component("embedding.tokens", config.vocab_size * c),
-        Component("embedding.padding", (config.padded_vocab_size - config.vocab_size) * c),
-        Component("embedding.positions", config.block_size * c),
+        Component("embedding.padding", (config.padded_vocab_size - config.vocab_size) * row),
+    ]
+    if made.positions == "learned":
+        parts.append(Component("embedding.positions", config.block_size * c))
+    if made.value_embeddings:
+        parts.append(Component("embedding.values", config.vocab_size * made.kv_width, made.value_embeddings))
+    parts += [
         Component("block.attention.norm", norm, blocks),
-        Component("block.attention.qkv", 3 * c * c + 3 * c * bias, blocks),
-        Component("block.attention.proj", c * c + c * bias, blocks),
+        Component("block.attention.qkv", qkv * c + qkv * bias, blocks),
+    ]
+    if made.qk_norm == "weight":
+        parts.append(Component("block.attention.qk_norm", 2 * made.head_dim, blocks))
+    if made.value_embeddings:
+        parts.append(Component("block.attention.value_mix", 2, made.value_layers))
+    parts += [
+        Component("block.attention.proj", made.query_width * c + c * bias, blocks),
         Component("block.mlp.norm", norm, blocks),
-        Component("block.mlp.up", 4 * c * c + 4 * c * bias, blocks),
-        Component("block.mlp.down", 4 * c * c + c * bias, blocks),
+        Component("block.mlp.up", made.fc_width * c + made.fc_width * bias, blocks),
+        Component("block.mlp.down", made.mlp_hidden * c + c * bias, blocks),
         Component("final_norm", norm),
-        Component("head (tied)", 0),
-    )
+        Component("head (tied)", 0) if made.tied else Component("head", config.vocab_size * c),
+    ]
+    return tuple(parts)
 
 
 def parameters(config: ModelConfig, *, positions: bool = True, padding: bool = False) -> int:
@@ -100,12 +118,21 @@ def parameters(config: ModelConfig, *, positions: bool = True, padding: bool = F
     Args:
         config: The model; its `vocab_size` must be known.
         positions: Count the position embedding. The usual "non-embedding" N of a model with a tied head leaves out positions
-            only, because the token embedding also works as the head.
+            only, because the token embedding also works as the head; see `multiplied_parameters` for others.
         padding: Count the embedding rows that pad the vocabulary, as memory and files hold them. Published sizes do not.
     """
     skip = set() if positions else {"embedding.positions"}
     skip |= set() if padding else {"embedding.padding"}
     return sum(part.total for part in parameter_table(config) if part.name not in skip)
+
+
+def multiplied_parameters(config: ModelConfig) -> int:
+    """Count the parameters that a token is multiplied with: all but those that are only looked up (positions, value embeddings,
+    and the token embedding where the head is another matrix)."""
+    looked_up = {"embedding.padding", "embedding.positions", "embedding.values"}
+    if not config.architecture.tied:
+        looked_up.add("embedding.tokens")
+    return sum(part.total for part in parameter_table(config) if part.name not in looked_up)
 
 
 def block_parameters(config: ModelConfig) -> int:
@@ -116,17 +143,35 @@ def block_parameters(config: ModelConfig) -> int:
 def forward_table(config: ModelConfig, context: int | None = None) -> tuple[Operation, ...]:
     """FLOPs of each matrix product in the forward pass over one sequence of `context` tokens (unset: block_size)."""
     _require_vocabulary(config)
-    t = _context(config, context)
-    c, blocks = config.n_embd, config.n_layer
-    return (
-        Operation("block.attention.qkv", 2 * t * c * 3 * c, blocks),  # [T, C] @ [C, 3C]
-        Operation("block.attention.scores", 2 * t * t * c, blocks),  # H times [T, C/H] @ [C/H, T]
-        Operation("block.attention.values", 2 * t * t * c, blocks),  # H times [T, T] @ [T, C/H]
-        Operation("block.attention.proj", 2 * t * c * c, blocks),  # [T, C] @ [C, C]
-        Operation("block.mlp.up", 2 * t * c * 4 * c, blocks),  # [T, C] @ [C, 4C]
-        Operation("block.mlp.down", 2 * t * 4 * c * c, blocks),  # [T, 4C] @ [4C, C]
+    t, made = _context(config, context), config.architecture
+    c, blocks, q, f = config.n_embd, config.n_layer, made.query_width, made.mlp_hidden
+    windowed = sum(made.window(layer) is not None for layer in range(blocks))
+    rows = [Operation("block.attention.qkv", 2 * t * c * (q + 2 * made.kv_width), blocks)]  # [T, C] @ [C, Q + 2K]
+    # Scores are H times [T, Q/H] @ [Q/H, T]; values H times [T, T] @ [T, Q/H].
+    if windowed < blocks:
+        rows += [Operation(f"block.attention.{name}", 2 * t * t * q, blocks - windowed) for name in ("scores", "values")]
+    if windowed:
+        pairs = 2 * scores_computed(t, made.sliding_window) * q
+        rows += [Operation(f"block.attention.{name} (window)", pairs, windowed) for name in ("scores", "values")]
+    rows += [
+        Operation("block.attention.proj", 2 * t * q * c, blocks),  # [T, Q] @ [Q, C]
+        Operation("block.mlp.up", 2 * t * c * made.fc_width, blocks),  # [T, C] @ [C, F], twice as wide with a gate
+        Operation("block.mlp.down", 2 * t * f * c, blocks),  # [T, F] @ [F, C]
         Operation("head", 2 * t * c * config.vocab_size),  # [T, C] @ [C, V]
-    )
+    ]
+    return tuple(rows)
+
+
+def is_blocked(time: int, window: int) -> bool:
+    """Whether a sliding window is computed in blocks, which saves work: see `model/attend.py`."""
+    return time > 2 * window and time % window == 0
+
+
+def scores_computed(time: int, window: int | None) -> int:
+    """Pairs of a query and a key, per head, whose score is computed for a sequence of `time` tokens."""
+    if window is None or not is_blocked(time, window):
+        return time * time
+    return window * window + (time - window) * 2 * window
 
 
 def _context(config: ModelConfig, context: int | None) -> int:
@@ -147,17 +192,17 @@ def flops_per_token(config: ModelConfig, context: int | None = None) -> int:
     MFU = flops_per_token * tokens per second / peak FLOP/s of all devices together (PaLM, appendix B).
     """
     t = _context(config, context)
-    return flops_per_sequence(config, t) // t  # every product is a multiple of t, so nothing is rounded
+    return flops_per_sequence(config, t) // t  # exact, but for sliding windows: all other products are multiples of t
 
 
 def palm_flops_per_token(config: ModelConfig, context: int | None = None) -> int:
     """FLOPs to train on one token by PaLM's formula, 6N + 12LHQT (appendix B), for comparison with other systems' MFU.
 
-    N leaves out the positions and, as nanoGPT's MFU does, counts norms and biases as if they were matrices, which is why the
-    result exceeds `flops_per_token` slightly. H * Q (heads times their size) is n_embd.
+    N leaves out what is only looked up and, as nanoGPT's MFU does, counts norms and biases as if they were matrices, which is
+    why the result exceeds `flops_per_token` slightly. H * Q (heads times their size) is n_embd, unless head_dim says otherwise.
     """
-    n = parameters(config, positions=False)
-    return 6 * n + 12 * config.n_layer * config.n_embd * _context(config, context)
+    width = config.architecture.query_width
+    return 6 * multiplied_parameters(config) + 12 * config.n_layer * width * _context(config, context)
 
 
 def weight_bytes(config: ModelConfig) -> int:
@@ -204,7 +249,7 @@ def activation_bytes(
 ) -> ActivationBytes:
     """Work out the memory of the activations of one forward pass.
 
-    A block saves for each token, where a value has s bytes (2 under bfloat16 or float16 autocast, 4 in float32):
+    A block of GPT-2 saves for each token, where a value has s bytes (2 under bfloat16 or float16 autocast, 4 in float32):
 
     ============================================================= ===========
     the residual stream before each norm, always float32          2 * C * 4
@@ -215,10 +260,12 @@ def activation_bytes(
     with dropout, a mask of one byte a value                      2 * C
     ============================================================= ===========
 
-    That is about 36 C bytes in 16-bit precision and 64 C in float32. `saved` equals, to the byte, what autograd holds after an
-    eager forward pass without dropout; `torch.compile` often saves less. Attention must be one fused kernel that stores no
-    scores: on a CPU with dropout it is not, and at least 4 * H * T bytes a token and block come on top. Also not counted:
-    buffers within kernels, fragmentation, and a GPU's own context (some 0.5 GB).
+    That is about 36 C bytes in 16-bit precision and 64 C in float32. Rotary positions or QK-norm keep queries and keys twice,
+    SwiGLU four times its inner width, a sliding window its keys and values twice, value embeddings their values twice more.
+    `saved` equals, to the byte in GPT-2 and nearly so with other options, what autograd holds after an eager forward pass
+    without dropout; `torch.compile` often saves less. Attention must be one fused kernel that stores no scores: on a CPU with
+    dropout it is not, and at least 4 * H * T bytes a token and block come on top. Also not counted: buffers within kernels,
+    fragmentation, and a GPU's own context (some 0.5 GB).
 
     Args:
         config: The model; its `vocab_size` must be known.
@@ -231,16 +278,45 @@ def activation_bytes(
     c, rows = config.n_embd, config.padded_vocab_size
     s = FLOAT32_BYTES if precision == "float32" else 2
     tokens = micro_batch * t
+    made = config.architecture
     mask = c if config.dropout else 0
-    norm = c * FLOAT32_BYTES + 2 * FLOAT32_BYTES  # its input, its mean and 1/deviation
-    block = 2 * norm + 14 * c * s + config.n_head * FLOAT32_BYTES + 2 * mask
+    norm = c * FLOAT32_BYTES + (2 if made.norm == "layernorm" else 1) * FLOAT32_BYTES  # its input, its mean and 1/deviation
+    fixed = 2 * norm + 2 * c * s + _attention_bytes(made, s) + _mlp_values(made) * s + 2 * mask
+    windowed = sum(made.window(layer) is not None for layer in range(config.n_layer))
+    blocks = tokens * (fixed * config.n_layer + made.value_layers * 2 * made.kv_width * s)
+    if windowed and made.sliding_window is not None:
+        blocks += windowed * micro_batch * _window_bytes(made, t, made.sliding_window, s)
     narrow = precision != "float32"
+    matrices = c * (2 * made.query_width + 2 * made.kv_width + made.fc_width + made.mlp_hidden)
     logits = min(tokens * rows * FLOAT32_BYTES, LOGIT_CHUNK_BYTES.get(device_type, LOGIT_CHUNK_BYTES["cpu"]))
+    places = 8 * t if made.positions == "learned" else t * made.head_dim * s  # their ids, or their cosines and sines
     return ActivationBytes(
-        blocks=tokens * block * config.n_layer,
+        blocks=blocks,
         # Ids of tokens and positions; then the final norm, and the gradients of its output and of the head's weight.
-        ends=8 * (tokens + t) + tokens * (mask + norm + c * FLOAT32_BYTES) + rows * c * FLOAT32_BYTES,
-        weight_copies=12 * c * c * config.n_layer * s if narrow else 0,
-        # Logits and their softmax; the final norm's output in float32 and as the product reads it; the head's weight likewise.
-        head=2 * logits + tokens * c * (FLOAT32_BYTES + s) + (rows * c * s if narrow else 0),
+        ends=8 * tokens + places + tokens * (mask + norm + c * FLOAT32_BYTES) + rows * c * FLOAT32_BYTES,
+        weight_copies=matrices * config.n_layer * s if narrow else 0,
+        # Logits and their softmax (and what capped them); the final norm's output in float32 and as the product reads it; the
+        # head's weight likewise.
+        head=(3 if made.logit_softcap else 2) * logits + tokens * c * (FLOAT32_BYTES + s) + (rows * c * s if narrow else 0),
     )
+
+
+def _attention_bytes(made: Architecture, s: int) -> int:
+    """What attention saves for a token, from the fused projection to the heads' result, without a window."""
+    values = 2 * made.query_width + 2 * made.kv_width
+    if made.positions == "rotary" or made.qk_norm != "off":
+        values += made.query_width + made.kv_width
+    scales = made.n_head + made.n_kv_head if made.qk_norm != "off" else 0
+    return values * s + (made.n_head + scales) * FLOAT32_BYTES
+
+
+def _mlp_values(made: Architecture) -> int:
+    """Values that the MLP saves for a token: before and after the nonlinearity; SwiGLU also keeps its gate before and after."""
+    return (4 if made.mlp == "swiglu" else 2) * made.mlp_hidden
+
+
+def _window_bytes(made: Architecture, t: int, window: int, s: int) -> int:
+    """What a layer with a window saves besides, for one sequence: its blocks of queries, keys and values, and their results."""
+    if window >= t or not is_blocked(t, window):
+        return 0
+    return (t - window) * (made.query_width + 4 * made.kv_width) * s + t * made.query_width * s

@@ -14,24 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bardling.model.arithmetic import is_blocked
+
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causal: bool = True, dropout: float = 0.0) -> Tensor:
     """Attention of q [B, H, T, D] to k, v [B, K, S, D], each of the K heads shared by H / K neighbouring query heads."""
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=q.size(1) != k.size(1)
     )
-
-
-def is_blocked(time: int, window: int) -> bool:
-    """Whether a window is computed in blocks, which saves work."""
-    return time > 2 * window and time % window == 0
-
-
-def scores_of(time: int, window: int | None) -> int:
-    """Pairs of a query and a key, per head, whose score is computed for a sequence of `time` tokens."""
-    if window is None or not is_blocked(time, window):
-        return time * time
-    return window * window + (time - window) * 2 * window
 
 
 def attend_window(q: Tensor, k: Tensor, v: Tensor, window: int, *, dropout: float = 0.0) -> Tensor:

@@ -1,0 +1,80 @@
+"""Parameters, FLOPs and memory of every option, against the model that is built."""
+
+import contextlib
+
+import pytest
+import torch
+from test_options import OPTIONS, option
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from bardling.model.arithmetic import (
+    activation_bytes,
+    block_parameters,
+    flops_per_sequence,
+    forward_table,
+    multiplied_parameters,
+    palm_flops_per_token,
+    parameters,
+    scores_computed,
+)
+from bardling.model.gpt import GPT
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_parameters_are_those_of_the_model(name: str) -> None:
+    config = option(name)
+    with torch.device("meta"):
+        model = GPT(config)
+    counts = {place: parameter.numel() for place, parameter in model.named_parameters()}
+    assert parameters(config, padding=True) == sum(counts.values())
+    padded = sum(p.numel() // 100 * 25 for p in model.parameters() if p.size(0) == 100)
+    assert parameters(config) == sum(counts.values()) - padded
+    assert parameters(config) - parameters(config, positions=False) == counts.get("transformer.wpe.weight", 0)
+    assert block_parameters(config) == sum(count for place, count in counts.items() if ".h." in place)
+    looked_up = {"transformer.wte.weight"} - ({"transformer.wte.weight"} if config.architecture.tied else set())
+    looked_up |= {place for place in counts if ".wpe." in place or ".wve." in place}
+    head = 75 * config.n_embd - counts["transformer.wte.weight" if config.architecture.tied else "lm_head.weight"]
+    assert multiplied_parameters(config) == sum(count for place, count in counts.items() if place not in looked_up) + head
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("context", [24, 17])
+def test_forward_flops_are_those_that_torch_counts(name: str, context: int) -> None:
+    config = option(name)
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        GPT(config)(torch.zeros(3, context, dtype=torch.long))
+    assert counter.get_total_flops() == 3 * sum(row.forward for row in forward_table(config, context))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_saved_activations_are_near_what_autograd_holds(name: str, precision: str) -> None:
+    config = option(name)
+    model = GPT(config)
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    seen: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = storage
+        return tensor
+
+    tokens = torch.randint(0, 75, (8, 24))
+    autocast = torch.autocast("cpu", dtype=torch.bfloat16) if precision == "bfloat16" else contextlib.nullcontext()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
+        model(tokens, tokens)
+    held = sum(storage.nbytes() for storage in seen.values())
+    assert activation_bytes(config, 8, precision=precision).saved == pytest.approx(held, rel=0.03)
+
+
+def test_a_window_saves_work_and_palms_formula_is_near() -> None:
+    plain, windowed = option("qwen3"), option("window_blocks")
+    assert scores_computed(24, 4) == 4 * 4 + 20 * 8
+    assert scores_computed(24, 5) == scores_computed(24, None) == 24 * 24
+    names = [row.name for row in forward_table(windowed)]
+    assert "block.attention.scores (window)" in names
+    assert "block.attention.scores" not in names
+    assert palm_flops_per_token(plain) * 24 == pytest.approx(flops_per_sequence(plain), rel=0.02)
