@@ -21,6 +21,7 @@ gathered gradients of all matrices for a moment.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, overload
 
 import torch
@@ -105,56 +106,51 @@ class Muon(torch.optim.Optimizer):
         weights = [parameter for parameter in group["params"] if parameter.grad is not None]
         if not weights:
             return
-        gradients = [_local(weight.grad) for weight in weights]
         for weight in weights:
             if not self.state[weight]:
                 self.state[weight]["momentum"] = torch.zeros_like(weight, memory_format=torch.preserve_format)
+        gradients = [_local(weight.grad) for weight in weights]
         means = [_local(self.state[weight]["momentum"]) for weight in weights]
         torch._foreach_lerp_(means, gradients, 1 - group["momentum"])
-        ahead = torch._foreach_lerp(gradients, means, group["momentum"])
-        updates = self._orthogonal([_whole(tensor, weight) for tensor, weight in zip(ahead, weights, strict=True)], weights)
 
-        own = [_local(weight) for weight in weights]
-        shares = [_share(update, weight) for update, weight in zip(updates, weights, strict=True)]
-        decay = group["lr"] * group["weight_decay"]
-        if decay and self._cautious:
-            for weight, update in zip(own, shares, strict=True):
-                weight.sub_(weight * (weight * update >= 0), alpha=decay)
-        elif decay:
-            torch._foreach_mul_(own, 1 - decay)
-        torch._foreach_add_(own, shares, alpha=-group["lr"])
-
-    def _orthogonal(self, tensors: Sequence[Tensor], weights: Sequence[nn.Parameter]) -> list[Tensor]:
-        """The scaled polar factor of each tensor, part by part; stacks of equal shape are computed together."""
-        stacks: dict[tuple[int, int], list[Tensor]] = {}
-        for tensor, weight in zip(tensors, weights, strict=True):
-            for part in torch.split(tensor, list(self._splits[weight])):
-                wide = part if part.size(0) <= part.size(1) else part.mT  # [m, n] with m <= n
-                stacks.setdefault((wide.size(0), wide.size(1)), []).append(wide)
+        stacks: dict[torch.Size, list[_Part]] = {}
+        for number, (weight, gradient, mean) in enumerate(zip(weights, gradients, means, strict=True)):
+            rows = list(self._splits[weight])
+            if isinstance(weight, DTensor):
+                gradient = _whole(torch.lerp(gradient, mean, group["momentum"]), weight)
+                parts = [_Part(number, place, part) for place, part in enumerate(torch.split(gradient, rows))]
+            else:
+                split = (torch.split(tensor, rows) for tensor in (gradient, mean, weight))
+                parts = [_Part(number, place, *views) for place, views in enumerate(zip(*split, strict=True))]
+            for part in parts:
+                stacks.setdefault(part.gradient.shape, []).append(part)
         # Every stack is sent off before the first is waited for.
-        waiting = [(shape, self._compute(parts)) for shape, parts in stacks.items()]
-        done = {shape: iter(finish().to(tensors[0].dtype).unbind()) for shape, finish in waiting}
-        results = []
-        for tensor, weight in zip(tensors, weights, strict=True):
-            result = torch.empty_like(tensor, memory_format=torch.contiguous_format)
-            for part in torch.split(result, list(self._splits[weight])):
-                rows, columns = part.shape
-                wide = next(done[min(rows, columns), max(rows, columns)])
-                torch.mul(wide if rows <= columns else wide.mT, max(1.0, rows / columns) ** 0.5, out=part)
-            results.append(result)
-        return results
+        waiting = [(shape, parts, self._compute(parts, group["momentum"])) for shape, parts in stacks.items()]
+        sharded: dict[int, dict[int, Tensor]] = {}
+        for shape, parts, finish in waiting:
+            scale, factors = max(1.0, shape[0] / shape[1]) ** 0.5, finish().unbind()
+            own = [part.weight for part in parts if part.weight is not None]
+            if own:
+                self._move(own, factors, group, scale)
+            else:
+                for part, factor in zip(parts, factors, strict=True):
+                    sharded.setdefault(part.number, {})[part.place] = factor * scale
+        for number, pieces in sharded.items():
+            weight = weights[number]
+            update = torch.cat([pieces[place] for place in sorted(pieces)])
+            self._move([_local(weight)], [_share(update, weight)], group, 1.0)
 
-    def _compute(self, parts: Sequence[Tensor]) -> Callable[[], Tensor]:
-        """Start on the polar factors of equally shaped matrices; the result waits for them and returns [k, m, n]."""
+    def _compute(self, parts: Sequence["_Part"], momentum: float) -> Callable[[], Tensor]:
+        """Start on the polar factors of k matrices [m, n]; the result waits for them and returns [k, m, n]."""
         each = -(-len(parts) // self._world_size)  # the last processes may have less to do
-        mine = parts[self._rank * each : (self._rank + 1) * each]
-        stack = torch.zeros((each, *parts[0].shape), dtype=self._dtype, device=parts[0].device)
-        for place, part in zip(stack, mine, strict=False):
-            place.copy_(part)
+        shape, device = parts[0].gradient.shape, parts[0].gradient.device
+        stack = torch.zeros((each, *shape), dtype=self._dtype, device=device)
+        for place, part in zip(stack, parts[self._rank * each : (self._rank + 1) * each], strict=False):
+            place.copy_(part.gradient if part.mean is None else torch.lerp(part.gradient, part.mean, momentum))
         factors = self._polar(stack, self._steps)
         if self._world_size == 1:
             return lambda: factors
-        gathered = factors.new_empty((each * self._world_size, *factors.shape[1:]))
+        gathered = factors.new_empty((each * self._world_size, *shape))
         work = dist.all_gather_into_tensor(gathered, factors, group=self._process_group, async_op=True)
 
         def finish() -> Tensor:
@@ -163,6 +159,27 @@ class Muon(torch.optim.Optimizer):
             return gathered[: len(parts)]
 
         return finish
+
+    def _move(self, weights: Sequence[Tensor], factors: Sequence[Tensor], group: dict[str, Any], scale: float) -> None:
+        """Decay `weights` and move them by their updates."""
+        decay = group["lr"] * group["weight_decay"]
+        if decay and self._cautious:
+            for weight, factor in zip(weights, factors, strict=True):
+                weight.sub_(weight * (weight * factor >= 0), alpha=decay)
+        elif decay:
+            torch._foreach_mul_(list(weights), 1 - decay)
+        torch._foreach_add_(list(weights), list(factors), alpha=-group["lr"] * scale)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A matrix to orthogonalise: rows of a weight that belong together."""
+
+    number: int  # of its weight, within the group
+    place: int  # among the parts of its weight
+    gradient: Tensor  # [m, n]
+    mean: Tensor | None = None  # [m, n]; None where `gradient` is already the one to follow
+    weight: Tensor | None = None  # [m, n] view of the weight; None under FSDP2, which moves whole weights
 
 
 def _local(tensor: Tensor | None) -> Tensor:

@@ -64,17 +64,18 @@ def orthogonalize(x: Tensor, steps: int = 5) -> Tensor:
     """Polar factors of the matrices in `x`, approximately.
 
     Args:
-        x: [k, m, n] with m <= n, float32 or bfloat16 (or float64, in tests); not changed.
+        x: [k, m, n], float32 or bfloat16 (or float64, in tests); not changed.
         steps: Newton-Schulz steps.
 
     Returns:
         [k, m, n] of the same dtype; a matrix of zeros stays zeros.
     """
     norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float32 if x.dtype == torch.bfloat16 else None)
-    x = (x / norm.clamp(min=1e-20)).to(x.dtype)
+    x = x * (1 / norm.clamp(min=1e-20)).to(x.dtype)
+    tall = x.size(-2) > x.size(-1)
     for a, b, c in coefficients(steps):
-        gram = x @ x.mT  # [k, m, m]
+        gram = x.mT @ x if tall else x @ x.mT  # [k, s, s] with s = min(m, n)
         factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b G + c G^2
         factor.diagonal(dim1=-2, dim2=-1).add_(a)
-        x = factor @ x  # [k, m, n]
+        x = x @ factor if tall else factor @ x  # [k, m, n]
     return x

@@ -1,0 +1,316 @@
+"""Muon against the same rule written out in float64 with a singular value decomposition, alone and in two processes."""
+
+import copy
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load, save
+from torch import nn
+
+from bardling.config import ModelConfig, OptimConfig
+from bardling.errors import UserError
+from bardling.model.gpt import GPT
+from bardling.optim.build import build_optimizer, row_splits, set_learning_rate, settle_muon_precision
+from bardling.optim.muon import Muon
+from bardling.optim.polar import SAFETY, coefficients, orthogonalize, quintic
+from bardling.optim.state import load_optimizer_tensors, optimizer_tensors
+
+CPU = torch.device("cpu")
+MODEL = ModelConfig(n_layer=2, n_head=4, n_embd=16, block_size=8, vocab_size=20, vocab_multiple=4)
+CONFIG = OptimConfig(name="muon", lr=1e-3, muon_lr=0.02, embed_lr=4e-3, weight_decay=0.1, muon_precision="float32")
+SPLITS = row_splits(MODEL)
+
+
+def polar_factor(matrix: torch.Tensor) -> torch.Tensor:
+    u, _, vt = torch.linalg.svd(matrix.double(), full_matrices=False)
+    return u @ vt
+
+
+def graded(k: int, m: int, n: int, low: float, seed: int = 0) -> torch.Tensor:
+    """[k, m, n] matrices with singular values from `low` to 1, times 7."""
+    torch.manual_seed(seed)
+    r = min(m, n)
+    u, v = torch.linalg.qr(torch.randn(k, m, r).double()).Q, torch.linalg.qr(torch.randn(k, n, r).double()).Q
+    return 7 * (u * torch.logspace(torch.tensor(low).log10().item(), 0, r).double()) @ v.mT
+
+
+def named(model: nn.Module) -> dict[str, nn.Parameter]:
+    return dict(model.named_parameters())
+
+
+def set_gradients(model: nn.Module, step: int) -> None:
+    generator = torch.Generator().manual_seed(step)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+def update(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, lr: float = 1e-3) -> None:
+    set_gradients(model, step)
+    set_learning_rate(optimizer, lr)
+    optimizer.step()
+
+
+def build(model: nn.Module, config: OptimConfig = CONFIG, **options) -> Muon:
+    optimizer = build_optimizer(model.named_parameters(), config, CPU, splits=SPLITS, **options)
+    assert isinstance(optimizer, Muon)
+    return optimizer
+
+
+@pytest.mark.parametrize("shape", [(3, 12, 12), (2, 8, 40), (2, 40, 8)])
+def test_more_steps_reach_the_polar_factor_of_the_decomposition(shape):
+    x = graded(*shape, low=0.02)
+    torch.testing.assert_close(orthogonalize(x, 10), polar_factor(x), rtol=0, atol=1e-6)
+    torch.testing.assert_close(orthogonalize(x.float(), 10).double(), polar_factor(x), rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize(("dtype", "slack"), [(torch.float32, 0.001), (torch.bfloat16, 0.02)])
+@pytest.mark.parametrize("shape", [(3, 24, 24), (2, 16, 64), (2, 64, 16)])
+def test_five_steps_bring_singular_values_near_one(dtype, slack, shape):
+    values = torch.linalg.svdvals(orthogonalize(graded(*shape, low=0.01).to(dtype), 5).double())
+    assert (values - 1).abs().max() < 0.14 + slack
+
+
+def test_each_matrix_of_a_stack_is_its_own_affair_and_zero_stays_zero():
+    x = torch.stack([torch.zeros(6, 9), *graded(2, 6, 9, low=0.1).float()])
+    before = x.clone()
+    together = orthogonalize(x, 5)
+    assert torch.equal(x, before)
+    assert not together[0].any()
+    for row in (1, 2):
+        torch.testing.assert_close(together[row], orthogonalize(x[row : row + 1], 5)[0])
+
+
+def test_quintic_is_the_minimax_polynomial():
+    # The first of the Polar Express for [0.001, 1], arXiv:2505.16932.
+    assert quintic(1e-3, 1.0) == pytest.approx((8.4703, -25.1081, 18.6293), abs=1e-4)
+    low, high = 0.05, 1.9
+    a, b, c = quintic(low, high)
+    x = torch.linspace(low, high, 20001).double()
+    error = 1 - (a * x + b * x**3 + c * x**5)
+    # It touches both bounds of its error in turn, four times: no other polynomial of the form has a smaller largest error.
+    largest = error.abs().max()
+    touched = error[(error.abs() > largest * (1 - 1e-6))].sign()
+    turns = [touched[0], *(b for a, b in itertools.pairwise(touched) if a != b)]
+    assert len(turns) == 4
+
+
+def test_coefficients_converge_to_those_of_the_classical_iteration():
+    # (15 x - 10 x^3 + 3 x^5) / 8, about the middle of the last interval, which the safety factor keeps open.
+    middle = (1 + SAFETY) / 2
+    assert coefficients(12)[-1] == pytest.approx((15 / 8 / middle, -10 / 8 / middle**3, 3 / 8 / middle**5), abs=1e-3)
+
+
+@pytest.mark.parametrize("cautious", [False, True])
+def test_equals_the_rule_written_out(cautious):
+    model = GPT(MODEL, seed=1)
+    config = OptimConfig(
+        name="muon", lr=1e-3, muon_lr=0.02, weight_decay=0.1, momentum=0.9, muon_steps=12, cautious_decay=cautious
+    )
+    optimizer = build(model, config)
+    matrices = [name for name, p in named(model).items() if ".h." in name and p.dim() == 2]
+    assert len(matrices) == 8
+    weights = {name: named(model)[name].detach().double().clone() for name in matrices}
+    means = {name: torch.zeros_like(w) for name, w in weights.items()}
+    for step in range(4):
+        lr = 1e-3 * (step + 1) / 4
+        update(model, optimizer, step, lr)
+        set_gradients(model, step)
+        for name in matrices:
+            gradient = named(model)[name].grad.double()
+            means[name] = 0.9 * means[name] + 0.1 * gradient
+            ahead = 0.9 * means[name] + 0.1 * gradient
+            pieces = ahead.chunk(3) if name.endswith("c_attn.weight") else [ahead]
+            move = torch.cat([polar_factor(p) * max(1.0, p.size(0) / p.size(1)) ** 0.5 for p in pieces])
+            w = weights[name]
+            kept = (w * move >= 0).double() if cautious else torch.ones_like(w)
+            weights[name] = w - 20 * lr * 0.1 * kept * w - 20 * lr * move
+    for name in matrices:
+        torch.testing.assert_close(named(model)[name].double(), weights[name], rtol=1e-4, atol=1e-5)
+
+
+def test_the_rest_is_what_torch_adamw_makes_of_it():
+    model, reference = GPT(MODEL, seed=1), GPT(MODEL, seed=1)
+    optimizer = build(model)
+    rest = {name: p for name, p in named(reference).items() if not (".h." in name and p.dim() == 2)}
+    adamw = torch.optim.AdamW(
+        [
+            {"params": [p for n, p in rest.items() if p.dim() >= 2], "weight_decay": 0.1, "lr_scale": 4.0},
+            {"params": [p for p in rest.values() if p.dim() < 2], "weight_decay": 0.0},
+        ],
+        betas=CONFIG.betas,
+        eps=CONFIG.eps,
+        fused=True,
+    )
+    for step in range(5):
+        update(model, optimizer, step)
+        update(reference, adamw, step)
+    for name, parameter in rest.items():
+        assert torch.equal(named(model)[name], parameter), name
+
+
+def test_each_kind_of_parameter_has_its_group():
+    model = GPT(MODEL, seed=1)
+    model.lm_head = nn.Linear(16, 20, bias=False)
+    model.transformer.value_embeds = nn.ModuleList([nn.Embedding(20, 16)])
+    optimizer = build(model, OptimConfig(name="muon", lr=1e-3, muon_lr=0.02, embed_lr=3e-3, head_lr=2e-3))
+    of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    assert len(of) == len(named(model))
+    set_learning_rate(optimizer, 5e-4)
+    for name, parameter in named(model).items():
+        group = of[id(parameter)]
+        assert group["muon"] == (".h." in name and parameter.dim() == 2), name
+        expected = 0.01 if group["muon"] else 1.5e-3 if "wte" in name or "wpe" in name or "embed" in name else 5e-4
+        assert group["lr"] == pytest.approx(1e-3 if "lm_head" in name else expected), name
+        assert group["weight_decay"] == (0.1 if parameter.dim() >= 2 else 0.0), name
+
+
+def test_a_model_without_blocks_is_left_to_adamw():
+    net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    optimizer = build(net)
+    update(net, optimizer, 0)
+    assert not any(group["muon"] for group in optimizer.param_groups)
+    assert all(set(entries) == {"step", "exp_avg", "exp_avg_sq"} for entries in optimizer.state.values())
+
+
+def test_parts_must_fill_the_matrix():
+    with pytest.raises(ValueError, match=r"\[6, 4\], parts \(4, 4\)"):
+        Muon([{"params": [p := nn.Parameter(torch.zeros(6, 4))], "muon": True}], splits={p: (4, 4)})
+
+
+def test_grouped_queries_have_parts_of_their_own_size():
+    assert SPLITS == {"attn.c_attn.weight": (16, 16, 16)}
+    assert row_splits(ModelConfig(n_layer=1, n_head=4, n_kv_head=2, n_embd=16)) == {"attn.c_attn.weight": (16, 8, 8)}
+
+
+def test_parameters_without_a_gradient_stay():
+    model = GPT(MODEL, seed=1)
+    optimizer = build(model)
+    set_gradients(model, 0)
+    left = named(model)["transformer.h.0.mlp.c_fc.weight"]
+    left.grad, before = None, left.detach().clone()
+    set_learning_rate(optimizer, 1e-3)
+    optimizer.step()
+    assert torch.equal(left, before)
+    assert left not in optimizer.state
+
+
+def through_files(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
+    tensors, meta = optimizer_tensors(optimizer, named(model))
+    return load(save(tensors)), json.loads(json.dumps(meta))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_resumes_to_the_bit(precision):
+    config = OptimConfig(name="muon", lr=1e-3, muon_precision=precision)
+    straight = GPT(MODEL, seed=1)
+    optimizer = build(straight, config)
+    for step in range(3):
+        update(straight, optimizer, step)
+    resumed = GPT(MODEL, seed=2)
+    resumed.load_state_dict(straight.state_dict())
+    again = build(resumed, config)
+    tensors, meta = through_files(optimizer, straight)
+    assert "transformer.h.0.attn.c_attn.weight.momentum" in tensors
+    load_optimizer_tensors(again, named(resumed), tensors, meta)
+    for step in range(3, 6):
+        update(straight, optimizer, step)
+        update(resumed, again, step)
+    for name, parameter in named(straight).items():
+        assert torch.equal(parameter, named(resumed)[name]), name
+
+
+def test_torchs_own_state_dict_goes_on_to_the_bit():
+    straight, resumed = GPT(MODEL, seed=1), GPT(MODEL, seed=1)
+    optimizer, again = build(straight), build(resumed)
+    update(straight, optimizer, 0)
+    resumed.load_state_dict(straight.state_dict())
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    update(straight, optimizer, 1)
+    update(resumed, again, 1)
+    assert all(torch.equal(p, named(resumed)[name]) for name, p in named(straight).items())
+
+
+def test_state_of_another_optimizer_or_incomplete_is_refused():
+    model = GPT(MODEL, seed=1)
+    optimizer = build(model)
+    update(model, optimizer, 0)
+    tensors, meta = through_files(optimizer, model)
+    adamw = build_optimizer(model.named_parameters(), OptimConfig(), CPU)
+    with pytest.raises(UserError, match="holds the state of Muon, but this run uses AdamW"):
+        load_optimizer_tensors(adamw, named(model), tensors, meta)
+    name = "transformer.h.0.attn.c_proj.weight"
+    tensors[f"{name}.exp_avg"] = tensors.pop(f"{name}.momentum")
+    with pytest.raises(UserError, match=r"incomplete.*momentum"):
+        load_optimizer_tensors(optimizer, named(model), tensors, meta)
+
+
+def test_precision_follows_the_run():
+    auto = OptimConfig(name="muon")
+    assert [settle_muon_precision(auto, name).muon_precision for name in ("float32", "bfloat16", "float16")] == [
+        "float32",
+        "bfloat16",
+        "float32",
+    ]
+    assert settle_muon_precision(CONFIG, "bfloat16") is CONFIG
+
+
+PROCESSES = """
+import sys
+import torch, torch.distributed as dist
+sys.path.insert(0, sys.argv[1])
+from test_muon import CONFIG, MODEL, OptimConfig, build, named, set_gradients, set_learning_rate
+from bardling.model.gpt import GPT
+
+folder, rank, kind, precision = sys.argv[2], int(sys.argv[3]), sys.argv[4], sys.argv[5]
+dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+model = GPT(MODEL, seed=1)
+if kind == "fsdp":
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import distribute_tensor
+    mesh = init_device_mesh("cpu", (2,))
+    for block in model.transformer.h:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+config = OptimConfig(name="muon", lr=1e-3, weight_decay=0.1, muon_precision=precision)
+optimizer = build(model, config, rank=rank, world_size=2)
+for step in range(3):
+    set_gradients(plain := GPT(MODEL, seed=1), step)
+    for name, parameter in named(model).items():
+        gradient = named(plain)[name].grad
+        if kind == "fsdp":
+            gradient = distribute_tensor(gradient, mesh, parameter.placements)
+        parameter.grad = gradient
+    set_learning_rate(optimizer, 1e-3)
+    optimizer.step()
+whole = {n: (p.full_tensor() if kind == "fsdp" else p).detach().clone() for n, p in named(model).items()}
+torch.save(whole, f"{folder}/{rank}.pt")
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize(("kind", "precision"), [("ddp", "float32"), ("ddp", "bfloat16"), ("fsdp", "float32")])
+def test_two_processes_share_the_work_and_agree_with_one(tmp_path, kind, precision):
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESSES, str(Path(__file__).parent), str(tmp_path), str(rank), kind, precision],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    ends = [process.communicate(timeout=120)[1] for process in started]
+    assert [process.returncode for process in started] == [0, 0], ends
+    alone = GPT(MODEL, seed=1)
+    optimizer = build(alone, OptimConfig(name="muon", lr=1e-3, weight_decay=0.1, muon_precision=precision))
+    for step in range(3):
+        update(alone, optimizer, step)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    for name, parameter in named(alone).items():
+        assert torch.equal(first[name], second[name]), name
+        torch.testing.assert_close(first[name], parameter.detach(), rtol=1e-6, atol=1e-7 if precision == "float32" else 1e-4)
