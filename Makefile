@@ -22,7 +22,7 @@ demo: install
 	@echo; echo "How well it predicts files that it has never seen, beside what compressors make of them:"; echo
 	@$(BIN)/bardling eval $(DEMO)
 	@echo; echo "Try next:"
-	@echo "  $(BIN)/bardling resume $(DEMO) --train.steps 1400     # train it further, from where it stands"
+	@echo "  $(BIN)/bardling resume $(DEMO) --train.steps 900     # train it further, from where it stands"
 	@echo "  $(BIN)/bardling sample $(DEMO) --prompt 'import ' --num_samples 3"
 	@echo "  $(BIN)/bardling train quickstart --data.source FOLDER_OR_FILE --out runs/mine   # your own text"
 
