@@ -9,7 +9,10 @@ al. 2025 (arXiv:2505.09388). Sources of each option stand where it is computed, 
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from bardling.config import ModelConfig
 
 Family = Literal["gpt2", "llama", "qwen3", "custom"]
 Norm = Literal["layernorm", "rmsnorm"]
@@ -63,6 +66,34 @@ class Architecture:
     sliding_window: int | None
     global_every: int
     value_embeddings: int
+
+    @classmethod
+    def of(cls, config: "ModelConfig") -> "Architecture":
+        """The options that `config` sets, and its family's for the rest."""
+        family = FAMILIES[config.family]
+        mlp = config.mlp or family.mlp
+        # Shazeer 2020 (arXiv:2002.05202): two thirds of 4 n_embd, so that three matrices have the size of two.
+        hidden = -(-8 * config.n_embd // (3 * 64)) * 64 if mlp == "swiglu" else 4 * config.n_embd
+        return cls(
+            n_layer=config.n_layer,
+            n_embd=config.n_embd,
+            norm=config.norm or family.norm,
+            norm_eps=config.norm_eps or family.norm_eps,
+            positions=config.positions or family.positions,
+            rope_theta=config.rope_theta or family.rope_theta,
+            qk_norm=config.qk_norm or family.qk_norm,
+            n_head=config.n_head,
+            n_kv_head=config.n_kv_head or config.n_head,
+            head_dim=config.head_dim or config.n_embd // config.n_head,
+            mlp=mlp,
+            mlp_hidden=config.mlp_hidden or hidden,
+            bias=config.bias and family.biases,
+            tied=family.tied if config.tied is None else config.tied,
+            logit_softcap=config.logit_softcap,
+            sliding_window=config.sliding_window,
+            global_every=config.global_every,
+            value_embeddings=config.value_embeddings,
+        )
 
     @property
     def query_width(self) -> int:

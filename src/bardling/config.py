@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from bardling.architecture import FAMILIES, Architecture, Family, Feedforward, Norm, Positions, QKNorm
+from bardling.architecture import Architecture, Family, Feedforward, Norm, Positions, QKNorm
 from bardling.errors import UserError
 
 
@@ -127,30 +127,7 @@ class ModelConfig:
     @property
     def architecture(self) -> Architecture:
         """Every choice with its value: the options that are set, and the family's for the rest."""
-        family = FAMILIES[self.family]
-        mlp = self.mlp or family.mlp
-        # Shazeer 2020 (arXiv:2002.05202): two thirds of 4 n_embd, so that three matrices have the size of two.
-        hidden = -(-8 * self.n_embd // (3 * 64)) * 64 if mlp == "swiglu" else 4 * self.n_embd
-        return Architecture(
-            n_layer=self.n_layer,
-            n_embd=self.n_embd,
-            norm=self.norm or family.norm,
-            norm_eps=self.norm_eps or family.norm_eps,
-            positions=self.positions or family.positions,
-            rope_theta=self.rope_theta or family.rope_theta,
-            qk_norm=self.qk_norm or family.qk_norm,
-            n_head=self.n_head,
-            n_kv_head=self.n_kv_head or self.n_head,
-            head_dim=self.head_dim or self.n_embd // self.n_head,
-            mlp=mlp,
-            mlp_hidden=self.mlp_hidden or hidden,
-            bias=self.bias and family.biases,
-            tied=family.tied if self.tied is None else self.tied,
-            logit_softcap=self.logit_softcap,
-            sliding_window=self.sliding_window,
-            global_every=self.global_every,
-            value_embeddings=self.value_embeddings,
-        )
+        return Architecture.of(self)
 
     def resolved(self) -> "ModelConfig":
         """The same model with every option of its family written out. Sizes that follow from others stay unset."""
@@ -258,13 +235,13 @@ class TrainConfig:
     batch_size: int = 32
     """Sequences per optimizer step, over all processes."""
     micro_batch: int | Literal["auto"] | None = None
-    """Sequences per forward pass of one process; 'auto' takes what fits and is fast, unset batch_size divided by the processes."""
+    """Sequences per forward pass of one process; 'auto' finds what fits; unset: batch_size divided by the processes."""
     grad_clip: float = 1.0
     """Largest norm of the gradient; 0 switches clipping off."""
     log_every: int = 10
     """Steps between logged lines."""
     deadline: int | str | None = None
-    """Time that the whole run may take, as 8h, 1h30m, 90s or seconds: steps, and the decay, are planned to end then; unset: steps."""
+    """Time that the run may take in all: 8h, 1h30m, 90s or seconds. Its steps, and the decay, are planned to end then."""
     rank_timeout: float = 120.0
     """Seconds of silence, or without progress, after which a process counts as dead and the job ends; 0: never."""
 
