@@ -150,7 +150,7 @@ def bench(
         try:
             return _Bench(config, context, steps, warmup, data, profile, progress).go()
         except torch.OutOfMemoryError:
-            micro = config.train.micro_batch or config.train.batch_size
+            micro = make_plan(config.train, config.model.block_size, 1).micro_batch
             raise UserError(
                 f"{device_name(context.device)} has too little memory for {micro} sequences at a time: "
                 f"try --train.micro_batch {max(micro // 2, 1)}"

@@ -15,3 +15,15 @@ def closest(word: str, names: list[str]) -> str:
 
     match = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
     return f" (did you mean {match[0]!r}?)" if match else ""
+
+
+class JobLost(RuntimeError):  # noqa: N818  what happened, not what is wrong
+    """Another process of the run has died or hangs; the message names it, and the run can be resumed."""
+
+
+class Terminated(KeyboardInterrupt):
+    """A signal other than Ctrl-C has asked the command to end; `status` is what it exits with: 128 + the signal's number."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.status = 128 + number

@@ -1,17 +1,21 @@
 """`bardling VERB ...`: finds the verb, runs it, and turns errors into one line and an exit status.
 
-Exit status: 0 done; 2 something the user can put right; 130 and 143 stopped by SIGINT and SIGTERM; 1 anything else. A
-verb's module is imported only when it is called, so that help answers without importing torch.
+Exit status: 0 done; 2 something the user can put right; 130, 138 and 143 stopped by SIGINT, SIGUSR1 and SIGTERM; 1 anything
+else. A verb's module is imported only when it is called, so that help answers without importing torch.
 """
 
+import contextlib
 import errno
 import importlib
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from types import FrameType
 from typing import NoReturn
 
-from bardling.errors import UserError, closest
+from bardling.errors import JobLost, Terminated, UserError, closest
 
 VERBS = {
     "train": "train a model by a recipe",
@@ -62,6 +66,33 @@ def _fail(message: str, status: int) -> NoReturn:
     sys.exit(status)
 
 
+@contextlib.contextmanager
+def _signals() -> Iterator[None]:
+    """End by the usual way out, which tidies up, also on the signals of schedulers; a second one ends at once.
+
+    While a run trains, `train/signals.py` answers them instead.
+    """
+    received: list[int] = []
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        if len(received) > 1:
+            os._exit(128 + number)
+        raise Terminated(number)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGTERM", "SIGUSR1"):
+            number = getattr(signal, name, None)  # Windows has no SIGUSR1
+            if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+                before[number] = signal.signal(number, receive)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command; ends by returning (status 0) or by `SystemExit`."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -79,7 +110,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if verb not in VERBS:
             raise UserError(f"{verb!r} is no verb{closest(verb, list(VERBS))}; there are {', '.join(VERBS)}")
-        importlib.import_module(f"bardling.cli.{verb}").run(arguments[1:])
+        with _signals():
+            importlib.import_module(f"bardling.cli.{verb}").run(arguments[1:])
         sys.stdout.flush()
     except UserError as error:
         if debug:
@@ -89,8 +121,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         # The reader (`| head`) has left; Python would complain once more when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except KeyboardInterrupt:
-        _fail("interrupted", 130)
+    except KeyboardInterrupt as error:
+        _fail("interrupted", error.status if isinstance(error, Terminated) else 130)
+    except JobLost as error:
+        if debug:
+            raise
+        _fail(str(error), 1)
     except OSError as error:
         if debug:
             raise

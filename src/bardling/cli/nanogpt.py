@@ -88,6 +88,7 @@ def _evaluate(run: NanoGPTRun) -> None:
     from bardling.distributed.device import choose_precision
     from bardling.evaluate.loss import evaluate_loss
     from bardling.interop.dataset import open_data
+    from bardling.train.plan import make_plan
 
     if run.init_from == "scratch":
         raise UserError("eval_only with init_from = 'scratch' would measure random weights: set --init_from=resume or gpt2")
@@ -100,7 +101,7 @@ def _evaluate(run: NanoGPTRun) -> None:
             evaluate_loss(
                 model,
                 EvalWindows(dataset.split(split), model.config.block_size, run.config.eval.windows),
-                batch_size=run.config.train.micro_batch or 1,
+                batch_size=make_plan(run.config.train, model.config.block_size, context.world_size).micro_batch,
                 precision=precision,
                 context=context,
             ).loss

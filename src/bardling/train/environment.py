@@ -1,16 +1,21 @@
 """What a run writes down about its surroundings: the machine and versions of each start, and the data it trains on."""
 
+import hashlib
 import json
+import os
 import platform
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 
 import bardling
-from bardling.checkpoint.runfolder import RunFolder
+from bardling.checkpoint.runfolder import RunFolder, read_json
+from bardling.config import RunConfig
+from bardling.configfile import config_to_toml
 from bardling.data.shards import TokenDataset
 from bardling.distributed.context import Context
 from bardling.distributed.device import device_name
@@ -38,8 +43,8 @@ def check_dataset(dataset: TokenDataset, folder: RunFolder) -> None:
         )
 
 
-def environment_facts(context: Context, step: int) -> dict[str, Any]:
-    """Facts about this start of the run that explain its figures later."""
+def environment_facts(context: Context, step: int, asked: str) -> dict[str, Any]:
+    """Facts about this start of the run that explain its figures later; `asked` is `asked_fingerprint` of its settings."""
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "first_step": step,
@@ -52,7 +57,40 @@ def environment_facts(context: Context, step: int) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "git_commit": _git_commit(),
         "command": sys.argv,
+        "jobs": job_ids(),
+        "asked": asked,
     }
+
+
+def job_ids() -> list[str]:
+    """Names of the job that this process belongs to, which stay when torchrun or Slurm starts the same command again."""
+    slurm, elastic = os.environ.get("SLURM_JOB_ID"), os.environ.get("TORCHELASTIC_RUN_ID")
+    names = [f"slurm {slurm}"] if slurm else []
+    if elastic:  # without --rdzv-id torchrun calls every job "none"; the one that started this process is known by its number
+        names.append(f"torchrun {elastic}" if elastic != "none" else f"torchrun {platform.node()} {os.getppid()}")
+    return names
+
+
+def asked_fingerprint(config: RunConfig) -> str:
+    """A short name of what was asked for, before anything was decided."""
+    return hashlib.sha256(config_to_toml(config).encode()).hexdigest()[:16]
+
+
+def began_by_this_job(path: Path, asked: str) -> bool:
+    """Whether `path` holds a run that this same job began with the same settings: starting it again means to go on with it.
+
+    A Slurm job may start a command twice by intention; it counts only after a requeue.
+    """
+    restarted = os.environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0")
+    jobs = {name for name in job_ids() if restarted or not name.startswith("slurm ")}
+    folder = RunFolder(path)
+    if not jobs or not folder.config_file.is_file() or not folder.environment_file.is_file():
+        return False
+    starts = read_json(folder.environment_file).get("starts")
+    return isinstance(starts, list) and any(
+        isinstance(start, dict) and start.get("asked") == asked and jobs.intersection(start.get("jobs") or ())
+        for start in starts
+    )
 
 
 def _git_commit() -> str | None:

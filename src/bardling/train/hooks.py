@@ -48,8 +48,9 @@ def due(step: int, every: int, last: int) -> bool:
 class StepTimer:
     """Measures the seconds spent in steps, leaving out validation, samples and saving."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, doing: Callable[[str], None] = lambda activity: None) -> None:
         self._device = device
+        self.doing = doing  # told what is done besides the steps
         self._seconds = 0.0
         self._steps = 0
         self._since = time.perf_counter()
@@ -145,6 +146,7 @@ class _Timed:
         if not self.is_due(state) or state.hooks_done.get(self.name) == state.step:
             return
         self._timer.pause()
+        self._timer.doing(f"{self.name} after step {state.step}")
         self.work(state)
         state.hooks_done[self.name] = state.step
         self._timer.go()

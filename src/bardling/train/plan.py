@@ -44,7 +44,8 @@ def make_plan(config: TrainConfig, block_size: int, world_size: int) -> TrainPla
             f"use {' or '.join(str(size) for size in (lower, upper) if size)}"
         )
     share = batch // world_size
-    micro = share if config.micro_batch is None else config.micro_batch
+    # 'auto' is decided on the device (train/memory.py); until then the plan is the one that needs least time.
+    micro = config.micro_batch if isinstance(config.micro_batch, int) else share
     if share % micro:
         fitting = max(size for size in range(1, micro + 1) if share % size == 0)
         raise UserError(

@@ -5,6 +5,7 @@ Both put the same parts together (data, model, optimizer, hooks) and differ only
 """
 
 import dataclasses
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from bardling.data.order import WindowOrder
 from bardling.data.tokenizer import load_tokenizer
 from bardling.distributed.context import Context, distributed
 from bardling.distributed.device import DTYPES, choose_precision, device_name, matmul_flops, prepare_backend
+from bardling.distributed.watch import FOREVER, LONG
 from bardling.errors import UserError
 from bardling.evaluate.tasks import check_task
 from bardling.interop.dataset import open_data
@@ -30,7 +32,7 @@ from bardling.optim.build import settle_muon_precision
 from bardling.optim.schedule import learning_rate
 from bardling.train.changes import absolute, check_changes, settle
 from bardling.train.compiling import compile_pays, wrap
-from bardling.train.environment import check_dataset, dataset_record, environment_facts
+from bardling.train.environment import asked_fingerprint, began_by_this_job, check_dataset, dataset_record, environment_facts
 from bardling.train.hooks import Checkpoint, Log, Sample, StepTimer, Tasks, Validate
 from bardling.train.loop import Hook, fit
 from bardling.train.monitoring import RunMonitor
@@ -61,8 +63,12 @@ def train(config: RunConfig, out: Path | str, *, continue_from: str | None = Non
     Raises:
         UserError: the configuration does not fit the data or the machine; nothing has been written then.
     """
-    with distributed(config.device) as context:
+    with distributed(config.device, rank_timeout=config.train.rank_timeout) as context:
         config = dataclasses.replace(config, data=absolute(config.data))
+        if context.broadcast(context.is_primary and began_by_this_job(Path(out), asked_fingerprint(config))):
+            folder = RunFolder(Path(out))  # torchrun or Slurm has started the same job again: it goes on
+            config = folder.config()
+            return _Run(context, config, folder, quiet=quiet, resumed=True, continue_from=continue_from).go()
         return _Run(context, config, RunFolder(Path(out)), quiet=quiet, resumed=False, continue_from=continue_from).go()
 
 
@@ -79,7 +85,7 @@ def resume(run: Path | str, config: RunConfig | None = None, *, quiet: bool = Fa
     before = folder.config()
     config = settle(config or before, before)
     changes = check_changes(before, config)
-    with distributed(config.device) as context:
+    with distributed(config.device, rank_timeout=config.train.rank_timeout) as context:
         return _Run(context, config, folder, quiet=quiet, resumed=True, changes=changes).go()
 
 
@@ -104,13 +110,18 @@ class _Run:
             check_services(config.monitor)
         for task in config.eval.tasks:
             check_task(task)
+        context.doing("preparing the data", FOREVER)
+        self.asked = asked_fingerprint(config)
         self.dataset = open_data(config.data)  # processes that need it made wait for the first to make it
         self.tokenizer = self.dataset.tokenizer
+        context.doing("setting up", LONG)
         if resumed:
             check_dataset(self.dataset, folder)
+        self.checkpoint = newest_checkpoint(folder, context) if resumed else None
         self.continues = continue_from is not None
         origin = continue_from or config.model.init
-        self.start = load(origin, training=self.continues) if origin and not resumed else None
+        # A run that was stopped before its first checkpoint begins anew, from the same weights.
+        self.start = load(origin, training=self.continues) if origin and self.checkpoint is None else None
         self._settle_vocabulary(config.model.vocab_size if self.start is None else self.start.config.vocab_size)
         self.config = self._resolve(config)
         self.plan: TrainPlan = make_plan(self.config.train, self.config.model.block_size, context.world_size)
@@ -192,11 +203,12 @@ class _Run:
             state = build_state(
                 config,
                 context,
-                checkpoint=newest_checkpoint(self.folder, context) if self.resumed else None,
+                checkpoint=self.checkpoint,
                 start=self.start,
                 continues=self.continues,
                 samples_per_step=self.plan.samples_per_step,
             )
+            self.checkpoint = None  # its tensors are not needed any more
             if context.is_primary:
                 self._write_folder(state)
             context.barrier()
@@ -205,11 +217,11 @@ class _Run:
                 self._announce(monitor, state)
                 self._fit(state, monitor, signals)
             except Stopped:
-                context.barrier()
+                # All leave with the same status, also those that no signal reached.
+                number = context.largest(signals.signal or 0) or signal.SIGTERM
                 self._save(state)
                 monitor.note(f"stopped at step {state.step} and saved; go on with: bardling resume {self.folder.path}")
-                status = signals.exit_status if signals.requested() else 143
-                return RunResult(self.folder.path, state.step, False, state.best_val_loss, status)
+                return RunResult(self.folder.path, state.step, False, state.best_val_loss, 128 + number)
             finally:
                 monitor.close()
                 undo()
@@ -224,7 +236,7 @@ class _Run:
             write_whole(self.folder.dataset_file, dataset_record(self.dataset))
             if self.tokenizer is not None:
                 self.tokenizer.save(self.folder.path)
-        self.folder.add_environment(environment_facts(self.context, state.step))
+        self.folder.add_environment(environment_facts(self.context, state.step, self.asked))
 
     def _announce(self, monitor: RunMonitor, state: TrainState) -> None:
         """Say what will be trained, on what, and what `auto` chose."""
@@ -247,10 +259,16 @@ class _Run:
 
     def _fit(self, state: TrainState, monitor: RunMonitor, signals: StopSignals) -> None:
         config, plan, context = self.config, self.plan, self.context
-        timer = StepTimer(context.device)
+
+        def stop_requested() -> bool:  # asked wherever work goes on
+            context.moved()
+            return signals.requested()
+
+        timer = StepTimer(context.device, context.doing)
         table = None if self.tokenizer is None else torch.from_numpy(self.tokenizer.bytes_per_token()).to(context.device)
         last = plan.steps
         hooks: list[Hook] = [
+            lambda state, result: None if result is None else context.steady(),
             Log(
                 monitor,
                 plan,
@@ -270,7 +288,7 @@ class _Run:
                 precision=self.precision,
                 context=context,
                 bytes_per_token=table,
-                stop_requested=signals.requested,
+                stop_requested=stop_requested,
             ),
         ]
         if self.tokenizer is not None:
@@ -284,7 +302,7 @@ class _Run:
                     seed=config.seed,
                     precision=self.precision,
                     context=context,
-                    stop_requested=signals.requested,
+                    stop_requested=stop_requested,
                 )
             )
             if config.eval.tasks:
@@ -298,7 +316,7 @@ class _Run:
                         seed=config.seed,
                         precision=self.precision,
                         context=context,
-                        stop_requested=signals.requested,
+                        stop_requested=stop_requested,
                     )
                 )
         hooks.append(
@@ -321,8 +339,9 @@ class _Run:
                 context=context,
                 hooks=hooks,
                 bytes_per_token=table,
-                stop_requested=signals.requested,
+                stop_requested=stop_requested,
             )
 
     def _save(self, state: TrainState) -> None:
+        self.context.doing(f"saving step {state.step}", LONG)
         save_state(state, self.folder, self.config, self.tokenizer, self.context)

@@ -1,7 +1,9 @@
-"""Stopping on request: the first SIGINT or SIGTERM asks the run to save and leave, a second one leaves at once.
+"""Stopping on request: the first SIGINT, SIGTERM or SIGUSR1 asks the run to save and leave, a second one leaves at once.
 
 Long work asks `requested` often (between forward passes, validation batches and sampled tokens) and raises `Stopped`,
-which the run turns into a checkpoint and the exit status that schedulers expect: 128 + the signal's number.
+which the run turns into a checkpoint and the exit status that schedulers expect: 128 + the signal's number. That is 130 for
+SIGINT, 143 for SIGTERM and, on Linux, 138 for SIGUSR1, by which Slurm warns of a job's end (`#SBATCH --signal`): a script that
+sees 138 puts the job back into the queue (`examples/slurm/`).
 """
 
 import os
@@ -10,7 +12,7 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-HANDLED = (signal.SIGINT, signal.SIGTERM)
+HANDLED = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
 
 class Stopped(Exception):  # noqa: N818  not an error: the run was asked to stop

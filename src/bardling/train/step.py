@@ -69,6 +69,7 @@ def train_step(
             state.optimizer.zero_grad(set_to_none=True)
             raise Stopped
         last = number == len(batches) - 1
+        context.doing(f"pass {number + 1} of {len(batches)} of step {state.step + 1}")
         with contextlib.nullcontext() if last or not isinstance(forward, DistributedDataParallel) else forward.no_sync():
             with precision.autocast():
                 loss = forward(batch.inputs, batch.targets, reduction="sum")
