@@ -37,7 +37,7 @@ def test_dotted_options_override_the_recipe_and_leave_the_rest():
         (["--n_layer", "3"], "unknown option --n_layer"),
         (["--model.n_layer", "3.5"], "expected a whole number, not '3.5'"),
         (["--compile", "maybe"], "'auto', 'on', 'off'"),
-        (["--model.n_embd", "100"], "not divisible"),
+        (["--model.n_embd", "102"], "not divisible"),
         (["stray"], "unexpected argument 'stray'"),
         (["--seed"], "--seed"),
     ],

@@ -81,4 +81,5 @@ def _one_line(box: str) -> str:
             break
         lines.append(text)
     message = re.sub(r"\s+", " ", " ".join(lines)).strip().removeprefix("Error parsing ")
+    message = re.sub(r"^config(\.\w+)?: ", "", message)  # the field that holds the configuration is no part of its keys
     return message.replace("invalid literal for int() with base 10:", "expected a whole number, not") or "invalid arguments"
