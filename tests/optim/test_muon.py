@@ -1,6 +1,7 @@
 """Muon against the same rule written out in float64 with a singular value decomposition, alone and in two processes."""
 
 import copy
+import dataclasses
 import itertools
 import json
 import subprocess
@@ -154,9 +155,9 @@ def test_the_rest_is_what_torch_adamw_makes_of_it():
 
 
 def test_each_kind_of_parameter_has_its_group():
-    model = GPT(MODEL, seed=1)
-    model.lm_head = nn.Linear(16, 20, bias=False)
-    model.transformer.value_embeds = nn.ModuleList([nn.Embedding(20, 16)])
+    parts = dataclasses.replace(MODEL, family="custom", qk_norm="weight", tied=False, value_embeddings=1)
+    model = GPT(parts, seed=1)
+    assert {"lm_head.weight", "transformer.wve.0.weight"} < named(model).keys()
     optimizer = build(model, OptimConfig(name="muon", lr=1e-3, muon_lr=0.02, embed_lr=3e-3, head_lr=2e-3))
     of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     assert len(of) == len(named(model))
@@ -164,7 +165,7 @@ def test_each_kind_of_parameter_has_its_group():
     for name, parameter in named(model).items():
         group = of[id(parameter)]
         assert group["muon"] == (".h." in name and parameter.dim() == 2), name
-        expected = 0.01 if group["muon"] else 1.5e-3 if "wte" in name or "wpe" in name or "embed" in name else 5e-4
+        expected = 0.01 if group["muon"] else 1.5e-3 if name.startswith("transformer.w") else 5e-4
         assert group["lr"] == pytest.approx(1e-3 if "lm_head" in name else expected), name
         assert group["weight_decay"] == (0.1 if parameter.dim() >= 2 else 0.0), name
 
@@ -184,7 +185,19 @@ def test_parts_must_fill_the_matrix():
 
 def test_grouped_queries_have_parts_of_their_own_size():
     assert SPLITS == {"attn.c_attn.weight": (16, 16, 16)}
-    assert row_splits(ModelConfig(n_layer=1, n_head=4, n_kv_head=2, n_embd=16)) == {"attn.c_attn.weight": (16, 8, 8)}
+    assert row_splits(dataclasses.replace(MODEL, n_kv_head=2)) == {"attn.c_attn.weight": (16, 8, 8)}
+    llama = dataclasses.replace(MODEL, family="llama", n_kv_head=1, mlp_hidden=24)
+    assert row_splits(llama) == {"attn.c_attn.weight": (16, 4, 4), "mlp.c_fc.weight": (24, 24)}
+    model = GPT(llama, seed=1)
+    optimizer = build_optimizer(model.named_parameters(), CONFIG, CPU, splits=row_splits(llama))
+    before = {name: p.detach().clone() for name, p in named(model).items()}
+    update(model, optimizer, 0)
+    name = "transformer.h.1.mlp.c_fc.weight"
+    for old, new, gradient in zip(
+        before[name].chunk(2), named(model)[name].chunk(2), named(model)[name].grad.chunk(2), strict=True
+    ):
+        move = (old * (1 - 0.02 * 0.1) - new).double() / 0.02 / 1.5**0.5
+        torch.testing.assert_close(move, orthogonalize(gradient[None].double())[0], rtol=0, atol=1e-4)
 
 
 def test_parameters_without_a_gradient_stay():

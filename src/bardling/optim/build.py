@@ -21,7 +21,7 @@ from bardling.optim.muon import Muon
 FUSED_DEVICES = ("cpu", "cuda", "mps")
 
 _BLOCK = re.compile(r"(^|\.)h\.\d+\.")
-_EMBEDDING = re.compile(r"(^|\.)(wte|wpe|\w*embed\w*)\.([\w.]+\.)?weight$")
+_EMBEDDING = re.compile(r"(^|\.)(wte|wpe|wve)\.([\w.]+\.)?weight$")
 _HEAD = re.compile(r"(^|\.)lm_head\.weight$")
 
 
@@ -94,9 +94,12 @@ def _kind(name: str, parameter: nn.Parameter) -> str:
 
 
 def row_splits(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Rows of queries, keys and values in the fused projection of `model`, by the end of its name."""
-    keys = model.n_embd // model.n_head * (getattr(model, "n_kv_head", None) or model.n_head)
-    return {"attn.c_attn.weight": (model.n_embd, keys, keys)}
+    """Rows of each part of the fused matrices of `model`, by the end of their names: queries, keys, values; gate, gated."""
+    made = model.architecture
+    splits: dict[str, tuple[int, ...]] = {"attn.c_attn.weight": (made.query_width, made.kv_width, made.kv_width)}
+    if made.mlp == "swiglu":
+        splits["mlp.c_fc.weight"] = (made.mlp_hidden, made.mlp_hidden)
+    return splits
 
 
 def settle_muon_precision(config: OptimConfig, precision: str) -> OptimConfig:
