@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bardling.data.order import Int64s, WindowOrder
+from bardling.data.order import Int64s
 from bardling.data.shards import TokenSplit
+from bardling.data.skips import Order
 from bardling.errors import UserError
 
 IGNORE = -100
@@ -44,7 +45,7 @@ class BatchSource(Protocol):
 class TrainWindows:
     """Windows of a split in the order of a run."""
 
-    def __init__(self, split: TokenSplit, order: WindowOrder) -> None:
+    def __init__(self, split: TokenSplit, order: Order) -> None:
         if order.n_tokens != len(split):
             raise ValueError(f"the order is for {order.n_tokens} tokens, the split has {len(split)}")
         self._split, self._order = split, order

@@ -41,6 +41,16 @@ class ShardFile:
 
 
 @dataclass(frozen=True)
+class IndexFile:
+    """A file that says where documents begin, or what they are called (`documents.py`)."""
+
+    name: str
+    size: int
+    """Bytes."""
+    sha256: str
+
+
+@dataclass(frozen=True)
 class SplitInfo:
     """One split of a dataset."""
 
@@ -49,6 +59,8 @@ class SplitInfo:
     bytes: int
     """UTF-8 bytes of the text; 0 when unknown."""
     files: tuple[ShardFile, ...]
+    index: tuple[IndexFile, ...] = ()
+    """Where documents begin, and their names; none in datasets made before there was an index."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +165,14 @@ def _split(content: dict[str, Any], width: int) -> SplitInfo:
     tokens = _count(content, "tokens")
     if tokens != sum(file.tokens for file in files):
         raise ValueError(f"the files do not hold {tokens} tokens together")
-    return SplitInfo(tokens, _count(content, "documents"), _count(content, "bytes"), tuple(files))
+    index = []
+    for entry in content.get("index", ()):
+        if not isinstance(entry["name"], str) or not _FILE_NAME.fullmatch(entry["name"]):
+            raise ValueError(f"file name {entry['name']!r} is not a plain name")
+        index.append(IndexFile(entry["name"], _count(entry, "size"), str(entry["sha256"])))
+    if len(index) not in (0, 2):
+        raise ValueError(f"an index has two files, not {len(index)}")
+    return SplitInfo(tokens, _count(content, "documents"), _count(content, "bytes"), tuple(files), tuple(index))
 
 
 def _count(content: dict[str, Any], key: str) -> int:

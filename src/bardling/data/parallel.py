@@ -59,11 +59,13 @@ class Encoded:
         ids: unsigned 32-bit integers [tokens], `end` after each piece that is not empty.
         documents: pieces that are not empty.
         bytes: UTF-8 bytes of the text.
+        lengths: int64 [documents], tokens of each, `end` included.
     """
 
     ids: npt.NDArray[np.uint32]
     documents: int
     bytes: int
+    lengths: npt.NDArray[np.int64]
 
 
 def encode(tokenizer: Tokenizer, pieces: Sequence[tuple[SplitName, str]], end: Sequence[int]) -> list[Encoded]:
@@ -74,7 +76,9 @@ def encode(tokenizer: Tokenizer, pieces: Sequence[tuple[SplitName, str]], end: S
         chosen = [(text, ids) for (where, text), ids in zip(pieces, rows, strict=True) if where == split and text]
         parts = [part for _, ids in chosen for part in (ids, np.array(end, np.int64))]
         ids = np.concatenate(parts).astype(np.uint32) if parts else np.empty(0, np.uint32)
-        results.append(Encoded(ids, len(chosen), sum(len(text.encode("utf-8", "replace")) for text, _ in chosen)))
+        size = sum(len(text.encode("utf-8", "replace")) for text, _ in chosen)
+        lengths = np.array([len(row) + len(end) for _, row in chosen], np.int64)
+        results.append(Encoded(ids, len(chosen), size, lengths))
     return results
 
 
@@ -196,7 +200,7 @@ class _Worker:
         ids = np.frombuffer(body, "<u4")
         ends = np.cumsum([part["tokens"] for part in answer["parts"]])[:-1]
         return [
-            Encoded(piece, part["documents"], part["bytes"])
+            Encoded(piece, part["documents"], part["bytes"], np.array(part["lengths"], np.int64))
             for piece, part in zip(np.split(ids, ends), answer["parts"], strict=True)
         ]
 
@@ -230,7 +234,9 @@ def serve(folder: str) -> None:
         except UserError as error:
             _send(outgoing, {"refused": str(error)}, b"")
             continue
-        parts = [{"tokens": r.ids.size, "documents": r.documents, "bytes": r.bytes} for r in results]
+        parts = [
+            {"tokens": r.ids.size, "documents": r.documents, "bytes": r.bytes, "lengths": r.lengths.tolist()} for r in results
+        ]
         _send(outgoing, {"parts": parts}, np.concatenate([r.ids for r in results]).astype("<u4").tobytes())
 
 

@@ -20,11 +20,12 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bardling.config import DataConfig
 from bardling.data.datasets import documents_after, source_for
+from bardling.data.documents import DocumentWriter
 from bardling.data.files import sync_folder, told_plainly
 from bardling.data.journal import Journal, Position, digest, working_on
 from bardling.data.manifest import FORMAT, Manifest, SplitName, write_manifest
@@ -159,7 +160,12 @@ def _make(order: _Order, out: Path, work: Path) -> None:
     try:
         splitter = _Splitter(order.source, order.val_fraction)
         made_of = digest(
-            _METHOD, order.source.identity(), order.tokenizer_spec, order.val_fraction, order.shard_tokens, splitter.describe()
+            (_METHOD, "indexed"),  # an attempt that kept no index is not taken up
+            order.source.identity(),
+            order.tokenizer_spec,
+            order.val_fraction,
+            order.shard_tokens,
+            splitter.describe(),
         )
         position = journal.read(made_of)
         if position is None:
@@ -220,21 +226,26 @@ def _write(
     with (
         ShardWriter(folder, "train", tokenizer.vocab_size, order.shard_tokens) as train,
         ShardWriter(folder, "val", tokenizer.vocab_size, order.shard_tokens) as val,
+        DocumentWriter(folder, "train") as train_index,
+        DocumentWriter(folder, "val") as val_index,
         Encoders[_Batch](tokenizer, folder, end, workers) as encoders,
     ):
         writers: dict[SplitName, ShardWriter] = {"train": train, "val": val}
+        indexes: dict[SplitName, DocumentWriter] = {"train": train_index, "val": val_index}
         if position is not None:
             documents, done = position.documents, position.characters
             for split, writer in writers.items():
                 writer.restore(position.splits[split])
+                indexes[split].restore(position.splits[split]["index"])
         before = documents
         rest = source.documents() if position is None else documents_after(source, position.documents, position.last)
         for batch, encoded in encoders.run(_batches(splitter, rest, _BATCH if workers == 1 else _BATCH_OF_WORKER)):
-            for writer, part in zip((writers[split] for split in SPLITS), encoded, strict=True):
-                writer.add(part.ids, documents=part.documents, text_bytes=part.bytes)
+            for split, part in zip(SPLITS, encoded, strict=True):
+                writers[split].add(part.ids, documents=part.documents, text_bytes=part.bytes)
+                indexes[split].add(part.lengths, batch.names_of(split))
             documents, done = documents + batch.documents, done + batch.characters
             if journal.due:
-                states = {str(split): writer.sync() for split, writer in writers.items()}
+                states = {str(split): {**writers[split].sync(), "index": indexes[split].sync()} for split in SPLITS}
                 journal.write(Position(made_of, documents, batch.last, done, states))
             order.bar.note = f"{(documents - before) / max(time.monotonic() - begun, 1e-9):,.0f} documents/s"
             order.progress("tokenising", done, total)
@@ -244,8 +255,8 @@ def _write(
             tokenizer=tokenizer.fingerprint,
             source=facts,
             val_fraction=order.val_fraction,
-            train=train.finish(),
-            val=val.finish(),
+            train=replace(train.finish(), index=train_index.finish()),
+            val=replace(val.finish(), index=val_index.finish()),
         )
 
 
@@ -254,24 +265,32 @@ class _Batch:
     """Some documents one after the other, as pieces of the splits."""
 
     pieces: list[Piece]
+    names: list[str]
+    """Of the document of each piece."""
     documents: int
     characters: int
     last: str
     """Name of the last document."""
 
+    def names_of(self, split: SplitName) -> list[str]:
+        """Names of the documents that have some text in a split."""
+        return [name for name, (where, text) in zip(self.names, self.pieces, strict=True) if where == split and text]
+
 
 def _batches(splitter: _Splitter, documents: Iterable[Document], most: int) -> Iterator[_Batch]:
     pieces: list[Piece] = []
+    names: list[str] = []
     count = size = 0
     name = ""
     for name, text in documents:
         pieces += splitter.split(text)
+        names += [name] * (len(pieces) - len(names))
         count, size = count + 1, size + len(text)
         if size >= most:
-            yield _Batch(pieces, count, size, name)
-            pieces, count, size = [], 0, 0
+            yield _Batch(pieces, names, count, size, name)
+            pieces, names, count, size = [], [], 0, 0
     if pieces:
-        yield _Batch(pieces, count, size, name)
+        yield _Batch(pieces, names, count, size, name)
 
 
 def cache_folder(config: DataConfig) -> Path:

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bardling.data.files import told_plainly
-from bardling.data.manifest import Manifest, ShardFile, SplitInfo, SplitName, read_manifest, token_dtype
+from bardling.data.manifest import IndexFile, Manifest, ShardFile, SplitInfo, SplitName, read_manifest, token_dtype
 from bardling.data.tokenizer import Tokenizer, load_tokenizer
 from bardling.errors import UserError
 
@@ -150,6 +150,17 @@ class TokenSplit:
     def __len__(self) -> int:
         return self._length
 
+    def place(self, position: int) -> tuple[str, int]:
+        """The file that holds a token, and the token's place in it.
+
+        Raises:
+            ValueError: if the position is not within the split.
+        """
+        if not 0 <= position < self._length:
+            raise ValueError(f"token {position} is not within the split's {self._length}")
+        which = int(np.searchsorted(self._ends, position, side="right"))
+        return self._paths[which].name, position - (int(self._ends[which - 1]) if which else 0)
+
     def read(self, start: int, count: int) -> npt.NDArray[np.int64]:
         """The tokens from `start` on, across files.
 
@@ -231,7 +242,8 @@ class TokenDataset:
         Returns:
             One line for each problem; empty when all is well.
         """
-        files = [file for split in (self.manifest.train, self.manifest.val) for file in split.files]
+        splits = (self.manifest.train, self.manifest.val)
+        files: list[ShardFile | IndexFile] = [file for split in splits for file in (*split.files, *split.index)]
         total, done = sum(file.size for file in files), 0
         problems = []
         for file in files:
