@@ -242,8 +242,8 @@ class TokenDataset:
         Returns:
             One line for each problem; empty when all is well.
         """
-        splits = (self.manifest.train, self.manifest.val)
-        files: list[ShardFile | IndexFile] = [file for split in splits for file in (*split.files, *split.index)]
+        train, val = self.manifest.train, self.manifest.val
+        files: list[ShardFile | IndexFile] = [*train.files, *train.index, *val.files, *val.index]
         total, done = sum(file.size for file in files), 0
         problems = []
         for file in files:

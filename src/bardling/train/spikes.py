@@ -2,8 +2,8 @@
 
 A spike is judged by a robust z-score: the distance from the median of recent steps in units of their median absolute
 deviation, which a single outlier moves as little as it moves the median (B. Iglewicz and D. C. Hoaglin, "How to Detect and
-Handle Outliers", 1993). The deviation is scaled to a standard deviation of normal numbers, and taken to be at least a small part
-of the median, for a loss that hardly moves has almost none.
+Handle Outliers", 1993). The deviation is scaled to a standard deviation of normal numbers, and taken to be at least a small
+part of the median, for a loss that hardly moves has almost none.
 
 The limits of step n come from the good steps up to n - 2: the figures of step n - 1 may still be on their way from the
 device. One rule for all devices, so that a resumed run judges as an undisturbed one.
