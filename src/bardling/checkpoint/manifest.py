@@ -10,6 +10,7 @@ import json
 import os
 import re
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -74,11 +75,12 @@ def read_manifest(folder: Path) -> Manifest:
     return Manifest(step, best, {name: _entry(name, value) for name, value in files.items()})
 
 
-def problems(folder: Path, manifest: Manifest, *, checksums: bool) -> list[str]:
+def problems(folder: Path, manifest: Manifest, *, checksums: bool, progress: Callable[[int], None] | None = None) -> list[str]:
     """Compare a folder with its manifest; empty when they agree.
 
     Args:
         checksums: also read every file; otherwise only names and sizes are compared.
+        progress: called now and then with the bytes read since the last call.
 
     Raises:
         OSError: something cannot be read, which says nothing about its content.
@@ -94,7 +96,7 @@ def problems(folder: Path, manifest: Manifest, *, checksums: bool) -> list[str]:
             size = _regular_size(path)
             if size != entry.size:
                 found.append(f"{name} has {size:,} bytes instead of {entry.size:,}")
-            elif checksums and _sha256(path) != entry.sha256:
+            elif checksums and _sha256(path, progress) != entry.sha256:
                 found.append(f"{name} has changed (its checksum differs)")
         except ValueError as error:
             found.append(str(error))
@@ -139,6 +141,11 @@ def _regular_size(path: Path) -> int:
     return status.st_size
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _sha256(path: Path, progress: Callable[[int], None] | None = None) -> str:
+    digest, piece = hashlib.sha256(), bytearray(1 << 20)
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(piece):
+            digest.update(memoryview(piece)[:size])  # lets other threads run
+            if progress is not None:
+                progress(size)
+    return digest.hexdigest()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bardling.checkpoint.store import CheckpointStore
-from bardling.config import RunConfig
+from bardling.config import CheckpointConfig, RunConfig
 from bardling.configfile import config_to_toml, parse_recipe, read_text_file
 from bardling.errors import UserError
 
@@ -51,9 +51,10 @@ class RunFolder:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
-    def store(self, keep_last: int = 1) -> CheckpointStore:
-        """The run's checkpoints; `keep_last` matters only to who saves."""
-        return CheckpointStore(self.checkpoints, keep_last)
+    def store(self, config: CheckpointConfig | None = None) -> CheckpointStore:
+        """The run's checkpoints; what is kept matters only to who saves."""
+        config = config or CheckpointConfig(keep_last=1)
+        return CheckpointStore(self.checkpoints, config.keep_last, keep_best=config.keep_best, keep_every=config.keep_every)
 
     def config(self) -> RunConfig:
         """The resolved configuration."""

@@ -14,7 +14,7 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from bardling.checkpoint import manifest as manifests
@@ -29,14 +29,18 @@ class CheckpointStore:
 
     Args:
         folder: usually `RUN/checkpoints`.
-        keep_last: newest checkpoints that `save` keeps, besides the best one.
+        keep_last: newest checkpoints that `save` keeps; besides these
+        keep_best: the newest of those that were the best when they were saved;
+        keep_every: those whose step is divisible by this, for good (0: none).
     """
 
-    def __init__(self, folder: Path, keep_last: int) -> None:
-        if keep_last < 1:
-            raise ValueError(f"keep_last = {keep_last} must be at least 1")
+    def __init__(self, folder: Path, keep_last: int, *, keep_best: int = 1, keep_every: int = 0) -> None:
+        if keep_last < 1 or keep_best < 0 or keep_every < 0:
+            raise ValueError(
+                f"keep_last = {keep_last} must be at least 1, keep_best = {keep_best}, keep_every = {keep_every} 0"
+            )
         self.folder = folder
-        self.keep_last = keep_last
+        self.keep_last, self.keep_best, self.keep_every = keep_last, keep_best, keep_every
 
     def steps(self) -> list[int]:
         """Steps of all checkpoints, rising; damaged ones too."""
@@ -53,23 +57,31 @@ class CheckpointStore:
         path, old = self._place(step), self._old(step)
         return old if not path.exists() and old.exists() else path
 
-    def verify(self, path: Path) -> list[str]:
-        """Read a whole checkpoint and return what is wrong with it: empty when it is sound."""
+    def verify(self, path: Path, progress: Callable[[int], None] | None = None) -> list[str]:
+        """Read a whole checkpoint and return what is wrong with it: empty when it is sound.
+
+        Args:
+            progress: called now and then with the bytes read since the last call.
+        """
         try:
-            return self._check(path, checksums=True)
+            return self._check(path, checksums=True, progress=progress)
         except OSError as error:
             return [f"{Path(error.filename or path).name} cannot be read ({_reason(error)})"]
 
     def latest(self, report: Callable[[str], None]) -> Path | None:
         """The newest sound checkpoint, or None. Each damaged one before it is named, with the reason, through `report`."""
+        return next(self.sound(report), None)
+
+    def sound(self, report: Callable[[str], None]) -> Iterator[Path]:
+        """The sound checkpoints, newest first, each verified when its turn comes; damaged ones are named as by `latest`."""
         for step in reversed(self.steps()):
             path = self.path(step)
             found = self.verify(path)
             if not found:
-                return path
+                yield path
+                continue
             more = f", and {len(found) - 1} more problems" if len(found) > 1 else ""
             report(f"{path}: is damaged and passed over: {found[0]}{more}")
-        return None
 
     def best(self) -> Path | None:
         """The sound checkpoint with the best validation loss, or None."""
@@ -134,17 +146,19 @@ class CheckpointStore:
     def _retain(self, saved: int) -> None:
         """Delete what is older than the checkpoint just saved and no longer kept.
 
-        Only checkpoints whose files are all there in full size count; what is newer than `saved` stays, since it can only be
-        a damaged one that was passed over or someone's own choice.
+        Only checkpoints whose files are all there in full size count, the one just saved included; what is newer than `saved`
+        stays, since it can only be a damaged one that was passed over or someone's own choice.
 
         Raises:
             OSError: something cannot be read just now; then nothing more is deleted.
         """
+        if self._check(self.path(saved), checksums=False):
+            return
         older = [step for step in reversed(self.steps()) if step < saved]
         whole = [step for step in older if not self._check(self.path(step), checksums=False)]
-        keep = set(whole[: self.keep_last - 1])
-        if not self._is_best(self.path(saved)):
-            keep.update([step for step in whole if self._is_best(self.path(step))][:1])
+        best = [step for step in [saved, *whole] if self._is_best(self.path(step))]
+        keep = {*whole[: self.keep_last - 1], *best[: self.keep_best]}
+        keep.update(step for step in whole if self.keep_every and step % self.keep_every == 0)
         for step in older:
             if step not in keep:
                 self._discard(self.path(step))
@@ -175,7 +189,7 @@ class CheckpointStore:
         path.rename(temporary)
         shutil.rmtree(temporary)
 
-    def _check(self, path: Path, *, checksums: bool) -> list[str]:
+    def _check(self, path: Path, *, checksums: bool, progress: Callable[[int], None] | None = None) -> list[str]:
         if path.is_symlink() or not path.is_dir():
             return ["it is no folder"]
         try:
@@ -185,7 +199,7 @@ class CheckpointStore:
         name = _STEP.fullmatch(path.name)
         if name and int(name[1]) != manifest.step:
             return [f"it holds step {manifest.step}, not what its name says"]
-        return manifests.problems(path, manifest, checksums=checksums)
+        return manifests.problems(path, manifest, checksums=checksums, progress=progress)
 
     def _is_best(self, path: Path) -> bool:
         """Whether the checkpoint was the best when it was saved; the newest such one is the best of all."""
@@ -205,7 +219,7 @@ class CheckpointStore:
             if steps := self.steps():
                 size = sum(file.lstat().st_size for file in self.path(steps[-1]).rglob("*"))
                 room = f": a checkpoint takes about {size / 1e6:,.0f} MB{room}"
-        return f"{self.folder}: the disk is full{room}; older checkpoints are untouched: make room, then resume"
+        return f"{self.folder}: the disk is full{room}; older checkpoints are untouched: make room"
 
     def _place(self, step: int) -> Path:
         return self.folder / f"step-{step:06d}"

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 
-from bardling.config import EvalConfig, SampleConfig
+from bardling.config import CheckpointConfig, EvalConfig, SampleConfig
 from bardling.data.tokenizer import Tokenizer
 from bardling.distributed.context import Context
 from bardling.distributed.device import Precision, memory_used
@@ -22,6 +22,7 @@ from bardling.evaluate.tasks import draw_items, load_items, task_name
 from bardling.generate import generate, prompt_ids
 from bardling.monitor.records import Record, SampleRecord, TaskRecord, TrainRecord, ValRecord
 from bardling.train.plan import TrainPlan
+from bardling.train.saving import Saver
 from bardling.train.signals import Stopped
 from bardling.train.state import TrainState
 from bardling.train.step import StepResult
@@ -35,9 +36,6 @@ class Monitor(Protocol):
 
     def progress(self, label: str, done: int, total: int) -> None:
         """Show how far some long work has come."""
-
-    def flush(self) -> None:
-        """Make everything logged so far durable."""
 
 
 def due(step: int, every: int, last: int) -> bool:
@@ -307,29 +305,42 @@ class Tasks(_Timed):
 
 
 class Checkpoint(_Timed):
-    """Saves the state at intervals, after the last step, and when the validation loss is the best so far."""
+    """Saves the state at intervals of steps or of time, after the last step, and at each new best validation loss."""
 
     name = "checkpoint"
 
     def __init__(
         self,
-        monitor: Monitor,
         timer: StepTimer,
-        save: Callable[[TrainState], None],
+        saver: Saver,
+        config: CheckpointConfig,
         *,
-        every: int,
         last: int,
-        save_best: bool,
+        context: Context,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        super().__init__(timer, every, last)
-        self._monitor, self._save, self._save_best = monitor, save, save_best
+        super().__init__(timer, config.every_steps, last)
+        self._saver, self._save_best, self._seconds = saver, config.save_best, config.every_seconds
+        self._context, self._clock, self._since = context, clock, clock()
 
     def is_due(self, state: TrainState) -> bool:
         """At intervals, at the end, and at a new best."""
-        return super().is_due(state) or (self._save_best and state.best_step == state.step and state.step > 0)
+        if super().is_due(state) or (self._save_best and state.best_step == state.step and state.step > 0):
+            return True
+        if self._seconds is None or state.step == 0:
+            return False
+        # The primary's clock decides for all.
+        return self._context.any(self._context.is_primary and self._clock() - self._since >= self._seconds)
+
+    def __call__(self, state: TrainState, result: StepResult | None) -> None:
+        """Say if the last save failed, and begin one if it is due."""
+        self._saver.report()
+        if result is not None:
+            self._saver.prepare(state)
+        super().__call__(state, result)
 
     def work(self, state: TrainState) -> None:
-        """Save; metrics first, so that no checkpoint is ahead of the figures that led to it."""
+        """Begin to save."""
         state.hooks_done[self.name] = state.step
-        self._monitor.flush()
-        self._save(state)
+        self._saver.save(state, last=state.step == self._last)
+        self._since = self._clock()

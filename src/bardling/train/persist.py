@@ -1,21 +1,18 @@
-"""Where a run's state comes from, and how it is saved: new weights, another model's, or the newest sound checkpoint."""
+"""Where a run's state comes from: new weights, another model's, or the newest sound checkpoint."""
 
 import sys
-from pathlib import Path
 
 import torch
 
 from bardling.checkpoint.load import Loaded
 from bardling.checkpoint.runfolder import RunFolder
-from bardling.checkpoint.state import Checkpoint, read_checkpoint, restore_rng, rng_state, write_checkpoint
+from bardling.checkpoint.state import Checkpoint, read_checkpoint, restore_rng
 from bardling.config import RunConfig
-from bardling.configfile import config_to_dict
-from bardling.data.tokenizer import Tokenizer
 from bardling.distributed.context import Context
 from bardling.errors import UserError
 from bardling.model.gpt import GPT
 from bardling.optim.build import build_optimizer, row_splits
-from bardling.optim.state import load_optimizer_tensors, optimizer_tensors
+from bardling.optim.state import load_optimizer_tensors
 from bardling.train.state import TrainState
 
 
@@ -26,18 +23,34 @@ def newest_checkpoint(folder: RunFolder, context: Context) -> Checkpoint | None:
         UserError: there are checkpoints, but none of them is sound.
     """
 
-    def report(message: str) -> None:
-        if context.is_primary:
-            print(f"bardling: {message}", file=sys.stderr)
+    checkpoint, step, error = None, None, None
+    if context.is_primary:
+        store = folder.store()
+        try:
+            for path in store.sound(_report):
+                try:
+                    checkpoint = read_checkpoint(path)
+                except UserError as unreadable:  # every file is as it was written, and yet it makes no sense
+                    _report(f"{path}: cannot be used and is passed over: {unreadable}")
+                else:
+                    step = checkpoint.training["step"]
+                    break
+            if checkpoint is None and store.steps():
+                error = (
+                    f"{store.path(store.steps()[-1])}: every checkpoint of this run is damaged (see above): restore one from "
+                    "a copy, or start a new run"
+                )
+        except UserError as failure:
+            error = str(failure)
+    # As the primary found it: processes must not begin with different checkpoints.
+    step, error = context.broadcast((step, error))
+    if error is not None:
+        raise UserError(error)
+    return checkpoint if context.is_primary or step is None else read_checkpoint(folder.store().path(step))
 
-    store = folder.store()
-    path = store.latest(report)
-    if path is None and store.steps():
-        raise UserError(
-            f"{store.path(store.steps()[-1])}: every checkpoint of this run is damaged (see above): restore one from a "
-            "copy, or start a new run"
-        )
-    return None if path is None else read_checkpoint(path)
+
+def _report(message: str) -> None:
+    print(f"bardling: {message}", file=sys.stderr)
 
 
 def build_state(
@@ -93,32 +106,3 @@ def build_state(
         if start.best_val_loss is not None:
             state.best_val_loss, state.best_step = start.best_val_loss, start.step
     return state
-
-
-def save_state(state: TrainState, folder: RunFolder, config: RunConfig, tokenizer: Tokenizer | None, context: Context) -> None:
-    """Save one checkpoint (the primary process); the others wait until it is there."""
-    if context.is_primary:
-        tensors, meta = optimizer_tensors(state.optimizer, dict(state.model.named_parameters()))
-
-        def write(place: Path) -> None:
-            write_checkpoint(
-                place,
-                model_state=state.model.state_dict(),
-                model_config=config.model,
-                optimizer_tensors=tensors,
-                optimizer_meta=meta,
-                training={
-                    "step": state.step,
-                    "samples": state.samples,
-                    "best_val_loss": state.best_val_loss,
-                    "best_step": state.best_step,
-                    "hooks_done": state.hooks_done,
-                    "scaler": None if state.scaler is None else state.scaler.state_dict(),
-                },
-                rng=rng_state(),
-                tokenizer=tokenizer,
-                run_config=config_to_dict(config),
-            )
-
-        folder.store(config.checkpoint.keep_last).save(state.step, write, best=state.best_step == state.step)
-    context.barrier()

@@ -15,6 +15,7 @@ import torch
 
 from bardling.checkpoint.load import Loaded, load
 from bardling.checkpoint.runfolder import RunFolder, create_run, open_run, refuse_existing, write_whole
+from bardling.checkpoint.space import check_space
 from bardling.config import ModelConfig, RunConfig
 from bardling.data.loader import EvalWindows, Prefetcher, TrainWindows
 from bardling.data.order import WindowOrder
@@ -36,8 +37,9 @@ from bardling.train.environment import asked_fingerprint, began_by_this_job, che
 from bardling.train.hooks import Checkpoint, Log, Sample, StepTimer, Tasks, Validate
 from bardling.train.loop import Hook, fit
 from bardling.train.monitoring import RunMonitor
-from bardling.train.persist import build_state, newest_checkpoint, save_state
+from bardling.train.persist import build_state, newest_checkpoint
 from bardling.train.plan import TrainPlan, make_plan
+from bardling.train.saving import Saver, state_bytes
 from bardling.train.signals import Stopped, StopSignals
 from bardling.train.state import TrainState
 
@@ -209,13 +211,18 @@ class _Run:
                 samples_per_step=self.plan.samples_per_step,
             )
             self.checkpoint = None  # its tensors are not needed any more
+            crowded = self._check_space(state)
             if context.is_primary:
                 self._write_folder(state)
             context.barrier()
             monitor = RunMonitor(self.folder, config, state.step, primary=context.is_primary, quiet=self.quiet)
+            self.saver = Saver(self.folder, config, self.tokenizer, context, tell=monitor.note, flush=monitor.flush)
             try:
                 self._announce(monitor, state)
+                if crowded:
+                    monitor.note(f"WARNING: {crowded}")
                 self._fit(state, monitor, signals)
+                self.saver.finish(state)
             except Stopped:
                 # All leave with the same status, also those that no signal reached.
                 number = context.largest(signals.signal or 0) or signal.SIGTERM
@@ -223,9 +230,29 @@ class _Run:
                 monitor.note(f"stopped at step {state.step} and saved; go on with: bardling resume {self.folder.path}")
                 return RunResult(self.folder.path, state.step, False, state.best_val_loss, 128 + number)
             finally:
+                self.saver.wait()
                 monitor.close()
                 undo()
         return RunResult(self.folder.path, state.step, True, state.best_val_loss, 0)
+
+    def _check_space(self, state: TrainState) -> str | None:
+        """Compare the space for checkpoints with what is free, before anything is written; a warning if it will be tight."""
+        warning = error = None
+        if self.context.is_primary:
+            try:
+                warning = check_space(
+                    self.folder.checkpoints,
+                    state_bytes(state),
+                    self.config.checkpoint,
+                    steps=self.plan.steps - state.step,
+                    best_steps=(self.plan.steps - state.step) // self.config.eval.every if self.config.eval.every else 1,
+                )
+            except UserError as failure:
+                error = str(failure)
+        warning, error = self.context.broadcast((warning, error))
+        if error is not None:
+            raise UserError(error)
+        return warning
 
     def _write_folder(self, state: TrainState) -> None:
         """What a run folder holds besides figures and checkpoints."""
@@ -319,11 +346,7 @@ class _Run:
                         stop_requested=stop_requested,
                     )
                 )
-        hooks.append(
-            Checkpoint(
-                monitor, timer, self._save, every=config.checkpoint.every, last=last, save_best=config.checkpoint.save_best
-            )
-        )
+        hooks.append(Checkpoint(timer, self.saver, config.checkpoint, last=last, context=context))
         source = TrainWindows(self.dataset.split("train"), self.order)
         requests = plan.requests(state.samples, plan.steps - state.step, context.rank)
         with Prefetcher(source, requests, context.device) as batches:
@@ -344,4 +367,5 @@ class _Run:
 
     def _save(self, state: TrainState) -> None:
         self.context.doing(f"saving step {state.step}", LONG)
-        save_state(state, self.folder, self.config, self.tokenizer, self.context)
+        self.saver.save(state, last=True)
+        self.saver.finish(state)
