@@ -18,7 +18,7 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from bardling.distributed.device import choose_device
 from bardling.distributed.watch import Watch, lost_connection
-from bardling.errors import UserError
+from bardling.errors import Terminated, UserError
 
 T = TypeVar("T")
 
@@ -147,7 +147,8 @@ def distributed(device: str, *, rank_timeout: float = 0.0) -> Iterator[Context]:
         context.barrier()  # no process leaves while another still needs it
     except BaseException as error:
         ended = type(error).__name__
-        if watch is not None and lost_connection(error):
+        # torchrun answers the death of one process by asking the others to end: then, too, that death is what there is to say.
+        if watch is not None and (lost_connection(error) or (isinstance(error, Terminated) and watch.missing())):
             watch.explain(error)
         raise
     finally:

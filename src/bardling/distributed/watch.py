@@ -13,6 +13,7 @@ Limits: work that is long by nature must say so (`patience`), or it passes for s
 together with the others (a laptop's sleep) is no fault.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -21,7 +22,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -31,6 +32,10 @@ from bardling.errors import JobLost
 
 LONG = 1800.0
 """Seconds that work may take which is long by nature: compiling, or writing a checkpoint to a slow disk."""
+
+
+# Ways to leave that are no fault of who leaves.
+_ORDERLY = ("", "done", "Terminated", "KeyboardInterrupt", "SystemExit", "JobLost")
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,7 @@ class Watch:
         self._store = store
         self._own = Pulse(rank, socket.gethostname(), os.getpid(), os.getppid(), patience=max(LONG, timeout))
         self._least = LONG
+        self._beat = 0  # written by the thread alone, as `_own` is by the main thread alone
         self._seen: dict[int, _Seen] = {}
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -140,7 +146,7 @@ class Watch:
     # The thread.
 
     def _publish(self) -> None:
-        self._store.set(f"pulse/{self._own.rank}", json.dumps(asdict(self._own)))
+        self._store.set(f"pulse/{self._own.rank}", json.dumps(asdict(replace(self._own, beat=self._beat))))
 
     def _read(self) -> None:
         for rank in range(self._world_size):
@@ -161,7 +167,7 @@ class Watch:
     def _run(self) -> None:
         before, own_moves, own_at = time.monotonic(), -1, time.monotonic()
         while not self._stop.wait(self._interval):
-            self._own = replace(self._own, beat=self._own.beat + 1)
+            self._beat += 1
             try:
                 self._publish()
                 self._read()
@@ -236,6 +242,17 @@ class Watch:
                 _put_down(pulse, self._own)
         self._leave(1)
 
+    def missing(self) -> list[Pulse]:
+        """Processes that have died or ended with an error; waits a few beats to be sure."""
+        end = time.monotonic() + max(2.0, 6 * self._interval)
+        missing: list[Pulse] = []
+        while time.monotonic() < end and not missing:
+            time.sleep(self._interval)
+            with self._lock:
+                left = [seen.pulse for seen in self._seen.values() if seen.pulse.ended not in _ORDERLY]
+            missing = left or self._silent(time.monotonic(), max(1.0, 3 * self._interval))
+        return missing
+
     def explain(self, error: BaseException) -> NoReturn:
         """Turn the failure of an operation between processes into one line that names who is missing.
 
@@ -243,14 +260,8 @@ class Watch:
             JobLost: in the process that speaks for the others.
             SystemExit: status 1, in the others.
         """
-        end = time.monotonic() + max(3.0, 8 * self._interval)
-        quiet = max(1.0, 3 * self._interval)
-        missing: list[Pulse] = []
-        while time.monotonic() < end and not missing:
-            time.sleep(self._interval)
-            with self._lock:
-                left = [seen.pulse for seen in self._seen.values() if seen.pulse.ended not in ("", "done")]
-            missing = left or self._silent(time.monotonic(), quiet)
+        with _undisturbed():
+            missing = self.missing()
         if not self._speaks(missing, time.monotonic()) or self._own.rank in {pulse.rank for pulse in missing}:
             time.sleep(min(2.0, 4 * self._interval))
             raise SystemExit(1)
@@ -265,6 +276,19 @@ class Watch:
 
 
 _HINT = " (go on with `bardling resume`; under `torchrun --max-restarts` that happens by itself)"
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Leave SIGTERM aside for the few beats it takes to find out who has died: torchrun sends one because of that death."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _put_down(pulse: Pulse, own: Pulse) -> None:
