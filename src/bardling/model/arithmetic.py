@@ -26,6 +26,9 @@ from bardling.errors import UserError
 FLOAT32_BYTES = 4
 ADAMW_MOMENTS = 2  # running means of the gradient and of its square, one value a parameter each
 BACKWARD_PER_FORWARD = 2  # each product has two in the backward pass: one for its input's gradient, one for its weight's
+EXPLICIT_LENGTH = 256
+"""Up to this many tokens, bfloat16 on a CPU computes all scores: PyTorch's fused kernel, with its slow backward pass, takes
+1.2 to 5 times as long (measured on AVX-512-BF16); for longer contexts and in float32 the fused kernel wins."""
 LOGIT_CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 512 << 20}  # most float32 logits at a time, as `model/loss.py` has it
 
 
@@ -263,9 +266,10 @@ def activation_bytes(
     That is about 36 C bytes in 16-bit precision and 64 C in float32. Rotary positions or QK-norm keep queries and keys twice,
     SwiGLU four times its inner width, a sliding window its keys and values twice, value embeddings their values twice more.
     `saved` equals, to the byte in GPT-2 and nearly so with other options, what autograd holds after an eager forward pass
-    without dropout; `torch.compile` often saves less. Attention must be one fused kernel that stores no scores: on a CPU with
-    dropout it is not, and at least 4 * H * T bytes a token and block come on top. Also not counted: buffers within kernels,
-    fragmentation, and a GPU's own context (some 0.5 GB).
+    without dropout; `torch.compile` often saves less. Attention is taken for one fused kernel that stores no scores, but for
+    bfloat16 on a CPU up to `EXPLICIT_LENGTH` tokens, where 2 * H * T bytes a token are counted; on a CPU with dropout it is
+    not, and at least 4 * H * T bytes a token and block come on top. Also not counted: buffers within kernels, fragmentation,
+    and a GPU's own context (some 0.5 GB).
 
     Args:
         config: The model; its `vocab_size` must be known.
@@ -286,10 +290,13 @@ def activation_bytes(
     blocks = tokens * (fixed * config.n_layer + made.value_layers * 2 * made.kv_width * s)
     if windowed and made.sliding_window is not None:
         blocks += windowed * micro_batch * _window_bytes(made, t, made.sliding_window, s)
+    if device_type == "cpu" and precision == "bfloat16" and t <= EXPLICIT_LENGTH:
+        # All softmax weights are kept, and no log-sum-exp.
+        blocks += tokens * (config.n_layer - windowed) * made.n_head * (t * s - FLOAT32_BYTES)
     narrow = precision != "float32"
     matrices = c * (2 * made.query_width + 2 * made.kv_width + made.fc_width + made.mlp_hidden)
     logits = min(tokens * rows * FLOAT32_BYTES, LOGIT_CHUNK_BYTES.get(device_type, LOGIT_CHUNK_BYTES["cpu"]))
-    places = 8 * t if made.positions == "learned" else t * made.head_dim * s  # their ids, or their cosines and sines
+    places = 8 * t if made.positions == "learned" else 2 * t * made.head_dim * s  # their ids, or their cosines and sines
     return ActivationBytes(
         blocks=blocks,
         # Ids of tokens and positions; then the final norm, and the gradients of its output and of the head's weight.

@@ -14,14 +14,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bardling.model.arithmetic import is_blocked
+from bardling.model.arithmetic import EXPLICIT_LENGTH, is_blocked
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causal: bool = True, dropout: float = 0.0) -> Tensor:
     """Attention of q [B, H, T, D] to k, v [B, K, S, D], each of the K heads shared by H / K neighbouring query heads."""
+    if mask is None and causal and q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.size(2) <= EXPLICIT_LENGTH:
+        return _attend_explicitly(q, k, v, dropout)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=q.size(1) != k.size(1)
     )
+
+
+def _attend_explicitly(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+    """Causal attention by way of all scores: q [B, H, T, D], k and v [B, K, T, D]."""
+    batch, heads, time, width = q.shape
+    shared = heads // k.size(1)
+    # Query heads that share keys stand one below the other, so that each group is one matrix product.
+    queries = q.reshape(-1, shared * time, width)  # [B * K, shared * T, D]
+    keys, values = k.reshape(-1, time, width), v.reshape(-1, time, width)  # [B * K, T, D]
+    future = torch.full((time, time), -torch.inf, dtype=q.dtype).triu(1).repeat(shared, 1)  # [shared * T, T]
+    scores = torch.baddbmm(future, queries, keys.transpose(1, 2), alpha=width**-0.5)
+    weights = F.dropout(torch.softmax(scores, dim=-1), dropout) if dropout else torch.softmax(scores, dim=-1)
+    return torch.bmm(weights.to(values.dtype), values).view(batch, heads, time, width)
 
 
 def attend_window(q: Tensor, k: Tensor, v: Tensor, window: int, *, dropout: float = 0.0) -> Tensor:
