@@ -1,0 +1,393 @@
+"""Hostile files through every loader: only our own error comes out, soon, in little memory, and nothing is run or written.
+
+    python benchmarks/fuzz.py --cases 20000 --seed 0 --record     # the table, appended to benchmarks/results/fuzz.md
+    python benchmarks/fuzz.py --target "nanoGPT ckpt.pt" --case 17      # one case again, with its traceback
+
+Method: for each target (benchmarks/fuzz_targets.py) a process of its own loads sound files once, which imports what is imported
+late, and then changed ones (benchmarks/hostile.py), one after the other. A case passes if the loader returns or raises
+`UserError` with a message of one line, within 2 s and 1 GiB. Watched are:
+
+- execution and writing: an audit hook stops and reports every command, every program that is run from data, every network
+  connection, and every file that is written, made or removed outside the case's folder. A canary stays unmade;
+- memory: the address space is limited to what the process has at the case's begin, and 1 GiB; the growth of resident memory
+  is measured;
+- time: the processor time of the case (a busy machine makes no case fail), and 10 s by the clock, after which the process is
+  killed. So a crash, an endless loop in a library and a wait for ever count as the case's fault and not as the fuzzer's.
+
+First come controls: loaders that do each forbidden thing, all of which must be caught, or nothing that follows means anything.
+
+Limits: Linux (memory is read from /proc). Cases are drawn at random from a seed, not guided by coverage.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import random
+import resource
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import fuzz_targets
+import torch
+from fuzz_targets import CONTROLS, TARGETS, Target, change
+
+from bardling.errors import UserError
+
+SECONDS, MEMORY, CLOCK = 2.0, 1 << 30, 10.0
+RESULTS = Path(__file__).parent / "results" / "fuzz.md"
+_FORBIDDEN = (
+    "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.forkpty", "pty.spawn", "subprocess.Popen", "socket.connect",
+    "socket.bind", "ctypes.dlopen", "pickle.find_class", "os.chmod", "os.chown", "os.kill", "os.putenv", "code.__new__", "marshal.loads",
+)  # fmt: skip
+_CHANGES = (
+    "os.mkdir",
+    "os.rename",
+    "os.remove",
+    "os.rmdir",
+    "os.link",
+    "os.symlink",
+    "os.truncate",
+    "shutil.rmtree",
+    "shutil.move",
+)
+
+
+class ForbiddenError(BaseException):
+    """Not an Exception: no loader may swallow it."""
+
+
+class Watch:
+    """The audit hook: what a loader does that it must not."""
+
+    def __init__(self) -> None:
+        self.armed = False
+        self.inside = ""  # the only folder in which may be written
+        self.seen: list[str] = []
+        self._sources = tuple({sys.prefix, sys.base_prefix, str(Path(fuzz_targets.__file__).parents[1]), "<frozen"})
+        sys.addaudithook(self._hook)
+
+    def _hook(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if not self.armed:
+            return
+        bad = None
+        if event in _FORBIDDEN and not (event == "marshal.loads" or event == "code.__new__" or event == "os.putenv"):
+            bad = f"{event} {arguments!r}"
+        elif event == "exec":  # modules that are imported late are no data
+            code = arguments[0]
+            if not (code.co_name == "<module>" and code.co_filename.startswith(self._sources)) and not self._importing():
+                bad = f"exec of {code.co_filename}"
+        elif event == "open":
+            path, mode, flags = arguments
+            writes = (isinstance(mode, str) and set(mode) & set("wax+")) or (
+                isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+            )
+            if writes and not self._is_inside(path):
+                bad = f"open {path!r} for writing"
+        elif event in _CHANGES and not all(self._is_inside(part) for part in arguments[: 2 if event == "os.rename" else 1]):
+            bad = f"{event} {arguments!r}"
+        if bad is not None:
+            self.seen.append(bad[:300])
+            raise ForbiddenError(bad[:300])
+
+    def _is_inside(self, path: object) -> bool:
+        if isinstance(path, int) or not isinstance(path, str | bytes | os.PathLike):
+            return True  # a descriptor: it was opened before
+        return os.path.realpath(os.fspath(path)).startswith(self.inside) or os.fspath(path) == os.devnull
+
+    @staticmethod
+    def _importing() -> bool:
+        frame = sys._getframe(2)
+        while frame is not None:
+            if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+                return True
+            frame = frame.f_back  # type: ignore[assignment]
+        return False
+
+
+def _status(key: str) -> int:
+    with open("/proc/self/status") as file:  # noqa: PTH123  as cheap as it gets: twice a case
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key))
+
+
+def run_case(target: Target, number: int, seed: int, sound: Path, place: Path, watch: Watch, canary: Path) -> dict[str, Any]:
+    """One changed file through one loader."""
+    draw = random.Random(f"{seed}:{target.name}:{number}")
+    if target.writes or not place.exists():
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(sound, place)
+    how = change(place, target, draw, canary) if number else "unchanged"
+    changed = how.partition(":")[0]
+    watch.inside, watch.seen = str(place.resolve()), []
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak of resident memory
+    memory, used, began = _status("VmRSS"), time.process_time(), time.perf_counter()
+    resource.setrlimit(resource.RLIMIT_AS, (_status("VmSize") + MEMORY, resource.RLIM_INFINITY))
+    fault = ""
+    outcome = "loaded"
+    trace = ""
+    watch.armed = True
+    try:
+        target.load(place)
+    except UserError as error:
+        outcome = "refused"
+        if "\n" in str(error) or not str(error).strip() or len(str(error)) > 5000:
+            fault = f"a message that is not one line: {str(error)[:100]!r}"
+    except BaseException as error:
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "/bardling/" in frame.filename]
+        where = f" at {frames[-1].filename.partition('/bardling/')[2]}:{frames[-1].lineno}" if frames else ""
+        fault, trace = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}{where}", traceback.format_exc()
+    finally:
+        watch.armed = False
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    seconds, clock = time.process_time() - used, time.perf_counter() - began
+    grown = max(0, _status("VmHWM") - memory)
+    if watch.seen:
+        fault = f"did what is forbidden: {watch.seen[0]}"
+    elif canary.exists():
+        fault = "the canary was made: something ran"
+        canary.rmdir()
+    elif not fault and seconds > SECONDS:
+        fault = f"took {seconds:.1f} s"
+    elif not fault and grown > MEMORY:
+        fault = f"took {grown >> 20} MiB"
+    if number == 0 and outcome != "loaded" and not fault:
+        fault = "the sound files were refused"
+    if not target.writes and number:
+        _restore(place / changed, sound / changed)
+        if target.seal is not None:
+            for manifest in sound.rglob("manifest.json"):
+                _restore(place / manifest.relative_to(sound), manifest)
+    return {
+        "case": number,
+        "outcome": outcome,
+        "fault": fault,
+        "how": how,
+        "seconds": seconds,
+        "clock": clock,
+        "bytes": grown,
+        "trace": trace,
+    }
+
+
+def _restore(path: Path, sound: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+    shutil.copy2(sound, path)
+
+
+@dataclass
+class Tally:
+    """What came out of one target."""
+
+    name: str
+    cases: int = 0
+    loaded: int = 0
+    refused: int = 0
+    seconds: float = 0.0
+    clock: float = 0.0
+    bytes: int = 0
+    faults: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, found: dict[str, Any]) -> None:
+        self.cases += found["case"] > 0  # number 0 is the unchanged file
+        if found["fault"]:
+            self.faults.append(found)
+        elif found["case"]:
+            self.loaded += found["outcome"] == "loaded"
+            self.refused += found["outcome"] == "refused"
+        self.seconds, self.clock, self.bytes = (
+            max(self.seconds, found["seconds"]), max(self.clock, found["clock"]), max(self.bytes, found["bytes"]),
+        ) if found["case"] else (self.seconds, self.clock, self.bytes)  # fmt: skip
+
+
+def _child(target: Target, numbers: range, seed: int, sound: Path, pipe: int) -> None:
+    """The process of one target: a line of JSON for each case, before it ("begin") and after it."""
+    place, canary = sound.parent / "place", sound.parent / "canary"
+    null = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):
+        os.dup2(null, stream)
+    os.environ["FUZZ_CANARY"] = str(canary)
+    torch.set_num_threads(1)
+    watch = Watch()
+    with os.fdopen(pipe, "w") as out:
+        shutil.rmtree(place, ignore_errors=True)
+        with contextlib.suppress(UserError):  # imports what is imported late
+            if not target.name.startswith("control:"):
+                shutil.copytree(sound, place)
+                target.load(place)
+                shutil.rmtree(place)
+        for number in numbers:
+            print(json.dumps({"begin": number}), file=out, flush=True)
+            print(json.dumps(run_case(target, number, seed, sound, place, watch, canary)), file=out, flush=True)
+
+
+def fork(function: Any, *arguments: Any) -> int:
+    """Run a function in a process of its own; returns its number."""
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        function(*arguments)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
+def run_target(target: Target, numbers: range, seed: int, folder: Path) -> Tally:
+    """All cases of a target; a process that dies or hangs costs the case it was at, and another goes on."""
+    tally, sound = Tally(target.name), folder / "sound"
+    place = folder / "place"
+    place.mkdir(parents=True)
+    _, status = os.waitpid(fork(target.make, place), 0)  # there, because a run remembers where its data lies
+    place.rename(sound)
+    if status:
+        raise SystemExit(f"{target.name}: the sound files cannot be made")
+    following = numbers
+    while following:
+        reader, writer = os.pipe()
+        pid = fork(_child, target, following, seed, sound, writer)
+        os.close(writer)
+        at, done, hung = following[0], None, False
+        with os.fdopen(reader, "rb", buffering=0) as lines:
+            rest = b""
+            while True:
+                if not select.select([lines], [], [], CLOCK)[0]:
+                    hung = True
+                    os.kill(pid, signal.SIGKILL)
+                    break
+                piece = lines.read(1 << 16)
+                if not piece:
+                    break
+                *whole, rest = (rest + piece).split(b"\n")
+                for found in map(json.loads, whole):
+                    if "begin" in found:
+                        at, done = found["begin"], None
+                    else:
+                        tally.add(found)
+                        done = found["case"]
+        _, status = os.waitpid(pid, 0)
+        if done != at:
+            fault = f"still going after {CLOCK:.0f} s" if hung else f"the process died (status {status})"
+            tally.add(
+                {
+                    "case": at,
+                    "outcome": "",
+                    "fault": fault,
+                    "how": "?",
+                    "seconds": CLOCK,
+                    "clock": CLOCK,
+                    "bytes": 0,
+                    "trace": "",
+                }
+            )
+        elif status:
+            raise SystemExit(f"{target.name}: the fuzzer itself failed after case {at}")
+        following = following[following.index(at) + 1 :]
+    return tally
+
+
+def check_controls(folder: Path) -> tuple[int, int]:
+    """How many of the forbidden things are caught, and of how many."""
+    global CLOCK
+    before, CLOCK = CLOCK, 3.0
+    caught = 0
+    for number, control in enumerate(CONTROLS):
+        tally = run_target(control, range(1, 2), 0, folder / f"control{number}")
+        caught += len(tally.faults) == 1
+        if not tally.faults:
+            print(f"NOT CAUGHT: {control.name}")
+    CLOCK = before
+    return caught, len(CONTROLS)
+
+
+def table(tallies: list[Tally]) -> str:
+    """Markdown."""
+    rows = [
+        "| target | cases | refused with our error | loaded | worst time (CPU) | worst memory | violations |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    total = Tally("all")
+    for tally in tallies:
+        for name in ("cases", "loaded", "refused"):
+            setattr(total, name, getattr(total, name) + getattr(tally, name))
+        total.seconds, total.bytes, total.faults = (
+            max(total.seconds, tally.seconds),
+            max(total.bytes, tally.bytes),
+            total.faults + tally.faults,
+        )
+    for tally in [*tallies, total]:
+        rows.append(
+            f"| {tally.name} | {tally.cases:,} | {tally.refused:,} | {tally.loaded:,} | {tally.seconds:.2f} s | "
+            f"{tally.bytes / 2**20:,.0f} MiB | {len(tally.faults)} |"
+        )
+    return "\n".join(rows)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--cases", type=int, default=20_000, help="in all")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--target", help="only this one")
+    parser.add_argument("--case", type=int, help="only this case of the target, with its traceback")
+    parser.add_argument("--record", action="store_true", help=f"append the table to {RESULTS.name}")
+    options = parser.parse_args()
+    targets = [target for target in TARGETS if options.target in (None, target.name)]
+    if not targets:
+        parser.error(f"no such target; there are {', '.join(target.name for target in TARGETS)}")
+    shares = sum(target.share for target in targets)
+    began, tallies = time.time(), []
+    # In memory where that is possible: thousands of small files are made.
+    with tempfile.TemporaryDirectory(prefix="fuzz-", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as name:
+        folder = Path(name)
+        caught, controls = check_controls(folder)
+        print(f"controls: {caught} of {controls} caught", flush=True)
+        for number, target in enumerate(targets):
+            count = -(-options.cases * target.share // shares)
+            numbers = range(count + 1) if options.case is None else range(options.case, options.case + 1)
+            tally = run_target(target, numbers, options.seed, folder / str(number))
+            shutil.rmtree(folder / str(number))
+            tallies.append(tally)
+            print(f"{target.name}: {tally.cases} cases, {len(tally.faults)} violations", flush=True)
+            shown: set[str] = set()
+            for found in tally.faults:
+                place = found["fault"].rpartition(" at ")[2]
+                if place not in shown and len(shown) < 12:
+                    print(f"  case {found['case']} ({found['how']}): {found['fault']}")
+                    shown.add(place)
+                    if options.case is not None:
+                        print(found["trace"])
+    print(f"\n{table(tallies)}\n\n{time.time() - began:.0f} s, seed {options.seed}")
+    faults = sum(len(tally.faults) for tally in tallies)
+    if options.record:
+        commit = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+        ).stdout.strip()
+        RESULTS.parent.mkdir(exist_ok=True)
+        with RESULTS.open("a", encoding="utf-8") as file:
+            file.write(
+                f"\n## {time.strftime('%Y-%m-%d')}, seed {options.seed}, commit {commit}\n\n"
+                f"`python benchmarks/fuzz.py --cases {options.cases} --seed {options.seed}`; {platform.machine()}, Linux, "
+                f"Python {platform.python_version()}, torch {torch.__version__}; {time.time() - began:.0f} s; "
+                f"controls: {caught} of {controls} caught.\n\n{table(tallies)}\n"
+            )
+    return 0 if caught == controls and not faults else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,182 @@
+"""Kill or stop one of two processes at a random moment, again and again: does the run end as an undisturbed one does?
+
+    python benchmarks/ranks.py [--trials 20] [--seed 0] [--rank-timeout 6]
+
+Each trial starts a small run of two processes (gloo) under `torchrun --max-restarts`, waits for a random step, and sends SIGKILL
+or SIGSTOP, by turns, to a random one of them. torchrun starts both again, and the run goes on from its last checkpoint. A trial
+counts when torchrun ends with status 0, one line names the right rank, and all losses and the last weights are those of the
+undisturbed run, to the bit. Prints a line a trial and `N of N` at the end; the exit status is 1 when one fails.
+"""
+
+import argparse
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+STEPS = 60
+RECIPE = """
+device = "cpu"
+precision = "float32"
+compile = "off"
+[model]
+n_layer = 2
+n_head = 2
+n_embd = 32
+block_size = 32
+[data]
+source = "{text}"
+tokenizer = "char"
+[optim]
+warmup_steps = 5
+[train]
+steps = {steps}
+batch_size = 8
+micro_batch = 2
+log_every = 1
+rank_timeout = {timeout}
+[eval]
+every = 20
+windows = 8
+[checkpoint]
+every = 5
+"""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one start of torchrun ended."""
+
+    status: int
+    output: str
+    seconds: float | None  # from the signal to the message; None when there was none
+
+
+def launch(recipe: Path, out: Path, restarts: int) -> subprocess.Popen[str]:
+    """Start two processes under torchrun."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [f"--max-restarts={restarts}", "-m", "bardling", "train", str(recipe), "--out", str(out)]
+    return subprocess.Popen(
+        command,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        bufsize=1,
+    )
+
+
+def workers(agent: int) -> list[int]:
+    """Processes that torchrun has started, by rank."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+                environment = (entry / "environ").read_bytes().split(b"\0")
+            except (OSError, IndexError, ValueError):
+                continue  # it has just ended
+            if parent == agent:
+                rank = next((int(item[5:]) for item in environment if item.startswith(b"RANK=")), None)
+                if rank is not None:
+                    found.append((rank, int(entry.name)))
+    return [pid for _, pid in sorted(found)]
+
+
+def losses(run: Path) -> list[tuple[int, float]]:
+    """(step, loss) of every logged step."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"]) for line in lines if line["kind"] == "train"]
+
+
+def disturbed(recipe: Path, out: Path, *, number: int, rank: int, lines: int, restarts: int, limit: float = 240.0) -> Outcome:
+    """Run, and send signal `number` to `rank` once `lines` figures have been logged."""
+    process = launch(recipe, out, restarts)
+    assert process.stdout is not None
+    begin, sent, said, output = time.monotonic(), None, None, []
+    watchdog = subprocess.Popen(["sleep", str(limit)])  # a trial that hangs is a failure, not a wait without end
+    os.set_blocking(process.stdout.fileno(), False)
+    metrics = out / "metrics.jsonl"
+    while process.poll() is None and watchdog.poll() is None:
+        if sent is None and metrics.exists() and metrics.read_bytes().count(b"\n") >= lines:
+            pids = workers(process.pid)
+            if len(pids) == 2:
+                os.kill(pids[rank], number)
+                sent = time.monotonic()
+        text = process.stdout.read() or ""
+        output.append(text)
+        if sent is not None and said is None and f"rank {rank} (" in text:
+            said = time.monotonic() - sent
+        time.sleep(0.005)
+    if process.poll() is None:
+        for pid in [*workers(process.pid), process.pid]:
+            os.kill(pid, signal.SIGKILL)
+        output.append(f"\nstill running after {time.monotonic() - begin:.0f} s\n")
+    watchdog.kill()
+    watchdog.wait()
+    process.wait()
+    os.set_blocking(process.stdout.fileno(), True)
+    output.append(process.stdout.read())
+    return Outcome(process.returncode, "".join(output), said)
+
+
+def main() -> None:
+    """Run the trials."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rank-timeout", type=float, default=6.0)
+    options = parser.parse_args()
+    chance = random.Random(options.seed)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        os.environ.setdefault("BARDLING_CACHE", str(folder / "cache"))
+        (folder / "text.txt").write_text("".join(f"The {chance.choice(WORDS)} met {i % 7} times.\n" for i in range(3000)))
+        recipe = folder / "recipe.toml"
+        recipe.write_text(RECIPE.format(text=folder / "text.txt", steps=STEPS, timeout=options.rank_timeout))
+        calm = launch(recipe, folder / "calm", 0)
+        text, _ = calm.communicate()
+        if calm.returncode:
+            raise SystemExit(f"the undisturbed run failed:\n{text}")
+        good = 0
+        for trial in range(options.trials):
+            out = folder / f"trial{trial}"
+            number = (signal.SIGKILL, signal.SIGSTOP)[trial % 2]
+            rank, lines = chance.randrange(2), chance.randrange(6, STEPS - 5)
+            begin = time.monotonic()
+            outcome = disturbed(recipe, out, number=number, rank=rank, lines=lines, restarts=3)
+            weights = f"checkpoints/step-{STEPS:06d}/model.safetensors"
+            named = re.findall(rf"^bardling: rank {rank} \(.*last in: .*$", outcome.output, re.MULTILINE)
+            faults = []
+            if outcome.status:
+                faults.append(f"status {outcome.status}")
+            else:
+                if losses(out) != losses(folder / "calm"):
+                    faults.append("other losses")
+                if (out / weights).read_bytes() != (folder / "calm" / weights).read_bytes():
+                    faults.append("other weights")
+            if len(named) != 1:
+                faults.append(f"{len(named)} messages")
+            good += not faults
+            message = "never" if outcome.seconds is None else f"after {outcome.seconds:.1f} s"
+            what = f"{number.name} to rank {rank} at line {lines}: named {message}, whole run {time.monotonic() - begin:.0f} s"
+            print(f"{trial + 1:3}  {what}: {', '.join(faults) or 'the same losses and weights'}", flush=True)
+            if faults:
+                print(outcome.output[-3000:])
+            shutil.rmtree(out, ignore_errors=True)
+        print(f"{good} of {options.trials}")
+        raise SystemExit(good != options.trials)
+
+
+WORDS = ("king", "queen", "rose", "thorn", "night", "day", "love", "war", "sea", "storm")
+
+if __name__ == "__main__":
+    main()
