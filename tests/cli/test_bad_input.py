@@ -1,7 +1,9 @@
 """What users get wrong, in one table: each ends in one line with the remedy, status 2, and nothing lost or left behind."""
 
+import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 
@@ -10,6 +12,7 @@ import pytest
 
 from bardling.cli.main import main
 from bardling.configfile import config_to_toml
+from bardling.monitor.jsonl import read_jsonl
 from bardling.train.run import train
 
 
@@ -323,24 +326,82 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(tiny, tmp_pat
     assert "step-000030: model.safetensors" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(not shutil.which("mount") or os.geteuid() != 0, reason="needs the right to mount a small file system")
-def test_a_full_disk_is_said_and_the_older_checkpoint_stays(tiny, change, tmp_path, bardling):
+@pytest.fixture
+def small_disk(tmp_path):
+    """A real file system of 1.2 MB, room for two checkpoints of the run below and no more."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", str(disk)], check=False, capture_output=True
-    ).returncode:
-        pytest.skip("mounting is not allowed here")
-    try:
-        config = change(tiny, model={"n_embd": 32}, train={"steps": 60}, checkpoint={"every": 5, "keep_last": 20})
-        (tmp_path / "tiny.toml").write_text(config_to_toml(config))
-        done = bardling("train", tmp_path / "tiny.toml", "--out", disk / "run", check=None)
-        assert done.returncode == 2, done.stderr
-        assert "space" in done.stderr or "full" in done.stderr
-        assert "Traceback" not in done.stderr
-        checked = bardling("info", disk / "run", "--verify")
-        assert "every file is as its checksum says" in checked.stdout
-        shutil.copytree(disk / "run", tmp_path / "moved")  # to where there is room
-        assert bardling("resume", tmp_path / "moved").returncode == 0
-    finally:
-        subprocess.run(["umount", str(disk)], check=False)
+    command = ["mount", "-t", "tmpfs", "-o", "size=1200k", "tmpfs", str(disk)]
+    if not shutil.which("mount") or os.geteuid() != 0 or subprocess.run(command, check=False, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small file system")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=False)
+
+
+def checkpoints_and_steps(run):
+    steps = [record["step"] for record in read_jsonl(run / "metrics.jsonl") if record["kind"] == "train"]
+    return sorted(int(path.name[5:]) for path in (run / "checkpoints").glob("step-*")), steps
+
+
+def test_a_full_disk_stops_no_training_and_only_an_unsaved_end_is_an_error(tiny, change, tmp_path, bardling, small_disk):
+    config = change(tiny, model={"n_embd": 32}, train={"steps": 60}, checkpoint={"every": 5, "keep_last": 20})
+    (tmp_path / "tiny.toml").write_text(config_to_toml(config))
+    run = small_disk / "run"
+    done = bardling("train", tmp_path / "tiny.toml", "--out", run, check=None)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "checkpoints will be kept, but" in done.stdout, "the disk was too small from the start, and that was said"
+    assert "was NOT saved" in done.stderr
+    assert "WARNING: the checkpoint of step" in done.stdout
+    last = done.stderr.splitlines()[-1]
+    assert re.search(r"the state at step 60 could not be saved \(.*(the disk is full|No space left).*make room\)", last)
+    assert f"bardling resume {run}" in last
+    saved, steps = checkpoints_and_steps(run)
+    assert steps == list(range(1, 61)), "training went on to its end"
+    assert saved
+    assert max(saved) < 60
+    checked = bardling("info", run, "--verify")
+    assert "every file is as its checksum says" in checked.stdout
+    shutil.copytree(run, tmp_path / "moved")  # to where there is room
+    assert bardling("resume", tmp_path / "moved").returncode == 0
+    assert checkpoints_and_steps(tmp_path / "moved")[0][-1] == 60
+
+
+def test_a_disk_that_has_room_again_is_written_to_at_the_next_interval(tiny, change, tmp_path, monkeypatch, small_disk, capsys):
+    from bardling.train import saving
+    from bardling.train.run import train
+
+    config = change(
+        tiny, model={"n_embd": 32}, train={"steps": 60}, checkpoint={"every": 10, "keep_last": 1, "save_best": False}
+    )
+    real = saving.Saver.save
+    ballast = small_disk / "ballast"
+
+    def save(self, state, *, last=False):
+        self.wait()
+        if state.step == 20:
+            with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+                while file.write(b"x" * 4096):
+                    pass
+        real(self, state, last=last)
+        self.wait()
+        ballast.unlink(missing_ok=True)
+
+    monkeypatch.setattr(saving.Saver, "save", save)
+    assert train(config, small_disk / "run", quiet=True).finished
+    assert "the checkpoint of step 20 was NOT saved" in capsys.readouterr().err
+    saved, steps = checkpoints_and_steps(small_disk / "run")
+    assert (saved, steps) == ([60], list(range(1, 61)))
+
+
+def test_a_disk_that_cannot_hold_two_checkpoints_is_refused_before_anything_is_written(
+    tiny, change, tmp_path, bardling, small_disk
+):
+    config = change(tiny, model={"n_embd": 64}, checkpoint={"every": 10, "keep_last": 1})
+    (tmp_path / "tiny.toml").write_text(config_to_toml(config))
+    done = bardling("train", tmp_path / "tiny.toml", "--out", small_disk / "run", check=2)
+    message = (
+        r"1\.\d\d MB are free, but a checkpoint of this model takes 1\.\d\d MB and two are needed .*\(2\.\d\d MB\): make room"
+    )
+    assert re.search(message, done.stderr)
+    assert list(small_disk.iterdir()) == []

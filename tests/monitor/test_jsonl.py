@@ -1,5 +1,6 @@
 """JSON Lines: whatever is logged is valid JSON, and a kill at any byte loses the last line at most."""
 
+import errno
 import json
 import math
 from pathlib import Path
@@ -120,5 +121,48 @@ def test_errors_of_the_system_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be written"):
         JsonlSink(tmp_path)
     sink = JsonlSink(Path("/dev/full"))
+    sink.log({"step": 1})
     with pytest.raises(UserError, match=r"/dev/full: cannot be written \(No space left on device\)"):
+        sink.flush()
+
+
+def test_a_full_disk_ends_no_run_and_loses_no_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk takes half a line, then nothing, and later everything again."""
+    sink = JsonlSink(tmp_path / "m")
+    real = sink._file
+
+    class Crowded:
+        room = 30
+
+        def write(self, data: bytes) -> int:
+            if self.room == 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            taken = real.write(data[: self.room])
+            self.room -= taken
+            return taken
+
+        def fileno(self) -> int:
+            return real.fileno()
+
+    disk = Crowded()
+    monkeypatch.setattr(sink, "_file", disk)
+    for step in (1, 2, 3):
+        sink.log({"kind": "train", "step": step})
+    assert (tmp_path / "m").stat().st_size == 30
+    with pytest.raises(UserError, match=r"m: cannot be written \(No space left on device\): make room"):
+        sink.flush()
+    disk.room = 10_000
+    sink.log({"kind": "train", "step": 4})
+    assert [record["step"] for record in read_jsonl(tmp_path / "m")] == [1, 2, 3, 4]
+    sink.flush()
+
+
+def test_other_errors_are_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken:
+        def write(self, data: bytes) -> int:
+            raise OSError(errno.EIO, "Input/output error")
+
+    sink = JsonlSink(tmp_path / "m")
+    monkeypatch.setattr(sink, "_file", Broken())
+    with pytest.raises(UserError, match=r"m: cannot be written \(Input/output error\)"):
         sink.log({"step": 1})

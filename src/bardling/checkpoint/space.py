@@ -5,6 +5,7 @@ from pathlib import Path
 
 from bardling.config import CheckpointConfig
 from bardling.errors import UserError
+from bardling.monitor.format import size_bytes
 
 
 def check_space(checkpoints: Path, size: int, config: CheckpointConfig, *, steps: int, best_steps: int) -> str | None:
@@ -36,9 +37,9 @@ def check_space(checkpoints: Path, size: int, config: CheckpointConfig, *, steps
     # While one is written, the one before it stays; the first of all has none before it.
     needed = size * min(saves, 1 if there else 2)
     if needed > usage.free:
-        both = f"two are needed while one replaces the other ({_megabytes(2 * size)})" if needed > size else "one is needed"
+        both = f"two are needed while one replaces the other ({size_bytes(2 * size)})" if needed > size else "one is needed"
         raise UserError(
-            f"{place}: {_megabytes(usage.free)} are free, but a checkpoint of this model takes {_megabytes(size)} and {both}: "
+            f"{place}: {size_bytes(usage.free)} are free, but a checkpoint of this model takes {size_bytes(size)} and {both}: "
             "make room, or choose another --out"
         )
     for_good = steps // config.keep_every if config.keep_every else 0
@@ -46,11 +47,7 @@ def check_space(checkpoints: Path, size: int, config: CheckpointConfig, *, steps
     most = min(saves + len(there), kept) * size
     if most > usage.free + sum(there):
         return (
-            f"{place}: up to {_megabytes(most)} of checkpoints will be kept, but {_megabytes(usage.free)} are free: lower "
+            f"{place}: up to {size_bytes(most)} of checkpoints will be kept, but {size_bytes(usage.free)} are free: lower "
             "checkpoint.keep_last, keep_best or keep_every, or make room; what cannot be written will be said and tried again"
         )
     return None
-
-
-def _megabytes(size: float) -> str:
-    return f"{size / 1e6:,.1f} MB" if size < 1e8 else f"{size / 1e9:,.1f} GB"

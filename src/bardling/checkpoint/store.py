@@ -19,6 +19,7 @@ from pathlib import Path
 
 from bardling.checkpoint import manifest as manifests
 from bardling.errors import UserError
+from bardling.monitor.format import size_bytes
 
 _STEP = re.compile(r"(?:\.old-)?step-(\d{6,18})")
 _TEMPORARY = re.compile(r"\.tmp-step-\d{6,18}-(\d{1,10})")
@@ -215,10 +216,10 @@ class CheckpointStore:
             return f"{where}: the checkpoint cannot be written ({_reason(error)}); older ones are untouched"
         room = ""
         with contextlib.suppress(OSError):
-            room = f", {shutil.disk_usage(self.folder).free / 1e6:,.0f} MB are free"
+            room = f", {size_bytes(shutil.disk_usage(self.folder).free)} are free"
             if steps := self.steps():
                 size = sum(file.lstat().st_size for file in self.path(steps[-1]).rglob("*"))
-                room = f": a checkpoint takes about {size / 1e6:,.0f} MB{room}"
+                room = f": a checkpoint takes about {size_bytes(size)}{room}"
         return f"{self.folder}: the disk is full{room}; older checkpoints are untouched: make room"
 
     def _place(self, step: int) -> Path:

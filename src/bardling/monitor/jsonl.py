@@ -5,6 +5,7 @@ has no NaN and no infinities: they are written as the strings "NaN", "Infinity" 
 stays visible and every line stays valid; `float()` understands them.
 """
 
+import errno
 import json
 import math
 import os
@@ -18,27 +19,32 @@ from bardling.errors import UserError
 class JsonlSink:
     """Appends records to a file, which is made when it does not exist.
 
+    Lines that find no room on the disk are kept in memory and written as soon as there is some: a full disk ends no run.
+
     Raises:
-        UserError: the file cannot be written, or (when writing) the disk is full.
+        UserError: the file cannot be written; where only room is missing, `flush` and `close` say so, and `log` does not.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._waiting = b""  # written to memory only, so far
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("a", encoding="utf-8", newline="\n")
+            self._file = path.open("ab", buffering=0)
         except OSError as error:
             raise UserError(f"{path}: cannot be written ({_reason(error)})") from None
 
     def log(self, record: Mapping[str, object]) -> None:
         """Append one line; it survives this process at once, and the machine after `flush`."""
         line = json.dumps(_plain(record), ensure_ascii=False, allow_nan=False) + "\n"
+        # A lone surrogate is no UTF-8; escaped it stays valid JSON.
+        line = line if line.isascii() or _encodable(line) else json.dumps(_plain(record), allow_nan=False) + "\n"
+        self._waiting += line.encode()
         try:
-            # A lone surrogate is no UTF-8; escaped it stays valid JSON.
-            self._file.write(line if line.isascii() or _encodable(line) else json.dumps(_plain(record), allow_nan=False) + "\n")
-            self._file.flush()
+            self._write()
         except OSError as error:
-            raise UserError(f"{self._path}: cannot be written ({_reason(error)}): make room, then resume") from None
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise self._refused(error) from None
 
     def sample(self, step: int, texts: Sequence[str]) -> None:
         """Append texts that the model wrote."""
@@ -47,16 +53,25 @@ class JsonlSink:
     def flush(self) -> None:
         """Wait until all lines are on the disk."""
         try:
-            self._file.flush()
+            self._write()
             os.fsync(self._file.fileno())
         except OSError as error:
-            raise UserError(f"{self._path}: cannot be written ({_reason(error)}): make room, then resume") from None
+            raise self._refused(error) from None
 
     def close(self) -> None:
         """Flush and close; closing twice is no error."""
         if not self._file.closed:
-            self.flush()
-            self._file.close()
+            try:
+                self.flush()
+            finally:
+                self._file.close()
+
+    def _write(self) -> None:
+        while self._waiting:  # a nearly full disk takes a part
+            self._waiting = self._waiting[self._file.write(self._waiting) :]
+
+    def _refused(self, error: OSError) -> UserError:
+        return UserError(f"{self._path}: cannot be written ({_reason(error)}): make room")
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

@@ -59,7 +59,7 @@ class Saver:
         self._memory = HostCopy()
         self._asynchronous = config.checkpoint.asynchronous and context.is_primary
         self._prepared = False
-        self._step = 0  # of the last save that was begun
+        self._step, self._last = 0, False  # of the last save that was begun; whether it is the run's last
         self._facts: dict[str, Any] | None = None  # its training.json; None when it failed
         self._reason = ""  # why it failed
 
@@ -88,7 +88,7 @@ class Saver:
         facts = _facts(state)
         if facts == self._facts:  # a signal came just after a save
             return
-        self._step, self._facts = state.step, facts
+        self._step, self._facts, self._last = state.step, facts, last
         try:
             self._flush()
         except UserError as error:
@@ -162,7 +162,10 @@ class Saver:
     def _failed(self, error: BaseException) -> None:
         self._facts = None
         self._reason = " ".join(str(error).split()) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        self._warn(f"the checkpoint of step {self._step} was NOT saved: {self._reason}; training goes on and will try again")
+        if not self._last:  # otherwise `finish` has the last word
+            self._warn(
+                f"the checkpoint of step {self._step} was NOT saved: {self._reason}; training goes on, the next will be tried"
+            )
 
     def _warn(self, text: str) -> None:
         self._tell(f"WARNING: {text}")
@@ -184,10 +187,11 @@ def _facts(state: TrainState) -> dict[str, Any]:
         "best_step": state.best_step,
         "hooks_done": dict(state.hooks_done),
         "scaler": None if state.scaler is None else state.scaler.state_dict(),
+        "guard": state.recent.to_json(),
     }
 
 
 def state_bytes(state: TrainState) -> int:
-    """About how large a checkpoint of `state` is: its weights, and two numbers of the optimizer (Muon: one) for each."""
+    """About how large a checkpoint of `state` is: its weights, two moments (Muon: one) of each, and small files."""
     weights: int = sum(tensor.numel() * 4 for tensor in state.model.state_dict().values())
-    return weights * (2 if type(state.optimizer).__name__ == "Muon" else 3)
+    return weights * (2 if type(state.optimizer).__name__ == "Muon" else 3) + 100_000
