@@ -13,6 +13,7 @@ from bardling.errors import UserError
 from bardling.model.gpt import GPT
 from bardling.optim.build import build_optimizer, row_splits
 from bardling.optim.state import load_optimizer_tensors
+from bardling.train.spikes import Recent
 from bardling.train.state import TrainState
 
 
@@ -72,9 +73,7 @@ def build_state(
     """
     start = None if start is None or checkpoint is not None else start.cropped(config.model.block_size)
     model = GPT(config.model, seed=config.seed if checkpoint is None and start is None else None)
-    if checkpoint is not None:
-        model.load_state_dict(checkpoint.model_state)
-    elif start is not None:
+    if start is not None:
         model.load_state_dict(start.state)
     model.to(context.device)  # before the optimizer exists: its state belongs where the weights are
     names = dict(model.named_parameters())
@@ -91,14 +90,7 @@ def build_state(
     if config.precision == "float16":
         state.scaler = torch.amp.GradScaler(context.device.type)
     if checkpoint is not None:
-        load_optimizer_tensors(state.optimizer, names, checkpoint.optimizer_tensors, checkpoint.optimizer_meta)
-        training = checkpoint.training
-        state.step, state.samples = training["step"], training["samples"]
-        state.best_val_loss, state.best_step = training["best_val_loss"], training["best_step"]
-        state.hooks_done = dict(training["hooks_done"])
-        if state.scaler is not None and training.get("scaler"):
-            state.scaler.load_state_dict(training["scaler"])
-        restore_rng(checkpoint.rng)
+        restore(state, checkpoint)
     elif start is not None and continues:
         if start.optimizer_tensors:
             load_optimizer_tensors(state.optimizer, names, start.optimizer_tensors, start.optimizer_meta)
@@ -106,3 +98,18 @@ def build_state(
         if start.best_val_loss is not None:
             state.best_val_loss, state.best_step = start.best_val_loss, start.step
     return state
+
+
+def restore(state: TrainState, checkpoint: Checkpoint) -> None:
+    """Put `state`, as far as it may have come, where `checkpoint` was saved."""
+    state.model.load_state_dict(checkpoint.model_state)
+    names = dict(state.model.named_parameters())
+    load_optimizer_tensors(state.optimizer, names, checkpoint.optimizer_tensors, checkpoint.optimizer_meta)
+    training = checkpoint.training
+    state.step, state.samples = training["step"], training["samples"]
+    state.best_val_loss, state.best_step = training["best_val_loss"], training["best_step"]
+    state.hooks_done = dict(training["hooks_done"])
+    if state.scaler is not None and training.get("scaler"):
+        state.scaler.load_state_dict(training["scaler"])
+    state.recent = Recent.from_json(training.get("guard"), f"the checkpoint of step {state.step}")
+    restore_rng(checkpoint.rng)

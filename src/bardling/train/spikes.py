@@ -77,11 +77,11 @@ class Recent:
         return " and ".join(found)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Plain values, not shared with this object."""
         return {
-            "steps": self.steps,
-            "loss": self.loss,
-            "grad_norm": self.grad_norm,
+            "steps": list(self.steps),
+            "loss": list(self.loss),
+            "grad_norm": list(self.grad_norm),
             "skipped": self.skipped,
             "overflows": self.overflows,
         }

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from bardling.model.gpt import GPT
+from bardling.train.spikes import Recent
 
 
 @dataclass
@@ -20,3 +21,4 @@ class TrainState:
     best_val_loss: float = math.inf
     best_step: int = -1  # step of best_val_loss
     hooks_done: dict[str, int] = field(default_factory=dict)  # hook -> last step at which it finished its work
+    recent: Recent = field(default_factory=Recent)  # what the guard against bad steps compares with

@@ -3,6 +3,11 @@
 The loss of a step is the sum over its target tokens divided by their true number over all processes, which is known before
 the first forward pass; gradients are therefore exact for every split into processes and forward passes, also where
 targets are masked. Nothing here waits for the device: losses and norms stay tensors until somebody prints them.
+
+With `limits`, the update of a step whose loss or gradient norm is above them (or no number) is left out: weights and optimizer
+stay as they were. The decision is made from figures of all processes and agreed by all. On CUDA it stays on the device: the
+optimizer's fused kernel takes it as the flag by which mixed precision leaves out updates. Optimizers without such a
+kernel, and other devices, let the host decide, which waits for the step.
 """
 
 import contextlib
@@ -18,6 +23,7 @@ from bardling.distributed.context import Context
 from bardling.distributed.device import Precision
 from bardling.optim.build import set_learning_rate
 from bardling.train.signals import Stopped
+from bardling.train.spikes import Limits
 from bardling.train.state import TrainState
 
 
@@ -31,6 +37,7 @@ class StepResult:
     bytes: Tensor | None  # UTF-8 bytes of these tokens
     grad_norm: Tensor  # before clipping
     lr: float
+    bad: Tensor | None = None  # 1 where the update was left out; None without limits
 
 
 def train_step(
@@ -44,6 +51,7 @@ def train_step(
     context: Context,
     bytes_per_token: Tensor | None = None,
     stop_requested: Callable[[], bool] = lambda: False,
+    limits: Limits | None = None,
 ) -> StepResult:
     """Update `state` by one step on `batches`, this process's share of it.
 
@@ -53,6 +61,7 @@ def train_step(
         grad_clip: largest gradient norm; 0 for no clipping.
         bytes_per_token: [vocab] UTF-8 bytes of each token, to measure bits per byte.
         stop_requested: asked before each forward pass.
+        limits: the largest loss and gradient norm with which the update is made; absent: it always is.
 
     Raises:
         Stopped: `stop_requested`, in any process; the state is that before the step.
@@ -82,17 +91,39 @@ def train_step(
     if state.scaler is not None:
         state.scaler.unscale_(state.optimizer)
     parameters = [parameter for parameter in state.model.parameters() if parameter.grad is not None]
-    if grad_clip:
-        norm = nn.utils.clip_grad_norm_(parameters, grad_clip)
-    else:
-        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
     set_learning_rate(state.optimizer, lr)
-    if state.scaler is None:
+    loss, bad = loss_sum / tokens, None
+    if limits is None:
+        _update(state, parameters, norm, grad_clip, None)
+    else:
+        # A NaN is below no limit. The sum is the processes' vote: rounding must not let them differ.
+        fine = (loss <= limits.loss) & (norm <= limits.grad_norm)
+        bad = (context.sum((~fine).float()) > 0).float()
+        masked = bad.is_cuda and getattr(state.optimizer, "_step_supports_amp_scaling", False)
+        if masked or not bad.item():
+            _update(state, parameters, norm, grad_clip, bad if masked else None)
+        elif state.scaler is not None:
+            state.scaler.update()
+    size = totals[1] if bytes_per_token is not None else None
+    return StepResult(loss, loss_sum, tokens, size, norm, lr, bad)
+
+
+def _update(state: TrainState, parameters: list[nn.Parameter], norm: Tensor, grad_clip: float, bad: Tensor | None) -> None:
+    """Clip and update, unless `bad` (a scalar on the device, which only fused kernels understand) is 1."""
+    if grad_clip:
+        nn.utils.clip_grads_with_norm_(parameters, grad_clip, norm)
+    if bad is not None:
+        # Gradients that float16 cannot hold make the norm infinite, so this flag covers what the scaler's own would.
+        state.optimizer.found_inf = bad  # type: ignore[attr-defined]
+        state.optimizer.step()
+        del state.optimizer.found_inf  # type: ignore[attr-defined]
+    elif state.scaler is None:
         state.optimizer.step()
     else:
         state.scaler.step(state.optimizer)
+    if state.scaler is not None:
         state.scaler.update()
-    return StepResult(loss_sum / tokens, loss_sum, tokens, totals[1] if bytes_per_token is not None else None, norm, lr)
 
 
 def _bytes(targets: Tensor, bytes_per_token: Tensor) -> Tensor:
