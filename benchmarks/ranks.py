@@ -2,10 +2,10 @@
 
     python benchmarks/ranks.py [--trials 20] [--seed 0] [--rank-timeout 6]
 
-Each trial starts a small run of two processes (gloo) under `torchrun --max-restarts`, waits for a random step, and sends SIGKILL
-or SIGSTOP, by turns, to a random one of them. torchrun starts both again, and the run goes on from its last checkpoint. A trial
-counts when torchrun ends with status 0, one line names the right rank, and all losses and the last weights are those of the
-undisturbed run, to the bit. Prints a line a trial and `N of N` at the end; the exit status is 1 when one fails.
+Each trial starts a small run of two processes (gloo) under `torchrun --max-restarts`, waits for a random step, and sends
+SIGKILL or SIGSTOP, by turns, to a random one of them. torchrun starts both again, and the run goes on from its last
+checkpoint. A trial counts when torchrun ends with status 0, one line names the right rank, and all losses and the last weights
+are those of the undisturbed run, to the bit. Prints a line a trial and `N of N`; the exit status is 1 when one fails.
 """
 
 import argparse
@@ -60,18 +60,13 @@ class Outcome:
     seconds: float | None  # from the signal to the message; None when there was none
 
 
-def launch(recipe: Path, out: Path, restarts: int) -> subprocess.Popen[str]:
-    """Start two processes under torchrun."""
+def launch(recipe: Path, out: Path, restarts: int, log: Path) -> subprocess.Popen[bytes]:
+    """Start two processes under torchrun; what they say goes to `log`."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += [f"--max-restarts={restarts}", "-m", "bardling", "train", str(recipe), "--out", str(out)]
-    return subprocess.Popen(
-        command,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        bufsize=1,
-    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    with log.open("wb") as file:
+        return subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
 
 
 def workers(agent: int) -> list[int]:
@@ -99,33 +94,23 @@ def losses(run: Path) -> list[tuple[int, float]]:
 
 def disturbed(recipe: Path, out: Path, *, number: int, rank: int, lines: int, restarts: int, limit: float = 240.0) -> Outcome:
     """Run, and send signal `number` to `rank` once `lines` figures have been logged."""
-    process = launch(recipe, out, restarts)
-    assert process.stdout is not None
-    begin, sent, said, output = time.monotonic(), None, None, []
-    watchdog = subprocess.Popen(["sleep", str(limit)])  # a trial that hangs is a failure, not a wait without end
-    os.set_blocking(process.stdout.fileno(), False)
+    log = out.with_suffix(".log")
+    process = launch(recipe, out, restarts, log)
+    end, sent, said = time.monotonic() + limit, None, None
     metrics = out / "metrics.jsonl"
-    while process.poll() is None and watchdog.poll() is None:
+    while process.poll() is None and time.monotonic() < end:
         if sent is None and metrics.exists() and metrics.read_bytes().count(b"\n") >= lines:
             pids = workers(process.pid)
             if len(pids) == 2:
                 os.kill(pids[rank], number)
                 sent = time.monotonic()
-        text = process.stdout.read() or ""
-        output.append(text)
-        if sent is not None and said is None and f"rank {rank} (" in text:
+        if sent is not None and said is None and f"rank {rank} (".encode() in log.read_bytes():
             said = time.monotonic() - sent
-        time.sleep(0.005)
-    if process.poll() is None:
+        time.sleep(0.01)
+    if process.poll() is None:  # a trial that hangs is a failure, not a wait without end
         for pid in [*workers(process.pid), process.pid]:
             os.kill(pid, signal.SIGKILL)
-        output.append(f"\nstill running after {time.monotonic() - begin:.0f} s\n")
-    watchdog.kill()
-    watchdog.wait()
-    process.wait()
-    os.set_blocking(process.stdout.fileno(), True)
-    output.append(process.stdout.read())
-    return Outcome(process.returncode, "".join(output), said)
+    return Outcome(process.wait(), log.read_text(errors="replace"), said)
 
 
 def main() -> None:
@@ -142,10 +127,8 @@ def main() -> None:
         (folder / "text.txt").write_text("".join(f"The {chance.choice(WORDS)} met {i % 7} times.\n" for i in range(3000)))
         recipe = folder / "recipe.toml"
         recipe.write_text(RECIPE.format(text=folder / "text.txt", steps=STEPS, timeout=options.rank_timeout))
-        calm = launch(recipe, folder / "calm", 0)
-        text, _ = calm.communicate()
-        if calm.returncode:
-            raise SystemExit(f"the undisturbed run failed:\n{text}")
+        if launch(recipe, folder / "calm", 0, folder / "calm.log").wait():
+            raise SystemExit(f"the undisturbed run failed:\n{(folder / 'calm.log').read_text()}")
         good = 0
         for trial in range(options.trials):
             out = folder / f"trial{trial}"
