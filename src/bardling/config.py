@@ -38,6 +38,8 @@ def duration_seconds(text: str, key: str) -> float:
 class ModelConfig:
     """The network: a GPT-2, or a member of another family, or a mixture of their parts."""
 
+    depth: int = 0
+    """One dial: layers of a compute-optimal run, whose width, heads, learning rates, batch and steps follow; 0: set each."""
     n_layer: int = 6
     """Transformer blocks."""
     n_head: int = 6
@@ -96,6 +98,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_multiple"):
             _require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be at least 1")
+        _require(self.depth >= 0, "model.depth", self.depth, "must be at least 0 (0: no dial)")
         _require(self.vocab_multiple <= 4096, "model.vocab_multiple", self.vocab_multiple, "must be at most 4096")
         _require(self.vocab_size >= 0, "model.vocab_size", self.vocab_size, "must be 0 (the tokenizer's) or more")
         _require(0.0 <= self.dropout < 1.0, "model.dropout", self.dropout, "must be at least 0 and below 1")

@@ -2,9 +2,9 @@
 
     mean <- decay_t mean + (1 - decay_t) weight        with decay_t = min(decay, (1 + t) / (10 + t))
 
-after update t = 0, 1, ...; the smaller decay of early updates lets the mean forget the initial weights (Polyak and Juditsky 1992;
-the ramp is that of TensorFlow's ExponentialMovingAverage). The step counts from the run's start and comes from the caller, so that
-the means are the whole state. Means are float32, or the weights' own format where that is wider.
+after update t = 0, 1, ...; the smaller decay of early updates lets the mean forget the initial weights (averaging: Polyak and
+Juditsky 1992; the ramp: TensorFlow's ExponentialMovingAverage). The step counts from the run's start and comes from the
+caller, so that the means are the whole state. Means are float32, or the weights' own format where that is wider.
 
 Limits: one more copy of the weights on the device; norms and embeddings are averaged as everything else is.
 """
