@@ -1,9 +1,10 @@
 """The plain loop: GPT-2 and its training step as a first program would write them, to measure the library against.
 
-It shares no code with the library: full logits, losses by `F.cross_entropy`, one tensor after the other. By default eager, float32
-and PyTorch's own AdamW with its defaults, which is what nanoGPT does on a CPU. `fast` makes it what nanoGPT is on a GPU: bfloat16
-autocast, `torch.compile`, fused AdamW, the vocabulary rounded up to 64 (scaled-dot-product attention is in both). Parameters are
-named as GPT-2's, so that both sides can begin with the same weights.
+It shares no code with the library: full logits, losses by `F.cross_entropy`, one tensor after the other. By default
+eager, float32 and PyTorch's own AdamW with its defaults, which is what nanoGPT does on a CPU. `fast` makes it what
+nanoGPT is on a GPU: bfloat16 autocast, `torch.compile`, fused AdamW, the vocabulary rounded up to 64
+(scaled-dot-product attention is in both). Parameters are named as GPT-2's, so that both sides can begin with the same
+weights.
 
 Shapes: B batch, T time, C width, H heads, V vocabulary.
 """

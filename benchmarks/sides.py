@@ -1,17 +1,19 @@
 """The sides of a comparison, each in a process of its own that does training steps when it is told to.
 
-Method: a parent starts a `Child` for each side. The child builds its model and optimizer, says that it is ready, and waits for the
-word to do some steps, which it times as a block from one wait for the device to the next. Sides can thus take turns within
-the same minute while none shares memory, threads or caches with another, and peak memory is that of one side alone. A child that
-waits takes no processor time.
+Method: a parent starts a `Child` for each side. The child builds its model and optimizer, says that it is ready, and
+waits for the word to do some steps, which it times as a block from one wait for the device to the next. Sides can thus
+take turns within the same minute while none shares memory, threads or caches with another, and peak memory is that of
+one side alone. A child that waits takes no processor time.
 
-Sides: `ours` (the library's own parts of a run: `build_state`, `wrap`, `Prefetcher`, `fit`), `plain` (`plain.py`), `nanogpt` (model and
-optimizer of a checkout, stepped as its train.py does), `transformers` (GPT2LMHeadModel under its Trainer where `accelerate` is
-installed, else in the plain loop). All draw the same batches; all but transformers begin with the same weights.
+Sides: `ours` (the library's own parts of a run: `build_state`, `wrap`, `Prefetcher`, `fit`), `plain` (`plain.py`),
+`nanogpt` (model and optimizer of a checkout, stepped as its train.py does), `transformers` (GPT2LMHeadModel under its
+Trainer where `accelerate` is installed, else in the plain loop). All draw the same batches; all but transformers begin
+with the same weights.
 
-Memory above weights and optimizer: gradients are dropped and free memory is given back to the system, the use at that moment is
-the floor, and the highest use in the steps that follow, gradients included, is measured against it. On a GPU this is what PyTorch's
-allocator says; on Linux the process's resident memory, whose peak is reset through /proc/self/clear_refs.
+Memory above weights and optimizer: gradients are dropped and free memory is given back to the system, the use at that
+moment is the floor, and the highest use in the steps that follow, gradients included, is measured against it. On a GPU
+this is what PyTorch's allocator says; on Linux the process's resident memory, whose peak is reset through
+/proc/self/clear_refs.
 """
 
 import contextlib
@@ -35,7 +37,6 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 import torch.nn.functional as F
-from plain import PlainGPT, make_adamw, plain_steps
 from torch import Tensor, nn
 
 from bardling.config import ModelConfig, OptimConfig, RunConfig, TrainConfig
@@ -50,6 +51,7 @@ from bardling.train.compiling import compile_pays, wrap
 from bardling.train.loop import fit
 from bardling.train.persist import build_state
 from bardling.train.plan import make_plan
+from plain import PlainGPT, make_adamw, plain_steps
 
 WITHOUT = ("compile", "chunked-loss", "fused-optimizer", "bf16", "flash", "prefetch")
 """Optimisations that `ours` can be told to leave out."""
@@ -98,7 +100,7 @@ class BlockOfSteps:
 
 
 class Windows:
-    """Batches for every side: half the tokens skewed to small ids, half a copy of the token before, so that there is something to learn."""
+    """Batches for every side: half the tokens skewed to small ids, half copied from the place before, so that one can learn."""
 
     def __init__(self, vocab_size: int, block_size: int) -> None:
         self._vocab, self._time = vocab_size, block_size

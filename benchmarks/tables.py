@@ -1,7 +1,7 @@
 """Tables of measurements: printed, and appended with date, device and versions to `benchmarks/results/NAME.md`.
 
-Also here, because every script needs them: the facts of the machine, and how a script ends (an error that the user can put right
-is one line, status 2).
+Also here, because every script needs them: the facts of the machine, and how a script ends (an error that the user can
+put right is one line, status 2).
 """
 
 import datetime
@@ -11,7 +11,7 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,7 +116,7 @@ def spread(values: Sequence[float], form: str = "{:.2f}") -> str:
 
 def megabytes(size: float) -> str:
     """Bytes as MB (10^6)."""
-    return f"{size / 1e6:,.0f}"
+    return rounded(size / 1e6)
 
 
 def rounded(value: float) -> str:
@@ -127,11 +127,6 @@ def rounded(value: float) -> str:
 def say(message: str) -> None:
     """Tell how far the work has come, beside the tables."""
     print(message, file=sys.stderr, flush=True)
-
-
-def table_facts(facts: Mapping[str, object]) -> list[str]:
-    """`key: value` notes."""
-    return [f"{key}: {value}" for key, value in facts.items()]
 
 
 def script(main: Callable[[Sequence[str]], None]) -> None:

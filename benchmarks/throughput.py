@@ -4,18 +4,21 @@
     python benchmarks/throughput.py --settings char-small --nanogpt ~/nanoGPT --transformers
     python benchmarks/throughput.py --tiny                           # seconds: to try the script
 
-Method. Each side runs in a process of its own (`sides.py`). First each does 20 steps from the same weights on the same batches, whose
-losses are compared; these pay for compilation and set-up too. Then come rounds in which every side does a block of steps, the order
-turning with the round, so that all see the same machine; a ratio is that of two blocks of one round, and the table has the median of
-the ratios with the smallest and the largest. Last, each does a few steps for its peak memory (`sides.py` says how).
+Method. Each side runs in a process of its own (`sides.py`). First each does 20 steps from the same weights on the same
+batches, whose losses are compared; these pay for compilation and set-up too. Then come rounds in which every side does
+a block of steps, the order turning with the round, so that all see the same machine; a ratio is that of two blocks of
+one round, and the table has the median of the ratios with the smallest and the largest. Last, each does a few steps for
+its peak memory (`sides.py` says how).
 
-`ours` is the library as a run puts it together; number format and compilation are what a run of the setting's length would choose,
-unless --precision or --compile say otherwise. `plain` is eager, float32, PyTorch's AdamW with its defaults, full logits: what nanoGPT
-does on a CPU. nanoGPT's own model and optimizer, and transformers' GPT-2, are measured as they come; the first has the exact GELU also
-where the setting has the other, the second has biases in every setting.
+`ours` is the library as a run puts it together; number format and compilation are what a run of the setting's length
+would choose, unless --precision or --compile say otherwise. `plain` is eager, float32, PyTorch's AdamW with its
+defaults, full logits: what nanoGPT does on a CPU. nanoGPT's own model and optimizer, and transformers' GPT-2, are
+measured as they come; the first has the exact GELU also where the setting has the other, the second has biases in every
+setting.
 
-MFU is against a matrix product measured between the rounds: the fastest of all measurements, over both number formats, so that the
-figures of all sides mean the same. FLOPs are those of matrix products, attention's full square (`model/arithmetic.py`).
+MFU is against a matrix product measured between the rounds: the fastest of all measurements, over both number formats,
+so that the figures of all sides mean the same. FLOPs are those of matrix products, attention's full square
+(`model/arithmetic.py`).
 """
 
 import math
@@ -27,13 +30,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from sides import BlockOfSteps, Child, Spec, closest_curves
-from tables import Table, megabytes, publish, rounded, say, script, spread
 
 from bardling.cli.parse import parse
 from bardling.distributed.device import choose_device, matmul_flops
 from bardling.errors import UserError
 from bardling.model.arithmetic import flops_per_token
+from sides import BlockOfSteps, Child, Spec, closest_curves
+from tables import Table, megabytes, publish, rounded, say, script, spread
 
 CURVE_STEPS = 20
 TOLERANCE = {"bfloat16": 0.02, "float32": 1e-3}
@@ -212,9 +215,9 @@ def _notes(name: str, sides: dict[str, _Measured], peak: float) -> list[str]:
     gap, bound = closest_curves(ours.curve, plain.curve), TOLERANCE.get(precision, TOLERANCE["bfloat16"])
     verdict = "within" if gap <= bound else "BEYOND"
     notes = [
-        f"{name}: matrix product peak {peak / 1e9:,.0f} GFLOP/s; losses of the first {len(ours.curve)} steps "
-        f"({plain.curve[0]:.4f} to {plain.curve[-1]:.4f}) differ from the plain loop's by at most {gap:.1e} nats, {verdict} the "
-        f"tolerance of {bound:g} for {precision}"
+        f"{name}: matrix product peak {peak / 1e9:,.0f} GFLOP/s",
+        f"{name}: losses of the first {len(ours.curve)} steps ({plain.curve[0]:.4f} to {plain.curve[-1]:.4f}) differ from the "
+        f"plain loop's by at most {gap:.1e} nats, {verdict} the tolerance of {bound:g} for {precision}",
     ]
     above = [side.memory.memory_above if side.memory is not None else None for side in (ours, plain)]
     if above[0] is not None and above[1]:
