@@ -37,7 +37,7 @@ from bardling.config import ModelConfig
 from bardling.model.attend import attend, attend_window
 from bardling.model.cache import CacheStep, KVCache
 from bardling.model.init import crop_positions, init_weights, require_positions
-from bardling.model.layers import Embedding, Linear, RMSNorm, few_rows, is_few, make_norm
+from bardling.model.layers import Embedding, Linear, RMSNorm, few_rows, is_few, make_norm, rms_norm, squared_relu
 from bardling.model.loss import head_loss, soft_cap
 from bardling.model.rotary import Rotation, rotate, rotation
 
@@ -49,15 +49,15 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         made = config.architecture
         self.head_dim = made.head_dim
-        self.widths = (made.query_width, made.kv_width, made.kv_width)
+        self.heads = [made.n_head, made.n_kv_head, made.n_kv_head]
         self.window = made.window(layer)
         self.dropout = config.dropout
-        self.c_attn = Linear(made.n_embd, sum(self.widths), bias=made.bias)
+        self.c_attn = Linear(made.n_embd, made.query_width + 2 * made.kv_width, bias=made.bias)
         self.c_proj = Linear(made.query_width, made.n_embd, bias=made.bias)
-        self.normed = made.qk_norm != "off"
-        if self.normed:
-            self.ln_q = RMSNorm(made.head_dim, made.norm_eps, weight=made.qk_norm == "weight")
-            self.ln_k = RMSNorm(made.head_dim, made.norm_eps, weight=made.qk_norm == "weight")
+        self.qk_norm, self.eps = made.qk_norm, made.norm_eps
+        if made.qk_norm == "weight":
+            self.ln_q = RMSNorm(made.head_dim, made.norm_eps)
+            self.ln_k = RMSNorm(made.head_dim, made.norm_eps)
         if made.value_table(layer) is not None:
             self.value_mix = nn.Parameter(torch.empty(2))  # of the layer's own values, of the token's embedding
 
@@ -70,13 +70,13 @@ class CausalSelfAttention(nn.Module):
         turn: Rotation | None = None,
         embedded: Tensor | None = None,
     ) -> Tensor:
-        q, k, v = (
-            part.unflatten(-1, (-1, self.head_dim)) for part in self.c_attn(x).split(self.widths, dim=-1)
-        )  # [B, T, H or K, D]
-        if self.normed:
-            q, k = self.ln_q(q), self.ln_k(k)
-        if turn is not None:
-            q, k = rotate(q, turn), rotate(k, turn)
+        qkv = self.c_attn(x)
+        qkv = qkv.view(*qkv.shape[:2], -1, self.head_dim)  # [B, T, H + 2K, D]
+        if self.qk_norm == "off" and turn is None:
+            q, k, v = torch.split(qkv, self.heads, dim=2)  # [B, T, H or K, D]
+        else:
+            qk, v = torch.split(qkv, [self.heads[0] + self.heads[1], self.heads[2]], dim=2)
+            q, k = torch.split(self._placed(qk, turn), self.heads[:2], dim=2)
         if embedded is not None:  # [B, T, K * D]
             own, other = self.value_mix.to(v.dtype).unbind()
             v = own * v + other * embedded.to(v.dtype).view_as(v)
@@ -92,6 +92,15 @@ class CausalSelfAttention(nn.Module):
             y = attend_window(q, k, v, self.window, dropout=dropout)
         y = self.c_proj(y.transpose(1, 2).flatten(2))  # [B, T, C]
         return F.dropout(y, dropout) if dropout else y
+
+    def _placed(self, qk: Tensor, turn: Rotation | None) -> Tensor:
+        """Queries and keys [B, T, H + K, D], normed and turned to their positions; side by side, which takes fewer passes."""
+        if self.qk_norm == "plain":
+            qk = rms_norm(qk, None, self.eps)
+        elif self.qk_norm == "weight":
+            q, k = torch.split(qk, self.heads[:2], dim=2)
+            qk = torch.cat([self.ln_q(q), self.ln_k(k)], dim=2)
+        return qk if turn is None else rotate(qk, turn)
 
 
 class MLP(nn.Module):
@@ -111,7 +120,7 @@ class MLP(nn.Module):
         if self.kind == "gelu":
             x = F.gelu(x, approximate=self.approximate)
         elif self.kind == "relu2":
-            x = F.relu(x).square()
+            x = squared_relu(x)
         else:
             gate, up = x.chunk(2, dim=-1)
             x = F.silu(gate) * up

@@ -16,7 +16,8 @@ from torch import Tensor
 
 
 class Rotation(NamedTuple):
-    """Cosines and sines, [T, 1, D/2], or [B, T, 1, D/2] where rows have positions of their own."""
+    """Cosines, and sines with the sign that each half takes: [T, 1, D], or [B, T, 1, D] where rows have positions of their
+    own."""
 
     cos: Tensor
     sin: Tensor
@@ -28,18 +29,14 @@ def rotation(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     steps = torch.arange(0, head_dim, 2, device=positions.device).to(wide) / head_dim  # [D/2]
     angles = positions[..., None].to(wide) * (1.0 / theta**steps)  # [..., T, D/2]
-    return Rotation(angles.cos().to(dtype)[..., None, :], angles.sin().to(dtype)[..., None, :])
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    return Rotation(torch.cat([cos, cos], dim=-1)[..., None, :], torch.cat([-sin, sin], dim=-1)[..., None, :])
 
 
 def rotate(x: Tensor, turn: Rotation) -> Tensor:
-    """Turn the heads of x [B, T, H, D]."""
+    """Turn the heads of x [B, T, H, D]. Queries and keys side by side take little more time than queries alone."""
     turned: Tensor = _Rotate.apply(x, turn.cos, turn.sin)  # type: ignore[no-untyped-call]
     return turned
-
-
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    a, b = x.chunk(2, dim=-1)  # [B, T, H, D/2]
-    return torch.cat([torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)], dim=-1)
 
 
 class _Rotate(torch.autograd.Function):
@@ -48,9 +45,10 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin)
+        return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin)
 
     @staticmethod
     def backward(ctx: Any, *above: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        return _turn(above[0], cos, -sin), None, None
+        grad = above[0]
+        return torch.addcmul(grad * cos, grad.roll(grad.size(-1) // 2, -1), sin, value=-1), None, None
