@@ -210,6 +210,8 @@ class Watch:
             return "; ".join(
                 f"{p.name} has not answered for {ages[p.rank]:.0f} s; it was last in: {p.activity}" for p in silent
             ), silent
+        if self._silent(now, 5 * self._interval):
+            return None  # who has fallen silent holds the others up: it alone is named, when its time is over
         with self._lock:
             alive = [(seen.pulse, now - seen.move_at) for seen in self._seen.values() if not seen.pulse.ended]
         alive.append((self._own, now - own_at))
@@ -293,7 +295,7 @@ def _undisturbed() -> Iterator[None]:
 
 def _put_down(pulse: Pulse, own: Pulse) -> None:
     """Kill a stopped process that the same torchrun started on this host, which would wait half a minute before it does so."""
-    if pulse.host != own.host or pulse.parent != own.parent or own.parent <= 1:
+    if pulse.host != own.host or pulse.parent != own.parent or own.parent <= 1 or pulse.pid == own.pid:
         return
     try:
         fields = Path(f"/proc/{pulse.pid}/stat").read_text(encoding="utf-8", errors="replace").rsplit(")", 1)[1].split()

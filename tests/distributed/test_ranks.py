@@ -1,0 +1,64 @@
+"""One of two processes is killed or stopped: a line names it, torchrun starts both again, and nothing is lost."""
+
+import importlib.util
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "ranks.py"
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    spec = importlib.util.spec_from_file_location("ranks", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["ranks"] = module  # its dataclass looks itself up there
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def recipe(ranks, corpus, tmp_path_factory):
+    path = tmp_path_factory.mktemp("ranks") / "recipe.toml"
+    path.write_text(ranks.RECIPE.format(text=corpus, steps=24, timeout=4))
+    return path
+
+
+@pytest.fixture(scope="module")
+def calm(ranks, recipe):
+    out = recipe.parent / "calm"
+    log = recipe.parent / "calm.log"
+    assert ranks.launch(recipe, out, 0, log).wait() == 0, log.read_text()
+    return out
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_with_restarts_the_run_ends_as_if_nothing_had_happened(ranks, recipe, calm, tmp_path, number):
+    outcome = ranks.disturbed(recipe, tmp_path / "run", number=number, rank=1, lines=9, restarts=2)
+    assert outcome.status == 0, outcome.output
+    assert ranks.losses(tmp_path / "run") == ranks.losses(calm)
+    weights = "checkpoints/step-000024/model.safetensors"
+    assert (tmp_path / "run" / weights).read_bytes() == (calm / weights).read_bytes()
+    assert len(re.findall(r"^bardling: rank 1 \(.*last in: ", outcome.output, re.MULTILINE)) == 1, outcome.output
+    assert outcome.seconds < 30
+
+
+def test_without_restarts_it_ends_at_once_and_is_not_overwritten_by_another_job(ranks, recipe, tmp_path):
+    outcome = ranks.disturbed(recipe, tmp_path / "run", number=signal.SIGKILL, rank=0, lines=9, restarts=0)
+    assert outcome.status == 1
+    assert re.search(r"^bardling: rank 0 \(.*last in: ", outcome.output, re.MULTILINE), outcome.output
+    assert "[rank1]: Traceback" not in outcome.output
+    log = tmp_path / "again.log"
+    assert ranks.launch(recipe, tmp_path / "run", 1, log).wait() != 0
+    assert "a run is there already" in log.read_text()
+
+
+@pytest.mark.slow
+def test_twenty_times(ranks):
+    done = subprocess.run([sys.executable, str(SCRIPT), "--trials", "20"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.endswith("20 of 20\n")
