@@ -63,7 +63,7 @@ def run(argv: Sequence[str]) -> None:
         top_k=options.top_k,
         top_p=options.top_p,
     )
-    from bardling.checkpoint.load import load
+    from bardling.checkpoint.load import load, run_of
     from bardling.data.tokenizer import StreamDecoder
     from bardling.distributed.device import choose_device, choose_precision
     from bardling.generate import generate, prompt_ids, will_slide
@@ -75,7 +75,11 @@ def run(argv: Sequence[str]) -> None:
     if tokenizer is None:
         raise UserError(f"{options.model}: has no tokenizer: put its tokenizer.json into the model's folder")
     model = loaded.build().to(device)
-    prompt = prompt_ids(tokenizer, config.prompt, allow_special=options.special)
+    owner = run_of(Path(options.model))
+    single_document = owner is not None and owner.dataset_record().get("train_documents") == 1
+    # Text of one document has no end-of-text token that something could begin after.
+    start = config.prompt or ("\n" if single_document else "")
+    prompt = prompt_ids(tokenizer, start, allow_special=options.special)
     if will_slide(len(prompt), config.max_new_tokens, model.config.block_size):
         print(
             f"bardling: the text will outgrow the model's context of {model.config.block_size} tokens; "
@@ -108,6 +112,11 @@ def run(argv: Sequence[str]) -> None:
                 texts[row] += piece
                 if single:
                     _write(piece)
+    for row, decoder in enumerate(decoders):  # bytes that were waiting for the rest of their character
+        end = decoder.finish()
+        texts[row] += end
+        if single:
+            _write(end)
     if single:
         _write("\n")
     else:

@@ -49,7 +49,16 @@ def described_model(
     """The model whose `SIZES` stand in `table`."""
     n_layer, n_head, n_embd, block_size, vocab_size = (whole_in(path, table, key, 1) for key in SIZES)
     try:
-        return ModelConfig(n_layer, n_head, n_embd, block_size, vocab_size, dropout, bias=bias, gelu=gelu)
+        return ModelConfig(
+            n_layer=n_layer,
+            n_head=n_head,
+            n_embd=n_embd,
+            block_size=block_size,
+            vocab_size=vocab_size,
+            dropout=dropout,
+            bias=bias,
+            gelu=gelu,
+        )
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 

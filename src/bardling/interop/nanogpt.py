@@ -29,9 +29,10 @@ from bardling.config import (
 from bardling.configfile import read_text_file
 from bardling.errors import UserError
 from bardling.interop.nanogpt_keys import NAMED_DATASETS, PLACES, SAMPLE_DEFAULTS, TRAIN_DEFAULTS
+from bardling.model.sizes import size
 
-_GPT2_SIZES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}
-_GPT2_VOCAB, _GPT2_CONTEXT = 50257, 1024
+_GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+_GPT2_CONTEXT = 1024
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,8 @@ def run_config_from_nanogpt(settings: Mapping[str, Any], world_size: int = 1, ne
     values = {**TRAIN_DEFAULTS, **settings}
     notes: list[str] = []
     init_from: str = values["init_from"]
-    if init_from not in ("scratch", "resume", *_GPT2_SIZES):
-        raise UserError(f"init_from = {init_from!r}: choose scratch, resume or one of {', '.join(_GPT2_SIZES)}")
+    if init_from not in ("scratch", "resume", *_GPT2_NAMES):
+        raise UserError(f"init_from = {init_from!r}: choose scratch, resume or one of {', '.join(_GPT2_NAMES)}")
     accumulation, micro = values["gradient_accumulation_steps"], values["batch_size"]
     for key in ("gradient_accumulation_steps", "batch_size", "eval_iters", "eval_interval", "log_interval", "block_size"):
         if values[key] < 1:
@@ -133,14 +134,20 @@ def run_config_from_nanogpt(settings: Mapping[str, Any], world_size: int = 1, ne
 
 def _model(values: Mapping[str, Any], init_from: str, notes: list[str]) -> ModelConfig:
     block_size, dropout = values["block_size"], values["dropout"]
-    if init_from in _GPT2_SIZES:
+    if init_from in _GPT2_NAMES:
         if block_size > _GPT2_CONTEXT:
             raise UserError(f"block_size = {block_size}: {init_from} knows {_GPT2_CONTEXT} positions; lower it to at most that")
         notes.append(f"{init_from} is run with the GELU it was trained with (tanh); nanoGPT runs it with the exact one")
-        n_layer, n_head, n_embd = _GPT2_SIZES[init_from]
-        return ModelConfig(n_layer, n_head, n_embd, block_size, _GPT2_VOCAB, dropout, bias=True, gelu="tanh", init=init_from)
-    shape = (values["n_layer"], values["n_head"], values["n_embd"], block_size)
-    return ModelConfig(*shape, dropout=dropout, bias=values["bias"], gelu="erf")
+        return replace(size(init_from), block_size=block_size, dropout=dropout, init=init_from)
+    return ModelConfig(
+        n_layer=values["n_layer"],
+        n_head=values["n_head"],
+        n_embd=values["n_embd"],
+        block_size=block_size,
+        dropout=dropout,
+        bias=values["bias"],
+        gelu="erf",
+    )
 
 
 def _optim(values: Mapping[str, Any], notes: list[str]) -> OptimConfig:
@@ -215,8 +222,8 @@ def sample_from_nanogpt(settings: Mapping[str, Any]) -> NanoGPTSample:
         UserError: the prompt's file cannot be read, or a value does not fit.
     """
     values = {**SAMPLE_DEFAULTS, **settings}
-    if values["init_from"] not in ("resume", *_GPT2_SIZES):
-        raise UserError(f"init_from = {values['init_from']!r}: choose resume or one of {', '.join(_GPT2_SIZES)}")
+    if values["init_from"] not in ("resume", *_GPT2_NAMES):
+        raise UserError(f"init_from = {values['init_from']!r}: choose resume or one of {', '.join(_GPT2_NAMES)}")
     start: str = values["start"]
     return NanoGPTSample(
         model=values["out_dir"] if values["init_from"] == "resume" else values["init_from"],

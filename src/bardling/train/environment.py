@@ -27,6 +27,7 @@ def dataset_record(dataset: TokenDataset) -> str:
     facts = {
         "path": str(dataset.path),
         "fingerprint": dataset.fingerprint,
+        "train_documents": dataset.manifest.train.documents,
         "train_tokens": len(dataset.split("train")),
         "val_tokens": len(dataset.split("val")),
     }

@@ -16,7 +16,7 @@ import torch
 from bardling.checkpoint.load import Loaded, load
 from bardling.checkpoint.runfolder import RunFolder, create_run, open_run, refuse_existing, write_whole
 from bardling.checkpoint.space import check_space
-from bardling.config import ModelConfig, RunConfig
+from bardling.config import ModelConfig, RunConfig, SampleConfig
 from bardling.data.loader import EvalWindows, Prefetcher, TrainWindows
 from bardling.data.order import WindowOrder
 from bardling.data.tokenizer import load_tokenizer
@@ -34,6 +34,9 @@ from bardling.optim.schedule import learning_rate
 from bardling.train.changes import absolute, check_changes, settle
 from bardling.train.compiling import compile_pays, wrap
 from bardling.train.environment import asked_fingerprint, began_by_this_job, check_dataset, dataset_record, environment_facts
+from bardling.train.explain import Explainer
+from bardling.train.goback import go_back, rollbacks_of
+from bardling.train.guard import Guard, RollBack
 from bardling.train.hooks import Checkpoint, Log, Sample, StepTimer, Tasks, Validate
 from bardling.train.loop import Hook, fit
 from bardling.train.monitoring import RunMonitor
@@ -263,7 +266,13 @@ class _Run:
             write_whole(self.folder.dataset_file, dataset_record(self.dataset))
             if self.tokenizer is not None:
                 self.tokenizer.save(self.folder.path)
-        self.folder.add_environment(environment_facts(self.context, state.step, self.asked))
+        samples = {"first_sample": state.samples, "samples_per_step": self.plan.samples_per_step}
+        self.folder.add_environment({**environment_facts(self.context, state.step, self.asked), **samples})
+
+    def _sampling(self) -> SampleConfig:
+        """How to sample: text of one document has no end-of-text token to begin after, so an empty prompt is a line break."""
+        single = self.dataset.manifest.train.documents == 1
+        return dataclasses.replace(self.config.sample, prompt=self.config.sample.prompt or ("\n" if single else ""))
 
     def _announce(self, monitor: RunMonitor, state: TrainState) -> None:
         """Say what will be trained, on what, and what `auto` chose."""
@@ -323,7 +332,7 @@ class _Run:
                 Sample(
                     monitor,
                     timer,
-                    config.sample,
+                    self._sampling(),
                     self.tokenizer,
                     last=last,
                     seed=config.seed,
@@ -346,24 +355,66 @@ class _Run:
                         stop_requested=stop_requested,
                     )
                 )
-        hooks.append(Checkpoint(timer, self.saver, config.checkpoint, last=last, context=context))
-        source = TrainWindows(self.dataset.split("train"), self.order)
-        requests = plan.requests(state.samples, plan.steps - state.step, context.rank)
-        with Prefetcher(source, requests, context.device) as batches:
-            fit(
-                state,
-                batches,
-                plan,
-                lr_at=lambda step: learning_rate(step, config.optim, plan.steps),
-                grad_clip=config.train.grad_clip,
-                seed=config.seed,
-                forward=wrap(state.model, compiled=config.compile == "on", context=context),
-                precision=self.precision,
-                context=context,
-                hooks=hooks,
-                bytes_per_token=table,
-                stop_requested=stop_requested,
-            )
+        guard = self._guard(state, monitor)
+        hooks.append(Checkpoint(timer, self.saver, config.checkpoint, last=last, context=context, settle=guard.settle))
+        forward = wrap(state.model, compiled=config.compile == "on", context=context)
+        while True:
+            source = TrainWindows(self.dataset.split("train"), guard.order)
+            requests = plan.requests(state.samples, plan.steps - state.step, context.rank)
+            try:
+                with Prefetcher(source, requests, context.device) as batches:
+                    fit(
+                        state,
+                        batches,
+                        plan,
+                        lr_at=lambda step: learning_rate(step, config.optim, plan.steps),
+                        grad_clip=config.train.grad_clip,
+                        seed=config.seed,
+                        forward=forward,
+                        precision=self.precision,
+                        context=context,
+                        hooks=hooks,
+                        bytes_per_token=table,
+                        stop_requested=stop_requested,
+                        guard=guard,
+                    )
+                return
+            except RollBack as found:
+                go_back(
+                    found,
+                    guard,
+                    state,
+                    folder=self.folder,
+                    context=context,
+                    saver=self.saver,
+                    monitor=monitor,
+                    begin=self._begin,
+                )
+
+    def _guard(self, state: TrainState, monitor: RunMonitor) -> Guard:
+        context, rollbacks = self.context, rollbacks_of(self.folder, state, self.context)
+        explainer = Explainer(
+            self.dataset, self.order, device=context.device, precision=self.precision, micro_batch=self.plan.micro_batch
+        )
+        return Guard(
+            self.config.guard,
+            context,
+            self.order,
+            rollbacks,
+            explainer if context.is_primary else None,
+            log=monitor.log,
+            tell=monitor.note,
+        )
+
+    def _begin(self) -> TrainState:
+        """The state that the run began with, in host memory."""
+        return build_state(
+            self.config,
+            dataclasses.replace(self.context, device=torch.device("cpu")),
+            start=self.start,
+            continues=self.continues,
+            samples_per_step=self.plan.samples_per_step,
+        )
 
     def _save(self, state: TrainState) -> None:
         self.context.doing(f"saving step {state.step}", LONG)
