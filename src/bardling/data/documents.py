@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from bardling.data.files import told_plainly
 from bardling.data.manifest import IndexFile, SplitName
-from bardling.data.shards import TokenDataset, TokenSplit
+from bardling.data.shards import TokenDataset
 from bardling.errors import UserError
 
 _REACH = 1 << 20  # tokens
@@ -48,7 +48,7 @@ class Document:
 
     def __str__(self) -> str:
         place = f"tokens {self.begin:,} to {self.end - 1:,}"
-        return place if self.number is None else f"{self.name!r} (document {self.number:,}, {place})"
+        return f"the document of {place}" if self.number is None else f"{self.name!r} (document {self.number:,}, {place})"
 
 
 class DocumentWriter:
@@ -203,9 +203,3 @@ class Documents:
         """Places of end-of-text tokens."""
         found: list[int] = (np.flatnonzero(self._split.read(low, high - low) == self._eot) + low).tolist()
         return found
-
-
-def place_of(split: TokenSplit, position: int) -> str:
-    """A token's file, and its place in it."""
-    name, place = split.place(position)
-    return f"{name}, token {place:,}"

@@ -60,6 +60,20 @@ class TaskRecord(Record):
 
 
 @dataclasses.dataclass(frozen=True)
+class EventRecord(Record):
+    """A bad step, and what came of it."""
+
+    kind: ClassVar[str] = "event"
+    action: str  # skip: its update was left out; rollback: the run went back and passes over its windows; stop: the run ended
+    reason: str
+    loss: float  # (nats)
+    grad_norm: float
+    samples: list[list[int]]  # the step's windows: ranges (first, count) of the data's order
+    windows: list[dict[str, Any]]  # the worst of them: sample, start (token), file, place in it, loss, document
+    tensors: list[dict[str, Any]]  # those with the largest gradients: name, grad_norm, nonfinite (entries), weight_rms
+
+
+@dataclasses.dataclass(frozen=True)
 class SampleRecord(Record):
     """Text written by the model."""
 

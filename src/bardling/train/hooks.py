@@ -317,9 +317,11 @@ class Checkpoint(_Timed):
         *,
         last: int,
         context: Context,
+        settle: Callable[[TrainState], None] = lambda state: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__(timer, config.every_steps, last)
+        self._settle = settle  # makes sure that the state is worth saving, or raises
         self._saver, self._save_best, self._seconds = saver, config.save_best, config.every_seconds
         self._context, self._clock, self._since = context, clock, clock()
 
@@ -341,6 +343,7 @@ class Checkpoint(_Timed):
 
     def work(self, state: TrainState) -> None:
         """Begin to save."""
+        self._settle(state)
         state.hooks_done[self.name] = state.step
         self._saver.save(state, last=state.step == self._last)
         self._since = self._clock()

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from bardling.data.loader import Batch
 from bardling.distributed.context import SINGLE, Context
 from bardling.distributed.device import Precision
+from bardling.train.guard import Guard
 from bardling.train.plan import TrainPlan
+from bardling.train.signals import Stopped
 from bardling.train.state import TrainState
 from bardling.train.step import StepResult, seed_dropout, train_step
 
@@ -39,6 +41,7 @@ def fit(
     hooks: Sequence[Hook] = (),
     bytes_per_token: Tensor | None = None,
     stop_requested: Callable[[], bool] = lambda: False,
+    guard: Guard | None = None,
 ) -> None:
     """Train `state` from where it stands to the end of `plan`.
 
@@ -48,28 +51,38 @@ def fit(
         seed: of dropout.
         forward: what computes the loss, if not `state.model` itself (its compiled or distributed wrapper).
         precision: of matrix products; float32 when absent.
+        guard: against bad steps; it judges a step before the hooks see it.
 
     Raises:
         Stopped: `stop_requested`; the state is whole.
+        RollBack: the guard wants the run to go back.
     """
     precision = precision or Precision("float32", "default", context.device.type)
     state.model.train()
-    for hook in hooks:
-        hook(state, None)
-    while state.step < plan.steps:
-        seed_dropout(seed, state.step, context.rank)
-        result = train_step(
-            state,
-            [next(batches) for _ in range(plan.accumulation)],
-            forward=state.model if forward is None else forward,
-            lr=lr_at(state.step),
-            grad_clip=grad_clip,
-            precision=precision,
-            context=context,
-            bytes_per_token=bytes_per_token,
-            stop_requested=stop_requested,
-        )
-        state.step += 1
-        state.samples += plan.samples_per_step
+    try:
         for hook in hooks:
-            hook(state, result)
+            hook(state, None)
+        while state.step < plan.steps:
+            seed_dropout(seed, state.step, context.rank)
+            result = train_step(
+                state,
+                [next(batches) for _ in range(plan.accumulation)],
+                forward=state.model if forward is None else forward,
+                lr=lr_at(state.step),
+                grad_clip=grad_clip,
+                precision=precision,
+                context=context,
+                bytes_per_token=bytes_per_token,
+                stop_requested=stop_requested,
+                limits=None if guard is None else guard.limits(state),
+            )
+            state.step += 1
+            state.samples += plan.samples_per_step
+            if guard is not None:
+                guard.judge(state, result, plan.samples_per_step)
+            for hook in hooks:
+                hook(state, result)
+    except Stopped:
+        if guard is not None:
+            guard.settle(state)
+        raise

@@ -4,7 +4,7 @@ from bardling.checkpoint.runfolder import RunFolder
 from bardling.config import RunConfig
 from bardling.monitor.console import Console
 from bardling.monitor.jsonl import JsonlSink, truncate_after
-from bardling.monitor.records import Record, SampleRecord
+from bardling.monitor.records import EventRecord, Record, SampleRecord
 from bardling.monitor.services import Services
 
 
@@ -16,14 +16,25 @@ class RunMonitor:
         self._samples: JsonlSink | None = None
         self._console: Console | None = None
         self._services: Services | None = None
-        if not primary:
-            return
-        for path in (folder.metrics_file, folder.samples_file):
-            truncate_after(path, step)  # figures of steps that a kill undid
-        self._metrics, self._samples = JsonlSink(folder.metrics_file), JsonlSink(folder.samples_file)
-        if not quiet:
+        self._folder, self._config, self._primary = folder, config, primary
+        if primary and not quiet:
             self._console = Console(config.train.steps, step)
-        self._services = Services(folder.path, config, step, self.note)
+        self._open(step)
+
+    def _open(self, step: int) -> None:
+        if not self._primary:
+            return
+        for path in (self._folder.metrics_file, self._folder.samples_file):
+            truncate_after(path, step)  # figures of steps that a kill undid
+        self._metrics, self._samples = JsonlSink(self._folder.metrics_file), JsonlSink(self._folder.samples_file)
+        self._services = Services(self._folder.path, self._config, step, self.note)
+
+    def rewind(self, step: int) -> None:
+        """Forget the figures of steps after `step`, to which the run has gone back: as if it had been resumed there."""
+        for sink in (self._metrics, self._samples, self._services):
+            if sink is not None:
+                sink.close()
+        self._open(step)
 
     def log(self, record: Record) -> None:
         """Write a record where its kind belongs."""
@@ -38,6 +49,8 @@ class RunMonitor:
             return
         if self._metrics is not None:
             self._metrics.log(values)
+        if isinstance(record, EventRecord):  # said in words besides; no figure of a curve
+            return
         if self._console is not None:
             self._console.log(values)
         if self._services is not None:

@@ -40,6 +40,7 @@ class Recent:
     grad_norm: list[float] = field(default_factory=list)
     skipped: int = 0  # bad steps in a row
     overflows: int = 0  # float16: gradients too large for the scale, in a row
+    rollbacks: int = 0  # of the run so far
 
     def add(self, step: int, loss: float, grad_norm: float, window: int) -> None:
         """Take the figures of a good step and forget what no limit will need."""
@@ -84,6 +85,7 @@ class Recent:
             "grad_norm": list(self.grad_norm),
             "skipped": self.skipped,
             "overflows": self.overflows,
+            "rollbacks": self.rollbacks,
         }
 
     @classmethod
@@ -97,7 +99,7 @@ class Recent:
             return cls()
         names = ("steps", "loss", "grad_norm")
         lists = [values.get(name) if isinstance(values, dict) else None for name in names]
-        counts = [values.get(name) if isinstance(values, dict) else None for name in ("skipped", "overflows")]
+        counts = [values.get(name) if isinstance(values, dict) else None for name in ("skipped", "overflows", "rollbacks")]
         sound = all(isinstance(numbers, list) and len(numbers) == len(lists[0] or []) <= 20_000 for numbers in lists)
         sound = sound and all(type(count) is int and count >= 0 for count in counts)
         sound = sound and all(type(step) is int for step in lists[0] or [])
