@@ -22,6 +22,7 @@ VERBS = {
     "resume": "go on with a run, exactly where it stopped",
     "plan": "work out what a run will need, before it starts",
     "bench": "measure how fast a recipe trains on this machine",
+    "verify": "show on this machine that a recipe trains exactly, however it is split or stopped",
     "sample": "let a trained model write",
     "eval": "measure a model on held-out text",
     "export": "write a model in the form that other software opens",
