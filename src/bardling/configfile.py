@@ -6,6 +6,7 @@ key and the nearest valid name. Only keys that differ from the defaults need to 
 
 import dataclasses
 import os
+import stat
 import tomllib
 import types
 from importlib import resources
@@ -52,8 +53,11 @@ def load_recipe(name_or_path: str) -> RunConfig:
 def read_text_file(path: Path) -> str:
     """Read a small UTF-8 file, with errors that name it."""
     try:
-        if path.stat().st_size > LARGEST_RECIPE:
-            raise UserError(f"{path}: {path.stat().st_size:,} bytes is too large for a configuration file")
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe would wait for ever, and a device never end
+            raise UserError(f"{path}: is not a file")
+        if status.st_size > LARGEST_RECIPE:
+            raise UserError(f"{path}: {status.st_size:,} bytes is too large for a configuration file")
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None

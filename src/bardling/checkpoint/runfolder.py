@@ -71,6 +71,8 @@ class RunFolder:
     def add_environment(self, facts: dict[str, Any]) -> None:
         """Add the facts of one more start of the run."""
         starts = read_json(self.environment_file).get("starts", []) if self.environment_file.exists() else []
+        if not isinstance(starts, list):
+            raise UserError(f"{self.environment_file}: starts = {str(starts)[:80]!r} must be a list: remove the file")
         write_whole(self.environment_file, json.dumps({"starts": [*starts, facts]}, indent=2) + "\n")
 
 

@@ -107,7 +107,7 @@ def read_checkpoint(folder: Path, *, optimizer: bool = True) -> Checkpoint:
         UserError: a file is missing, damaged, or of another architecture or format.
     """
     model_config, model_state = read_model(folder)
-    training = _training(folder / "training.json")
+    training = read_training(folder / "training.json")
     meta = training.pop("optimizer", {})
     if not isinstance(meta, dict):
         raise UserError(f"{folder / 'training.json'}: optimizer = {meta!r} must be an object")
@@ -137,8 +137,12 @@ def read_model(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     return config, {name: tensor.float() for name, tensor in state.items()}
 
 
-def _training(path: Path) -> dict[str, Any]:
-    """The facts of training.json, checked."""
+def read_training(path: Path) -> dict[str, Any]:
+    """The facts of a checkpoint's `training.json`, checked: step, samples, best_val_loss (inf: none yet), best_step, ...
+
+    Raises:
+        UserError: the file is missing, damaged, or of another format.
+    """
     data = _read_json(path)
     if data.pop("format", None) != FORMAT:
         raise UserError(f"{path}: has an unknown format; this version reads format {FORMAT}")

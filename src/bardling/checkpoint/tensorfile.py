@@ -51,5 +51,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: is missing") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({os.strerror(error.errno) if error.errno else error})") from None
+    except MemoryError:
+        raise UserError(f"{path}: {path.stat().st_size:,} bytes are more than fit into memory") from None
     except SafetensorError as error:
         raise UserError(f"{path}: is damaged or not a safetensors file ({error})") from None

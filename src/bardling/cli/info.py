@@ -1,6 +1,6 @@
 """`bardling info PATH`: what is this? A run, a checkpoint or a dataset, ours or another trainer's, its facts on one screen."""
 
-import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +84,7 @@ def show_dataset(dataset: "TokenDataset") -> None:
 
 
 def _show_checkpoint(path: Path, verify: bool) -> None:
-    from bardling.checkpoint.state import read_model
+    from bardling.checkpoint.state import read_model, read_training
     from bardling.checkpoint.store import CheckpointStore
     from bardling.monitor.format import count
 
@@ -98,9 +98,9 @@ def _show_checkpoint(path: Path, verify: bool) -> None:
     ]
     training = path / "training.json"
     if training.is_file():
-        facts = json.loads(training.read_text(encoding="utf-8"))
-        rows.append(("step", f"{facts.get('step', 0):,}"))
-        if facts.get("best_val_loss") is not None:
+        facts = read_training(training)
+        rows.append(("step", f"{facts['step']:,}"))
+        if math.isfinite(facts["best_val_loss"]):
             rows.append(("best validation loss", f"{facts['best_val_loss']:.4f} nats a token"))
     _print(f"checkpoint {path}", rows)
     if verify:
@@ -145,14 +145,13 @@ def _show_foreign(path: Path) -> bool:
 def _show_run(path: Path, verify: bool) -> None:
     from bardling.checkpoint.runfolder import open_run
     from bardling.monitor.format import duration
-    from bardling.monitor.jsonl import read_jsonl
+    from bardling.monitor.jsonl import figures, read_jsonl
 
     run_folder = open_run(path)
     config = run_folder.config()
     store = run_folder.store()
     records = list(read_jsonl(run_folder.metrics_file)) if run_folder.metrics_file.exists() else []
-    trained = [record for record in records if record["kind"] == "train"]
-    validated = [record for record in records if record["kind"] == "val"]
+    trained, validated = figures(records, "train"), figures(records, "val")
     model = config.model
     rows = [
         ("model", f"{model.n_layer} layers, {model.n_head} heads, {model.n_embd} wide, context {model.block_size}"),
@@ -161,13 +160,17 @@ def _show_run(path: Path, verify: bool) -> None:
     ]
     if trained:
         last = trained[-1]
-        state = "finished" if last["step"] >= config.train.steps else f"{duration(last['seconds_left'])} left at its last speed"
+        state = (
+            "finished"
+            if last["step"] >= config.train.steps
+            else f"{duration(last.get('seconds_left', math.nan))} left at its last speed"
+        )
         rows.append(("progress", f"step {last['step']:,} of {config.train.steps:,}, {state}"))
         rows.append(("training loss", f"{last['loss']:.4f} nats a token"))
     if validated:
         best = min(validated, key=lambda record: record["loss"])
         rows.append(("validation loss", f"{validated[-1]['loss']:.4f} (best {best['loss']:.4f} at step {best['step']:,})"))
-        if best.get("bits_per_byte") is not None:
+        if "bits_per_byte" in best and "bits_per_byte" in validated[-1]:
             rows.append(("bits per byte", f"{validated[-1]['bits_per_byte']:.4f} (best {best['bits_per_byte']:.4f})"))
     steps = store.steps()
     rows.append(("checkpoints", ", ".join(f"step {step:,}" for step in steps) or "none yet"))

@@ -346,6 +346,8 @@ def _opened(path: Path, names: Iterable[str] | None, read: Callable[[Any, str], 
             if missing:
                 raise UserError(f"{path}: {missing[0]} is missing: the file is not the one that its index describes")
             return {name: read(file, name) for name in (sorted(known) if names is None else names)}
+    except (OSError, MemoryError) as error:  # a file larger than the address space cannot be mapped
+        raise UserError(f"{path}: cannot be read ({error})") from error
     except SafetensorError as error:
         raise UserError(f"{path}: is not a sound safetensors file ({error})") from error
 

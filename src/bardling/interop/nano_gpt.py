@@ -59,13 +59,13 @@ def run_config_from_nano_gpt(imported: ImportedCheckpoint) -> RunConfig:
     """
     train = imported.settings.get("train_config", {})
     evaluation, sample = imported.settings.get("eval_config", {}), imported.settings.get("sample_config", {})
-    lr, steps = float(train.get("max_lr", 6e-4)), int(train.get("max_steps", 19073))
-    # nano-gpt trains on windows of sequence_length, which may be shorter than the model's context.
-    length = int(train.get("sequence_length", imported.config.block_size))
-    total = int(train.get("total_batch_size", length * 16))
-    if length < 1 or total % length:
-        raise UserError(f"total_batch_size = {total} is not a multiple of sequence_length = {length}")
     try:
+        lr, steps = float(train.get("max_lr", 6e-4)), int(train.get("max_steps", 19073))
+        # nano-gpt trains on windows of sequence_length, which may be shorter than the model's context.
+        length = int(train.get("sequence_length", imported.config.block_size))
+        total = int(train.get("total_batch_size", length * 16))
+        if length < 1 or total % length:
+            raise UserError(f"total_batch_size = {total} is not a multiple of sequence_length = {length}")
         return RunConfig(
             seed=int(train.get("seed", 1337)),
             model=imported.config,
@@ -87,7 +87,7 @@ def run_config_from_nano_gpt(imported: ImportedCheckpoint) -> RunConfig:
                 SampleConfig(), prompt=str(sample.get("text", "")), num_samples=int(sample.get("num_return_sequences", 5))
             ),
         )
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise UserError(f"nano-gpt's settings do not make a run: {error}") from None
 
 

@@ -9,6 +9,7 @@ container may stand in one place only, so the result is always a tree as large a
 """
 
 import pickletools
+import stat
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -52,9 +53,11 @@ def load_plain_pickle(path: Path) -> Any:
         UserError: the file cannot be read, is too large or damaged, or holds anything but plain data.
     """
     try:
-        size = path.stat().st_size
-        if size > LARGEST_PICKLE:
-            raise UserError(f"{path}: {size:,} bytes is too large for a vocabulary")
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe would wait for ever, and a device never end
+            raise UserError(f"{path}: is not a file")
+        if status.st_size > LARGEST_PICKLE:
+            raise UserError(f"{path}: {status.st_size:,} bytes is too large for a vocabulary")
         data = path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None

@@ -9,7 +9,7 @@ import errno
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,11 +81,40 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         UserError: the file cannot be read, or a line (named by its number) is no JSON object.
     """
     try:
-        data = path.read_bytes()
+        data = _read(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({_reason(error)})") from None
     lines = data.split(b"\n")[:-1]  # what follows the last line break is nothing, or torn
     return [_parse(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def _read(path: Path) -> bytes:
+    if path.exists() and not path.is_file():  # a pipe would wait for ever, and a device never end
+        raise UserError(f"{path}: is not a file")
+    try:
+        return path.read_bytes()
+    except MemoryError:
+        raise UserError(f"{path}: {path.stat().st_size:,} bytes are more than fit into memory") from None
+
+
+def figures(records: Iterable[Mapping[str, Any]], kind: str) -> list[dict[str, Any]]:
+    """The numbers of the records of one kind, non-finite ones as floats again.
+
+    Records without a step and a loss, and values that are no numbers, are left out: they are of other programs, or damage.
+    """
+    found = []
+    for record in records:
+        if record.get("kind") == kind:
+            values = {key: _number(value) for key, value in record.items()}
+            if type(values.get("step")) is int and values.get("loss") is not None:
+                found.append({key: value for key, value in values.items() if value is not None})
+    return found
+
+
+def _number(value: object) -> int | float | None:
+    if isinstance(value, str):
+        return float(value) if value in ("NaN", "Infinity", "-Infinity") else None
+    return value if isinstance(value, float) or (isinstance(value, int) and abs(value) < 1 << 63) else None
 
 
 def truncate_after(path: Path, step: int) -> None:
@@ -99,7 +128,7 @@ def truncate_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     try:
-        data = path.read_bytes()
+        data = _read(path)
         kept = _lines_until(path, data.split(b"\n")[:-1], step)
         if b"".join(kept) == data:
             return

@@ -10,12 +10,12 @@ from typing import Any
 
 from bardling.checkpoint.runfolder import open_run
 from bardling.errors import UserError
-from bardling.monitor.jsonl import read_jsonl
+from bardling.monitor.jsonl import figures, read_jsonl
 
 
 def curve(records: Sequence[dict[str, Any]], kind: str, tokens_per_step: int) -> tuple[list[float], list[float], str]:
     """Points of one run: tokens (millions), values, and the values' unit (bits per byte where known, else nats a token)."""
-    chosen = [record for record in records if record["kind"] == kind and record.get("loss") is not None]
+    chosen = figures(records, kind)
     in_bits = bool(chosen) and all(record.get("bits_per_byte") is not None for record in chosen)
     tokens = [record["step"] * tokens_per_step / 1e6 for record in chosen]
     values = [record["bits_per_byte"] if in_bits else record["loss"] for record in chosen]
