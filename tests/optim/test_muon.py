@@ -272,6 +272,17 @@ def test_precision_follows_the_run():
     assert settle_muon_precision(CONFIG, "bfloat16") is CONFIG
 
 
+@pytest.mark.slow
+def test_compiled_agrees():
+    plain, compiled = GPT(MODEL, seed=1), GPT(MODEL, seed=1)
+    optimizers = build(plain), build(compiled, compiled=True)
+    for step in range(2):
+        update(plain, optimizers[0], step)
+        update(compiled, optimizers[1], step)
+    for name, parameter in named(plain).items():
+        torch.testing.assert_close(named(compiled)[name], parameter, rtol=1e-5, atol=1e-6)
+
+
 PROCESSES = """
 import sys
 import torch, torch.distributed as dist

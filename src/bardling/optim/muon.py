@@ -20,6 +20,7 @@ Limits: gradients must be alike in all processes (as DDP leaves them) or DTensor
 gathered gradients of all matrices for a moment.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
@@ -29,7 +30,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
-from bardling.optim.polar import orthogonalize
+from bardling.optim.polar import coefficients, newton_schulz
 
 
 class Muon(torch.optim.Optimizer):
@@ -73,11 +74,11 @@ class Muon(torch.optim.Optimizer):
                 if parameter.dim() != 2 or sum(rows) != parameter.size(0) or min(rows) < 1:
                     raise ValueError(f"Muon wants matrices in parts that fill them: {list(parameter.shape)}, parts {rows}")
                 self._splits[parameter] = rows
-        self._steps, self._dtype, self._cautious = steps, dtype, cautious
+        self._dtype, self._cautious = dtype, cautious
         self._rank, self._world_size, self._process_group = rank, world_size, process_group
-        self._polar: Callable[[Tensor, int], Tensor] = (
-            torch.compile(orthogonalize, dynamic=False) if compiled else orthogonalize
-        )
+        # The coefficients are computed here: a compiler would trace their computation.
+        polar = functools.partial(newton_schulz, steps=coefficients(steps))
+        self._polar: Callable[[Tensor], Tensor] = torch.compile(polar, dynamic=False) if compiled else polar
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -147,7 +148,7 @@ class Muon(torch.optim.Optimizer):
         stack = torch.zeros((each, *shape), dtype=self._dtype, device=device)
         for place, part in zip(stack, parts[self._rank * each : (self._rank + 1) * each], strict=False):
             place.copy_(part.gradient if part.mean is None else torch.lerp(part.gradient, part.mean, momentum))
-        factors = self._polar(stack, self._steps)
+        factors = self._polar(stack)
         if self._world_size == 1:
             return lambda: factors
         gathered = factors.new_empty((each * self._world_size, *shape))

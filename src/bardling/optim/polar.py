@@ -70,10 +70,15 @@ def orthogonalize(x: Tensor, steps: int = 5) -> Tensor:
     Returns:
         [k, m, n] of the same dtype; a matrix of zeros stays zeros.
     """
+    return newton_schulz(x, coefficients(steps))
+
+
+def newton_schulz(x: Tensor, steps: tuple[tuple[float, float, float], ...]) -> Tensor:
+    """`orthogonalize` with the coefficients of each step given: tensors only, so that it can be compiled whole."""
     norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float32 if x.dtype == torch.bfloat16 else None)
     x = x * (1 / norm.clamp(min=1e-20)).to(x.dtype)
     tall = x.size(-2) > x.size(-1)
-    for a, b, c in coefficients(steps):
+    for a, b, c in steps:
         gram = x.mT @ x if tall else x @ x.mT  # [k, s, s] with s = min(m, n)
         factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b G + c G^2
         factor.diagonal(dim1=-2, dim2=-1).add_(a)
