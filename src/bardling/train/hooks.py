@@ -5,6 +5,7 @@ A checkpoint carries these notes: work that a signal interrupted is therefore do
 work is not repeated.
 """
 
+import contextlib
 import time
 from collections.abc import Callable
 from functools import partial
@@ -129,6 +130,7 @@ class _Timed:
     """Shared by the hooks that take long: due at intervals, once each, with the step timer stopped."""
 
     name: str
+    measures = True  # whether the work is about the model that users get: the running mean of the weights, where one is kept
 
     def __init__(self, timer: StepTimer, every: int, last: int) -> None:
         self._timer, self._every, self._last = timer, every, last
@@ -145,7 +147,8 @@ class _Timed:
             return
         self._timer.pause()
         self._timer.doing(f"{self.name} after step {state.step}")
-        self.work(state)
+        with state.measured() if self.measures else contextlib.nullcontext():
+            self.work(state)
         state.hooks_done[self.name] = state.step
         self._timer.go()
 
@@ -308,6 +311,7 @@ class Checkpoint(_Timed):
     """Saves the state at intervals of steps or of time, after the last step, and at each new best validation loss."""
 
     name = "checkpoint"
+    measures = False
 
     def __init__(
         self,

@@ -76,6 +76,8 @@ def fit(
                 stop_requested=stop_requested,
                 limits=None if guard is None else guard.limits(state),
             )
+            if state.ema is not None:
+                state.ema.update(state.step)
             state.step += 1
             state.samples += plan.samples_per_step
             if guard is not None:

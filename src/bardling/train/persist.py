@@ -12,7 +12,9 @@ from bardling.distributed.context import Context
 from bardling.errors import UserError
 from bardling.model.gpt import GPT
 from bardling.optim.build import build_optimizer, row_splits
+from bardling.optim.ema import Ema
 from bardling.optim.state import load_optimizer_tensors
+from bardling.train.saving import RAW
 from bardling.train.spikes import Recent
 from bardling.train.state import TrainState
 
@@ -89,6 +91,8 @@ def build_state(
     state = TrainState(model, optimizer)
     if config.precision == "float16":
         state.scaler = torch.amp.GradScaler(context.device.type)
+    if config.optim.ema_decay:
+        state.ema = Ema(names, config.optim.ema_decay)
     if checkpoint is not None:
         restore(state, checkpoint)
     elif start is not None and continues:
@@ -102,9 +106,14 @@ def build_state(
 
 def restore(state: TrainState, checkpoint: Checkpoint) -> None:
     """Put `state`, as far as it may have come, where `checkpoint` was saved."""
-    state.model.load_state_dict(checkpoint.model_state)
     names = dict(state.model.named_parameters())
-    load_optimizer_tensors(state.optimizer, names, checkpoint.optimizer_tensors, checkpoint.optimizer_meta)
+    # With a running mean, that is in the model's file, and the weights in training lie beside the optimizer's state.
+    raw = {name[len(RAW) :]: tensor for name, tensor in checkpoint.optimizer_tensors.items() if name.startswith(RAW)}
+    tensors = {name: tensor for name, tensor in checkpoint.optimizer_tensors.items() if not name.startswith(RAW)}
+    state.model.load_state_dict({**checkpoint.model_state, **raw})
+    if state.ema is not None:
+        state.ema.load_tensors({name: checkpoint.model_state[name] for name in names})
+    load_optimizer_tensors(state.optimizer, names, tensors, checkpoint.optimizer_meta)
     training = checkpoint.training
     state.step, state.samples = training["step"], training["samples"]
     state.best_val_loss, state.best_step = training["best_val_loss"], training["best_step"]

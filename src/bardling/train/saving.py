@@ -33,6 +33,8 @@ from bardling.train.state import TrainState
 
 _OPTIMIZER = "optimizer:"  # before the names of its tensors, so that they and the model's can share one dictionary
 
+RAW = "weights:"  # before the names of weights in training, where the model's file has their running mean
+
 
 class Saver:
     """Saves a run's checkpoints. In all processes but the primary one it only takes part in `finish`.
@@ -175,7 +177,11 @@ class Saver:
 def _tensors(state: TrainState) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """All tensors of the model and the optimizer, not copied, and the optimizer's other facts."""
     tensors, meta = optimizer_tensors(state.optimizer, dict(state.model.named_parameters()))
-    return {**state.model.state_dict(), **{_OPTIMIZER + name: tensor for name, tensor in tensors.items()}}, meta
+    model = state.model.state_dict()
+    if state.ema is not None:  # the model's file gets the mean, which is what was validated
+        tensors |= {RAW + name: model[name] for name in state.ema.tensors()}
+        model = {**model, **state.ema.tensors()}
+    return {**model, **{_OPTIMIZER + name: tensor for name, tensor in tensors.items()}}, meta
 
 
 def _facts(state: TrainState) -> dict[str, Any]:
@@ -194,4 +200,5 @@ def _facts(state: TrainState) -> dict[str, Any]:
 def state_bytes(state: TrainState) -> int:
     """About how large a checkpoint of `state` is: its weights, two moments (Muon: one) of each, and small files."""
     weights: int = sum(tensor.numel() * 4 for tensor in state.model.state_dict().values())
-    return weights * (2 if type(state.optimizer).__name__ == "Muon" else 3) + 100_000
+    copies = (2 if type(state.optimizer).__name__ == "Muon" else 3) + (state.ema is not None)
+    return weights * copies + 100_000
