@@ -65,7 +65,7 @@ SIZES = {
     "774m": Size(36, 20, 1280, batch=8, accumulation=8),
     "1558m": Size(48, 25, 1600, batch=8, accumulation=8),
 }
-TINY = {"tiny": Size(1, 2, 32, batch=2, accumulation=2, block_size=16, vocab_size=65)}
+TINY = {"tiny": Size(1, 2, 32, batch=2, accumulation=2, block_size=16, vocab_size=64)}
 
 
 @dataclass(frozen=True)
