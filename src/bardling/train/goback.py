@@ -1,8 +1,8 @@
 """Back to the last checkpoint, within the process, past the windows that led to bad numbers.
 
 What is passed over is on the disk before anything else happens. The state is then put where the newest sound checkpoint was
-saved (or where the run began, before the first one), in place: wrappers and compiled code keep their weights. Figures of the steps
-that are undone are removed, as a resumed run removes them; so a run that went back and one that was killed meanwhile and
+saved (or where the run began, before the first one), in place: wrappers and compiled code keep their weights. Figures of
+steps that are undone are removed, as a resumed run removes them; so a run that went back and one that was killed meanwhile and
 resumed are the same to the byte.
 """
 
