@@ -14,6 +14,8 @@ from bardling.errors import UserError
 if TYPE_CHECKING:
     from bardling.data.shards import TokenDataset
 
+_EXCERPT = 80  # characters, and tokens, of a window's beginning
+
 
 @dataclass(frozen=True)
 class InfoOptions:
@@ -23,6 +25,8 @@ class InfoOptions:
     """A run, a checkpoint, or a dataset; also a checkpoint file or a token folder of nanoGPT, nano-gpt or llm.c."""
     verify: bool = False
     """Also compare every file with its checksum."""
+    step: int | None = None
+    """Of a run: say which windows, files and documents this step saw."""
 
 
 def run(argv: Sequence[str]) -> None:
@@ -31,7 +35,9 @@ def run(argv: Sequence[str]) -> None:
     path = options.path
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
-    if (path / "config.toml").is_file():
+    if options.step is not None:
+        _show_step(path, options.step)
+    elif (path / "config.toml").is_file():
         _show_run(path, options.verify)
     elif (path / "config.json").is_file():
         _show_checkpoint(path, options.verify)
@@ -91,7 +97,7 @@ def _show_checkpoint(path: Path, verify: bool) -> None:
     config, state = read_model(path)
     parameters = sum(tensor.numel() for name, tensor in state.items())
     rows = [
-        ("model", f"GPT-2, {config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide"),
+        ("model", f"{config.architecture.opens_as or 'of its own kind'}, {config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide"),
         ("parameters", f"{parameters:,} ({count(parameters)})"),
         ("context", f"{config.block_size:,} tokens"),
         ("vocabulary", f"{config.vocab_size:,} entries"),
@@ -120,7 +126,7 @@ def _show_foreign(path: Path) -> bool:
         parameters -= (config.padded_vocab_size - config.vocab_size) * config.n_embd
         rows = [
             ("made by", loaded.foreign.origin if loaded.foreign is not None else "unknown"),
-            ("model", f"GPT-2, {config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide, GELU {config.gelu}"),
+            ("model", f"{config.architecture.opens_as or 'of its own kind'}, {config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide, GELU {config.gelu}"),
             ("parameters", f"{parameters:,} ({count(parameters)})"),
             ("context", f"{config.block_size:,} tokens"),
             ("vocabulary", f"{config.vocab_size:,} entries"),
@@ -178,3 +184,35 @@ def _show_run(path: Path, verify: bool) -> None:
     if verify:
         problems = [f"{store.path(step).name}: {problem}" for step in steps for problem in store.verify(store.path(step))]
         _report(problems)
+
+
+def _show_step(path: Path, step: int) -> None:
+    """Print what a step saw, and what came of it."""
+    from bardling.checkpoint.runfolder import open_run
+    from bardling.monitor.console import harmless
+    from bardling.monitor.jsonl import read_jsonl
+    from bardling.train.guard import in_words
+    from bardling.train.trace import seen_in_step
+
+    folder = open_run(path)
+    seen = seen_in_step(folder, step)
+    records = read_jsonl(folder.metrics_file) if folder.metrics_file.exists() else []
+    figures = [record for record in records if record["kind"] == "train" and record["step"] == step]
+    loss = f", loss {float(figures[-1]['loss']):.4f} nats a token" if figures else ""
+    length = seen.windows[0].length - 1 if seen.windows else 0
+    print(f"run {path}, step {step:,}: {len(seen.windows)} windows of {length:,} tokens from {seen.dataset.path}{loss}")
+    for rollback in seen.rollbacks:
+        print(f"  went back before this step could be done: {in_words(rollback.event)}")
+    for record in records:
+        if record["kind"] == "event" and record["step"] == step and record["action"] != "rollback":
+            print(f"  {record['action']}: {record['reason']}")
+    for window in seen.windows:
+        end = window.start + window.length - 1
+        print(f"sample {window.sample:,}: tokens {window.start:,} to {end:,}; {window.file} from token {window.place:,}")
+        for document in window.documents:
+            print(f"  {harmless(str(document))}")
+        text = seen.text(window, _EXCERPT)
+        if text is not None:
+            print(f"  begins {harmless(text)[:_EXCERPT]!r}")
+    if not seen.named:
+        print("documents have no names: the dataset was made without an index; prepare the text again to get one")
