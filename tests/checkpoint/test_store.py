@@ -60,6 +60,58 @@ def test_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     assert store.verify(store.path(50)) == []
 
 
+def test_keeps_several_best_and_some_for_good(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep_last=1, keep_best=2, keep_every=40)
+    for step in range(10, 130, 10):
+        store.save(step, writer(str(step)), best=step in (10, 20, 50, 60))
+    assert store.steps() == [40, 50, 60, 80, 120]
+    store.save(130, writer("130"), best=True)  # itself one of the two best
+    assert store.steps() == [40, 60, 80, 120, 130]
+    assert store.best() == store.path(130)
+
+
+def test_none_need_be_kept_for_its_loss(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep_last=1, keep_best=0)
+    for step in (10, 20):
+        store.save(step, writer(str(step)), best=step == 10)
+    assert store.steps() == [20]
+
+
+def test_nothing_is_deleted_when_the_new_one_is_not_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system that loses what it has taken: the last good checkpoint stays."""
+    store = CheckpointStore(tmp_path, keep_last=1)
+    store.save(10, writer("10"))
+    retain = CheckpointStore._retain
+
+    def lose(self: CheckpointStore, saved: int) -> None:
+        os.truncate(self.path(saved) / "model.bin", 1)
+        retain(self, saved)
+
+    monkeypatch.setattr(CheckpointStore, "_retain", lose)
+    store.save(20, writer("20"))
+    assert latest(store)[0] == 10
+
+
+def test_the_sound_ones_are_found_one_after_the_other(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep_last=4)
+    for step in (10, 20, 30, 40):
+        store.save(step, writer(str(step)))
+    flip(store.path(30))
+    reports: list[str] = []
+    assert [path.name for path in store.sound(reports.append)] == ["step-000040", "step-000020", "step-000010"]
+    assert len(reports) == 1
+    assert "step-000030: is damaged" in reports[0]
+
+
+def test_verifying_tells_how_far_it_is(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep_last=1)
+    store.save(10, writer("x" * 1_500_000))
+    read: list[int] = []
+    assert store.verify(store.path(10), read.append) == []
+    assert sum(read) == 4 * 1_500_000
+    assert max(read) <= 1 << 20
+
+
 def test_steps_of_more_than_six_digits_sort_by_number(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, keep_last=3)
     for step in (999_999, 1_000_000, 12_345_678):
@@ -380,26 +432,35 @@ def test_nothing_is_shown_or_deleted_before_it_is_durable(tmp_path: Path) -> Non
 
 # --- any history ----------------------------------------------------------------------------------------------------------
 
-actions = st.lists(st.tuples(st.sampled_from(["save", "best", "again", "flip", "cut"]), st.integers(0, 3)), max_size=12)
+actions = st.lists(st.tuples(st.sampled_from(["save", "best", "again", "fail", "flip", "cut"]), st.integers(0, 3)), max_size=14)
 
 
-@settings(max_examples=60, deadline=None)
-@given(history=actions, keep_last=st.integers(1, 3))
-def test_any_history(tmp_path_factory: pytest.TempPathFactory, history: list[tuple[str, int]], keep_last: int) -> None:
-    """After any saves and damages the newest sound checkpoint is found, and without damage exactly the right ones are kept."""
-    store = CheckpointStore(tmp_path_factory.mktemp("store"), keep_last)
+@settings(max_examples=100, deadline=None)
+@given(history=actions, keep_last=st.integers(1, 3), keep_best=st.integers(0, 2), keep_every=st.sampled_from([0, 10, 20, 30]))
+def test_any_history(
+    tmp_path_factory: pytest.TempPathFactory, history: list[tuple[str, int]], keep_last: int, keep_best: int, keep_every: int
+) -> None:
+    """After any saves, failed ones too, and damages: the newest sound checkpoint is found, there is one as soon as one save has
+    succeeded, a failed save deletes nothing, and without damage exactly the right ones are kept."""
+    store = CheckpointStore(tmp_path_factory.mktemp("store"), keep_last, keep_best=keep_best, keep_every=keep_every)
     saved: list[int] = []
     damaged: set[int] = set()
-    best: int | None = None
+    best: list[int] = []
     ever_damaged = False
     for action, which in history:
-        if action in ("save", "best", "again"):
+        if action in ("save", "best", "again", "fail"):
             step = saved[-1] if action == "again" and saved else (saved[-1] if saved else 0) + 10
-            is_best = action == "best" or (action == "again" and best == step)
+            is_best = action == "best" or (action == "again" and step in best)
+            before = store.steps()
+            if action == "fail":
+                with pytest.raises(UserError, match="older checkpoints are untouched"):
+                    store.save(step, full_disk)
+                assert store.steps() == before
+                continue
             store.save(step, writer(str(step)), best=is_best)
             saved = [*[each for each in saved if each != step], step]
             damaged.discard(step)
-            best = step if is_best else best
+            best = [*[each for each in best if each != step], *([step] if is_best else [])]
             assert store.latest(silent) == store.path(step)
         elif store.steps():
             step = store.steps()[which % len(store.steps())]
@@ -413,5 +474,11 @@ def test_any_history(tmp_path_factory: pytest.TempPathFactory, history: list[tup
         assert found == (store.path(sound[-1]) if sound else None)
         assert len(reports) == len([each for each in store.steps() if not sound or each > sound[-1]])
         if not ever_damaged:
-            assert store.steps() == sorted({*saved[-keep_last:], *([best] if best else [])})
+            for_good = [each for each in saved if keep_every and each % keep_every == 0]
+            assert store.steps() == sorted({*saved[-keep_last:], *best[max(len(best) - keep_best, 0) :], *for_good})
     shutil.rmtree(store.folder)
+
+
+def full_disk(folder: Path) -> None:
+    (folder / "model.bin").write_text("half")
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder / "model.bin"))

@@ -73,8 +73,8 @@ class HostCopy:
 def _copy(source: Tensor, target: Tensor) -> None:
     """Copy one tensor; from a GPU the copy may still be under way afterwards."""
     if source.device.type == "cpu" and source.is_contiguous():
-        # In one thread, on purpose. PyTorch's copy shares each tensor out over all threads and waits for the slowest: with other
-        # processes on the same two cores that was measured at 3 to 8 s for GPT-2 124M, against 0.5 to 0.9 s.
+        # In one thread, on purpose. PyTorch's copy shares each tensor out over all threads and waits for the slowest: while
+        # others used the same two cores that was measured at 3 to 8 s for GPT-2 124M, against 0.5 to 0.9 s.
         np.copyto(_bytes(target), _bytes(source))
     else:
         target.copy_(source, non_blocking=source.device.type == "cuda")
