@@ -56,10 +56,10 @@ def test_it_names_the_windows_and_documents_that_the_step_was_given(tiny, change
         for block in output.split("\nsample ")[1:]:
             begin = int(re.search(r"tokens ([\d,]+)", block)[1].replace(",", ""))
             # The text of the documents says which they are: compare with their names.
-            for number, first, last in re.findall(
-                r"'numbered.jsonl:(\d+)' \(document \d+, tokens ([\d,]+) to ([\d,]+)\)", block
-            ):
-                first, last = int(first.replace(",", "")), int(last.replace(",", ""))
+            pattern = r"'numbered.jsonl:(\d+)' \(document \d+ tokens (\d+) to (\d+)\)"
+            named = re.findall(pattern, block.replace(",", ""))
+            assert named
+            for number, first, last in (map(int, match) for match in named):
                 assert dataset.tokenizer.decode(split.read(first, 13).tolist()).startswith(f"I am text {number - 1}")
                 assert first <= begin + 16
                 assert last >= begin

@@ -97,7 +97,10 @@ def _show_checkpoint(path: Path, verify: bool) -> None:
     config, state = read_model(path)
     parameters = sum(tensor.numel() for name, tensor in state.items())
     rows = [
-        ("model", f"{config.architecture.opens_as or 'of its own kind'}, {config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide"),
+        (
+            "model",
+            f"{config.architecture.opens_as or 'of its own kind'}, {config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide",
+        ),
         ("parameters", f"{parameters:,} ({count(parameters)})"),
         ("context", f"{config.block_size:,} tokens"),
         ("vocabulary", f"{config.vocab_size:,} entries"),
@@ -126,7 +129,10 @@ def _show_foreign(path: Path) -> bool:
         parameters -= (config.padded_vocab_size - config.vocab_size) * config.n_embd
         rows = [
             ("made by", loaded.foreign.origin if loaded.foreign is not None else "unknown"),
-            ("model", f"{config.architecture.opens_as or 'of its own kind'}, {config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide, GELU {config.gelu}"),
+            (
+                "model",
+                f"{config.architecture.opens_as or 'of its own kind'}, {config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide, GELU {config.gelu}",
+            ),
             ("parameters", f"{parameters:,} ({count(parameters)})"),
             ("context", f"{config.block_size:,} tokens"),
             ("vocabulary", f"{config.vocab_size:,} entries"),
