@@ -40,7 +40,7 @@ from bardling.interop.dataset import open_data
 from bardling.model.arithmetic import flops_per_token
 from bardling.model.gpt import GPT
 from bardling.model.peaks import peak_flops
-from bardling.optim.build import build_optimizer
+from bardling.optim.build import build_optimizer, row_splits, settle_muon_precision
 from bardling.optim.schedule import learning_rate
 from bardling.planner import resolve_vocabulary
 from bardling.train.compiling import compile_pays
@@ -211,7 +211,10 @@ class _Bench:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         model = GPT(config.model, seed=config.seed).to(device)
-        state = TrainState(model, build_optimizer(model.named_parameters(), config.optim, device))
+        optim = settle_muon_precision(config.optim, self.precision.name)
+        splits = row_splits(config.model)
+        optimizer = build_optimizer(model.named_parameters(), optim, device, splits=splits, compiled=self.compiled)
+        state = TrainState(model, optimizer)
         if self.precision.needs_scaler:
             state.scaler = torch.amp.GradScaler(device.type)
         forward: Any = torch.compile(model) if self.compiled else model
@@ -261,7 +264,7 @@ class _Bench:
         fit(
             state,
             batches,
-            dataclasses.replace(self.plan, steps=state.step + steps),
+            dataclasses.replace(self.plan, horizon=Horizon(state.step + steps)),
             lr_at=lambda step: learning_rate(step, self.config.optim, self.config.train.steps),
             grad_clip=self.config.train.grad_clip,
             seed=self.config.seed,

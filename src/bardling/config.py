@@ -148,8 +148,8 @@ class DataConfig:
     """The text, and how it becomes tokens."""
 
     source: str = "stdlib"
-    """'stdlib' (Python's own sources), shakespeare, openwebtext, fineweb-edu, hf:NAME[:CONFIG][:SPLIT][:FIELD] on the hub, a text
-    file, a folder, a glob, FILE.jsonl[:FIELD], a prepared folder, or token files of nanoGPT, nano-gpt or llm.c."""
+    """'stdlib' (Python's own sources), shakespeare, openwebtext, fineweb-edu, hf:NAME[:CONFIG][:SPLIT][:FIELD] on the hub, a
+    text file, a folder, a glob, FILE.jsonl[:FIELD], a prepared folder, or token files of nanoGPT, nano-gpt or llm.c."""
     tokenizer: str = "byte"
     """'byte', 'char', 'bpe:SIZE' (trained on the source), 'gpt2', or the path of a tokenizer.json."""
     val_fraction: float = 0.05

@@ -32,6 +32,14 @@ def recipe_text(name: str) -> str:
     return (resources.files("bardling") / "recipes" / f"{name}.toml").read_text(encoding="utf-8")
 
 
+def recipe_keys(name_or_path: str) -> set[str]:
+    """The dotted names of the values that a recipe sets itself ("model.n_layer"); it must be one that loads."""
+    text = recipe_text(name_or_path) if name_or_path in recipe_names() else read_text_file(Path(name_or_path))
+    values = tomllib.loads(text)
+    nested = {f"{section}.{key}" for section, table in values.items() if isinstance(table, dict) for key in table}
+    return nested | {key for key, value in values.items() if not isinstance(value, dict)}
+
+
 def load_recipe(name_or_path: str) -> RunConfig:
     """Read a recipe by its shipped name or by the path of a TOML file.
 
@@ -71,7 +79,7 @@ def parse_recipe(text: str, where: str) -> RunConfig:
     """Make a `RunConfig` of TOML `text`; `where` names the text in errors."""
     try:
         data = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also for numbers of thousands of digits
         raise UserError(f"{where}: is not valid TOML: {error}") from None
     return config_from_dict(RunConfig, data, where)
 
@@ -96,6 +104,8 @@ def config_from_dict(cls: type[T], data: dict[str, Any], where: str, prefix: str
 
 def _convert(hint: Any, value: Any, where: str, key: str) -> Any:
     """Return `value` as `hint` wants it: an integer may stand for a float, a list for a tuple, nothing else is bent."""
+    if isinstance(value, int) and value.bit_length() > 63:
+        raise UserError(f"{where}: {key}: a whole number of {value.bit_length()} bits is too large")
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         if isinstance(value, dict):
             return config_from_dict(hint, value, where, f"{key}.")
@@ -103,7 +113,7 @@ def _convert(hint: Any, value: Any, where: str, key: str) -> Any:
         if value in get_args(hint):
             return value
         choices = [str(choice) for choice in get_args(hint)]
-        raise UserError(f"{where}: {key} = {value!r}: choose one of {', '.join(choices)}{closest(str(value), choices)}")
+        raise UserError(f"{where}: {key} = {_shown(value)}: choose one of {', '.join(choices)}{closest(str(value), choices)}")
     elif get_origin(hint) in (Union, types.UnionType):
         for option in get_args(hint):
             if option is type(None):
@@ -125,7 +135,15 @@ def _convert(hint: Any, value: Any, where: str, key: str) -> Any:
         return float(value)
     elif isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool):
         return value
-    raise UserError(f"{where}: {key} = {value!r}: expected {_describe(hint)}")
+    raise UserError(f"{where}: {key} = {_shown(value)}: expected {_describe(hint)}")
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of thousands of digits, or lists in lists in lists
+        return f"a {type(value).__name__}"
+    return text if len(text) <= 200 else text[:199] + "…"
 
 
 def _describe(hint: Any) -> str:

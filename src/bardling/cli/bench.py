@@ -1,5 +1,6 @@
 """`bardling bench RECIPE`: how fast a recipe trains on this machine."""
 
+import dataclasses
 import os
 import statistics
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from bardling.cli.dial import turned
 from bardling.cli.parse import parse
 from bardling.cli.progress import Progress
 from bardling.config import RunConfig
@@ -60,7 +62,7 @@ def run(argv: Sequence[str]) -> None:
         ),
         default=BenchOptions(config=load_recipe(recipe) if recipe else RunConfig()),
     )
-    main(options)
+    main(dataclasses.replace(options, config=turned(options.config, recipe, rest)))
 
 
 def main(options: BenchOptions) -> None:

@@ -12,6 +12,7 @@ from bardling.cli.parse import parse
 from bardling.errors import UserError
 
 if TYPE_CHECKING:
+    from bardling.config import ModelConfig
     from bardling.data.shards import TokenDataset
 
 _EXCERPT = 80  # characters, and tokens, of a window's beginning
@@ -66,6 +67,12 @@ def _print(title: str, rows: list[tuple[str, str]]) -> None:
     Console().print(table)
 
 
+def described(config: "ModelConfig") -> str:
+    """A model in a few words, by the name under which `transformers` opens it."""
+    kind = config.architecture.opens_as or "of its own kind"
+    return f"{kind}, {config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide"
+
+
 def _report(problems: list[str]) -> None:
     if problems:
         raise UserError(f"damaged: {'; '.join(problems)}")
@@ -99,7 +106,7 @@ def _show_checkpoint(path: Path, verify: bool) -> None:
     rows = [
         (
             "model",
-            f"{config.architecture.opens_as or 'of its own kind'}, {config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide",
+            described(config),
         ),
         ("parameters", f"{parameters:,} ({count(parameters)})"),
         ("context", f"{config.block_size:,} tokens"),
@@ -131,7 +138,7 @@ def _show_foreign(path: Path) -> bool:
             ("made by", loaded.foreign.origin if loaded.foreign is not None else "unknown"),
             (
                 "model",
-                f"{config.architecture.opens_as or 'of its own kind'}, {config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide, GELU {config.gelu}",
+                f"{described(config)}, GELU {config.gelu}",
             ),
             ("parameters", f"{parameters:,} ({count(parameters)})"),
             ("context", f"{config.block_size:,} tokens"),

@@ -1,5 +1,6 @@
 """`bardling plan RECIPE`: what a run will need, before it is started."""
 
+import dataclasses
 import math
 import os
 from collections.abc import Sequence
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from bardling.cli.dial import turned
 from bardling.cli.parse import parse
 from bardling.config import RunConfig
 from bardling.configfile import load_recipe, recipe_names
@@ -72,7 +74,7 @@ def run(argv: Sequence[str]) -> None:
         ),
         default=PlanArgs(config=load_recipe(recipe) if recipe else RunConfig()),
     )
-    main(args, recipe)
+    main(dataclasses.replace(args, config=turned(args.config, recipe, rest)), recipe)
 
 
 def main(args: PlanArgs, recipe: str) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import tyro
 
+from bardling.cli.dial import turned
 from bardling.cli.parse import parse
 from bardling.config import RunConfig
 from bardling.configfile import load_recipe, recipe_names
@@ -36,7 +37,7 @@ def run(argv: Sequence[str]) -> None:
     from bardling.train.run import train  # here, so that help answers without importing torch
 
     out = options.out or Path("runs") / f"{Path(recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    result = train(options.config, out)
+    result = train(turned(options.config, recipe, argv[1:]), out)
     if result.exit_status:
         sys.exit(result.exit_status)
 

@@ -1,0 +1,24 @@
+"""`--model.depth N`: fill in what the dial derives, and say what that is. What the user gave stays."""
+
+import sys
+from collections.abc import Sequence
+
+from bardling.config import RunConfig
+from bardling.configfile import recipe_keys
+
+
+def turned(config: RunConfig, recipe: str, argv: Sequence[str]) -> RunConfig:
+    """`config` with the values that its `model.depth` derives; as it is when the dial is not used.
+
+    A depth on the command line rules over the recipe's values; one in the recipe, over the defaults only.
+    """
+    if not config.model.depth:
+        return config
+    from bardling.model.depth import apply_depth, derived_values  # here, because few runs use the dial
+
+    explicit = {word[2:].split("=", 1)[0].replace("-", "_") for word in argv if word.startswith("--")}
+    if "model.depth" not in explicit:
+        explicit |= recipe_keys(recipe)
+    for key, derived in derived_values(config, explicit).items():
+        print(f"bardling: {key} = {derived.value:g}  ({derived.why})", file=sys.stderr)
+    return apply_depth(config, explicit)
