@@ -365,8 +365,8 @@ class GuardConfig:
     (rollback); or it ends (stop); off looks at nothing."""
     loss_z: float = 10.0
     """Deviations above the recent median from which on a loss is a spike; 0: only a loss that is no number is bad."""
-    grad_norm_z: float = 30.0
-    """The same for the gradient's norm."""
+    grad_norm_z: float = 100.0
+    """The same for the gradient's norm, whose healthy spikes are higher; clipping tames them."""
     window: int = 100
     """Recent steps that give median and deviation; spikes are looked for once half of them are there."""
     max_skips: int = 10
