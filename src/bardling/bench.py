@@ -45,7 +45,7 @@ from bardling.optim.schedule import learning_rate
 from bardling.planner import resolve_vocabulary
 from bardling.train.compiling import compile_pays
 from bardling.train.loop import fit
-from bardling.train.plan import TrainPlan, make_plan
+from bardling.train.plan import Horizon, TrainPlan, make_plan
 from bardling.train.state import TrainState
 from bardling.train.step import StepResult
 

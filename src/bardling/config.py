@@ -423,7 +423,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         end = self.optim.decay_steps or self.train.steps
-        if self.optim.schedule != "constant" and self.optim.warmup_steps >= end:
+        planned = self.train.deadline is None  # with a deadline, the steps are known when their speed is
+        if planned and self.optim.schedule != "constant" and self.optim.warmup_steps >= end:
             raise UserError(
                 f"optim.warmup_steps = {self.optim.warmup_steps} leaves no step for the decay, which ends at step {end}: "
                 f"lower it to at most {max(end - 1, 0)}, or raise train.steps"

@@ -97,6 +97,12 @@ class Console:
         if texts:
             self._print(Rule(style="dim") if self._live else "---")
 
+    def planned(self, steps: int) -> None:
+        """Take another last step: a deadline has moved it."""
+        self._steps = steps
+        if self._display is not None:
+            self._display.planned(steps)
+
     def progress(self, label: str, done: int, total: int) -> None:
         """Show how far some work between steps has come, once it takes longer than a person waits without wondering."""
         seconds = self._work.advance(label, done, total)
@@ -163,6 +169,11 @@ class _Display:
 
     def _place(self, step: int, left: str) -> str:
         return f"{step:,}/{self._steps:,} steps" + (f", {left}" if left else "")
+
+    def planned(self, steps: int) -> None:
+        """Take another last step."""
+        self._steps = steps
+        self._bar.update(self._task, total=steps)
 
     def update(self, step: int, figures: Mapping[str, str]) -> None:
         """Take the figures of a step."""

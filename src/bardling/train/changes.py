@@ -11,6 +11,7 @@ from typing import Any
 from bardling.config import DataConfig, RunConfig
 from bardling.configfile import config_to_dict
 from bardling.errors import UserError
+from bardling.optim.build import settle_muon_precision
 
 
 def settle(config: RunConfig, before: RunConfig) -> RunConfig:
@@ -19,8 +20,13 @@ def settle(config: RunConfig, before: RunConfig) -> RunConfig:
         config,
         precision=before.precision if config.precision == "auto" else config.precision,
         compile=before.compile if config.compile == "auto" else config.compile,
-        model=dataclasses.replace(config.model, vocab_size=config.model.vocab_size or before.model.vocab_size),
+        model=dataclasses.replace(config.model, vocab_size=config.model.vocab_size or before.model.vocab_size).resolved(),
+        optim=settle_muon_precision(config.optim, before.precision),
         data=absolute(config.data),
+        train=dataclasses.replace(
+            config.train,
+            micro_batch=before.train.micro_batch if config.train.micro_batch == "auto" else config.train.micro_batch,
+        ),
     )
 
 

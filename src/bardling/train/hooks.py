@@ -22,7 +22,7 @@ from bardling.evaluate.multiple_choice import evaluate_choices
 from bardling.evaluate.tasks import draw_items, load_items, task_name
 from bardling.generate import generate, prompt_ids
 from bardling.monitor.records import Record, SampleRecord, TaskRecord, TrainRecord, ValRecord
-from bardling.train.plan import TrainPlan
+from bardling.train.plan import Horizon, TrainPlan
 from bardling.train.saving import Saver
 from bardling.train.signals import Stopped
 from bardling.train.state import TrainState
@@ -132,8 +132,14 @@ class _Timed:
     name: str
     measures = True  # whether the work is about the model that users get: the running mean of the weights, where one is kept
 
-    def __init__(self, timer: StepTimer, every: int, last: int) -> None:
-        self._timer, self._every, self._last = timer, every, last
+    def __init__(self, timer: StepTimer, every: int, last: Horizon | int) -> None:
+        self._timer, self._every = timer, every
+        self._horizon = last if isinstance(last, Horizon) else Horizon(last)
+        self.seconds: float | None = None  # that the work took the last time
+
+    @property
+    def _last(self) -> int:
+        return self._horizon.steps
 
     def is_due(self, state: TrainState) -> bool:
         return due(state.step, self._every, self._last)
@@ -147,8 +153,10 @@ class _Timed:
             return
         self._timer.pause()
         self._timer.doing(f"{self.name} after step {state.step}")
+        begin = time.monotonic()
         with state.measured() if self.measures else contextlib.nullcontext():
             self.work(state)
+        self.seconds = time.monotonic() - begin
         state.hooks_done[self.name] = state.step
         self._timer.go()
 
@@ -165,7 +173,7 @@ class Validate(_Timed):
         windows: Windows,
         *,
         every: int,
-        last: int,
+        last: Horizon | int,
         batch_size: int,
         precision: Precision,
         context: Context,
@@ -210,7 +218,7 @@ class Sample(_Timed):
         config: SampleConfig,
         tokenizer: Tokenizer,
         *,
-        last: int,
+        last: Horizon | int,
         seed: int,
         precision: Precision,
         context: Context,
@@ -268,7 +276,7 @@ class Tasks(_Timed):
         config: EvalConfig,
         tokenizer: Tokenizer,
         *,
-        last: int,
+        last: Horizon | int,
         seed: int,
         precision: Precision,
         context: Context,
@@ -319,7 +327,7 @@ class Checkpoint(_Timed):
         saver: Saver,
         config: CheckpointConfig,
         *,
-        last: int,
+        last: Horizon | int,
         context: Context,
         settle: Callable[[TrainState], None] = lambda state: None,
         clock: Callable[[], float] = time.monotonic,

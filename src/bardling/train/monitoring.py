@@ -61,6 +61,13 @@ class RunMonitor:
         if self._console is not None:
             self._console.note(text)
 
+    def planned(self, steps: int, text: str) -> None:
+        """Take another last step, and say so if there is something to say."""
+        if self._console is not None:
+            self._console.planned(steps)
+        if text:
+            self.note(text)
+
     def progress(self, label: str, done: int, total: int) -> None:
         """Show how far some long work has come."""
         if self._console is not None:

@@ -120,5 +120,6 @@ def restore(state: TrainState, checkpoint: Checkpoint) -> None:
     state.hooks_done = dict(training["hooks_done"])
     if state.scaler is not None and training.get("scaler"):
         state.scaler.load_state_dict(training["scaler"])
+    state.seconds, state.planned = float(training.get("seconds", 0.0)), int(training.get("planned_steps", 0))
     state.recent = Recent.from_json(training.get("guard"), f"the checkpoint of step {state.step}")
     restore_rng(checkpoint.rng)

@@ -11,16 +11,28 @@ from bardling.config import TrainConfig
 from bardling.errors import UserError
 
 
+@dataclass
+class Horizon:
+    """The run's last step. A deadline moves it while the run goes on (`train/deadline.py`); all who ask see the same."""
+
+    steps: int
+
+
 @dataclass(frozen=True)
 class TrainPlan:
     """How a run is cut into steps and forward passes."""
 
-    steps: int
+    horizon: Horizon
     accumulation: int  # forward passes of one process in a step
     micro_batch: int  # sequences in a forward pass
     samples_per_step: int  # sequences in a step, over all processes
     tokens_per_step: int
     world_size: int
+
+    @property
+    def steps(self) -> int:
+        """Steps of the run, as planned now."""
+        return self.horizon.steps
 
     def requests(self, first_sample: int, steps: int, rank: int) -> Iterator[tuple[int, int]]:
         """Yield (first sample, size) of each forward pass of process `rank`, for `steps` steps from `first_sample` on."""
@@ -53,7 +65,7 @@ def make_plan(config: TrainConfig, block_size: int, world_size: int) -> TrainPla
             f"(train.batch_size = {batch} over {world_size} processes): use --train.micro_batch {fitting}"
         )
     return TrainPlan(
-        steps=config.steps,
+        horizon=Horizon(config.steps),
         accumulation=share // micro,
         micro_batch=micro,
         samples_per_step=batch,

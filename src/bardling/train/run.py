@@ -6,6 +6,7 @@ Both put the same parts together (data, model, optimizer, hooks) and differ only
 
 import dataclasses
 import signal
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,12 +34,14 @@ from bardling.optim.build import settle_muon_precision
 from bardling.optim.schedule import learning_rate
 from bardling.train.changes import absolute, check_changes, settle
 from bardling.train.compiling import compile_pays, wrap
+from bardling.train.deadline import FAR, Deadline, ending_of
 from bardling.train.environment import asked_fingerprint, began_by_this_job, check_dataset, dataset_record, environment_facts
 from bardling.train.explain import Explainer
 from bardling.train.goback import go_back, rollbacks_of
 from bardling.train.guard import Guard, RollBack
 from bardling.train.hooks import Checkpoint, Log, Sample, StepTimer, Tasks, Validate
 from bardling.train.loop import Hook, fit
+from bardling.train.memory import FIRST_STEPS, Passes, UpdateWatch, divisors, no_room, out_of_memory, shrunk
 from bardling.train.monitoring import RunMonitor
 from bardling.train.persist import build_state, newest_checkpoint
 from bardling.train.plan import TrainPlan, make_plan
@@ -108,6 +111,7 @@ class _Run:
         changes: Sequence[str] = (),
         continue_from: str | None = None,
     ) -> None:
+        self.began = time.monotonic()
         self.context, self.folder, self.quiet, self.resumed, self.changes = context, folder, quiet, resumed, changes
         if not resumed and context.is_primary:
             refuse_existing(folder.path)
@@ -156,7 +160,7 @@ class _Run:
                 f"model.vocab_size = {config.model.vocab_size} is smaller than the tokenizer's {vocab_size}: "
                 "leave it out, or set it to at least that"
             )
-        model = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or vocab_size)
+        model = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or vocab_size).resolved()
         if self.start is not None:
             model = self._started_model(config.model, self.start)
         self.precision = choose_precision(config.precision, self.context.device)
@@ -214,17 +218,19 @@ class _Run:
                 samples_per_step=self.plan.samples_per_step,
             )
             self.checkpoint = None  # its tensors are not needed any more
+            self._settle_passes(state)
+            config = self.config
             crowded = self._check_space(state)
             if context.is_primary:
                 self._write_folder(state)
             context.barrier()
             monitor = RunMonitor(self.folder, config, state.step, primary=context.is_primary, quiet=self.quiet)
-            self.saver = Saver(self.folder, config, self.tokenizer, context, tell=monitor.note, flush=monitor.flush)
+            self._new_saver(monitor)
             try:
                 self._announce(monitor, state)
                 if crowded:
                     monitor.note(f"WARNING: {crowded}")
-                self._fit(state, monitor, signals)
+                self._fit_somehow(state, monitor, signals)
                 self.saver.finish(state)
             except Stopped:
                 # All leave with the same status, also those that no signal reached.
@@ -237,6 +243,52 @@ class _Run:
                 monitor.close()
                 undo()
         return RunResult(self.folder.path, state.step, True, state.best_val_loss, 0)
+
+    def _settle_passes(self, state: TrainState) -> None:
+        """Decide how many sequences a forward pass takes, where that is open or several processes may run out of memory."""
+        config, context, share = self.config, self.context, self.plan.micro_batch * self.plan.accumulation
+        passes, micro, why = Passes(state.model, context, self.precision, config), self.plan.micro_batch, ""
+        if config.train.micro_batch == "auto":
+            micro, why = passes.choose(share)
+        elif context.world_size > 1 and context.device.type == "cuda":
+            micro = passes.largest([size for size in divisors(share) if size <= micro])
+            why = f"the memory of {context.device} holds no more"
+        if why and micro != config.train.micro_batch:
+            self._take_passes(micro)
+            self.changes = [*self.changes, f"train.micro_batch: {config.train.micro_batch} -> {micro}, {why}"]
+
+    def _take_passes(self, micro_batch: int) -> None:
+        self.config = dataclasses.replace(self.config, train=dataclasses.replace(self.config.train, micro_batch=micro_batch))
+        horizon = self.plan.horizon
+        self.plan = make_plan(self.config.train, self.config.model.block_size, self.context.world_size)
+        self.plan = dataclasses.replace(self.plan, horizon=horizon)
+
+    def _new_saver(self, monitor: RunMonitor) -> None:
+        self.saver = Saver(self.folder, self.config, self.tokenizer, self.context, tell=monitor.note, flush=monitor.flush)
+
+    def _fit_somehow(self, state: TrainState, monitor: RunMonitor, signals: StopSignals) -> None:
+        """Train; where memory runs out in the first steps, with smaller passes."""
+        first, update = state.step, UpdateWatch(state.optimizer)
+        while True:
+            try:
+                self._fit(state, monitor, signals)
+                return
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+                early = state.step - first < FIRST_STEPS
+                micro = shrunk(error, self.plan, state.model, early=early, updating=update.under_way)
+                if micro is None:
+                    raise no_room(self.plan, self.context.device, state.step, self.folder.path) from None
+            self.saver.wait()
+            before = self.plan
+            self._take_passes(micro)
+            self.folder.write_config(self.config)
+            self._new_saver(monitor)
+            monitor.note(
+                f"memory ran out at step {state.step + 1}: going on with {self.plan.accumulation} passes of {micro} sequences "
+                f"a step instead of {before.accumulation} of {before.micro_batch}, which gives the same gradients"
+            )
 
     def _check_space(self, state: TrainState) -> str | None:
         """Compare the space for checkpoints with what is free, before anything is written; a warning if it will be tight."""
@@ -259,15 +311,20 @@ class _Run:
 
     def _write_folder(self, state: TrainState) -> None:
         """What a run folder holds besides figures and checkpoints."""
+        samples = {"first_sample": state.samples, "samples_per_step": self.plan.samples_per_step}
+        facts = {**environment_facts(self.context, state.step, self.asked), **samples}
         if self.resumed:
             self.folder.write_config(self.config)
-        else:
-            create_run(self.folder.path, self.config, beside=self.continues)
+            self.folder.add_environment(facts)
+            return
+
+        def also() -> None:
             write_whole(self.folder.dataset_file, dataset_record(self.dataset))
             if self.tokenizer is not None:
                 self.tokenizer.save(self.folder.path)
-        samples = {"first_sample": state.samples, "samples_per_step": self.plan.samples_per_step}
-        self.folder.add_environment({**environment_facts(self.context, state.step, self.asked), **samples})
+            self.folder.add_environment(facts)
+
+        create_run(self.folder.path, self.config, beside=self.continues, also=also)
 
     def _sampling(self) -> SampleConfig:
         """How to sample: text of one document has no end-of-text token to begin after, so an empty prompt is a line break."""
@@ -300,9 +357,11 @@ class _Run:
             context.moved()
             return signals.requested()
 
+        # With a deadline, the decay ends there.
+        optim = config.optim if config.train.deadline is None else dataclasses.replace(config.optim, decay_steps=None)
         timer = StepTimer(context.device, context.doing)
         table = None if self.tokenizer is None else torch.from_numpy(self.tokenizer.bytes_per_token()).to(context.device)
-        last = plan.steps
+        last = plan.horizon
         hooks: list[Hook] = [
             lambda state, result: None if result is None else context.steady(),
             Log(
@@ -357,17 +416,22 @@ class _Run:
                 )
         guard = self._guard(state, monitor)
         hooks.append(Checkpoint(timer, self.saver, config.checkpoint, last=last, context=context, settle=guard.settle))
+        deadline = config.train.deadline_seconds
+        if deadline is not None:
+            ending = ending_of(hooks, deadline, config.eval.windows / plan.samples_per_step / 2)
+            hooks.insert(0, Deadline(deadline, last, context, began=self.began, ending=ending, changed=monitor.planned))
         forward = wrap(state.model, compiled=config.compile == "on", context=context)
         while True:
             source = TrainWindows(self.dataset.split("train"), guard.order)
-            requests = plan.requests(state.samples, plan.steps - state.step, context.rank)
+            ahead = plan.steps - state.step if deadline is None else FAR
+            requests = plan.requests(state.samples, ahead, context.rank)
             try:
                 with Prefetcher(source, requests, context.device) as batches:
                     fit(
                         state,
                         batches,
                         plan,
-                        lr_at=lambda step: learning_rate(step, config.optim, plan.steps),
+                        lr_at=lambda step: learning_rate(step, optim, plan.steps),
                         grad_clip=config.train.grad_clip,
                         seed=config.seed,
                         forward=forward,

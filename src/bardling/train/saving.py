@@ -194,6 +194,7 @@ def _facts(state: TrainState) -> dict[str, Any]:
         "hooks_done": dict(state.hooks_done),
         "scaler": None if state.scaler is None else state.scaler.state_dict(),
         "guard": state.recent.to_json(),
+        **({"seconds": state.seconds, "planned_steps": state.planned} if state.planned else {}),
     }
 
 

@@ -24,6 +24,8 @@ class TrainState:
     best_step: int = -1  # step of best_val_loss
     hooks_done: dict[str, int] = field(default_factory=dict)  # hook -> last step at which it finished its work
     ema: Ema | None = None  # the running mean of the weights, where one is kept
+    seconds: float = 0.0  # that the run has taken, over all its starts, where a deadline counts them
+    planned: int = 0  # its last step by the deadline's plan; 0: no deadline
     recent: Recent = field(default_factory=Recent)  # what the guard against bad steps compares with
 
     def measured(self) -> contextlib.AbstractContextManager[None]:

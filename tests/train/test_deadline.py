@@ -1,0 +1,106 @@
+"""A deadline decides the number of steps: the run ends in time, decayed, validated and saved."""
+
+import json
+import time
+
+import pytest
+import torch
+
+from bardling.config import OptimConfig, TrainConfig, duration_seconds
+from bardling.distributed.context import SINGLE
+from bardling.errors import UserError
+from bardling.optim.schedule import learning_rate
+from bardling.train.deadline import Deadline
+from bardling.train.plan import Horizon
+from bardling.train.run import resume, train
+from bardling.train.state import TrainState
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("8h", 28800), ("1h30m", 5400), ("90s", 90), ("45m", 2700), ("2d", 172800), ("7", 7), ("1.5s", 1.5)]
+)
+def test_times_are_read(text, seconds):
+    assert duration_seconds(text, "train.deadline") == seconds
+
+
+@pytest.mark.parametrize("text", ["", "soon", "8 h", "h", "-3s", "1m1h"])
+def test_what_is_no_time_is_refused(text):
+    with pytest.raises(UserError, match=r"train.deadline = .*8h, 1h30m"):
+        TrainConfig(deadline=text)
+
+
+class Clock:
+    """A run by a clock of its own: `speed(step)` seconds a step."""
+
+    def __init__(self, budget, speed, ending=2.0, start=0.0):
+        self.now, self.speed = start, speed
+        self.horizon = Horizon(1000)
+        self.state = TrainState(torch.nn.Linear(1, 1), None)  # type: ignore[arg-type]
+        self.plans = []
+        self.hook = Deadline(
+            budget,
+            self.horizon,
+            SINGLE,
+            began=0.0,
+            ending=lambda rate: ending,
+            changed=lambda steps, text: self.plans.append((self.state.step, steps)),
+            clock=lambda: self.now,
+        )
+
+    def run(self):
+        self.hook(self.state, None)
+        rates = []
+        while self.state.step < self.horizon.steps:
+            rates.append(learning_rate(self.state.step, OptimConfig(warmup_steps=3), self.horizon.steps))
+            self.state.step += 1
+            self.now += self.speed(self.state.step)
+            self.hook(self.state, object())
+        return rates
+
+
+@pytest.mark.parametrize(
+    "speed",
+    [
+        lambda step: 0.5,
+        lambda step: 30.0 if step == 1 else 0.5,
+        lambda step: 0.5 if step < 300 else 1.0,
+        lambda step: 0.5 if step < 300 else 0.1,
+        lambda step: 5.5 if step % 50 == 0 else 0.5,
+    ],
+    ids=["even", "slow start", "slows down", "speeds up", "validations"],
+)
+def test_the_schedule_ends_at_the_deadline(speed):
+    clock = Clock(600.0, speed)
+    rates = clock.run()
+    assert 575 <= clock.now <= 600
+    config = OptimConfig(warmup_steps=3)
+    assert rates[-1] == pytest.approx(config.final_lr, rel=0.02), "the decay is over"
+    assert len(clock.plans) < 150, "planning costs a few looks, not one a step"
+
+
+def test_a_deadline_that_has_passed_ends_the_run_at_once():
+    clock = Clock(10.0, lambda step: 1.0, start=60.0)
+    clock.run()
+    assert clock.state.step == 1
+
+
+def figures(run, kind):
+    return [record for line in (run / "metrics.jsonl").read_text().splitlines() if (record := json.loads(line))["kind"] == kind]
+
+
+def test_a_run_ends_in_time_validated_and_saved_and_is_resumed_within_it(tiny, change, tmp_path):
+    config = change(
+        tiny, train={"deadline": "5s", "steps": 10**6}, sample={"every": 0}, eval={"every": 0}, checkpoint={"every": 0}
+    )
+    begin = time.monotonic()
+    result = train(config, tmp_path / "run", quiet=True)
+    assert result.finished
+    assert 3.0 <= time.monotonic() - begin <= 7.5
+    steps = figures(tmp_path / "run", "train")
+    assert steps[-1]["step"] == result.step == figures(tmp_path / "run", "val")[-1]["step"]
+    assert steps[-1]["lr"] < 1.2 * config.optim.final_lr
+    saved = tmp_path / "run" / "checkpoints" / f"step-{result.step:06d}"
+    assert json.loads((saved / "training.json").read_text())["planned_steps"] == result.step
+    assert resume(tmp_path / "run", quiet=True).step == result.step, "it is over"
+    longer = resume(tmp_path / "run", change(config, train={"deadline": "8s"}), quiet=True)
+    assert longer.step > result.step
