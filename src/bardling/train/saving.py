@@ -27,6 +27,7 @@ from bardling.config import RunConfig
 from bardling.configfile import config_to_dict
 from bardling.data.tokenizer import Tokenizer
 from bardling.distributed.context import Context
+from bardling.distributed.watch import LONG
 from bardling.errors import UserError
 from bardling.optim.state import optimizer_tensors
 from bardling.train.state import TrainState
@@ -86,6 +87,7 @@ class Saver:
         """
         if not self._context.is_primary:
             return
+        self._context.doing(f"saving step {state.step}", LONG)  # where the save before it is still being written, say
         self.wait()
         facts = _facts(state)
         if facts == self._facts:  # a signal came just after a save
@@ -126,6 +128,7 @@ class Saver:
         """
         message = None
         if self._context.is_primary:
+            self._context.doing(f"saving step {state.step}", LONG)
             self.wait()
             if self._facts is None:
                 self.save(state, last=True)
