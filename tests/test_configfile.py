@@ -81,3 +81,18 @@ def test_any_nested_values_give_a_config_or_our_error(values):
     except UserError:
         return
     assert config_from_dict(RunConfig, config_to_dict(config), "again") == config
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "seed = " + "9" * 5000,
+        "seed = 0x" + "f" * 20_000,
+        "[optim]\nlr = " + "9" * 400,
+        "[data]\nsource = [0x" + "f" * 20_000 + "]",
+    ],
+)
+def test_numbers_of_thousands_of_digits_are_our_error(text):
+    with pytest.raises(UserError) as caught:
+        parse_recipe(text, "x.toml")
+    assert len(str(caught.value)) < 400

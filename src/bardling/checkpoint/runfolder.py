@@ -11,6 +11,7 @@ checkpoints/       step-000500/ ...
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,22 +102,32 @@ def refuse_existing(path: Path) -> None:
         raise UserError(f"{path}: a run is there already: go on with `bardling resume {path}`, or choose another --out")
 
 
-def create_run(path: Path, config: RunConfig, *, beside: bool = False) -> RunFolder:
-    """Make the folder of a new run.
+def create_run(path: Path, config: RunConfig, *, beside: bool = False, also: Callable[[], None] = lambda: None) -> RunFolder:
+    """Make the folder of a new run. What a start leaves that was killed here is no obstacle to the next one.
 
     Args:
         beside: the folder may hold other files: a run that goes on from another trainer's checkpoint may live beside it.
+        also: writes what else belongs to the run. The configuration comes last: it is what makes the folder a run.
 
     Raises:
         UserError: there is something already.
     """
     run = RunFolder(path)
     refuse_existing(path)
-    if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not beside)):
+    if path.exists() and (not path.is_dir() or not (beside or all(_is_remains(entry) for entry in path.iterdir()))):
         raise UserError(f"{path}: is in the way (not an empty folder): choose another --out")
     run.checkpoints.mkdir(parents=True, exist_ok=True)
+    also()
     run.write_config(config)
     return run
+
+
+def _is_remains(entry: Path) -> bool:
+    """Whether a start that was killed before the folder became a run may have left this."""
+    if entry.name == "checkpoints":
+        return entry.is_dir() and not any(entry.iterdir())
+    names = ("config.toml", "dataset.json", "environment.json", "tokenizer.json", "tokenizer_config.json")
+    return entry.name in names[1:] or entry.name.startswith(tuple(f".{name}." for name in names))
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -269,6 +269,6 @@ def whole(values: Mapping[str, Any], key: str, default: int, source: str, *, lim
 
 def _positive(values: Mapping[str, Any], key: str, default: float, source: str) -> float:
     value = values.get(key, default)
-    if type(value) not in (int, float) or not 0 < value < float("inf"):
+    if type(value) not in (int, float) or not 0 < value < 1e300:
         raise UserError(f"{source}: {key} = {value!r}: must be a number above 0")
     return float(value)

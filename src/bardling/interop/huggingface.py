@@ -313,7 +313,13 @@ def _weight_files(folder: Path) -> dict[Path, list[str] | None]:
         raise UserError(f"{index}: weight_map must be an object that names each tensor's file")
     files: dict[Path, list[str] | None] = {}
     for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file or "\\" in file or not file.endswith(".safetensors"):
+        if (
+            not isinstance(file, str)
+            or Path(file).name != file
+            or "\\" in file
+            or not file.endswith(".safetensors")
+            or len(file) > 200
+        ):
             raise UserError(f"{index}: {file!r} is not the name of a .safetensors file beside it")
         names = files.setdefault(folder / file, [])
         assert names is not None

@@ -156,9 +156,12 @@ def number_in(path: Path, table: Mapping[str, Any], key: str) -> float:
     value = table.get(key)
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
-    if not isinstance(value, int | float) or isinstance(value, bool) or math.isnan(value):
+    if not isinstance(value, int | float) or isinstance(value, bool) or value != value:
         raise UserError(f"{path}: its {key!r} is not a number")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise UserError(f"{path}: its {key!r} is too large a number") from None
 
 
 def loss_in(path: Path, table: Mapping[str, Any], key: str) -> float | None:
