@@ -12,6 +12,7 @@ from bardling.cli.parse import parse
 from bardling.errors import UserError
 
 if TYPE_CHECKING:
+    from bardling.checkpoint.runfolder import RunFolder
     from bardling.config import ModelConfig
     from bardling.data.shards import TokenDataset
 
@@ -169,7 +170,12 @@ def _show_run(path: Path, verify: bool) -> None:
     run_folder = open_run(path)
     config = run_folder.config()
     store = run_folder.store()
-    records = list(read_jsonl(run_folder.metrics_file)) if run_folder.metrics_file.exists() else []
+    try:
+        records = read_jsonl(run_folder.metrics_file) if run_folder.metrics_file.exists() else []
+    except UserError:
+        if not verify:
+            raise
+        records = []  # it will be named below, with what else is damaged
     trained, validated = figures(records, "train"), figures(records, "val")
     model = config.model
     rows = [
@@ -195,8 +201,23 @@ def _show_run(path: Path, verify: bool) -> None:
     rows.append(("checkpoints", ", ".join(f"step {step:,}" for step in steps) or "none yet"))
     _print(f"run {path}", rows)
     if verify:
-        problems = [f"{store.path(step).name}: {problem}" for step in steps for problem in store.verify(store.path(step))]
-        _report(problems)
+        _verify_run(run_folder)
+
+
+def _verify_run(run: "RunFolder") -> None:
+    """Read every file, list what was found, and fail if anything is damaged."""
+    from bardling.checkpoint.verify import verify_run
+    from bardling.cli.progress import Progress
+    from bardling.monitor.format import size_bytes
+
+    with Progress("verifying", unit="MB") as progress:
+        verdicts = verify_run(run, lambda done, total: progress(done // 1_000_000, total // 1_000_000))
+    rows = []
+    for verdict in verdicts:
+        state = "sound, the best when it was saved" if verdict.best else "sound"
+        rows.append((verdict.name, f"{size_bytes(verdict.size):>8}  {'; '.join(verdict.problems) or state}"))
+    _print("files and checkpoints", rows)
+    _report([f"{verdict.name}: {problem}" for verdict in verdicts for problem in verdict.problems])
 
 
 def _show_step(path: Path, step: int) -> None:
