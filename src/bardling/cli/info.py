@@ -224,22 +224,22 @@ def _show_step(path: Path, step: int) -> None:
     """Print what a step saw, and what came of it."""
     from bardling.checkpoint.runfolder import open_run
     from bardling.monitor.console import harmless
-    from bardling.monitor.jsonl import read_jsonl
+    from bardling.monitor.jsonl import figures, read_jsonl
     from bardling.train.guard import in_words
     from bardling.train.trace import seen_in_step
 
     folder = open_run(path)
     seen = seen_in_step(folder, step)
     records = read_jsonl(folder.metrics_file) if folder.metrics_file.exists() else []
-    figures = [record for record in records if record["kind"] == "train" and record["step"] == step]
-    loss = f", loss {float(figures[-1]['loss']):.4f} nats a token" if figures else ""
+    logged = [record for record in figures(records, "train") if record["step"] == step]
+    loss = f", loss {logged[-1]['loss']:.4f} nats a token" if logged else ""
     length = seen.windows[0].length - 1 if seen.windows else 0
     print(f"run {path}, step {step:,}: {len(seen.windows)} windows of {length:,} tokens from {seen.dataset.path}{loss}")
     for rollback in seen.rollbacks:
         print(f"  went back before this step could be done: {in_words(rollback.event)}")
     for record in records:
-        if record["kind"] == "event" and record["step"] == step and record["action"] != "rollback":
-            print(f"  {record['action']}: {record['reason']}")
+        if record.get("kind") == "event" and record.get("step") == step and record.get("action") != "rollback":
+            print(f"  {harmless(str(record.get('action')))}: {harmless(str(record.get('reason')))}")
     for window in seen.windows:
         end = window.start + window.length - 1
         print(f"sample {window.sample:,}: tokens {window.start:,} to {end:,}; {window.file} from token {window.place:,}")
