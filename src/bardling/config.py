@@ -38,8 +38,6 @@ def duration_seconds(text: str, key: str) -> float:
 class ModelConfig:
     """The network: a GPT-2, or a member of another family, or a mixture of their parts."""
 
-    depth: int = 0
-    """One dial: layers of a compute-optimal run, whose width, heads, learning rates, batch and steps follow; 0: set each."""
     n_layer: int = 6
     """Transformer blocks."""
     n_head: int = 6
@@ -94,6 +92,8 @@ class ModelConfig:
     """With a sliding window, every how many layers one sees all; 0: none does."""
     value_embeddings: int = 0
     """Extra token embeddings mixed into the values of as many first and last layers; 0: none."""
+    depth: int = 0
+    """One dial: layers of a compute-optimal run, whose width, heads, learning rates, batch and steps follow; 0: set each."""
 
     def __post_init__(self) -> None:
         for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_multiple"):
@@ -423,8 +423,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         end = self.optim.decay_steps or self.train.steps
-        planned = self.train.deadline is None  # with a deadline, the steps are known when their speed is
-        if planned and self.optim.schedule != "constant" and self.optim.warmup_steps >= end:
+        fixed = self.train.deadline is None  # with a deadline, the steps are known when their speed is
+        if fixed and self.optim.schedule != "constant" and self.optim.warmup_steps >= end:
             raise UserError(
                 f"optim.warmup_steps = {self.optim.warmup_steps} leaves no step for the decay, which ends at step {end}: "
                 f"lower it to at most {max(end - 1, 0)}, or raise train.steps"

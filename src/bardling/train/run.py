@@ -10,30 +10,26 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 
-from bardling.checkpoint.load import Loaded, load
+from bardling.checkpoint.load import load
 from bardling.checkpoint.runfolder import RunFolder, create_run, open_run, refuse_existing, write_whole
 from bardling.checkpoint.space import check_space
-from bardling.config import ModelConfig, RunConfig, SampleConfig
+from bardling.config import RunConfig, SampleConfig
 from bardling.data.loader import EvalWindows, Prefetcher, TrainWindows
 from bardling.data.order import WindowOrder
-from bardling.data.tokenizer import load_tokenizer
 from bardling.distributed.context import Context, distributed
-from bardling.distributed.device import DTYPES, choose_precision, device_name, matmul_flops, prepare_backend
+from bardling.distributed.device import device_name, prepare_backend
 from bardling.distributed.watch import FOREVER, LONG
 from bardling.errors import UserError
 from bardling.evaluate.tasks import check_task
 from bardling.interop.dataset import open_data
 from bardling.model.arithmetic import flops_per_token
-from bardling.model.peaks import peak_flops
 from bardling.monitor.services import check_services
-from bardling.optim.build import settle_muon_precision
 from bardling.optim.schedule import learning_rate
 from bardling.train.changes import absolute, check_changes, settle
-from bardling.train.compiling import compile_pays, wrap
+from bardling.train.compiling import wrap
 from bardling.train.deadline import FAR, Deadline, ending_of
 from bardling.train.environment import asked_fingerprint, began_by_this_job, check_dataset, dataset_record, environment_facts
 from bardling.train.explain import Explainer
@@ -45,6 +41,7 @@ from bardling.train.memory import FIRST_STEPS, Passes, UpdateWatch, divisors, no
 from bardling.train.monitoring import RunMonitor
 from bardling.train.persist import build_state, newest_checkpoint
 from bardling.train.plan import TrainPlan, make_plan
+from bardling.train.resolve import resolve, settle_vocabulary
 from bardling.train.saving import Saver, state_bytes
 from bardling.train.signals import Stopped, StopSignals
 from bardling.train.state import TrainState
@@ -112,7 +109,7 @@ class _Run:
         continue_from: str | None = None,
     ) -> None:
         self.began = time.monotonic()
-        self.context, self.folder, self.quiet, self.resumed, self.changes = context, folder, quiet, resumed, changes
+        self.context, self.folder, self.quiet, self.resumed = context, folder, quiet, resumed
         if not resumed and context.is_primary:
             refuse_existing(folder.path)
         if context.is_primary:
@@ -122,7 +119,6 @@ class _Run:
         context.doing("preparing the data", FOREVER)
         self.asked = asked_fingerprint(config)
         self.dataset = open_data(config.data)  # processes that need it made wait for the first to make it
-        self.tokenizer = self.dataset.tokenizer
         context.doing("setting up", LONG)
         if resumed:
             check_dataset(self.dataset, folder)
@@ -131,78 +127,13 @@ class _Run:
         origin = continue_from or config.model.init
         # A run that was stopped before its first checkpoint begins anew, from the same weights.
         self.start = load(origin, training=self.continues) if origin and self.checkpoint is None else None
-        self._settle_vocabulary(config.model.vocab_size if self.start is None else self.start.config.vocab_size)
-        self.config = self._resolve(config)
+        vocab_size = config.model.vocab_size if self.start is None else self.start.config.vocab_size
+        self.tokenizer = settle_vocabulary(self.dataset, vocab_size, self.start, folder if resumed else None)
+        resolved = resolve(config, self.dataset, self.tokenizer, self.start, context)
+        self.config, self.precision, self.peak = resolved.config, resolved.precision, resolved.peak_flops
+        self.compile_why, self.changes = resolved.compile_why, [*changes, *resolved.changes]
         self.plan: TrainPlan = make_plan(self.config.train, self.config.model.block_size, context.world_size)
         self.order = WindowOrder(self.config.seed, len(self.dataset.split("train")), self.config.model.block_size)
-
-    def _settle_vocabulary(self, vocab_size: int) -> None:
-        """Let tokens of unknown origin follow the model that is there already.
-
-        A nanoGPT folder without a meta.pkl passes for having nanoGPT's vocabulary, which is GPT-2's rounded up to a multiple of
-        64. For a model with GPT-2's own, the ids must be below that (each read checks it), and its tokenizer is theirs.
-        """
-        if self.tokenizer is not None or self.dataset.vocab_size != -(-vocab_size // 64) * 64:
-            return
-        self.dataset.vocab_size = vocab_size
-        if self.start is not None:
-            self.tokenizer = self.start.tokenizer
-        elif self.resumed and (self.folder.path / "tokenizer.json").is_file():
-            self.tokenizer = load_tokenizer(self.folder.path)
-        if self.tokenizer is not None and self.tokenizer.vocab_size < vocab_size:
-            self.tokenizer = None
-
-    def _resolve(self, config: RunConfig) -> RunConfig:
-        """The configuration with every `auto` decided, for all processes as the primary decides."""
-        vocab_size = self.dataset.vocab_size
-        if config.model.vocab_size and config.model.vocab_size < vocab_size:
-            raise UserError(
-                f"model.vocab_size = {config.model.vocab_size} is smaller than the tokenizer's {vocab_size}: "
-                "leave it out, or set it to at least that"
-            )
-        model = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or vocab_size).resolved()
-        if self.start is not None:
-            model = self._started_model(config.model, self.start)
-        self.precision = choose_precision(config.precision, self.context.device)
-        # As the primary measured it: processes must not compute in different formats.
-        name, why = self.context.broadcast((self.precision.name, self.precision.why))
-        self.precision = dataclasses.replace(self.precision, name=name, why=why)
-        if self.context.device.type == "cpu":
-            self.peak: float | None = matmul_flops(self.context.device, DTYPES[name])
-        else:
-            self.peak = peak_flops(device_name(self.context.device), name, tf32=not config.deterministic)
-        self.compile_why = "as asked"
-        compiled: Literal["auto", "on", "off"] = config.compile
-        if compiled == "auto":
-            flops = flops_per_token(model, model.block_size) * config.train.batch_size * model.block_size
-            pays, self.compile_why = compile_pays(
-                flops * config.train.steps / self.context.world_size, self.peak, self.context.device
-            )
-            compiled = "on" if self.context.broadcast(pays) else "off"
-        optim = settle_muon_precision(config.optim, name)
-        return dataclasses.replace(config, model=model, precision=name, compile=compiled, optim=optim)
-
-    def _started_model(self, wanted: ModelConfig, start: Loaded) -> ModelConfig:
-        """The architecture of the weights that the run starts from; the context may be shorter, the dropout any."""
-        own, other = start.tokenizer, self.tokenizer
-        if own is not None and other is not None and own.fingerprint != other.fingerprint:
-            raise UserError(
-                f"{self.dataset.path}: was made with another tokenizer ({other.fingerprint}) than the model "
-                f"({own.fingerprint}): use the model's own tokenizer.json as data.tokenizer"
-            )
-        if start.config.vocab_size < self.dataset.vocab_size:
-            raise UserError(
-                f"{self.dataset.path}: has a vocabulary of {self.dataset.vocab_size} tokens, the model one of "
-                f"{start.config.vocab_size}: prepare the text with the model's tokenizer"
-            )
-        block_size = min(wanted.block_size, start.config.block_size)
-        model = dataclasses.replace(start.config, block_size=block_size, dropout=wanted.dropout, init=wanted.init)
-        shape = ("n_layer", "n_head", "n_embd", "block_size", "bias", "gelu")
-        differs = {
-            key: (getattr(wanted, key), getattr(model, key)) for key in shape if getattr(wanted, key) != getattr(model, key)
-        }
-        self.changes = [*self.changes, *(f"model.{key}: {a} -> {b}, as the weights are" for key, (a, b) in differs.items())]
-        return model
 
     def go(self) -> RunResult:
         """Build the state, train it to the end or until a signal, and say how it ended."""
