@@ -5,6 +5,8 @@ import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -12,6 +14,7 @@ import torch
 
 from bardling.checkpoint import store as storing
 from bardling.checkpoint.runfolder import RunFolder
+from bardling.configfile import config_to_toml
 from bardling.distributed.context import SINGLE
 from bardling.errors import UserError
 from bardling.monitor.jsonl import read_jsonl
@@ -305,6 +308,27 @@ def test_saves_by_time_change_nothing_else(tiny, change, tmp_path):
     assert metrics(tmp_path / "often") == metrics(tmp_path / "plain")
     last = "checkpoints/step-000030/model.safetensors"
     assert (tmp_path / "often" / last).read_bytes() == (tmp_path / "plain" / last).read_bytes()
+
+
+def test_two_processes_agree_on_the_step_that_the_time_chooses(tiny, change, tmp_path):
+    config = change(tiny, train={"steps": 20, "batch_size": 8}, checkpoint={"every": "0.02s", "keep_last": 100})
+    (tmp_path / "two.toml").write_text(config_to_toml(config))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "bardling", "train"]
+    done = subprocess.run(
+        [*command, tmp_path / "two.toml", "--out", tmp_path / "two"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(steps(tmp_path / "two")) > 3
+    run = RunFolder(tmp_path / "two")
+    assert [run.store().verify(run.store().path(step)) for step in steps(run.path)] == [[]] * len(steps(run.path))
+    train(change(tiny, train={"steps": 20, "batch_size": 8}), tmp_path / "one", quiet=True)
+    losses = [[record["loss"] for record in metrics(tmp_path / name) if record["kind"] == "train"] for name in ("one", "two")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 # --- what resume believes -------------------------------------------------------------------------------------------------
