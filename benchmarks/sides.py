@@ -334,7 +334,9 @@ def run_ours(spec: Spec, desk: _Desk) -> None:
         forward: Any = wrap(state.model, compiled=compiled, context=context)
         if "chunked-loss" in without:
             forward = _full_logits(state.model, compiled)
-        plan = dataclasses.replace(make_plan(config.train, config.model.block_size, 1), steps=sys.maxsize)
+        plan = make_plan(
+            dataclasses.replace(config.train, steps=sys.maxsize), config.model.block_size, 1
+        )  # until told to leave
         desk.ready(state.model, precision=precision.name, compiled=compiled)
 
         def hook(_: object, result: Any) -> None:

@@ -119,8 +119,9 @@ def main(argv: Sequence[str]) -> None:
         if name not in settings:
             raise UserError(f"--settings {name}: there are {', '.join(settings)}")
     for name in ("rounds", "block"):
-        if (getattr(options, name) or 1) < 1:
-            raise UserError(f"--{name} {getattr(options, name)}: must be at least 1")
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} {value}: must be at least 1")
     device = choose_device(options.device)
     rows: list[tuple[str, ...]] = []
     notes: list[str] = []

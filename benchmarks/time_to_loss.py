@@ -45,6 +45,7 @@ from bardling.checkpoint.runfolder import open_run
 from bardling.cli.parse import parse
 from bardling.cli.train import parse_recipe_and_options
 from bardling.config import RunConfig
+from bardling.configfile import load_recipe
 from bardling.data.loader import EvalWindows
 from bardling.data.prepare import prepare
 from bardling.data.shards import TokenDataset
@@ -139,6 +140,7 @@ def main(argv: Sequence[str]) -> None:
     if options.nanogpt is not None and not (options.nanogpt / "config" / "train_shakespeare_char.py").is_file():
         raise UserError(f"--nanogpt {options.nanogpt}: has no config/train_shakespeare_char.py; name a checkout of nanoGPT")
     target = setting.target if options.target is None else options.target
+    load_recipe(options.recipe or setting.recipe)  # a wrong name is told before any work
     with tempfile.TemporaryDirectory(prefix="time-to-loss-") as folder:
         work = Path(folder)
         data = _prepare(options.text, work / "data")
@@ -163,7 +165,10 @@ def _tell(side: str, timed: Timed) -> None:
 def _prepare(text: str, out: Path) -> TokenDataset:
     """The text as tokens, the last tenth held out."""
     say(f"preparing {text}")
-    dataset = prepare(text, out, "char", val_fraction=0.1)
+    try:
+        dataset = prepare(text, out, "char", val_fraction=0.1)
+    except UserError as error:
+        raise UserError(str(error).replace("--data.source", "--text")) from None
     if dataset.tokenizer is None:
         raise UserError(f"{text}: is no text; name a text file")
     return dataset
