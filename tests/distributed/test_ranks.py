@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from bardling.errors import UserError
+from bardling.train.run import train
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "ranks.py"
 
 
@@ -47,14 +50,41 @@ def test_with_restarts_the_run_ends_as_if_nothing_had_happened(ranks, recipe, ca
     assert outcome.seconds < 30
 
 
-def test_without_restarts_it_ends_at_once_and_is_not_overwritten_by_another_job(ranks, recipe, tmp_path):
+def test_without_restarts_it_ends_at_once(ranks, recipe, tmp_path):
     outcome = ranks.disturbed(recipe, tmp_path / "run", number=signal.SIGKILL, rank=0, lines=9, restarts=0)
     assert outcome.status == 1
     assert re.search(r"^bardling: rank 0 \(.*last in: ", outcome.output, re.MULTILINE), outcome.output
     assert "[rank1]: Traceback" not in outcome.output
-    log = tmp_path / "again.log"
-    assert ranks.launch(recipe, tmp_path / "run", 1, log).wait() != 0
-    assert "a run is there already" in log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("first", "again", "goes_on"),
+    [
+        ({"TORCHELASTIC_RUN_ID": "a"}, {"TORCHELASTIC_RUN_ID": "a"}, True),
+        ({"TORCHELASTIC_RUN_ID": "a"}, {"TORCHELASTIC_RUN_ID": "b"}, False),
+        ({"TORCHELASTIC_RUN_ID": "none"}, {"TORCHELASTIC_RUN_ID": "none"}, True),  # of the same agent
+        ({"SLURM_JOB_ID": "7"}, {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}, True),
+        ({"SLURM_JOB_ID": "7"}, {"SLURM_JOB_ID": "7"}, False),
+        ({"SLURM_JOB_ID": "7"}, {"SLURM_JOB_ID": "8", "SLURM_RESTART_COUNT": "1"}, False),
+        ({}, {}, False),
+    ],
+)
+def test_only_the_job_that_began_a_run_goes_on_with_it(tiny, change, tmp_path, monkeypatch, first, again, goes_on):
+    for name in ("TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "SLURM_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in first.items():
+        monkeypatch.setenv(name, value)
+    tiny = change(tiny, train={"steps": 6})
+    train(tiny, tmp_path / "run", quiet=True)
+    for name, value in again.items():
+        monkeypatch.setenv(name, value)
+    if goes_on:
+        assert train(tiny, tmp_path / "run", quiet=True).finished
+        with pytest.raises(UserError, match="a run is there already"):
+            train(change(tiny, train={"steps": 7}), tmp_path / "run", quiet=True)
+    else:
+        with pytest.raises(UserError, match="a run is there already"):
+            train(tiny, tmp_path / "run", quiet=True)
 
 
 @pytest.mark.slow

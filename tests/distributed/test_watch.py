@@ -79,9 +79,16 @@ def test_a_process_that_has_left_in_order_is_not_missed(pair):
 
 
 def test_a_failed_operation_is_explained_by_who_has_gone(pair):
-    pair.b.close("UserError")
-    with pytest.raises(JobLost, match=r"rank 1 .* has ended \(UserError\); it was last in: pass 1 of 2 of step 7"):
+    pair.b.close("OSError")
+    with pytest.raises(JobLost, match=r"rank 1 .* has ended \(OSError\); it was last in: pass 1 of 2 of step 7"):
         pair.a.explain(RuntimeError("gloo: Connection closed by peer"))
+
+
+def test_what_a_process_has_said_to_the_user_is_not_said_again(pair):
+    pair.b.close("UserError")
+    with pytest.raises(SystemExit) as left:
+        pair.a.explain(RuntimeError("gloo: Connection closed by peer"))
+    assert left.value.code == 2
 
 
 def test_only_failures_between_processes_are_explained_so():

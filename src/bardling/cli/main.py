@@ -123,7 +123,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except KeyboardInterrupt as error:
-        _fail("interrupted", error.status if isinstance(error, Terminated) else 130)
+        status = error.status if isinstance(error, Terminated) else 130
+        if argv is None:  # a process of its own
+            # A library's threads may be at work still, and Python's usual end, which they do not expect, would crash some.
+            sys.stdout.flush()
+            print("bardling: interrupted", file=sys.stderr, flush=True)
+            os._exit(status)
+        _fail("interrupted", status)
     except JobLost as error:
         if debug:
             raise

@@ -5,7 +5,8 @@ All three reproduce every text that they encode: no normalisation, no added spac
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from bardling.errors import UserError
@@ -102,10 +103,40 @@ def train_bpe_content(texts: Iterable[str], size: int) -> dict[str, Any]:
             characters += len(text)
             yield from pieces(text)
 
-    library.train_from_iterator(counted(), trainer)
+    _interruptible(lambda texts: library.train_from_iterator(texts, trainer), counted())
     if not characters:
         raise UserError(f"data.tokenizer = 'bpe:{size}': the text is empty, so there is nothing to train on")
     return _content(library, with_end=True)
+
+
+def _interruptible(work: Callable[[Iterator[str]], None], texts: Iterator[str]) -> None:
+    """Have a library work on `texts` in a thread, so that a signal need not wait for its end."""
+    failure: list[BaseException] = []
+    left = threading.Event()
+
+    def until_left() -> Iterator[str]:
+        for text in texts:
+            if left.is_set():
+                raise InterruptedError("the process is about to end")
+            yield text
+
+    def call() -> None:
+        try:
+            work(until_left())
+        except BaseException as error:  # noqa: BLE001 (raised again where it belongs)
+            failure.append(error)
+
+    thread = threading.Thread(target=call, name="library", daemon=True)
+    thread.start()
+    try:
+        thread.join()
+    except BaseException:
+        # It is to ask for no more texts. If it only computes by now, that may take minutes, and ends with the process.
+        left.set()
+        thread.join(1.0)
+        raise
+    if failure:
+        raise failure[0]
 
 
 def _content(library: Any, *, with_end: bool) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
-from bardling.errors import JobLost
+from bardling.errors import JobLost, UserError
 
 LONG = 1800.0
 """Seconds that work may take which is long by nature: compiling, or writing a checkpoint to a slow disk."""
@@ -264,6 +264,8 @@ class Watch:
         """
         with _undisturbed():
             missing = self.missing()
+        if missing and all(pulse.ended == UserError.__name__ for pulse in missing):
+            raise SystemExit(2)  # it has said what the user can put right; there is nothing to add
         if not self._speaks(missing, time.monotonic()) or self._own.rank in {pulse.rank for pulse in missing}:
             time.sleep(min(2.0, 4 * self._interval))
             raise SystemExit(1)

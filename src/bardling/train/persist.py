@@ -120,6 +120,9 @@ def restore(state: TrainState, checkpoint: Checkpoint) -> None:
     state.hooks_done = dict(training["hooks_done"])
     if state.scaler is not None and training.get("scaler"):
         state.scaler.load_state_dict(training["scaler"])
-    state.seconds, state.planned = float(training.get("seconds", 0.0)), int(training.get("planned_steps", 0))
+    seconds, planned = training.get("seconds", 0.0), training.get("planned_steps", 0)
+    if not isinstance(seconds, int | float) or not isinstance(planned, int) or not 0 <= seconds < 1e12 or planned < 0:
+        raise UserError(f"the checkpoint of step {state.step}: seconds = {seconds!r}, planned_steps = {planned!r}: is damaged")
+    state.seconds, state.planned = float(seconds), planned
     state.recent = Recent.from_json(training.get("guard"), f"the checkpoint of step {state.step}")
     restore_rng(checkpoint.rng)
