@@ -5,7 +5,7 @@
     python benchmarks/gpu.py --record-absent                         # no GPU here: the results say that it was not measured
     python benchmarks/gpu.py --tiny --device cpu                     # to try the script
 
-Method. Each case trains in a process of its own (`sides.py`), one after the other, since the large ones need the whole
+Method. Each case trains in a process of its own (`children.py`), one after the other, since the large ones need the whole
 GPU. `ours` is the library as a run puts it together. `plain` is what nanoGPT is on a GPU, written anew (`plain.py`, or a
 checkout with --nanogpt): bfloat16 autocast, torch.compile, fused AdamW, scaled-dot-product attention, full logits, the
 vocabulary rounded up to 64. Model, micro-batch and accumulation are the same for all cases of a size. After the steps
@@ -33,7 +33,7 @@ from bardling.distributed.device import choose_device, device_name, matmul_flops
 from bardling.errors import UserError
 from bardling.model.arithmetic import flops_per_token
 from bardling.model.peaks import peak_flops
-from sides import WITHOUT, Child, Spec, closest_curves
+from children import WITHOUT, Child, Spec, closest_curves
 from tables import Table, publish, rounded, say, script, spread
 
 CURVE_STEPS = 10

@@ -5,7 +5,7 @@
     python benchmarks/scaling.py --tiny                              # seconds: to try the script
 
 Method. From one base model, one size at a time is doubled, and doubled again. Each case trains in a process of its own
-(`sides.py`) as a run would: some steps to warm up, then blocks of steps, of which the fastest counts (a busy machine can
+(`children.py`) as a run would: some steps to warm up, then blocks of steps, of which the fastest counts (a busy machine can
 only make a block slower), then a few steps for the memory above weights and optimizer. The table sets the factors by
 which time and memory grew beside the factor of the arithmetic. Time that grows faster than FLOPs, or memory that grows
 faster than the size, points at waste; time that grows slower says that the smaller case was bound by overhead.
@@ -20,7 +20,7 @@ from bardling.cli.parse import parse
 from bardling.distributed.device import choose_device
 from bardling.errors import UserError
 from bardling.model.arithmetic import flops_per_token
-from sides import Child, Spec
+from children import Child, Spec
 from tables import Table, megabytes, publish, rounded, say, script
 
 BASE: dict[str, Any] = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 128, "vocab_size": 2048, "batch": 8}

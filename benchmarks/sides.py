@@ -1,45 +1,28 @@
-"""The sides of a comparison, each in a process of its own that does training steps when it is told to.
+"""The sides of a comparison: what each process does that `children.py` starts.
 
-Method: a parent starts a `Child` for each side. The child builds its model and optimizer, says that it is ready, and
-waits for the word to do some steps, which it times as a block from one wait for the device to the next. Sides can thus
-take turns within the same minute while none shares memory, threads or caches with another, and peak memory is that of
-one side alone. A child that waits takes no processor time.
-
-Sides: `ours` (the library's own parts of a run: `build_state`, `wrap`, `Prefetcher`, `fit`), `plain` (`plain.py`),
-`nanogpt` (model and optimizer of a checkout, stepped as its train.py does), `transformers` (GPT2LMHeadModel under its
-Trainer where `accelerate` is installed, else in the plain loop). All draw the same batches; all but transformers begin
-with the same weights.
-
-Memory above weights and optimizer: gradients are dropped and free memory is given back to the system, the use at that
-moment is the floor, and the highest use in the steps that follow, gradients included, is measured against it. On a GPU
-this is what PyTorch's allocator says; on Linux the process's resident memory, whose peak is reset through
-/proc/self/clear_refs.
+`ours`: the library's own parts of a run (`build_state`, `wrap`, `Prefetcher`, `fit`). `plain`: `plain.py`. `nanogpt`: model
+and optimizer of a checkout, stepped as its train.py does. `transformers`: GPT2LMHeadModel under its Trainer where
+`accelerate` is installed, else in the plain loop. All draw the same batches; all but transformers begin with the same
+weights. Each asks its desk before a step, and tells it after.
 """
 
 import contextlib
-import ctypes
 import dataclasses
-import gc
 import importlib.util
 import json
-import math
 import os
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bardling.config import ModelConfig, OptimConfig, RunConfig, TrainConfig
+from bardling.config import OptimConfig, RunConfig, TrainConfig
 from bardling.data.loader import Batch, Prefetcher
 from bardling.distributed.context import distributed
 from bardling.distributed.device import DTYPES, choose_device, choose_precision, device_name, matmul_flops, prepare_backend
@@ -51,52 +34,8 @@ from bardling.train.compiling import compile_pays, wrap
 from bardling.train.loop import fit
 from bardling.train.persist import build_state
 from bardling.train.plan import make_plan
+from children import Desk, Leave, Spec
 from plain import PlainGPT, make_adamw, plain_steps
-
-WITHOUT = ("compile", "chunked-loss", "fused-optimizer", "bf16", "flash", "prefetch")
-"""Optimisations that `ours` can be told to leave out."""
-
-
-@dataclass(frozen=True)
-class Spec:
-    """One side's work."""
-
-    kind: str  # ours, plain, nanogpt or transformers
-    model: dict[str, Any]  # fields of ModelConfig
-    batch: int  # sequences in a forward pass
-    accumulation: int = 1  # forward passes in a step
-    device: str = "cpu"
-    precision: str = "auto"  # of ours; of the others bfloat16 means autocast
-    compile: str = "auto"
-    run_steps: int = 5000  # of the run for which 'auto' decides
-    fast: bool = False  # plain: as on a GPU
-    without: tuple[str, ...] = ()
-    path: str = ""  # nanogpt: the checkout
-    lr: float = 1e-3
-
-    @property
-    def tokens_per_step(self) -> int:
-        """Tokens trained on in a step."""
-        return self.batch * self.accumulation * int(self.model["block_size"])
-
-    @property
-    def config(self) -> ModelConfig:
-        """The model as the library's configuration."""
-        return ModelConfig(**self.model)
-
-    def rate(self, step: int) -> float:
-        """Learning rate: a short warm-up, then constant."""
-        return self.lr * min(1.0, (step + 1) / 10)
-
-
-@dataclass(frozen=True)
-class BlockOfSteps:
-    """What a child says about a block of steps."""
-
-    seconds: float  # a step
-    losses: tuple[float, ...]
-    memory_above: int | None = None  # bytes above weights and optimizer, where it was asked for
-    memory_peak: int | None = None  # bytes of the whole process, on a GPU of its tensors
 
 
 class Windows:
@@ -124,171 +63,7 @@ def batches(spec: Spec, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]
         first += spec.batch
 
 
-class Child:
-    """A side's process, from the parent's view.
-
-    Raises:
-        UserError: it could not be started, or ended; the message has its last words.
-    """
-
-    def __init__(self, spec: Spec, label: str, environment: dict[str, str] | None = None) -> None:
-        self.spec, self.label = spec, label
-        self._words = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115  closed in close()
-        self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).resolve()), json.dumps(dataclasses.asdict(spec))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._words,
-            text=True,
-            env={**os.environ, **(environment or {})},
-        )
-        try:
-            self.facts: dict[str, Any] = self._answer()
-        except BaseException:
-            self.close()
-            raise
-
-    def steps(self, count: int, *, memory: bool = False) -> BlockOfSteps:
-        """Let it do a block of steps."""
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps({"steps": count, "memory": memory}) + "\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            self._ended()
-        answer = self._answer()
-        return BlockOfSteps(**{**answer, "losses": tuple(answer["losses"])})
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            self._ended()
-        answer: dict[str, Any] = json.loads(line)
-        if "error" in answer:
-            raise UserError(f"{self.label}: {answer['error']}")
-        return answer
-
-    def _ended(self) -> NoReturn:
-        status = self._process.wait()
-        self._words.seek(0)
-        last = ([line.strip() for line in self._words if line.strip()] or ["it said nothing"])[-1]
-        raise UserError(f"{self.label}: its process ended with status {status}: {last}")
-
-    def close(self) -> None:
-        """End it."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()  # a child whose input ends leaves
-        try:
-            self._process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._process.stdout.close()
-        self._words.close()
-
-    def __enter__(self) -> "Child":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
-
-
-class _Leave(Exception):  # noqa: N818  the parent has ended the conversation
-    """No more steps are wanted."""
-
-
-@dataclass
-class _Desk:
-    """The child's side of the conversation: asked before each step, told after each."""
-
-    device: torch.device
-    answers: Any  # the text stream that goes to the parent
-    model: nn.Module | None = None
-    left: int = 0
-    count: int = 0
-    losses: list[Tensor] = field(default_factory=list)
-    begun: float = 0.0
-    floor: int | None = None
-
-    def ready(self, model: nn.Module, **facts: object) -> None:
-        """Say that everything is built."""
-        self.model = model
-        self._say({"parameters": sum(p.numel() for p in model.parameters()), "device": device_name(self.device), **facts})
-
-    def before(self) -> None:
-        """Wait until a step is wanted; answers for the block of steps that has been done.
-
-        Raises:
-            _Leave: there will be none.
-        """
-        if self.left:
-            return
-        if self.count:
-            self._synchronize()
-            seconds = (time.perf_counter() - self.begun) / self.count
-            answer: dict[str, object] = {"seconds": seconds, "losses": [float(loss) for loss in self.losses]}
-            if self.floor is not None:
-                peak = self._peak()
-                answer |= {"memory_above": peak - self.floor, "memory_peak": peak}
-            self._say(answer)
-        line = sys.stdin.readline()
-        if not line:
-            raise _Leave
-        command = json.loads(line)
-        self.left = self.count = command["steps"]
-        self.losses, self.floor = [], self._floor() if command["memory"] else None
-        self._synchronize()
-        self.begun = time.perf_counter()
-
-    def after(self, loss: Tensor | None) -> None:
-        """A step has been given to the device. Nothing waits for it here."""
-        if loss is not None:
-            self.losses.append(loss.detach())
-        self.left -= 1
-
-    def _say(self, message: dict[str, object]) -> None:
-        self.answers.write(json.dumps(message) + "\n")
-        self.answers.flush()
-
-    def _synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        elif self.device.type == "mps":
-            torch.mps.synchronize()
-
-    def _floor(self) -> int | None:
-        """Bytes in use when there are weights and optimizer only; starts a new peak. None where that cannot be found out."""
-        assert self.model is not None
-        for parameter in self.model.parameters():
-            parameter.grad = None
-        gc.collect()
-        if self.device.type == "cuda":
-            self._synchronize()
-            torch.cuda.reset_peak_memory_stats(self.device)
-            return torch.cuda.memory_allocated(self.device)
-        try:
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM (proc(5))
-            return _status("VmRSS")
-        except OSError:
-            return None  # not Linux, or not allowed
-
-    def _peak(self) -> int:
-        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else _status("VmHWM")
-
-
-def _status(key: str) -> int:
-    """A size (bytes) in /proc/self/status."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{key}:"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {key}")
-
-
-def _start_weights(spec: Spec, rows: int) -> dict[str, Tensor]:
+def start_weights(spec: Spec, rows: int) -> dict[str, Tensor]:
     """The library's initial weights, for other sides; the embedding cut or padded (with zeros) to `rows`."""
     weights = dict(GPT(spec.config, seed=0).state_dict())
     table = weights["transformer.wte.weight"][: int(spec.model["vocab_size"])]
@@ -303,7 +78,7 @@ def _autocast(precision: str, device: torch.device) -> Callable[[], contextlib.A
     return contextlib.nullcontext
 
 
-def run_ours(spec: Spec, desk: _Desk) -> None:
+def run_ours(spec: Spec, desk: Desk) -> None:
     """The library, put together as a run puts it together."""
     without = set(spec.without)
     with distributed(spec.device) as context:
@@ -374,14 +149,14 @@ def _full_logits(model: GPT, compiled: bool) -> Callable[..., Tensor]:
     return torch.compile(forward) if compiled else forward
 
 
-def run_plain(spec: Spec, desk: _Desk) -> None:
+def run_plain(spec: Spec, desk: Desk) -> None:
     """`plain.py`; with `fast` compiled, in bfloat16, fused, and with a vocabulary that suits a GPU."""
     vocab = int(spec.model["vocab_size"])
     rows = -(-vocab // 64) * 64 if spec.fast else vocab
     if desk.device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     model = PlainGPT(spec.model, rows)
-    model.load_state_dict(_start_weights(spec, rows))
+    model.load_state_dict(start_weights(spec, rows))
     model.to(desk.device)
     optimizer = make_adamw(model, fused=True) if spec.fast else make_adamw(model)
     precision = "bfloat16" if spec.fast or spec.precision == "bfloat16" else "float32"
@@ -391,7 +166,7 @@ def run_plain(spec: Spec, desk: _Desk) -> None:
 
 
 def _drive(
-    spec: Spec, desk: _Desk, forward: Callable[[Tensor, Tensor], Tensor], model: nn.Module, optimizer: Any, precision: str
+    spec: Spec, desk: Desk, forward: Callable[[Tensor, Tensor], Tensor], model: nn.Module, optimizer: Any, precision: str
 ) -> None:
     """Do plain steps for ever."""
     steps = plain_steps(
@@ -408,7 +183,7 @@ def _drive(
         desk.after(next(steps))
 
 
-def run_nanogpt(spec: Spec, desk: _Desk) -> None:
+def run_nanogpt(spec: Spec, desk: Desk) -> None:
     """Model and optimizer of a nanoGPT checkout, stepped as its train.py does (float32 on a CPU, by its own rule)."""
     found = importlib.util.spec_from_file_location("nanogpt_model", Path(spec.path) / "model.py")
     if found is None or found.loader is None or not (Path(spec.path) / "model.py").is_file():
@@ -418,7 +193,7 @@ def run_nanogpt(spec: Spec, desk: _Desk) -> None:
     found.loader.exec_module(module)
     keys = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size")
     model = module.GPT(module.GPTConfig(**{key: spec.model[key] for key in keys}, dropout=0.0))
-    model.load_state_dict(_start_weights(spec, int(spec.model["vocab_size"])), strict=False)  # its head is the embedding
+    model.load_state_dict(start_weights(spec, int(spec.model["vocab_size"])), strict=False)  # its head is the embedding
     model.to(desk.device)
     optimizer = model.configure_optimizers(0.1, spec.lr, (0.9, 0.95), desk.device.type)
     precision = "bfloat16" if spec.fast or spec.precision == "bfloat16" else "float32"
@@ -427,7 +202,7 @@ def run_nanogpt(spec: Spec, desk: _Desk) -> None:
     _drive(spec, desk, lambda tokens, targets: forward(tokens, targets)[1], model, optimizer, precision)
 
 
-def run_transformers(spec: Spec, desk: _Desk) -> None:
+def run_transformers(spec: Spec, desk: Desk) -> None:
     """GPT2LMHeadModel in transformers' Trainer; without `accelerate`, which that needs, in the plain loop."""
     try:
         from transformers import GPT2Config, GPT2LMHeadModel
@@ -457,7 +232,7 @@ def run_transformers(spec: Spec, desk: _Desk) -> None:
         _drive(spec, desk, lambda tokens, _: model(tokens, labels=tokens).loss, model, make_adamw(model), precision)
 
 
-def _drive_trainer(spec: Spec, desk: _Desk, model: Any, precision: str) -> None:
+def _drive_trainer(spec: Spec, desk: Desk, model: Any, precision: str) -> None:
     """Let the Trainer train; it waits at each step's beginning."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -502,12 +277,6 @@ def _drive_trainer(spec: Spec, desk: _Desk, model: Any, precision: str) -> None:
 SIDES = {"ours": run_ours, "plain": run_plain, "nanogpt": run_nanogpt, "transformers": run_transformers}
 
 
-def closest_curves(one: Sequence[float], other: Sequence[float]) -> float:
-    """Largest difference of two loss curves (nats); infinite where either is no number."""
-    gaps = [abs(a - b) for a, b in zip(one, other, strict=True)]
-    return max(gap if math.isfinite(gap) else math.inf for gap in gaps)
-
-
 def _main() -> None:
     """The child: what libraries print goes to stderr, so that stdout carries answers only."""
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
@@ -515,8 +284,8 @@ def _main() -> None:
     values = json.loads(sys.argv[1])
     spec = Spec(**{**values, "without": tuple(values["without"])})
     try:
-        SIDES[spec.kind](spec, _Desk(choose_device(spec.device), answers))
-    except _Leave:
+        SIDES[spec.kind](spec, Desk(choose_device(spec.device), answers))
+    except Leave:
         pass
     except UserError as error:
         answers.write(json.dumps({"error": str(error)}) + "\n")

@@ -4,11 +4,11 @@
     python benchmarks/throughput.py --settings char-small --nanogpt ~/nanoGPT --transformers
     python benchmarks/throughput.py --tiny                           # seconds: to try the script
 
-Method. Each side runs in a process of its own (`sides.py`). First each does 20 steps from the same weights on the same
+Method. Each side runs in a process of its own (`children.py`). First each does 20 steps from the same weights on the same
 batches, whose losses are compared; these pay for compilation and set-up too. Then come rounds in which every side does
 a block of steps, the order turning with the round, so that all see the same machine; a ratio is that of two blocks of
 one round, and the table has the median of the ratios with the smallest and the largest. Last, each does a few steps for
-its peak memory (`sides.py` says how).
+its peak memory (`children.py` says how).
 
 `ours` is the library as a run puts it together; number format and compilation are what a run of the setting's length
 would choose, unless --precision or --compile say otherwise. `plain` is eager, float32, PyTorch's AdamW with its
@@ -35,7 +35,7 @@ from bardling.cli.parse import parse
 from bardling.distributed.device import choose_device, matmul_flops
 from bardling.errors import UserError
 from bardling.model.arithmetic import flops_per_token
-from sides import BlockOfSteps, Child, Spec, closest_curves
+from children import BlockOfSteps, Child, Spec, closest_curves
 from tables import Table, megabytes, publish, rounded, say, script, spread
 
 CURVE_STEPS = 20

@@ -94,12 +94,13 @@ def test_tables_are_aligned_and_appended(tmp_path: Path, capsys: pytest.CaptureF
 
 @pytest.mark.parametrize(("bias", "gelu"), [(True, "tanh"), (False, "erf")])
 def test_the_plain_model_computes_what_ours_does(bias: bool, gelu: str) -> None:
+    from children import Spec
     from plain import PlainGPT
-    from sides import Spec, Windows, _start_weights
+    from sides import Windows, start_weights
 
     shape = {**SHAPE, "bias": bias, "gelu": gelu}
     ours, plain = GPT(ModelConfig(**shape), seed=0), PlainGPT(shape, 65)
-    plain.load_state_dict(_start_weights(Spec("plain", shape, batch=3), 65))
+    plain.load_state_dict(start_weights(Spec("plain", shape, batch=3), 65))
     batch = Windows(65, 16).batch(0, 3)
     expected = plain(batch.inputs, batch.targets)
     found = ours(batch.inputs, batch.targets) / batch.targets.numel()
@@ -110,7 +111,7 @@ def test_the_plain_model_computes_what_ours_does(bias: bool, gelu: str) -> None:
 
 
 def test_without_optimisations_the_losses_stay() -> None:
-    from sides import Child, Spec, closest_curves
+    from children import Child, Spec, closest_curves
 
     spec = Spec("ours", {**SHAPE, "bias": False, "gelu": "erf"}, batch=2, accumulation=2, precision="float32", compile="off")
     bare = dataclasses.replace(spec, without=("chunked-loss", "fused-optimizer", "prefetch", "flash"))
@@ -144,7 +145,7 @@ def test_throughput(tmp_path: Path) -> None:
 
 def test_a_side_that_cannot_be_measured_is_told_in_one_line(tmp_path: Path) -> None:
     import throughput
-    from sides import Child, Spec
+    from children import Child, Spec
 
     with pytest.raises(UserError, match=r"no model\.py"):
         Child(Spec("nanogpt", {**SHAPE, "bias": False, "gelu": "erf"}, batch=2, path=str(tmp_path)), "nanoGPT")
