@@ -94,6 +94,8 @@ def _begin_again(state: TrainState, start: TrainState) -> None:
     load_optimizer_tensors(state.optimizer, dict(state.model.named_parameters()), tensors, meta)
     if state.scaler is not None and start.scaler is not None:
         state.scaler.load_state_dict(start.scaler.state_dict())
+    if state.ema is not None and start.ema is not None:
+        state.ema.load_tensors(start.ema.tensors())
     state.step, state.samples = start.step, start.samples
     state.best_val_loss, state.best_step = start.best_val_loss, start.best_step
     state.hooks_done, state.recent = start.hooks_done, start.recent
