@@ -151,7 +151,7 @@ def read_training(path: Path) -> dict[str, Any]:
         if type(value) is not int or value < least:
             raise UserError(f"{path}: {key} = {value!r} must be a whole number, at least {least}")
     best = data.get("best_val_loss")
-    if best is not None and (type(best) not in (int, float) or math.isnan(best)):
+    if best is not None and (type(best) not in (int, float) or not abs(best) < 1e300):
         raise UserError(f"{path}: best_val_loss = {best!r} must be a number, or null before the first validation")
     data["best_val_loss"] = math.inf if best is None else float(best)
     done = data.setdefault("hooks_done", {})

@@ -248,7 +248,13 @@ class TokenDataset:
         problems = []
         for file in files:
             path, seen = self.path / file.name, hashlib.sha256()
+            if path.exists() and not path.is_file():  # a pipe would wait for ever, and a device never end
+                problems.append(f"{path}: is not a file")
+                continue
             try:
+                if (size := path.stat().st_size) != file.size:
+                    problems.append(f"{path}: has {size:,} bytes instead of {file.size:,}")
+                    continue
                 with path.open("rb") as opened:
                     while block := opened.read(1 << 20):
                         seen.update(block)

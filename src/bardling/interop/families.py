@@ -201,7 +201,7 @@ def _rope_theta(values: Mapping[str, Any], source: str) -> float:
     rope = values.get("rope_parameters")
     if rope is None:
         return _positive(values, "rope_theta", _ROPE_THETA, source)
-    plain = isinstance(rope, Mapping) and {rope.get("rope_type", "default"), rope.get("type", "default")} == {"default"}
+    plain = isinstance(rope, Mapping) and rope.get("rope_type", "default") == rope.get("type", "default") == "default"
     if not isinstance(rope, Mapping) or not plain or set(rope) - _ROPE_KEYS:
         raise UserError(f"{source}: rope_parameters = {rope!r} is not supported; only unscaled rotary positions are")
     return _positive(rope, "rope_theta", _positive(values, "rope_theta", _ROPE_THETA, source), source)
