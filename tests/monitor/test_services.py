@@ -6,6 +6,7 @@ import os
 import struct
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -109,7 +110,17 @@ def test_hyperparameters_are_flat_and_plain():
 
 
 def wandb_rows(folder):
-    """Rows of all offline records of a run folder in order, from the binary logs: [{name: value}], and the headers."""
+    """Rows of all offline records of a run folder in order, from the binary logs: [{name: value}], and the headers.
+
+    A service process writes them, which on a busy machine still does when the client has left: waits until they stand still.
+    """
+    logs, before = list(folder.glob("wandb/offline-run-*/*.wandb")), None
+    for _ in range(50):
+        sizes = [path.stat().st_size for path in logs]
+        if sizes == before and min(sizes, default=0) > 7:
+            break
+        before = sizes
+        time.sleep(0.2)
     pb = pytest.importorskip("wandb.proto.wandb_internal_pb2")
     rows, runs = [], []
     for path in sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns):

@@ -194,6 +194,7 @@ def test_a_failed_save_is_said_at_the_next_step_and_tried_again_at_the_next_inte
     real = saving.Saver.save
 
     def save(self, state, *, last=False):
+        self.wait()  # so that it is this save that fails
         if state.step == 10:
             broken_disk(1)
         real(self, state, last=last)
@@ -216,6 +217,7 @@ def test_the_last_save_is_tried_twice(tiny, change, tmp_path, broken_disk, monke
     real = saving.Saver.save
 
     def save(self, state, *, last=False):
+        self.wait()  # so that it is this save that fails
         if last and not hasattr(self, "tried"):
             self.tried = True
             broken_disk(1)
@@ -232,7 +234,9 @@ def test_a_last_save_that_fails_is_one_line_with_the_remedy_and_loses_nothing_ol
     real = saving.Saver.save
 
     def save(self, state, *, last=False):
+        self.wait()  # so that it is this save that fails
         if last:
+            self.wait()  # for the save before, which is to succeed however slow the disk is
             broken_disk(1000)
         real(self, state, last=last)
 
