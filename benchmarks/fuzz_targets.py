@@ -1,10 +1,11 @@
 """What is fuzzed: for each kind of file a sound example, how it is changed, and the loader that a command would give it to.
 
-The examples are made here, by a training run of two steps and by the writers of each format. A changed file may be sealed again,
-its checksum made to fit, so that the checks behind the checksum are reached too.
+The examples are made here, by a training run of three steps and by the writers of each format. A changed file may be sealed
+again, its checksum made to fit, so that the checks behind the checksum are reached too.
 """
 
 import contextlib
+import io
 import json
 import os
 import pickle
@@ -13,18 +14,19 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
-import hostile
 import numpy as np
 import torch
 
+import hostile
 from bardling.checkpoint import manifest as checkpoint_manifest
 from bardling.checkpoint.load import load
 from bardling.checkpoint.rng import restore_rng, rng_state
 from bardling.checkpoint.runfolder import open_run
 from bardling.checkpoint.state import read_checkpoint
 from bardling.cli import info
+from bardling.cli.resume import foreign_config
 from bardling.config import (
     CheckpointConfig,
     DataConfig,
@@ -36,6 +38,7 @@ from bardling.config import (
     TrainConfig,
 )
 from bardling.configfile import config_to_toml, load_recipe
+from bardling.data.documents import Documents
 from bardling.data.manifest import _digest as dataset_digest
 from bardling.data.prepare import prepare
 from bardling.data.shards import open_dataset
@@ -48,8 +51,10 @@ from bardling.interop.pyconfig import parse_flat_flags, read_nanogpt_arguments
 from bardling.interop.tokenfiles import open_token_folder
 from bardling.model.gpt import GPT
 from bardling.monitor.jsonl import read_jsonl, truncate_after
+from bardling.monitor.records import EventRecord
 from bardling.optim.build import build_optimizer
 from bardling.optim.state import load_optimizer_tensors
+from bardling.train.rollbacks import Rollback, write_rollbacks
 from bardling.train.run import resume, train
 
 CHECKPOINT = "checkpoints/step-000002"
@@ -123,7 +128,8 @@ def tiny(folder: Path) -> RunConfig:
         device="cpu", precision="float32", compile="off",
         model=ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=16, vocab_multiple=8),
         data=DataConfig(source=str(text), tokenizer="char", val_fraction=0.1),
-        optim=OptimConfig(warmup_steps=1), train=TrainConfig(steps=3, batch_size=2, log_every=1), eval=EvalConfig(every=1, windows=2),
+        optim=OptimConfig(warmup_steps=1), train=TrainConfig(steps=3, batch_size=2, log_every=1), eval=EvalConfig(every=1,
+        windows=2),
         sample=SampleConfig(every=2, max_new_tokens=2), checkpoint=CheckpointConfig(every=1, keep_last=3),
     )  # fmt: skip
 
@@ -147,6 +153,8 @@ def make_dataset(folder: Path) -> None:
 def make_run(folder: Path) -> None:
     os.environ["BARDLING_CACHE"] = str(folder / "cache")
     train(tiny(folder), folder / "run", quiet=True)
+    event = EventRecord(3, "rollback", "a spike", float("nan"), 1.0, [[9, 2]], [], [])
+    write_rollbacks(open_run(folder / "run"), [Rollback(event, ((9, 2),))])
 
 
 def make_tokenizer(folder: Path) -> None:
@@ -162,7 +170,8 @@ def make_foreign(folder: Path) -> None:
     loaded = load(run, training=True)
     config = open_run(run).config()
     write_nanogpt_checkpoint(
-        folder / "ckpt.pt", config=config, weights=loaded.state, optimizer=loaded.optimizer_tensors, step=3, best_val_loss=2.5, dataset="plays"
+        folder / "ckpt.pt", config=config, weights=loaded.state, optimizer=loaded.optimizer_tensors, step=3,
+        best_val_loss=2.5, dataset="plays"
     )  # fmt: skip
     assert loaded.tokenizer is not None
     write_meta(folder / "meta.pkl", loaded.tokenizer)
@@ -175,8 +184,10 @@ def make_foreign(folder: Path) -> None:
         if not name.endswith(("wte.weight", "wpe.weight", "lm_head.weight"))
     }.items():
         state[name.replace(".weight", ".bias")] = torch.zeros(shape)
-    theirs = {"model_state_dict": state, "config": sizes, "step": 3, "val_loss_accum": torch.tensor(2.5), "optimizer_state_dict": None,
-              "train_config": {"max_lr": 6e-4, "max_steps": 9, "sequence_length": 16, "total_batch_size": 32}, "name": "GPT"}  # fmt: skip
+    theirs = {"model_state_dict": state, "config": sizes, "step": 3, "val_loss_accum": torch.tensor(2.5),
+    "optimizer_state_dict": None,
+              "train_config": {"max_lr": 6e-4, "max_steps": 9, "sequence_length": 16, "total_batch_size": 32},
+              "name": "GPT"}  # fmt: skip
     torch.save(theirs, folder / "checkpoint_000003.bin")
 
 
@@ -197,8 +208,9 @@ def make_token_folders(folder: Path) -> None:
 
 def make_hf(folder: Path) -> None:
     """A Llama in the form of `transformers`, in two shards with an index."""
-    from bardling.interop.huggingface import hf_config, hf_state
     from safetensors.torch import save_file
+
+    from bardling.interop.huggingface import hf_config, hf_state
 
     config = ModelConfig(
         family="llama", n_layer=2, n_head=2, n_embd=16, block_size=16, vocab_size=33, mlp_hidden=32, n_kv_head=1
@@ -239,16 +251,19 @@ def load_python(folder: Path) -> None:
 def load_flags(folder: Path) -> None:
     """The lines of a file as flags of a command."""
     path = folder / "config.py"
-    lines = path.read_bytes()[: 1 << 20].decode("utf-8", "replace").split("\n") if path.is_file() else []
+    with path.open("rb") if path.is_file() else io.BytesIO() as file:
+        lines = file.read(1 << 20).decode("utf-8", "replace").split("\n")
     pairs = [line.partition(" = ") for line in lines if " = " in line]
     run_config_from_nanogpt(parse_flat_flags([f"--{key}={value}" for key, _, value in pairs], TRAIN_KEYS))
 
 
 def load_dataset(folder: Path) -> None:
+    os.environ["BARDLING_CACHE"] = str(folder / "cache")  # a folder without a manifest is taken for one of texts
     dataset = open_data(DataConfig(source=str(folder / "data")))
-    for split in ("train", "val"):
+    for split in SPLITS:
         part = dataset.split(split)
         part.read(0, min(64, len(part)))
+        Documents(dataset, split).at(0, min(64, len(part)))
     _ = dataset.tokenizer
     dataset.verify()
     open_dataset(folder / "data")
@@ -286,6 +301,12 @@ def show_run(folder: Path) -> None:
     info.run([str(folder / "run" / CHECKPOINT), "--verify"])
 
 
+def show_step(folder: Path) -> None:
+    """`bardling info --step`."""
+    os.environ["BARDLING_CACHE"] = str(folder / "cache")
+    info.run([str(folder / "run"), "--step", "2"])
+
+
 def load_metrics(folder: Path) -> None:
     read_jsonl(folder / "run/metrics.jsonl")
     truncate_after(folder / "run/metrics.jsonl", 2)
@@ -308,15 +329,8 @@ def resume_run(folder: Path) -> None:
 
 def load_foreign(name: str) -> Callable[[Path], None]:
     def use(folder: Path) -> None:
-        from bardling.interop.nano_gpt import run_config_from_nano_gpt
-
-        loaded = load(folder / name, training=True)
-        loaded.build()
-        assert loaded.foreign is not None
-        if loaded.foreign.origin == "nano-gpt":
-            run_config_from_nano_gpt(loaded.foreign)
-        else:
-            run_config_from_nanogpt({key: value for key, value in loaded.foreign.settings.items() if key in TRAIN_KEYS})
+        load(folder / name, training=True).build()
+        foreign_config(folder / name)
 
     return use
 
@@ -339,6 +353,9 @@ def open_tokens(name: str) -> Callable[[Path], None]:
     return use
 
 
+SPLITS: tuple[Literal["train", "val"], ...] = ("train", "val")
+SKIPS = "run/skips.json"
+DATA_FILES = ("data/train-00000.bin", "data/tokenizer.json", "data/documents-train.bin", "data/documents-train.jsonl")
 RUN_FILES = tuple(
     f"run/{name}"
     for name in ("config.toml", "dataset.json", "environment.json", "metrics.jsonl", "samples.jsonl", "tokenizer.json")
@@ -346,7 +363,8 @@ RUN_FILES = tuple(
 STATE_FILES = tuple(
     f"run/{CHECKPOINT}/{name}"
     for name in (
-        "config.json", "training.json", "run_config.json", "model.safetensors", "optimizer.safetensors", "rng.safetensors", "tokenizer.json",
+        "config.json", "training.json", "run_config.json", "model.safetensors", "optimizer.safetensors", "rng.safetensors",
+        "tokenizer.json",
     )
 )  # fmt: skip
 MANIFEST = (f"run/{CHECKPOINT}/manifest.json",)
@@ -355,70 +373,25 @@ TARGETS = (
     Target("recipe (TOML)", 12, make_recipe, ("recipe.toml",), lambda folder: load_recipe(str(folder / "recipe.toml"))),
     Target("nanoGPT config (.py)", 10, make_python, ("config.py",), load_python),
     Target("nanoGPT flags", 5, make_python, ("config.py",), load_flags),
-    Target("dataset", 10, make_dataset, ("data/manifest.json",) * 4 + ("data/train-00000.bin", "data/tokenizer.json"), load_dataset, seal_dataset),
-    Target("tokenizer.json", 8, make_tokenizer, ("tokenizer.json",) * 4 + ("tokenizer_config.json",), use_tokenizer, writes=True),
+    Target("dataset", 10, make_dataset, ("data/manifest.json",) * 4 + DATA_FILES, load_dataset, seal_dataset,
+           writes=True),
+    Target("tokenizer.json", 8, make_tokenizer, ("tokenizer.json",) * 4 + ("tokenizer_config.json",), use_tokenizer,
+    writes=True),
     Target("checkpoint", 16, make_run, STATE_FILES, load_checkpoint),
     Target("run and its manifests", 6, make_run, RUN_FILES + STATE_FILES + MANIFEST * 6, show_run, seal_checkpoint),
+    Target("run, one step of it", 4, make_run, (*RUN_FILES[:4], SKIPS, SKIPS), show_step),
     Target("metrics.jsonl", 6, make_run, ("run/metrics.jsonl",), load_metrics, writes=True),
     Target("metrics.jsonl, drawn", 3, make_run, ("run/metrics.jsonl",), draw_metrics),
-    Target("run, resumed", 4, make_run, RUN_FILES[1:] + STATE_FILES + MANIFEST, resume_run, seal_checkpoint, writes=True),
-    Target("transformers folder", 8, make_hf, ("config.json",) * 2 + ("model.safetensors.index.json", "model-00001-of-00002.safetensors"),
+    Target("run, resumed", 4, make_run, (*RUN_FILES[1:], *STATE_FILES, *MANIFEST, SKIPS), resume_run, seal_checkpoint,
+    writes=True),
+    Target("transformers folder", 8, make_hf, ("config.json",) * 2 + ("model.safetensors.index.json",
+    "model-00001-of-00002.safetensors"),
            lambda folder: load(folder).build()),
     Target("nanoGPT ckpt.pt", 8, make_foreign, ("ckpt.pt",), load_foreign("ckpt.pt")),
     Target("nano-gpt checkpoint", 5, make_foreign, ("checkpoint_000003.bin",), load_foreign("checkpoint_000003.bin")),
     Target("nanoGPT meta.pkl", 6, make_foreign, ("meta.pkl",), load_meta),
-    Target("nanoGPT tokens", 3, make_token_folders, ("nanogpt/train.bin", "nanogpt/val.bin", "nanogpt/meta.pkl"), open_tokens("nanogpt")),
+    Target("nanoGPT tokens", 3, make_token_folders, ("nanogpt/train.bin", "nanogpt/val.bin", "nanogpt/meta.pkl"),
+    open_tokens("nanogpt")),
     Target("nano-gpt tokens (.npy)", 5, make_token_folders, ("nano-gpt/edu_train.npy.000.npy",), open_tokens("nano-gpt")),
     Target("llm.c tokens", 3, make_token_folders, ("llmc/edu_train_000000.bin",), open_tokens("llmc")),
-)  # fmt: skip
-
-
-# ---- loaders that must be caught: the proof that the watch sees ----
-
-
-def make_control(folder: Path) -> None:
-    (folder / "file.json").write_text("{}")
-
-
-def _unpickles(folder: Path) -> None:
-    path = Path(os.environ["FUZZ_CANARY"])
-    pickle.loads(b"\x80\x04\x8c\x02os\x8c\x05mkdir\x93\x8c" + bytes([len(str(path))]) + str(path).encode() + b"\x85R.")
-
-
-def _writes_elsewhere(folder: Path) -> None:
-    (folder.parent / "elsewhere").write_text("x")
-
-
-def _runs_a_command(folder: Path) -> None:
-    os.system("true")
-
-
-def _takes_memory(folder: Path) -> None:
-    np.ones(700_000_000)
-
-
-def _computes_too_long(folder: Path) -> None:
-    while True:
-        pass
-
-
-def _waits_for_ever(folder: Path) -> None:
-    os.mkfifo(folder / "pipe")
-    with (folder / "pipe").open("rb") as file:
-        file.read()
-
-
-def _crashes(folder: Path) -> None:
-    import ctypes
-
-    ctypes.string_at(0)
-
-
-def _fails_otherwise(folder: Path) -> None:
-    raise KeyError("x")
-
-
-CONTROLS = tuple(
-    Target(f"control:{load.__name__.strip('_')}", 1, make_control, ("file.json",), load, writes=True)
-    for load in (_unpickles, _writes_elsewhere, _runs_a_command, _takes_memory, _computes_too_long, _waits_for_ever, _crashes, _fails_otherwise)
 )  # fmt: skip

@@ -26,12 +26,15 @@ DEEP = "@deep@"  # stands for nesting that no encoder would write itself
 ODD: list[Any] = [
     None, True, False, 0, -1, 1, 2, 3, 255, 2**16, 2**24, 2**31 - 1, 2**31, 2**40, 2**53 + 1, 2**63 - 1, 2**63, 2**64, -(2**63),
     10**30, 10**400, 0.5, -0.0, 1e-320, 1e308, float("inf"), float("-inf"), float("nan"), "", "\0", "x", "\ud800", "é" * 300,
-    "a" * 20_000, "../../../etc/passwd", "/dev/zero", "%s%n", "{}", "$(touch x)", "nan", "1e999", [], {}, [[]], [None], {"": {}},
+    "a" * 20_000, "../../../etc/passwd", "/dev/zero", "%s%n", "{}", "$(touch x)", "nan", "1e999", [], {}, [[]], [None],
+    {"": {}},
     [0] * 50, [[1, 2], [3]], {"type": "x"}, DEEP,
 ]  # fmt: skip
 SNIPPETS = [
-    b"\0", b"\xff\xfe", b"\xef\xbb\xbf", b'"', b"'", b"\\", b"[" * 100_000, b'{"a":' * 50_000, b"(" * 5000, b"9" * 5000, b"1e999",
-    b"NaN", b"-Infinity", b"\n", b"\r", b"\x80\x04", b"\x80\x05.", b"null", b"-", b"=", b"__import__('os').system('x')", b"\xed\xa0\x80",
+    b"\0", b"\xff\xfe", b"\xef\xbb\xbf", b'"', b"'", b"\\", b"[" * 100_000, b'{"a":' * 50_000, b"(" * 5000, b"9" * 5000,
+    b"1e999",
+    b"NaN", b"-Infinity", b"\n", b"\r", b"\x80\x04", b"\x80\x05.", b"null", b"-", b"=", b"__import__('os').system('x')",
+    b"\xed\xa0\x80",
 ]  # fmt: skip
 
 
@@ -136,9 +139,12 @@ def mutate_toml(data: bytes, draw: random.Random) -> bytes:
 
 
 EXPRESSIONS = [
-    "9**9**9", "'a' * 10**9", "-" * 3000 + "1", "(" * 90 + "1" + ")" * 90, "[" * 300, "1 << 99999", "int('9' * 5000)", "1 / 0", "1e308 * 10",
-    "__import__('os').mkdir('{canary}')", "exec('x')", "open('{canary}', 'w')", "().__class__.__mro__", "lambda: 0", "f'{1}'", "{**{}}", "0x" + "f" * 300,
-    "time.sleep(9)", "float('nan')", "str(10**300)", "-(10**76)", "10**30", "1j", "None", "True", "''", "b''", "'\\ud800'", "'\\0'", "...",
+    "9**9**9", "'a' * 10**9", "-" * 3000 + "1", "(" * 90 + "1" + ")" * 90, "[" * 300, "1 << 99999", "int('9' * 5000)",
+    "1 / 0", "1e308 * 10",
+    "__import__('os').mkdir('{canary}')", "exec('x')", "open('{canary}', 'w')", "().__class__.__mro__", "lambda: 0", "f'{1}'",
+    "{**{}}", "0x" + "f" * 300,
+    "time.sleep(9)", "float('nan')", "str(10**300)", "-(10**76)", "10**30", "1j", "None", "True", "''", "b''", "'\\ud800'",
+    "'\\0'", "...",
     "[x for x in range(9)]", "max_iters", "learning_rate ** -99999", "0.0 ** -1", "(-8) ** 0.5", "10 % 0", "'%s' % 1", "a := 1",
 ]  # fmt: skip
 
@@ -219,7 +225,8 @@ def hostile_pickle(draw: random.Random, canary: Path) -> bytes:
         bomb = [bomb, bomb]
     program = draw.choice((
         _Program(os.mkdir, where), _Program(os.system, f"mkdir {where}"), _Program(eval, f"__import__('os').mkdir({where!r})"),
-        _Program(exec, f"import os; os.mkdir({where!r})"), _Program(subprocess.Popen, ["mkdir", where]), _Program(getattr, os, "mkdir"),
+        _Program(exec, f"import os; os.mkdir({where!r})"), _Program(subprocess.Popen, ["mkdir", where]), _Program(getattr, os,
+        "mkdir"),
         _Program(open, where, "w"), _Program(torch.load, where), _Program(bytearray, 1 << 33), _Program(torch.zeros, 1 << 33),
     ))  # fmt: skip
     made = draw.choice(
@@ -249,8 +256,10 @@ def odd_tensors() -> list[Any]:
     """Tensors that say much more than they hold, or are of kinds that no weight is."""
     one = torch.ones(1)
     return [
-        one.expand(1 << 40), torch.zeros(1, 1).expand(1 << 20, 1 << 20), torch.ones(0), torch.tensor(float("nan")), torch.ones(3, dtype=torch.bool),
-        torch.ones(3, dtype=torch.complex64), torch.eye(3).to_sparse(), torch.ones(2, 2).t(), torch.ones(4, dtype=torch.float64), torch.tensor(2**62),
+        one.expand(1 << 40), torch.zeros(1, 1).expand(1 << 20, 1 << 20), torch.ones(0), torch.tensor(float("nan")),
+        torch.ones(3, dtype=torch.bool),
+        torch.ones(3, dtype=torch.complex64), torch.eye(3).to_sparse(), torch.ones(2, 2).t(), torch.ones(4,
+        dtype=torch.float64), torch.tensor(2**62),
         torch.nn.Parameter(one), torch.empty(5, device="meta"),
     ]  # fmt: skip
 
@@ -289,10 +298,14 @@ def mutate_npy(data: bytes, draw: random.Random, canary: Path) -> bytes:
         np.save(made, np.array([_Program(os.mkdir, str(canary))], object), allow_pickle=True)
         return made.getvalue()
     header = draw.choice((
-        "{'descr': '<u2', 'fortran_order': False, 'shape': (1152921504606846976,), }", "{'descr': '|O', 'fortran_order': False, 'shape': (9,), }",
-        "{'descr': '<u2', 'fortran_order': False, 'shape': (-1,), }", "{'descr': [('a', '<u2')], 'fortran_order': False, 'shape': (9,), }",
-        "{'descr': '<u2', 'fortran_order': True, 'shape': (3, 3), }", "(" * 400, "__import__('os').mkdir('x')", "{'shape': (9,)}", "[" * 9000, "{}",
-        "{'descr': '<f8', 'fortran_order': False, 'shape': (9,), }", "{'descr': '>u2', 'fortran_order': False, 'shape': (9,), }",
+        "{'descr': '<u2', 'fortran_order': False, 'shape': (1152921504606846976,), }",
+        "{'descr': '|O', 'fortran_order': False, 'shape': (9,), }",
+        "{'descr': '<u2', 'fortran_order': False, 'shape': (-1,), }",
+        "{'descr': [('a', '<u2')], 'fortran_order': False, 'shape': (9,), }",
+        "{'descr': '<u2', 'fortran_order': True, 'shape': (3, 3), }", "(" * 400, "__import__('os').mkdir('x')",
+        "{'shape': (9,)}", "[" * 9000, "{}",
+        "{'descr': '<f8', 'fortran_order': False, 'shape': (9,), }",
+        "{'descr': '>u2', 'fortran_order': False, 'shape': (9,), }",
         "{'descr': '<u2', 'fortran_order': False, 'shape': (9.5,), }", "{'descr': None, 'fortran_order': False, 'shape': (), }",
     ))  # fmt: skip
     version = draw.choice((b"\1\0", b"\1\0", b"\2\0", b"\3\0", b"\x09\x09"))

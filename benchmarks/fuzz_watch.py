@@ -1,0 +1,99 @@
+"""What a loader does that none may: an audit hook that sees it, stops it and notes it.
+
+Forbidden are commands, network connections, code that is not a module's, and files that are written, made or removed outside
+one folder. The hook cannot be removed; it acts while it is armed.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import bardling
+
+_FORBIDDEN = (
+    "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.forkpty", "pty.spawn", "socket.connect",
+    "socket.bind", "ctypes.dlopen", "pickle.find_class", "os.chmod", "os.chown", "os.kill",
+)  # fmt: skip
+_CHANGES = (
+    "os.mkdir",
+    "os.rename",
+    "os.remove",
+    "os.rmdir",
+    "os.link",
+    "os.symlink",
+    "os.truncate",
+    "shutil.rmtree",
+    "shutil.move",
+)
+
+
+class ForbiddenError(BaseException):
+    """Not an Exception: no loader may swallow it."""
+
+
+def _place(path: str) -> str:
+    """Where a name is, wherever it may lead: removing a link changes the link's folder."""
+    return os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))  # noqa: PTH118, PTH119, PTH120
+
+
+def _paths(event: str, arguments: tuple[Any, ...]) -> list[str]:
+    """The paths that an event of `_CHANGES` is about; a relative one may be below an open folder."""
+    sources = {"os.rename": (0, 1), "os.link": (0, 1), "os.symlink": (1,)}.get(event, (0,))
+    above = {"os.rename": (2, 3), "os.link": (2, 3), "os.symlink": (2,), "os.mkdir": (2,), "os.remove": (1,), "os.rmdir": (1,)}
+    paths = []
+    for at, folder in zip(sources, above.get(event, (len(arguments),)), strict=False):
+        descriptor = arguments[folder] if folder < len(arguments) else -1
+        base = f"/proc/self/fd/{descriptor}" if isinstance(descriptor, int) and descriptor >= 0 else ""
+        paths.append(_place(os.path.join(os.path.realpath(base) if base else str(Path.cwd()), os.fspath(arguments[at]))))  # noqa: PTH118
+    return paths
+
+
+class Watch:
+    """The audit hook: what a loader does that it must not."""
+
+    def __init__(self) -> None:
+        self.armed = False
+        self.inside = ""  # the only folder in which may be written
+        self.seen: list[str] = []
+        self._sources = tuple(
+            {sys.prefix, sys.base_prefix, str(Path(__file__).parents[1]), str(Path(bardling.__file__).parents[1]), "<frozen"}
+        )
+        sys.addaudithook(self._hook)
+
+    def _hook(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if not self.armed:
+            return
+        bad = None
+        if event in _FORBIDDEN or (event == "subprocess.Popen" and arguments[1] != ["git", "rev-parse", "HEAD"]):
+            bad = f"{event} {arguments!r}"
+        elif event == "exec":  # modules that are imported late are no data
+            code = arguments[0]
+            if not (code.co_name == "<module>" and code.co_filename.startswith(self._sources)) and not self._importing():
+                bad = f"exec of {code.co_filename}"
+        elif event == "open":
+            path, mode, flags = arguments
+            writes = (isinstance(mode, str) and set(mode) & set("wax+")) or (
+                isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+            )
+            if writes and not self._is_inside(path):
+                bad = f"open {path!r} for writing"
+        elif event in _CHANGES and not all(path.startswith(self.inside) for path in _paths(event, arguments)):
+            bad = f"{event} {arguments!r}"
+        if bad is not None:
+            self.seen.append(bad[:300])
+            raise ForbiddenError(bad[:300])
+
+    def _is_inside(self, path: object) -> bool:
+        if isinstance(path, int) or not isinstance(path, str | bytes | os.PathLike):
+            return True  # a descriptor: it was opened before
+        return os.path.realpath(os.fspath(path)).startswith(self.inside) or os.fspath(path) == os.devnull
+
+    @staticmethod
+    def _importing() -> bool:
+        frame = sys._getframe(2)
+        while frame is not None:
+            if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+                return True
+            frame = frame.f_back  # type: ignore[assignment]
+        return False

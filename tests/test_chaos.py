@@ -1,0 +1,122 @@
+"""Kills, full disks, failing syncs and damage at random moments, and the page that says which test shows what."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bardling.checkpoint.runfolder import RunFolder
+from bardling.errors import UserError
+from bardling.train.run import train
+
+PROJECT = Path(__file__).parents[1]
+linux = pytest.mark.skipif(sys.platform != "linux", reason="the faults come from the Linux kernel")
+
+
+def chaos(*arguments: str) -> str:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(PROJECT / "benchmarks" / "chaos.py"), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def figures(output: str) -> tuple[int, int, int, int]:
+    found = re.search(r"^trials (\d+), survived (\d+), bitwise equal (\d+), steps lost \(max\) (\d+);", output, re.MULTILINE)
+    assert found, output
+    trials, survived, equal, lost = map(int, found.groups())
+    return trials, survived, equal, lost
+
+
+@linux
+def test_each_fault_once_at_a_random_moment():
+    trials, survived, equal, lost = figures(chaos("--trials", "5", "--seed", "7"))
+    assert trials == survived == equal == 5
+    assert lost <= 10
+
+
+@linux
+@pytest.mark.slow
+def test_ten_trials_end_as_an_undisturbed_run():
+    trials, survived, equal, lost = figures(chaos("--trials", "10", "--seed", "11"))
+    assert trials == survived == equal == 10
+    assert lost <= 10
+
+
+@linux
+def test_the_layer_below_fsync_makes_the_chosen_calls_fail_and_no_others():
+    # In a process of its own: a filter for system calls can never be taken off again.
+    script = """
+import os, sys, tempfile
+sys.path.insert(0, "benchmarks")
+from faults import FsyncFaults
+faults = FsyncFaults(range(2, 4))
+pid = os.fork()
+if pid == 0:
+    faults.begin_child()
+    failed = []
+    with tempfile.TemporaryFile() as file:
+        for number in range(1, 6):
+            try:
+                (os.fsync if number % 2 else os.fdatasync)(file.fileno())
+            except OSError as error:
+                failed.append((number, error.errno))
+    os._exit(0 if failed == [(2, 5), (3, 5)] else 1)
+faults.begin_parent()
+_, status = os.waitpid(pid, 0)
+assert status == 0, status
+assert (faults.count, faults.failed) == (5, 2), (faults.count, faults.failed)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=PROJECT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_start_that_was_killed_is_no_obstacle_to_the_next(tiny, change, tmp_path, monkeypatch):
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    short, run = change(tiny, optim={"warmup_steps": 0}, train={"steps": 2}), tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "write_config", killed)  # the last thing that makes a folder a run
+        with pytest.raises(KeyboardInterrupt):
+            train(short, run, quiet=True)
+    assert (run / "dataset.json").exists()
+    assert train(short, run, quiet=True).finished
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("x")
+    with pytest.raises(UserError, match="in the way"):
+        train(short, tmp_path / "mine", quiet=True)
+
+
+def test_every_fault_on_the_page_names_tests_that_exist():
+    text = (PROJECT / "docs" / "reliability.md").read_text()
+    rows = re.findall(r"^\| (?!fault \||-)(.+?) \| (.+?) \| (.+?) \|$", text, re.MULTILINE)
+    assert len(rows) > 30
+    for fault, _, shown in rows:
+        named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", shown)
+        scripts = re.findall(r"`(benchmarks/[\w/]+\.py)`", shown)
+        assert named, fault
+        for path, name in named:
+            assert (PROJECT / path).is_file(), f"{fault}: {path}"
+            assert not name or f"def {name}(" in (PROJECT / path).read_text(), f"{fault}: {path}::{name}"
+        for path in scripts:
+            assert (PROJECT / path).is_file(), f"{fault}: {path}"
+    whole = " ".join(fault for fault, _, _ in rows).lower()
+    for word in (
+        "sigkill",
+        "sigterm",
+        "sigint",
+        "sigusr1",
+        "disk",
+        "fsync",
+        "byte",
+        "cut",
+        "spike",
+        "memory",
+        "dead",
+        "deadline",
+    ):
+        assert word in whole, word
