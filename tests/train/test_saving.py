@@ -236,7 +236,6 @@ def test_a_last_save_that_fails_is_one_line_with_the_remedy_and_loses_nothing_ol
     def save(self, state, *, last=False):
         self.wait()  # so that it is this save that fails
         if last:
-            self.wait()  # for the save before, which is to succeed however slow the disk is
             broken_disk(1000)
         real(self, state, last=last)
 
