@@ -4,7 +4,10 @@
 
     config = bardling.load_recipe("quickstart")
     bardling.train(config, "runs/first")
-    print(bardling.sample("runs/first", "def "))
+    model, tokenizer = bardling.load_model("runs/first"), bardling.load_tokenizer("runs/first")
+    prompt = tokenizer.encode("    def").tolist()
+    made = [row[0] for row in bardling.generate(model, [prompt], max_new_tokens=100)]
+    print(tokenizer.decode(made))
 
 The names below are loaded when they are first used, so that `import bardling` costs nothing.
 """
