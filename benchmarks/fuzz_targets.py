@@ -153,7 +153,10 @@ def make_dataset(folder: Path) -> None:
 def make_run(folder: Path) -> None:
     os.environ["BARDLING_CACHE"] = str(folder / "cache")
     train(tiny(folder), folder / "run", quiet=True)
-    event = EventRecord(3, "rollback", "a spike", float("nan"), 1.0, [[9, 2]], [], [])
+    document = {"begin": 0, "end": 9, "number": 0, "name": "text.txt"}
+    window = {"sample": 9, "loss": float("nan"), "start": 0, "file": "train-00000.bin", "place": 0, "document": document}
+    tensor = {"name": "wte", "grad_norm": 2.0, "nonfinite": 1, "weight_rms": 0.1}
+    event = EventRecord(2, "rollback", "a spike", float("nan"), 1.0, [[9, 2]], [window], [tensor])
     write_rollbacks(open_run(folder / "run"), [Rollback(event, ((9, 2),))])
 
 

@@ -236,7 +236,13 @@ def _show_step(path: Path, step: int) -> None:
     length = seen.windows[0].length - 1 if seen.windows else 0
     print(f"run {path}, step {step:,}: {len(seen.windows)} windows of {length:,} tokens from {seen.dataset.path}{loss}")
     for rollback in seen.rollbacks:
-        print(f"  went back before this step could be done: {in_words(rollback.event)}")
+        try:
+            told = in_words(rollback.event)
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise UserError(
+                f"{folder.path / 'skips.json'}: an event in it is damaged ({type(error).__name__}: {error})"
+            ) from None
+        print(f"  went back before this step could be done: {harmless(told)}")
     for record in records:
         if record.get("kind") == "event" and record.get("step") == step and record.get("action") != "rollback":
             print(f"  {harmless(str(record.get('action')))}: {harmless(str(record.get('reason')))}")

@@ -181,7 +181,7 @@ class Documents:
             line = file.readline(_LONGEST_NAME)
         try:
             name = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             name = None
         if not isinstance(name, str):
             raise UserError(f"{path}: holds no name at byte {place:,}, so it is damaged: prepare the dataset again")

@@ -74,7 +74,7 @@ def listing(repository: str, config: str, split: str) -> Listing:
         try:
             content = json.loads(data)
             return Listing(**{**content, "files": tuple(HubFile(**file) for file in content["files"])})
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise UserError(f"{kept}: is damaged: remove it, and the hub is asked again") from error
     found = _ask(repository, config, split)
     with told_plainly(kept, "write"):
@@ -137,7 +137,7 @@ def _is_gpt2(path: Path) -> bool:
         data = path.read_bytes()
     try:
         content = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return isinstance(content, dict) and vocabulary_digest(content) == GPT2_DIGEST
 

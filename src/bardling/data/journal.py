@@ -63,7 +63,7 @@ class Journal:
             data = self._path.read_bytes()
         try:
             position = Position(**json.loads(data))
-        except (ValueError, TypeError):  # another version's, or damaged: the work is done anew
+        except (ValueError, TypeError, RecursionError):  # another version's, or damaged: the work is done anew
             return None
         return position if position.made_of == made_of else None
 

@@ -127,7 +127,7 @@ def read_manifest(path: Path) -> Manifest:
         raise UserError(f"{path}: its digest does not fit its content, so it was changed or damaged: prepare the dataset again")
     try:
         return _checked(content)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{path}: is no valid manifest ({error}): prepare the dataset again") from error
 
 

@@ -137,7 +137,7 @@ def _heaviest(window: SeenWindow, losses: Tensor) -> Document:
 
 def told(window: dict[str, Any]) -> str:
     """One of an event's windows in words."""
-    text = f"sample {window['sample']:,}, loss {window['loss']:.4g}"
+    text = f"sample {window['sample']:,}, loss {float(window['loss']):.4g}"  # from a file it may be the word "NaN"
     if "start" not in window:
         return f"{text} ({window.get('note', 'place unknown')})"
     document = Document(**window["document"])

@@ -110,6 +110,9 @@ def restore(state: TrainState, checkpoint: Checkpoint) -> None:
     # With a running mean, that is in the model's file, and the weights in training lie beside the optimizer's state.
     raw = {name[len(RAW) :]: tensor for name, tensor in checkpoint.optimizer_tensors.items() if name.startswith(RAW)}
     tensors = {name: tensor for name, tensor in checkpoint.optimizer_tensors.items() if not name.startswith(RAW)}
+    for name, tensor in raw.items():
+        if name not in names or tensor.shape != names[name].shape or not tensor.is_floating_point():
+            raise UserError(f"the checkpoint's optimizer.safetensors holds {name!r}, which is no weight of this model")
     state.model.load_state_dict({**checkpoint.model_state, **raw})
     if state.ema is not None:
         state.ema.load_tensors({name: checkpoint.model_state[name] for name in names})

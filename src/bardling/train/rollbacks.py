@@ -48,7 +48,7 @@ def read_rollbacks(folder: RunFolder) -> tuple[Rollback, ...]:
         if content["format"] != FORMAT:
             raise ValueError(f"format {content['format']!r} is not {FORMAT}")
         return tuple(_rollback(entry) for entry in content["rollbacks"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(f"{path}: is damaged ({error}): restore it from a copy, or start a new run") from error
 
 

@@ -103,7 +103,7 @@ class Recent:
         sound = all(isinstance(numbers, list) and len(numbers) == len(lists[0] or []) <= 20_000 for numbers in lists)
         sound = sound and all(type(count) is int and count >= 0 for count in counts)
         sound = sound and all(type(step) is int for step in lists[0] or [])
-        sound = sound and all(type(x) in (int, float) and math.isfinite(x) for numbers in lists[1:] for x in numbers or [])
+        sound = sound and all(type(x) in (int, float) and abs(x) < 1e300 for numbers in lists[1:] for x in numbers or [])
         if not sound:
             raise UserError(f"{where}: guard is not what a run writes there: the checkpoint is damaged, take another one")
         return cls(*(list(numbers or []) for numbers in lists), *counts)  # type: ignore[arg-type]

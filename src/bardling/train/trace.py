@@ -21,6 +21,9 @@ from bardling.errors import UserError
 from bardling.interop.dataset import open_data
 from bardling.train.rollbacks import Rollback, read_rollbacks
 
+_MOST_WINDOWS = 1 << 13  # of a step
+_LAST_SAMPLE = 1 << 60
+
 
 @dataclass(frozen=True)
 class SeenWindow:
@@ -85,6 +88,11 @@ def seen_in_step(folder: RunFolder, step: int) -> SeenStep:
     order = WindowOrder(config.seed, len(dataset.split("train")), config.model.block_size)
     rollbacks = read_rollbacks(folder)
     first, count = _samples(folder, config, step)
+    if count > _MOST_WINDOWS or first > _LAST_SAMPLE:
+        raise UserError(
+            f"{folder.environment_file}: says that step {step} had {count:,} samples from number {first:,} on; at most "
+            f"{_MOST_WINDOWS:,} are looked up, up to number {_LAST_SAMPLE:,}"
+        )
     tracer = Tracer(dataset, order)
     windows = tracer.windows(order_of(order, rollbacks).places(first, count))
     return SeenStep(
