@@ -145,9 +145,10 @@ def write_whole(path: Path, text: str) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a small JSON object, with errors that name the file."""
+    text = read_text_file(path)
     try:
-        value = json.loads(read_text_file(path))
-    except (json.JSONDecodeError, RecursionError) as error:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError: also for numbers of thousands of digits
         raise UserError(f"{path}: is not valid JSON ({error})") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: holds no JSON object")
