@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -188,8 +189,14 @@ class _Bench:
         self.context, self.device, self.profile, self.progress = context, context.device, profile, progress
         self.warmup, self.steps, self.parts = warmup, steps, min(steps, PARTS_STEPS)
         self.total = warmup + steps + self.parts + (PROFILED_STEPS if profile else 0)
-        self.plan = make_plan(config.train, config.model.block_size, 1)
+        growing = make_plan(config.train, config.model.block_size, 1)
+        self.plan = dataclasses.replace(growing, stages=(dataclasses.replace(growing.stages[-1], first_step=0),))
         model, self.source, self.notes = _model_and_source(config, data)
+        if len(growing.stages) > 1:
+            self.notes = [
+                *self.notes,
+                f"measured with the whole batch and context; before that the run has {growing.in_words()}",
+            ]
         self.precision = choose_precision(config.precision, self.device)
         self.matmul = matmul_flops(
             self.device, DTYPES[self.precision.name], size=MATMUL_SIZE.get(self.device.type, 1024), seconds=0.3
@@ -199,8 +206,8 @@ class _Bench:
         flops = flops_per_token(model)
         compiled, self.compile_why = config.compile == "on", "as asked"
         if config.compile == "auto":
-            run_flops = float(flops) * self.plan.tokens_per_step * config.train.steps
-            compiled, self.compile_why = compile_pays(run_flops, self.peak or self.matmul, self.device)
+            run_flops = float(growing.cost(partial(flops_per_token, model)))
+            compiled, self.compile_why = compile_pays(run_flops, self.peak or self.matmul, self.device, growing.shapes)
             self.compile_why = f"auto: a run of {config.train.steps:,} steps {self.compile_why}"
         self.compiled, self.flops = compiled, flops
         self.config = dataclasses.replace(config, model=model)

@@ -34,6 +34,21 @@ def duration_seconds(text: str, key: str) -> float:
     return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
+def doublings(start: int | None, whole: int, key: str, whole_key: str) -> int:
+    """How often a size that begins at `start` (unset: whole) doubles until it is `whole`.
+
+    Raises:
+        UserError: it never is; the message names `key` and the nearest size that fits.
+    """
+    fitting = [whole]
+    while fitting[-1] % 2 == 0:
+        fitting.append(fitting[-1] // 2)
+    if start is not None and start not in fitting:
+        nearest = min(fitting, key=lambda size: abs(size - start))
+        raise UserError(f"{key} = {start}: must become {whole_key} = {whole} by doubling: use {nearest}")
+    return 0 if start is None else fitting.index(start)
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The network: a GPT-2, or a member of another family, or a mixture of their parts."""
@@ -237,6 +252,13 @@ class TrainConfig:
     """Optimizer steps."""
     batch_size: int = 32
     """Sequences per optimizer step, over all processes."""
+    batch_start: int | None = None
+    """Sequences of the first steps; the batch doubles in equal stages until it is whole; unset: whole from the start."""
+    context_start: int | None = None
+    """Tokens of context in the first steps, which double likewise up to model.block_size: batches are cut into more, shorter
+    sequences; unset: whole from the start."""
+    ramp: float = 0.5
+    """Part of the steps in which batch and context grow."""
     micro_batch: int | Literal["auto"] | None = None
     """Sequences per forward pass of one process; 'auto' finds what fits; unset: batch_size divided by the processes."""
     grad_clip: float = 1.0
@@ -251,6 +273,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "log_every"):
             _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "must be at least 1")
+        _require(0 < self.ramp <= 1, "train.ramp", self.ramp, "must be above 0, at most 1")
         least = isinstance(self.micro_batch, str) or self.micro_batch is None or self.micro_batch >= 1
         _require(least, "train.micro_batch", self.micro_batch, "must be at least 1, or 'auto'")
         _require(
@@ -259,6 +282,15 @@ class TrainConfig:
         seconds = self.deadline_seconds
         _require(seconds is None or seconds >= 1, "train.deadline", self.deadline, "must be at least a second")
         _require(self.grad_clip >= 0, "train.grad_clip", self.grad_clip, "must be at least 0 (0: no clipping)")
+
+    @property
+    def batch_doublings(self) -> int:
+        """How often the batch doubles; UserError where `batch_start` never becomes `batch_size`."""
+        return doublings(self.batch_start, self.batch_size, "train.batch_start", "train.batch_size")
+
+    def context_doublings(self, block_size: int) -> int:
+        """How often the context doubles; UserError where `context_start` never becomes `block_size`."""
+        return doublings(self.context_start, block_size, "train.context_start", "model.block_size")
 
     @property
     def deadline_seconds(self) -> float | None:
@@ -422,6 +454,13 @@ class RunConfig:
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
 
     def __post_init__(self) -> None:
+        # The dial's batch is not derived yet.
+        ramps = not self.model.depth and self.train.batch_doublings + self.train.context_doublings(self.model.block_size)
+        if ramps and self.train.deadline is not None:
+            raise UserError(
+                f"train.deadline = {self.train.deadline!r} leaves the number of steps open, of which the stages of "
+                "train.batch_start and train.context_start are parts: set train.steps in its place, or leave these out"
+            )
         end = self.optim.decay_steps or self.train.steps
         fixed = self.train.deadline is None  # with a deadline, the steps are known when their speed is
         if fixed and self.optim.schedule != "constant" and self.optim.warmup_steps >= end:

@@ -10,6 +10,7 @@ top. Memory is that of one process of plain data parallelism, where each process
 import dataclasses
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -114,6 +115,7 @@ class Plan:
     palm_flops_per_token: int
     """The same by 6N + 12LHQT."""
     flops_per_step: int
+    """Of the whole batch and context."""
     flops_training: int
     """Forward and backward passes of the whole run."""
     flops_validation: int
@@ -205,7 +207,7 @@ def plan(
         )
     if device_memory is None and device_name:
         device_memory = known_memory(device_name)
-    total_tokens = batch.tokens_per_step * batch.steps
+    total_tokens = batch.samples_before(batch.steps) * model.block_size
     manifest = _manifest(config)
     if dataset_tokens is None and manifest is not None:
         dataset_tokens = manifest.train.tokens
@@ -222,7 +224,7 @@ def plan(
     if device_memory is not None and memory.total > device_memory:
         remedy = _smaller_batch(model, memory, batch, precision, device_type, device_memory)
         notes.append(f"This does not fit into the device's memory: {remedy}")
-    per_token = flops_per_token(model)
+    per_token, flops = flops_per_token(model), batch.cost(partial(flops_per_token, model))
     speed = None if peak_flops is None else peak_flops * mfu * world_size
     if budget_seconds is not None:
         if speed is None:
@@ -244,7 +246,7 @@ def plan(
         flops_per_token=per_token,
         palm_flops_per_token=palm_flops_per_token(model),
         flops_per_step=per_token * batch.tokens_per_step,
-        flops_training=per_token * total_tokens,
+        flops_training=flops,
         # A forward pass is a third of forward and backward.
         flops_validation=_times(batch.steps, config.eval.every) * config.eval.windows * model.block_size * (per_token // 3),
         checkpoint_bytes=checkpoint_bytes(model),
@@ -255,7 +257,7 @@ def plan(
         device_memory=device_memory,
         peak_flops=peak_flops,
         mfu=mfu,
-        comparison=_compare(model, total_tokens, per_token * batch.tokens_per_step, budget_flops),
+        comparison=_compare(model, total_tokens, flops / batch.steps, budget_flops),
         notes=(),
     )
     low, high = FITTED_FLOPS
@@ -314,7 +316,7 @@ def _smaller_batch(
     return "not even one sequence at a time would; choose a smaller model or context, or a larger device."
 
 
-def _compare(model: ModelConfig, tokens: int, flops_per_step: int, budget: float | None) -> Comparison:
+def _compare(model: ModelConfig, tokens: int, flops_per_step: float, budget: float | None) -> Comparison:
     n = parameters(model, positions=False)
     flops = 6.0 * n * tokens if budget is None else budget
     return Comparison(

@@ -156,6 +156,7 @@ def shrink(
             names = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
             changed = [n for n in names if getattr(before, n) != getattr(model, n)]
             notes += [f"model.{n} {getattr(before, n)} -> {getattr(model, n)}" for n in changed]
+    shortened = config.train.context_doublings(config.model.block_size)
     small = dataclasses.replace(
         config,
         device=str(device),
@@ -166,7 +167,17 @@ def shrink(
         data=data,
         optim=dataclasses.replace(config.optim, warmup_steps=2, decay_steps=None),
         train=dataclasses.replace(
-            config.train, steps=STEPS, batch_size=BATCH, micro_batch=2, log_every=1, deadline=None, rank_timeout=30.0
+            config.train,
+            steps=STEPS,
+            batch_size=BATCH,
+            micro_batch=2,
+            log_every=1,
+            deadline=None,
+            rank_timeout=30.0,
+            # One doubling, which the resumed run has before it.
+            batch_start=BATCH // 2 if config.train.batch_doublings else None,
+            context_start=model.block_size // 2 if shortened and model.block_size % 2 == 0 else None,
+            ramp=0.75,
         ),
         eval=EvalConfig(every=STEPS // 2, windows=4),
         sample=SampleConfig(every=0),

@@ -222,10 +222,14 @@ def test_before_the_first_checkpoint_it_goes_back_to_the_start(guarded, change, 
     assert weights(run, 100) == weights(often, 100)
 
 
-def test_a_run_with_a_rollback_that_is_killed_and_resumed_equals_one_undisturbed(guarded, explode, tmp_path, monkeypatch):
+@pytest.mark.parametrize("ramp", [{}, {"batch_start": 2, "context_start": 8, "ramp": 0.4}], ids=["whole", "growing"])
+def test_a_run_with_a_rollback_that_is_killed_and_resumed_equals_one_undisturbed(
+    guarded, change, explode, tmp_path, monkeypatch, ramp
+):
     from bardling.train import goback, hooks
 
     explode(60.0)
+    guarded = change(guarded, train=ramp)
     whole = train(guarded, tmp_path / "whole", quiet=True).folder
     places = [
         ("before the record", goback, "write_rollbacks", 1),
@@ -426,8 +430,8 @@ def test_a_gradient_too_large_for_float16_is_normal_unless_it_comes_again_and_ag
 
 
 class _Nothing:
-    def windows(self, state, ranges):
+    def windows(self, state, ranges, context):
         return []
 
-    def tensors(self, state, worst):
+    def tensors(self, state, worst, context):
         return []

@@ -217,6 +217,12 @@ def _run(console: "Console", result: Plan, device: _Device) -> None:
     table.add_column(style="dim")
     passes = f"{batch.world_size} x {batch.accumulation} x {batch.micro_batch} sequences of {result.model.block_size:,}"
     table.add_row("tokens a step", f"{batch.tokens_per_step:,}", f"processes x passes x micro-batch: {passes}")
+    if len(batch.stages) > 1:
+        for stage, steps in batch.spans(0, batch.steps):
+            rows = f"{stage.samples * batch.block_size // stage.context} sequences of {stage.context:,}"
+            passes = f"{batch.world_size} x {stage.accumulation} passes, {rows}"
+            begin = stage.first_step + 1
+            table.add_row(f"  steps {begin:,}-{begin + steps - 1:,}", f"{stage.samples * batch.block_size:,}", passes)
     table.add_row("tokens in all", count(result.total_tokens), f"{batch.steps:,} steps")
     if result.epochs is not None:
         table.add_row("epochs", f"{result.epochs:.3g}", f"of {count(result.dataset_tokens or 0)} tokens")

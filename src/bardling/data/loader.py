@@ -34,6 +34,13 @@ class Batch(NamedTuple):
     targets: Tensor
 
 
+def cut(batch: Batch, context: int) -> Batch:
+    """[B, T] as [B * T / context, context]: the same tokens in the same order, each with less context before it."""
+    if batch.inputs.size(1) == context:
+        return batch
+    return Batch(batch.inputs.reshape(-1, context), batch.targets.reshape(-1, context))
+
+
 class BatchSource(Protocol):
     """Where batches come from: pure, restartable anywhere."""
 

@@ -57,7 +57,8 @@ class Ramp:
 
     def start(self, stage: int, steps: int) -> int:
         """First step of a stage: stage 0 begins the run, stage `doublings` has the whole size."""
-        return 0 if stage == 0 else math.ceil(steps * self.part * stage / self.doublings)
+        # Rounded first: a part that was worked out, such as 50 / 300, must not move a stage by a step.
+        return 0 if stage == 0 else math.ceil(round(steps * self.part * stage / self.doublings, 6))
 
     def divisor(self, step: int, steps: int) -> int:
         """What the whole size is divided by at update `step` of a run of `steps`: 2**doublings at first, 1 in the end."""

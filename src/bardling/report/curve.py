@@ -4,20 +4,27 @@ Drawn with `matplotlib` (the `plot` extra), without a display.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from bardling.checkpoint.runfolder import open_run
 from bardling.errors import UserError
 from bardling.monitor.jsonl import figures, read_jsonl
+from bardling.train.plan import make_plan
 
 
-def curve(records: Sequence[dict[str, Any]], kind: str, tokens_per_step: int) -> tuple[list[float], list[float], str]:
-    """Points of one run: tokens (millions), values, and the values' unit (bits per byte where known, else nats a token)."""
+def curve(
+    records: Sequence[dict[str, Any]], kind: str, tokens_before: Callable[[int], int]
+) -> tuple[list[float], list[float], str]:
+    """Points of one run: tokens (millions), values, and the values' unit (bits per byte where known, else nats a token).
+
+    Args:
+        tokens_before: tokens that so many steps have seen.
+    """
     chosen = figures(records, kind)
     in_bits = bool(chosen) and all(record.get("bits_per_byte") is not None for record in chosen)
-    tokens = [record["step"] * tokens_per_step / 1e6 for record in chosen]
+    tokens = [tokens_before(record["step"]) / 1e6 for record in chosen]
     values = [record["bits_per_byte"] if in_bits else record["loss"] for record in chosen]
     return tokens, values, "bits per byte" if in_bits else "nats a token"
 
@@ -55,12 +62,12 @@ def draw_curves(runs: Sequence[Path], out: Path, *, marks: dict[str, float] | No
         records = list(read_jsonl(run.metrics_file)) if run.metrics_file.exists() else []
         if not records:
             raise UserError(f"{path}: has no figures yet")
-        tokens_per_step = config.train.batch_size * config.model.block_size
+        plan = make_plan(config.train, config.model.block_size, 1)
         colour = f"C{number}"
-        tokens, values, unit = curve(records, "train", tokens_per_step)
+        tokens, values, unit = curve(records, "train", plan.tokens_before)
         axes.plot(tokens, values, color=colour, alpha=0.25, linewidth=0.8)
         axes.plot(tokens, smooth(values), color=colour, linewidth=1.5, label=f"{path.name}: training")
-        seen, validation, _ = curve(records, "val", tokens_per_step)
+        seen, validation, _ = curve(records, "val", plan.tokens_before)
         axes.plot(
             seen,
             validation,

@@ -16,6 +16,10 @@ from bardling.optim.build import settle_muon_precision
 
 def settle(config: RunConfig, before: RunConfig) -> RunConfig:
     """`config` with what it leaves open (vocabulary, precision, compilation) as it was decided `before`."""
+    ramp = config.train.ramp
+    if ramp == before.train.ramp and (config.train.batch_start or config.train.context_start):
+        # Other steps leave the stages of batch and context where they were, unless the run ends before them.
+        ramp = min(1.0, ramp * before.train.steps / config.train.steps)
     return dataclasses.replace(
         config,
         precision=before.precision if config.precision == "auto" else config.precision,
@@ -25,6 +29,7 @@ def settle(config: RunConfig, before: RunConfig) -> RunConfig:
         data=absolute(config.data),
         train=dataclasses.replace(
             config.train,
+            ramp=ramp,
             micro_batch=before.train.micro_batch if config.train.micro_batch == "auto" else config.train.micro_batch,
         ),
     )

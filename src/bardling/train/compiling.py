@@ -13,27 +13,32 @@ _SAVED_PART = {"cpu": 0.15, "cuda": 0.35}
 _TYPICAL_MFU = {"cpu": 0.5, "cuda": 0.3}
 
 
-def compile_pays(run_flops: float, peak_flops: float | None, device: torch.device) -> tuple[bool, str]:
+def compile_pays(run_flops: float, peak_flops: float | None, device: torch.device, shapes: int = 1) -> tuple[bool, str]:
     """Judge whether compiling saves time over the whole run, with the reason.
 
     Args:
         run_flops: FLOPs that this process's device will compute in the whole run.
         peak_flops: the device's peak (FLOP/s), or None when it is unknown.
+        shapes: of batches; each is compiled for itself.
     """
     if device.type not in _COST_SECONDS:
         return False, f"not reliable on {device.type}"
     if peak_flops is None:
         peak_flops = 100e12  # an unknown GPU: any of them is far above a CPU, which is all that matters here
     seconds = run_flops / (peak_flops * _TYPICAL_MFU[device.type])
-    saved, cost = seconds * _SAVED_PART[device.type], _COST_SECONDS[device.type]
+    saved, cost = seconds * _SAVED_PART[device.type], _COST_SECONDS[device.type] * shapes
     if saved > 2 * cost:
         return True, f"saves about {saved:.0f} s for about {cost:.0f} s of compiling"
     return False, f"would save about {saved:.0f} s and cost about {cost:.0f} s"
 
 
 def wrap(model: GPT, *, compiled: bool, context: Context) -> nn.Module:
-    """The model as the training step calls it: compiled if asked, gradients synchronised if there are several processes."""
-    forward: nn.Module = torch.compile(model) if compiled else model  # type: ignore[assignment]
+    """The model as the training step calls it: compiled if asked, gradients synchronised if there are several processes.
+
+    Where batch or context grow, each shape is compiled when it first comes: code for fixed sizes is the fastest. PyTorch keeps
+    eight of them; a ninth would run as it is, with a warning.
+    """
+    forward: nn.Module = torch.compile(model, dynamic=False) if compiled else model  # type: ignore[assignment]
     if context.world_size > 1:
         ids = [context.device.index] if context.device.type == "cuda" else None
         # Every parameter takes part in every step, and there are no buffers to keep equal.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bardling.data.documents import Document
-from bardling.data.loader import TrainWindows
+from bardling.data.loader import TrainWindows, cut
 from bardling.data.order import WindowOrder
 from bardling.data.shards import TokenDataset
 from bardling.data.skips import Range
@@ -44,15 +44,15 @@ class Explainer:
         self._source, self._tracer = TrainWindows(dataset.split("train"), order), Tracer(dataset, order)
         self._device, self._precision, self._micro_batch = device, precision, micro_batch
 
-    def windows(self, state: TrainState, ranges: list[Range]) -> list[dict[str, Any]]:
-        """The worst windows of `ranges` of the order, worst first."""
+    def windows(self, state: TrainState, ranges: list[Range], context: int | None = None) -> list[dict[str, Any]]:
+        """The worst windows of `ranges` of the order, worst first, read in pieces of `context` tokens (absent: whole)."""
         found: list[tuple[float, int, Tensor]] = []
         training = state.model.training
         state.model.eval()
         with torch.no_grad():
             for first, count in ranges:
                 for begin in range(first, first + count, self._micro_batch):
-                    losses = self._losses(state, begin, min(self._micro_batch, first + count - begin)).float().cpu()
+                    losses = self._losses(state, begin, min(self._micro_batch, first + count - begin), context).float().cpu()
                     for row, sample in zip(losses, range(begin, first + count), strict=False):
                         mean = row.mean().item()
                         found.append((mean if math.isfinite(mean) else math.inf, sample, row))
@@ -60,12 +60,13 @@ class Explainer:
         found.sort(key=lambda item: (-item[0], item[1]))
         return [self._describe(sample, row) for _, sample, row in found[:_WINDOWS]]
 
-    def _losses(self, state: TrainState, first: int, count: int, reduction: str = "none") -> Tensor:
+    def _losses(self, state: TrainState, first: int, count: int, context: int | None, reduction: str = "none") -> Tensor:
         """[count, block_size], or their sum."""
-        batch = self._source.batch(first, count)
+        whole = self._source.batch(first, count)
+        batch = cut(whole, context or whole.inputs.size(1))
         with self._precision.autocast():
             losses: Tensor = state.model(batch.inputs.to(self._device), batch.targets.to(self._device), reduction=reduction)
-        return losses
+        return losses.reshape(whole.inputs.shape) if reduction == "none" else losses
 
     def _describe(self, sample: int, losses: Tensor) -> dict[str, Any]:
         """`losses`: [block_size], of the window's targets."""
@@ -91,7 +92,7 @@ class Explainer:
             "documents": len(window.documents),
         }
 
-    def tensors(self, state: TrainState, worst: int | None) -> list[dict[str, Any]]:
+    def tensors(self, state: TrainState, worst: int | None, context: int | None = None) -> list[dict[str, Any]]:
         """The tensors with the largest gradients; those with entries that are no numbers first, in the model's order.
 
         Args:
@@ -102,7 +103,7 @@ class Explainer:
             gradients = [p.grad for _, p in named]
         else:
             # Not `backward`, which would start the exchange with other processes.
-            loss = self._losses(state, worst, 1, "sum") / self._tracer.block_size
+            loss = self._losses(state, worst, 1, context, "sum") / self._tracer.block_size
             gradients = list(torch.autograd.grad(loss, [p for _, p in named], allow_unused=True))
         entries = []
         for (name, parameter), gradient in zip(named, gradients, strict=True):

@@ -32,6 +32,7 @@ from bardling.distributed.context import Context
 from bardling.errors import UserError
 from bardling.monitor.records import EventRecord, Record
 from bardling.train.explain import Explainer, told
+from bardling.train.plan import TrainPlan
 from bardling.train.rollbacks import Rollback
 from bardling.train.spikes import Limits
 from bardling.train.state import TrainState
@@ -73,6 +74,7 @@ class Guard:
         order: of the data.
         rollbacks: of the run so far.
         explainer: the primary process's.
+        plan: of the steps' shapes; absent: they are all the same.
         log: takes the events.
         tell: says a line to the person who watches.
         late: judge each step after the next one; absent: on CUDA.
@@ -86,12 +88,13 @@ class Guard:
         rollbacks: tuple[Rollback, ...],
         explainer: Explainer | None,
         *,
+        plan: TrainPlan | None = None,
         log: Callable[[Record], None],
         tell: Callable[[str], None],
         late: bool | None = None,
     ) -> None:
         self._config, self._context, self._explainer = config, context, explainer
-        self._data, self.rollbacks = order, rollbacks
+        self._data, self.rollbacks, self._plan = order, rollbacks, plan
         self._log, self._tell = log, tell
         self._late = context.device.type == "cuda" if late is None else late
         self._waiting: deque[_Figures] = deque()
@@ -108,7 +111,13 @@ class Guard:
 
     def limits(self, state: TrainState) -> Limits | None:
         """What the next step must not exceed; None when nothing is looked at."""
-        return None if self._config.policy == "off" else state.recent.limits(state.step + 1, self._config)
+        if self._config.policy == "off":
+            return None
+        return state.recent.limits(state.step + 1, self._config, self._since(state.step + 1))
+
+    def _since(self, step: int) -> int:
+        """Number, counted from 1, of the first step with the context of `step`: more context has a loss of its own."""
+        return 0 if self._plan is None else self._plan.context_since(step - 1) + 1
 
     def judge(self, state: TrainState, result: StepResult, samples: int) -> None:
         """Look at the step that `state` has just made, of `samples` samples, or on CUDA at the one before.
@@ -179,17 +188,19 @@ class Guard:
         if self._explainer is None:
             return None
         self._context.doing(f"explaining step {figures.step}")
-        windows = self._explainer.windows(state, places)
+        context = None if self._plan is None else self._plan.at(figures.step - 1).context
+        windows = self._explainer.windows(state, places, context)
         worst = windows[0]["sample"] if windows and self._late else None
         return EventRecord(
             step=figures.step,
             action=action,
-            reason=state.recent.reason(figures.step, loss, norm, self._config) or "a spike in another process",
+            reason=state.recent.reason(figures.step, loss, norm, self._config, self._since(figures.step))
+            or "a spike in another process",
             loss=loss,
             grad_norm=norm,
             samples=[list(place) for place in places],
             windows=windows,
-            tensors=self._explainer.tensors(state, worst),
+            tensors=self._explainer.tensors(state, worst, context),
         )
 
 

@@ -8,7 +8,7 @@ work is not repeated.
 import contextlib
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Protocol
 
 import torch
@@ -87,12 +87,13 @@ class Log:
         *,
         every: int,
         windows_per_epoch: int | None,
-        flops_per_token: float,
+        flops_per_token: Callable[[int], int],  # by context
         peak_flops: float | None,
     ) -> None:
         self._monitor, self._plan, self._timer, self._every = monitor, plan, timer, every
         self._windows_per_epoch = windows_per_epoch
-        self._flops_per_token = flops_per_token
+        self._flops_per_token = cache(flops_per_token)
+        self._steps = 0  # since the last line
         self._peak_flops = None if peak_flops is None else peak_flops * plan.world_size
 
     def __call__(self, state: TrainState, result: StepResult | None) -> None:
@@ -101,13 +102,18 @@ class Log:
             self._timer.go()
             return
         self._timer.step()
+        self._steps += 1
         if state.step != 1 and not due(state.step, self._every, self._plan.steps):
             return
         # The only place where the host waits for the device.
         loss_sum = result.loss_sum.item()
         size = None if result.bytes is None else result.bytes.item()
         seconds = self._timer.take()
-        speed = self._plan.tokens_per_step / seconds
+        # Steps of several stages may lie between two lines; those that a rollback undid had the shapes of these.
+        first = max(state.step - self._steps, 0)
+        tokens = self._plan.cost(lambda context: 1, first, state.step) / (state.step - first)
+        flops = self._plan.cost(self._flops_per_token, first, state.step) / (state.step - first)
+        self._steps = 0
         self._monitor.log(
             TrainRecord(
                 step=state.step,
@@ -116,11 +122,11 @@ class Log:
                 lr=result.lr,
                 grad_norm=result.grad_norm.item(),
                 epoch=None if self._windows_per_epoch is None else state.samples / self._windows_per_epoch,
-                tokens=state.step * self._plan.tokens_per_step,
-                tokens_per_second=speed,
-                mfu=None if self._peak_flops is None else speed * self._flops_per_token / self._peak_flops,
+                tokens=state.samples * self._plan.block_size,
+                tokens_per_second=tokens / seconds,
+                mfu=None if self._peak_flops is None else flops / seconds / self._peak_flops,
                 memory_bytes=memory_used(result.loss.device),
-                seconds_left=(self._plan.steps - state.step) * seconds,
+                seconds_left=self._plan.cost(self._flops_per_token, state.step) / flops * seconds,
                 time=time.time(),
             )
         )

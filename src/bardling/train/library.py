@@ -6,6 +6,7 @@
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -74,6 +75,11 @@ def fit_batches(
         raise UserError(
             f"batches have {rows} rows, but a forward pass takes {plan.micro_batch}: set train.micro_batch = {rows}"
         )
+    if (least := min(stage.micro_batch for stage in plan.stages)) < rows:
+        raise UserError(
+            f"batches have {rows} rows, but a forward pass of the first steps takes {least}: set train.batch_start to at least "
+            f"{rows * context.world_size}"
+        )
     timer, monitor = StepTimer(context.device), _Records(on_record)
     hooks: list[Hook] = [
         Log(
@@ -82,7 +88,7 @@ def fit_batches(
             timer,
             every=train.log_every,
             windows_per_epoch=None,
-            flops_per_token=flops_per_token(model.config, time),
+            flops_per_token=partial(flops_per_token, model.config),
             peak_flops=None,
         )
     ]

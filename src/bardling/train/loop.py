@@ -10,7 +10,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from bardling.data.loader import Batch
+from bardling.data.loader import Batch, cut
 from bardling.distributed.context import SINGLE, Context
 from bardling.distributed.device import Precision
 from bardling.train.guard import Guard
@@ -46,7 +46,8 @@ def fit(
     """Train `state` from where it stands to the end of `plan`.
 
     Args:
-        batches: this process's batches in order, `plan.accumulation` of them a step, on `context.device`.
+        batches: this process's batches in order, as many for each step as its stage of the plan has forward passes, of whole
+            samples, on `context.device`.
         lr_at: learning rate of a step, counted from 0.
         seed: of dropout.
         forward: what computes the loss, if not `state.model` itself (its compiled or distributed wrapper).
@@ -64,9 +65,10 @@ def fit(
             hook(state, None)
         while state.step < plan.steps:
             seed_dropout(seed, state.step, context.rank)
+            stage = plan.at(state.step)
             result = train_step(
                 state,
-                [next(batches) for _ in range(plan.accumulation)],
+                [cut(next(batches), stage.context) for _ in range(stage.accumulation)],
                 forward=state.model if forward is None else forward,
                 lr=lr_at(state.step),
                 grad_clip=grad_clip,
@@ -79,9 +81,9 @@ def fit(
             if state.ema is not None:
                 state.ema.update(state.step)
             state.step += 1
-            state.samples += plan.samples_per_step
+            state.samples += stage.samples
             if guard is not None:
-                guard.judge(state, result, plan.samples_per_step)
+                guard.judge(state, result, stage.samples)
             for hook in hooks:
                 hook(state, result)
     except Stopped:

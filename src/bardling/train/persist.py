@@ -1,6 +1,7 @@
 """Where a run's state comes from: new weights, another model's, or the newest sound checkpoint."""
 
 import sys
+from collections.abc import Callable
 
 import torch
 
@@ -63,7 +64,7 @@ def build_state(
     checkpoint: Checkpoint | None = None,
     start: Loaded | None = None,
     continues: bool = False,
-    samples_per_step: int = 0,
+    samples_before: Callable[[int], int] = lambda step: 0,
 ) -> TrainState:
     """Make the state that training begins with.
 
@@ -72,6 +73,7 @@ def build_state(
         checkpoint: to resume; else
         start: weights to begin with; else weights are drawn with the run's seed.
         continues: take over the optimizer and the step of `start` too.
+        samples_before: the number of a step's first sample, for a run that begins there.
     """
     start = None if start is None or checkpoint is not None else start.cropped(config.model.block_size)
     model = GPT(config.model, seed=config.seed if checkpoint is None and start is None else None)
@@ -98,7 +100,7 @@ def build_state(
     elif start is not None and continues:
         if start.optimizer_tensors:
             load_optimizer_tensors(state.optimizer, names, start.optimizer_tensors, start.optimizer_meta)
-        state.step, state.samples = start.step, start.step * samples_per_step
+        state.step, state.samples = start.step, samples_before(start.step)
         if start.best_val_loss is not None:
             state.best_val_loss, state.best_step = start.best_val_loss, start.step
     return state

@@ -6,6 +6,7 @@ decide differently, all do as the primary one.
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from bardling.checkpoint.load import Loaded
@@ -20,6 +21,7 @@ from bardling.model.arithmetic import flops_per_token
 from bardling.model.peaks import peak_flops
 from bardling.optim.build import settle_muon_precision
 from bardling.train.compiling import compile_pays
+from bardling.train.plan import make_plan
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,9 @@ def resolve(
     compile_why = "as asked"
     compiled: Literal["auto", "on", "off"] = config.compile
     if compiled == "auto":
-        flops = flops_per_token(model, model.block_size) * config.train.batch_size * model.block_size
-        pays, compile_why = compile_pays(flops * config.train.steps / context.world_size, peak, context.device)
+        plan = make_plan(config.train, model.block_size, context.world_size)
+        flops = plan.cost(partial(flops_per_token, model)) / context.world_size
+        pays, compile_why = compile_pays(flops, peak, context.device, plan.shapes)
         compiled = "on" if context.broadcast(pays) else "off"
     optim = settle_muon_precision(config.optim, name)
     whole = dataclasses.replace(config, model=model, precision=name, compile=compiled, optim=optim)

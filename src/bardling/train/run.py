@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -45,6 +46,7 @@ from bardling.train.resolve import resolve, settle_vocabulary
 from bardling.train.saving import Saver, state_bytes
 from bardling.train.signals import Stopped, StopSignals
 from bardling.train.state import TrainState
+from bardling.train.trace import samples_facts
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,7 @@ class _Run:
                 checkpoint=self.checkpoint,
                 start=self.start,
                 continues=self.continues,
-                samples_per_step=self.plan.samples_per_step,
+                samples_before=self.plan.samples_before,
             )
             self.checkpoint = None  # its tensors are not needed any more
             self._settle_passes(state)
@@ -207,7 +209,7 @@ class _Run:
             except Exception as error:
                 if not out_of_memory(error):
                     raise
-                early = state.step - first < FIRST_STEPS
+                early = state.step - max(first, self.plan.at(state.step).first_step) < FIRST_STEPS
                 micro = shrunk(error, self.plan, state.model, early=early, updating=update.under_way)
                 if micro is None:
                     raise no_room(self.plan, self.context.device, state.step, self.folder.path) from None
@@ -242,8 +244,7 @@ class _Run:
 
     def _write_folder(self, state: TrainState) -> None:
         """What a run folder holds besides figures and checkpoints."""
-        samples = {"first_sample": state.samples, "samples_per_step": self.plan.samples_per_step}
-        facts = {**environment_facts(self.context, state.step, self.asked), **samples}
+        facts = {**environment_facts(self.context, state.step, self.asked), **samples_facts(self.config.train, state.samples)}
         if self.resumed:
             self.folder.write_config(self.config)
             self.folder.add_environment(facts)
@@ -266,13 +267,15 @@ class _Run:
         """Say what will be trained, on what, and what `auto` chose."""
         config, plan = self.config, self.plan
         parameters = sum(parameter.numel() for parameter in state.model.parameters())
-        epochs = plan.steps * plan.samples_per_step / self.order.windows_per_epoch
+        epochs = plan.samples_before(plan.steps) / self.order.windows_per_epoch
         where = f"{device_name(self.context.device)}" + (f" x {plan.world_size}" if plan.world_size > 1 else "")
         monitor.note(
             f"{parameters / 1e6:.2f}M parameters, {plan.steps:,} steps of {plan.samples_per_step} x {config.model.block_size} "
             f"tokens ({plan.accumulation} forward passes of {plan.micro_batch}), {epochs:.2f} "
             f"epochs of {len(self.dataset.split('train')):,} tokens"
         )
+        if len(plan.stages) > 1:
+            monitor.note(f"batch and context grow: {plan.in_words()}")
         monitor.note(
             f"{where}; precision {config.precision} ({self.precision.why}); compile {config.compile} ({self.compile_why})"
         )
@@ -301,7 +304,7 @@ class _Run:
                 timer,
                 every=config.train.log_every,
                 windows_per_epoch=self.order.windows_per_epoch,
-                flops_per_token=flops_per_token(config.model, config.model.block_size),
+                flops_per_token=partial(flops_per_token, config.model),
                 peak_flops=self.peak,
             ),
             Validate(
@@ -355,7 +358,7 @@ class _Run:
         while True:
             source = TrainWindows(self.dataset.split("train"), guard.order)
             ahead = plan.steps - state.step if deadline is None else FAR
-            requests = plan.requests(state.samples, ahead, context.rank)
+            requests = plan.requests(state.samples, ahead, context.rank, state.step)
             try:
                 with Prefetcher(source, requests, context.device) as batches:
                     fit(
@@ -397,6 +400,7 @@ class _Run:
             self.order,
             rollbacks,
             explainer if context.is_primary else None,
+            plan=self.plan,
             log=monitor.log,
             tell=monitor.note,
         )
@@ -408,7 +412,7 @@ class _Run:
             dataclasses.replace(self.context, device=torch.device("cpu")),
             start=self.start,
             continues=self.continues,
-            samples_per_step=self.plan.samples_per_step,
+            samples_before=self.plan.samples_before,
         )
 
     def _save(self, state: TrainState) -> None:

@@ -51,16 +51,20 @@ class Recent:
         if len(self.steps) > window + LAG:
             del self.steps[0], self.loss[0], self.grad_norm[0]
 
-    def limits(self, step: int, config: GuardConfig) -> Limits:
-        """The limits of a step, counted from 1."""
+    def _known(self, step: int, config: GuardConfig, since: int) -> slice:
+        """Where the figures lie that a step is compared with."""
         known = sum(seen <= step - LAG for seen in self.steps)
-        loss, norm = (values[max(0, known - config.window) : known] for values in (self.loss, self.grad_norm))
+        return slice(max(0, known - config.window, sum(seen < since for seen in self.steps)), known)
+
+    def limits(self, step: int, config: GuardConfig, since: int = 0) -> Limits:
+        """The limits of a step, counted from 1, by steps from `since` on: those before were of another kind."""
+        known = self._known(step, config, since)
+        loss, norm = self.loss[known], self.grad_norm[known]
         return Limits(_limit(loss, config.loss_z, _LOSS_FLOOR, config), _limit(norm, config.grad_norm_z, _NORM_FLOOR, config))
 
-    def reason(self, step: int, loss: float, grad_norm: float, config: GuardConfig) -> str:
+    def reason(self, step: int, loss: float, grad_norm: float, config: GuardConfig, since: int = 0) -> str:
         """Why a step is bad, in words with numbers; empty when it is not."""
-        limits = self.limits(step, config)
-        known = sum(seen <= step - LAG for seen in self.steps)
+        limits, known = self.limits(step, config, since), self._known(step, config, since)
         found = []
         for name, value, limit, values, z in (
             ("loss", loss, limits.loss, self.loss, config.loss_z),
@@ -69,11 +73,11 @@ class Recent:
             if not math.isfinite(value):
                 found.append(f"the {name} is {'NaN' if math.isnan(value) else 'infinite'}")
             elif value > limit:
-                middle = statistics.median(values[max(0, known - config.window) : known])
+                middle = statistics.median(values[known])
                 score = z * (value - middle) / (limit - middle)
                 found.append(
                     f"the {name} {value:.4g} is {score:.1f} deviations above {middle:.4g}, "
-                    f"the median of {min(known, config.window)} recent steps (limit {z:g})"
+                    f"the median of {len(values[known])} recent steps (limit {z:g})"
                 )
         return " and ".join(found)
 

@@ -10,15 +10,17 @@ about those that a rollback undid.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from bardling.checkpoint.runfolder import RunFolder, read_json
-from bardling.config import DataConfig, RunConfig
+from bardling.config import DataConfig, RunConfig, TrainConfig
 from bardling.data.documents import Document, Documents
 from bardling.data.order import WindowOrder
 from bardling.data.shards import TokenDataset
 from bardling.data.skips import PassingOrder, Range, passing
 from bardling.errors import UserError
 from bardling.interop.dataset import open_data
+from bardling.optim.schedule import Ramp, batch_size_at, samples_before
 from bardling.train.rollbacks import Rollback, read_rollbacks
 
 _MOST_WINDOWS = 1 << 13  # of a step
@@ -116,6 +118,14 @@ def _dataset(folder: RunFolder) -> TokenDataset:
     return dataset
 
 
+def samples_facts(config: TrainConfig, first_sample: int) -> dict[str, Any]:
+    """What a start of a run notes, so that it can be told later which samples a step saw."""
+    facts: dict[str, Any] = {"first_sample": first_sample, "samples_per_step": config.batch_size}
+    if config.batch_doublings:
+        facts["batch_ramp"] = {"doublings": config.batch_doublings, "part": config.ramp, "steps": config.steps}
+    return facts
+
+
 def _samples(folder: RunFolder, config: RunConfig, step: int) -> tuple[int, int]:
     """First sample of a step, and how many it has: as the last start before it began."""
     starts = read_json(folder.environment_file).get("starts") if folder.environment_file.is_file() else None
@@ -124,5 +134,22 @@ def _samples(folder: RunFolder, config: RunConfig, step: int) -> tuple[int, int]
         facts = [start.get(name) if isinstance(start, dict) else None for name in names]
         numbers = [fact for fact in facts if type(fact) is int and fact >= 0]
         if len(numbers) == len(names) and numbers[0] < step:
-            return numbers[1] + (step - 1 - numbers[0]) * numbers[2], numbers[2]
+            ramp, steps = _ramp_of(start.get("batch_ramp"), numbers[2], folder)
+            passed = samples_before(step - 1, steps, numbers[2], ramp) - samples_before(numbers[0], steps, numbers[2], ramp)
+            return numbers[1] + passed, batch_size_at(step - 1, steps, numbers[2], ramp)
     return (step - 1) * config.train.batch_size, config.train.batch_size
+
+
+def _ramp_of(noted: Any, batch_size: int, folder: RunFolder) -> tuple[Ramp, int]:
+    """The batch's ramp as `samples_facts` noted it, and the steps that it is a part of."""
+    if noted is None:
+        return Ramp(), 1
+    values = [noted.get(name) if isinstance(noted, dict) else None for name in ("doublings", "part", "steps")]
+    doublings, part, steps = values
+    if (
+        not (type(doublings) is int and 0 <= doublings <= 60 and type(steps) is int and 1 <= steps < 1 << 60)
+        or not (isinstance(part, int | float) and 0 <= part <= 1)
+        or batch_size % (1 << doublings)
+    ):
+        raise UserError(f"{folder.environment_file}: batch_ramp = {str(noted)[:80]}: is damaged; restore it from a copy")
+    return Ramp(doublings, part), steps
