@@ -17,7 +17,7 @@ from bardling.model.gpt import GPT
 from bardling.optim.build import build_optimizer
 from bardling.optim.schedule import Ramp, batch_size_at, samples_before
 from bardling.planner import plan as plan_run
-from bardling.train.compiling import wrap
+from bardling.train.compiling import patience, wrap
 from bardling.train.library import fit_batches
 from bardling.train.loop import fit
 from bardling.train.plan import make_plan
@@ -276,3 +276,22 @@ def test_more_context_is_no_spike():
     assert recent.limits(20, config, since=5) == recent.limits(20, config)
     assert "deviations" in recent.reason(20, 9.0, 1.0, config)
     assert not recent.reason(20, 9.0, 1.0, config, since=18)
+
+
+def test_a_step_that_compiles_another_shape_may_take_long():
+    said = []
+
+    class Watched:
+        def steady(self):
+            said.append("steady")
+
+        def unsteady(self):
+            said.append("unsteady")
+
+    state = TrainState(*small())
+    for compiled in (True, False):
+        hook = patience(make_plan(TrainConfig(**RAMPS), 16, 1), Watched(), compiled=compiled)
+        for state.step in range(1, 12):
+            hook(state, object())
+    assert [step for step, word in enumerate(said[:11], 1) if word == "unsteady"] == [5, 9]
+    assert set(said[11:]) == {"steady"}

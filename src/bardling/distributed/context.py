@@ -60,6 +60,11 @@ class Context:
         if self.watch is not None:
             self.watch.steady()
 
+    def unsteady(self) -> None:
+        """Say that the next step may be as slow as the first one: compiled for another shape, say."""
+        if self.watch is not None:
+            self.watch.unsteady()
+
     @contextlib.contextmanager
     def _together(self) -> Iterator[None]:
         """Tell the heartbeat that this process waits for the others."""

@@ -119,6 +119,10 @@ class Watch:
         """Say that a step has been done: what comes now is no longer slowed by compiling and the like."""
         self._least = 0.0
 
+    def unsteady(self) -> None:
+        """Say that the next step may be as slow as the first one."""
+        self._least = LONG
+
     def moved(self) -> None:
         """Say that the work goes on."""
         self._own = replace(self._own, moves=self._own.moves + 1)

@@ -6,6 +6,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bardling.distributed.context import Context
 from bardling.model.gpt import GPT
+from bardling.train.loop import Hook
+from bardling.train.plan import TrainPlan
+from bardling.train.state import TrainState
+from bardling.train.step import StepResult
 
 # What was measured on GPT-2 shapes: compilation takes about this long, and removes about this part of a step's time.
 _COST_SECONDS = {"cpu": 45.0, "cuda": 60.0}
@@ -30,6 +34,18 @@ def compile_pays(run_flops: float, peak_flops: float | None, device: torch.devic
     if saved > 2 * cost:
         return True, f"saves about {saved:.0f} s for about {cost:.0f} s of compiling"
     return False, f"would save about {saved:.0f} s and cost about {cost:.0f} s"
+
+
+def patience(plan: TrainPlan, context: Context, *, compiled: bool) -> Hook:
+    """A hook that tells the watch over the processes after which steps the next one may take long: it compiles a new shape."""
+
+    def after(state: TrainState, result: StepResult | None) -> None:
+        if compiled and plan.at(state.step).first_step == state.step:
+            context.unsteady()
+        elif result is not None:
+            context.steady()
+
+    return after
 
 
 def wrap(model: GPT, *, compiled: bool, context: Context) -> nn.Module:

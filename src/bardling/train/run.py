@@ -30,7 +30,7 @@ from bardling.model.arithmetic import flops_per_token
 from bardling.monitor.services import check_services
 from bardling.optim.schedule import learning_rate
 from bardling.train.changes import absolute, check_changes, settle
-from bardling.train.compiling import wrap
+from bardling.train.compiling import patience, wrap
 from bardling.train.deadline import FAR, Deadline, ending_of
 from bardling.train.environment import asked_fingerprint, began_by_this_job, check_dataset, dataset_record, environment_facts
 from bardling.train.explain import Explainer
@@ -297,7 +297,7 @@ class _Run:
         table = None if self.tokenizer is None else torch.from_numpy(self.tokenizer.bytes_per_token()).to(context.device)
         last = plan.horizon
         hooks: list[Hook] = [
-            lambda state, result: None if result is None else context.steady(),
+            patience(plan, context, compiled=config.compile == "on"),
             Log(
                 monitor,
                 plan,
