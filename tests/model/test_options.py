@@ -17,7 +17,7 @@ from bardling.model.attend import attend_window
 from bardling.model.cache import KVCache
 from bardling.model.gpt import GPT
 from bardling.model.init import init_weights
-from bardling.model.layers import rms_norm
+from bardling.model.layers import rms_norm, swiglu
 from bardling.model.loss import head_loss, soft_cap
 from bardling.model.rotary import rotate, rotation
 
@@ -368,3 +368,30 @@ def test_compiles_without_a_graph_break(name: str) -> None:
     for place, parameter in model.named_parameters():
         assert parameter.grad is not None
         assert relative(parameter.grad, expected[place]) < 1e-3, place
+
+
+def test_rms_norm_takes_a_weight_for_each_of_some_rows() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 3, 8, dtype=torch.float64, requires_grad=True)
+    weight = torch.rand(3, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, weight: rms_norm(x, weight, 1e-3), (x, weight))
+    apart = torch.stack([rms_norm(x[:, :, row], weight[row], 1e-3) for row in range(3)], dim=2)
+    torch.testing.assert_close(rms_norm(x, weight, 1e-3), apart)
+
+
+def test_norms_under_autocast_are_rounded_as_the_next_product_would() -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(4, 6, 16), torch.rand(16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        narrow = rms_norm(x, weight, 1e-5)
+        assert rms_norm(x.double(), weight.double(), 1e-5).dtype == torch.float64
+    assert narrow.dtype == torch.bfloat16
+    assert torch.equal(narrow, rms_norm(x, weight, 1e-5).bfloat16())
+
+
+def test_swiglu_has_the_gradient_of_its_formula() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 10, dtype=torch.float64, requires_grad=True)
+    gate, up = x.chunk(2, dim=-1)
+    torch.testing.assert_close(swiglu(x), gate * torch.sigmoid(gate) * up)
+    assert torch.autograd.gradcheck(swiglu, (x,))

@@ -264,7 +264,8 @@ def activation_bytes(
     ============================================================= ===========
 
     That is about 36 C bytes in 16-bit precision and 64 C in float32. Rotary positions or QK-norm keep queries and keys twice,
-    SwiGLU four times its inner width, a sliding window its keys and values twice, value embeddings their values twice more.
+    SwiGLU four times its inner width (on a CPU three times), a sliding window its keys and values twice, value embeddings
+    their values twice more.
     `saved` equals, to the byte in GPT-2 and nearly so with other options, what autograd holds after an eager forward pass
     without dropout; `torch.compile` often saves less. Attention is taken for one fused kernel that stores no scores, but for
     bfloat16 on a CPU up to `EXPLICIT_LENGTH` tokens, where 2 * H * T bytes a token are counted; on a CPU with dropout it is
@@ -285,7 +286,7 @@ def activation_bytes(
     made = config.architecture
     mask = c if config.dropout else 0
     norm = c * FLOAT32_BYTES + (2 if made.norm == "layernorm" else 1) * FLOAT32_BYTES  # its input, its mean and 1/deviation
-    fixed = 2 * norm + 2 * c * s + _attention_bytes(made, s) + _mlp_values(made) * s + 2 * mask
+    fixed = 2 * norm + 2 * c * s + _attention_bytes(made, s) + _mlp_values(made, device_type) * s + 2 * mask
     windowed = sum(made.window(layer) is not None for layer in range(config.n_layer))
     blocks = tokens * (fixed * config.n_layer + made.value_layers * 2 * made.kv_width * s)
     if windowed and made.sliding_window is not None:
@@ -317,9 +318,10 @@ def _attention_bytes(made: Architecture, s: int) -> int:
     return values * s + (made.n_head + scales) * FLOAT32_BYTES
 
 
-def _mlp_values(made: Architecture) -> int:
-    """Values that the MLP saves for a token: before and after the nonlinearity; SwiGLU also keeps its gate before and after."""
-    return (4 if made.mlp == "swiglu" else 2) * made.mlp_hidden
+def _mlp_values(made: Architecture, device_type: str) -> int:
+    """Values that the MLP saves for a token: before and after the nonlinearity. SwiGLU has two before it, and but on a CPU,
+    where `model/layers.py` writes it out, keeps the gate after it too."""
+    return (2 if made.mlp != "swiglu" else 3 if device_type == "cpu" else 4) * made.mlp_hidden
 
 
 def _window_bytes(made: Architecture, t: int, window: int, s: int) -> int:

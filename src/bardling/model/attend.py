@@ -35,8 +35,11 @@ def _attend_explicitly(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tenso
     keys, values = k.reshape(-1, time, width), v.reshape(-1, time, width)  # [B * K, T, D]
     future = torch.full((time, time), -torch.inf, dtype=q.dtype).triu(1).repeat(shared, 1)  # [shared * T, T]
     scores = torch.baddbmm(future, queries, keys.transpose(1, 2), alpha=width**-0.5)
-    weights = F.dropout(torch.softmax(scores, dim=-1), dropout) if dropout else torch.softmax(scores, dim=-1)
-    return torch.bmm(weights.to(values.dtype), values).view(batch, heads, time, width)
+    # Autocast would have the softmax read and write float32, though its kernel computes in it anyway.
+    with torch.autocast("cpu", enabled=False):
+        weights = torch.softmax(scores, dim=-1)  # [B * K, shared * T, T]
+        weights = F.dropout(weights, dropout) if dropout else weights
+        return torch.bmm(weights, values).view(batch, heads, time, width)
 
 
 def attend_window(q: Tensor, k: Tensor, v: Tensor, window: int, *, dropout: float = 0.0) -> Tensor:

@@ -37,7 +37,7 @@ from bardling.config import ModelConfig
 from bardling.model.attend import attend, attend_window
 from bardling.model.cache import CacheStep, KVCache
 from bardling.model.init import crop_positions, init_weights, require_positions
-from bardling.model.layers import Embedding, Linear, RMSNorm, few_rows, is_few, make_norm, rms_norm, squared_relu
+from bardling.model.layers import Embedding, Linear, RMSNorm, few_rows, is_few, make_norm, rms_norm, squared_relu, swiglu
 from bardling.model.loss import head_loss, soft_cap
 from bardling.model.rotary import Rotation, rotate, rotation
 
@@ -98,8 +98,8 @@ class CausalSelfAttention(nn.Module):
         if self.qk_norm == "plain":
             qk = rms_norm(qk, None, self.eps)
         elif self.qk_norm == "weight":
-            q, k = torch.split(qk, self.heads[:2], dim=2)
-            qk = torch.cat([self.ln_q(q), self.ln_k(k)], dim=2)
+            weights = zip((self.ln_q.weight, self.ln_k.weight), self.heads[:2], strict=True)
+            qk = rms_norm(qk, torch.cat([weight.expand(heads, -1) for weight, heads in weights]), self.eps)
         return qk if turn is None else rotate(qk, turn)
 
 
@@ -122,8 +122,7 @@ class MLP(nn.Module):
         elif self.kind == "relu2":
             x = squared_relu(x)
         else:
-            gate, up = x.chunk(2, dim=-1)
-            x = F.silu(gate) * up
+            x = swiglu(x)
         y: Tensor = self.c_proj(x)
         return F.dropout(y, self.dropout) if self.training and self.dropout else y
 

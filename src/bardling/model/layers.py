@@ -5,7 +5,7 @@ twice costs seconds on large models.
 
 RMSNorm: Zhang and Sennrich 2019, arXiv:1910.07467: x / sqrt(mean(x^2) + eps) * weight. PyTorch's own is one kernel on CUDA and,
 compiled, everywhere; uncompiled on a CPU it is a chain of a dozen passes over memory, six times as slow as a layer norm.
-There it is written out here: three passes forward, and backward through the layer norm's kernel.
+There it is written out here: three passes forward, four backward.
 """
 
 from typing import Any
@@ -67,40 +67,80 @@ def make_norm(made: Architecture) -> nn.Module:
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """x [..., C] over the root of its mean square along C, times `weight` [C]; in the dtype of x."""
+    """x [..., C] over the root of its mean square along C, times `weight`: [C], or [R, C] for x [..., R, C].
+
+    Its dtype is that of x; on a CPU under autocast, whose matrix products would round it to theirs at once, that.
+    """
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        normed: Tensor = _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
+        casts = torch.is_autocast_enabled("cpu") and x.dtype != torch.float64
+        dtype = torch.get_autocast_dtype("cpu") if casts else x.dtype
+        normed: Tensor = _RMSNorm.apply(x, weight, eps, dtype)  # type: ignore[no-untyped-call]
         return normed
-    return F.rms_norm(x, (x.size(-1),), None if weight is None else weight.to(x.dtype), eps)
+    if weight is None or weight.dim() == 1:
+        return F.rms_norm(x, (x.size(-1),), None if weight is None else weight.to(x.dtype), eps)
+    return F.rms_norm(x, (x.size(-1),), None, eps) * weight.to(x.dtype)
 
 
 class _RMSNorm(torch.autograd.Function):
     """RMSNorm in few passes over memory."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)  # [..., 1]
         scale = norm.square_().div_(x.size(-1)).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
-        y = torch.mul(x, scale, out=torch.empty_like(x))  # in float32 for narrow x, rounded once
-        return y if weight is None else y.mul_(weight)
+        # Products are wide, and rounded once.
+        if weight is None:
+            return torch.mul(x, scale, out=x.new_empty(x.shape, dtype=dtype))
+        return torch.mul(x * scale, weight, out=x.new_empty(x.shape, dtype=dtype))
 
     @staticmethod
     def backward(ctx: Any, *above: Tensor) -> tuple[Tensor | None, ...]:
-        # With y = x s w and s = (mean(x^2) + eps)^(-1/2), each row's gradient is s (g w - x s mean(g w x s)). A layer norm's
-        # backward pass with a mean of 0 and a deviation of 1/s is the same less s mean(g w), which is added again.
+        # With y = x s w and s = (mean(x^2) + eps)^(-1/2), the gradients are sum(g x s) for w, over all rows, and for x
+        # s (g w - x s^2 mean(g x w)). What both need of the rows, g x, is computed once; the sums are matrix products.
         x, weight, scale = ctx.saved_tensors
-        grad, width = above[0].contiguous(), x.size(-1)
-        # The kernel takes narrow inputs with wide statistics and weights only.
+        width, rows = x.size(-1), 1 if weight is None or weight.dim() == 1 else weight.size(0)
+        grad = above[0].to(scale.dtype)
+        shared = (grad * x).view(-1, rows, width).transpose(0, 1)  # [R, N, C]
         gain = x.new_ones(width, dtype=scale.dtype) if weight is None else weight.to(scale.dtype)
-        mask = [ctx.needs_input_grad[0], weight is not None and ctx.needs_input_grad[1], False]
-        dx, dw, _ = torch.ops.aten.native_layer_norm_backward(
-            grad, x, [width], torch.zeros_like(scale), scale, gain, None, mask
-        )
-        if mask[0]:
-            dx += (grad @ (gain / width).to(grad.dtype))[..., None] * scale
-        return dx if mask[0] else None, dw.to(weight.dtype) if mask[1] else None, None
+        dw = dx = None
+        if weight is not None and ctx.needs_input_grad[1]:
+            dw = (scale.view(-1, rows).t().unsqueeze(1) @ shared).view(weight.shape).to(weight.dtype)  # [R, 1, N] @ [R, N, C]
+        if ctx.needs_input_grad[0]:
+            sums = (shared @ gain.expand(rows, width).unsqueeze(-1)).transpose(0, 1).reshape(scale.shape)  # [..., 1]
+            sums.mul_(scale).mul_(scale).div_(-width)
+            dx = torch.addcmul(grad * gain, x, sums).mul_(scale).to(x.dtype)
+        return dx, dw, None, None
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """silu(gate) * up of x [..., 2 F], whose halves are gate and up: Shazeer 2020, arXiv:2002.05202."""
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        gated: Tensor = _SwiGLU.apply(x)  # type: ignore[no-untyped-call]
+        return gated
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+class _SwiGLU(torch.autograd.Function):
+    """Keeps its input only, and writes the gradients of both halves where they belong, instead of joining them later."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        gate, up = x.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *above: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        gate, up = x.chunk(2, dim=-1)
+        dx = torch.empty_like(x)
+        dgate, dup = dx.chunk(2, dim=-1)
+        torch.mul(F.silu(gate), above[0], out=dup)
+        torch.ops.aten.silu_backward.grad_input(above[0] * up, gate, grad_input=dgate)
+        return dx
 
 
 def squared_relu(x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from bardling.config import ModelConfig, OptimConfig
+from bardling.optim.adamw import AdamW
 from bardling.optim.muon import Muon
 
 # Devices for which PyTorch has a kernel that updates all tensors of a group at once.
@@ -53,7 +54,7 @@ def build_optimizer(
     if config.name == "adamw":
         groups = [_adamw_group(config, [p for _, p in trained if (p.dim() >= 2) == decays], decays) for decays in (True, False)]
         fused = device.type in FUSED_DEVICES
-        return torch.optim.AdamW(
+        return AdamW(
             [group for group in groups if group["params"]], lr=config.lr, betas=config.betas, eps=config.eps, fused=fused
         )
     kinds: dict[str, list[nn.Parameter]] = {"matrix": [], "embedding": [], "head": [], "other": [], "vector": []}

@@ -21,15 +21,19 @@ gathered gradients of all matrices for a moment.
 """
 
 import functools
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, TypeGuard, overload
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+from bardling.optim.adamw import AdamW, spare_compiler
 from bardling.optim.polar import coefficients, newton_schulz
 
 
@@ -64,8 +68,9 @@ class Muon(torch.optim.Optimizer):
         compiled: bool = False,
     ) -> None:
         rest = [group for group in groups if not group.get("muon")]
+        spare_compiler()
         # It shares its groups (the dictionaries themselves) and its state with this optimizer: see `step`.
-        self._adamw = torch.optim.AdamW(rest) if rest else None
+        self._adamw = AdamW(rest) if rest else None
         super().__init__(groups, defaults={"lr": 0.0, "muon": False})
         self._splits: dict[nn.Parameter, tuple[int, ...]] = {}
         for group in self.param_groups:
@@ -117,7 +122,7 @@ class Muon(torch.optim.Optimizer):
         stacks: dict[torch.Size, list[_Part]] = {}
         for number, (weight, gradient, mean) in enumerate(zip(weights, gradients, means, strict=True)):
             rows = list(self._splits[weight])
-            if isinstance(weight, DTensor):
+            if _is_sharded(weight):
                 gradient = _whole(torch.lerp(gradient, mean, group["momentum"]), weight)
                 parts = [_Part(number, place, part) for place, part in enumerate(torch.split(gradient, rows))]
             else:
@@ -146,8 +151,12 @@ class Muon(torch.optim.Optimizer):
         each = -(-len(parts) // self._world_size)  # the last processes may have less to do
         shape, device = parts[0].gradient.shape, parts[0].gradient.device
         stack = torch.zeros((each, *shape), dtype=self._dtype, device=device)
-        for place, part in zip(stack, parts[self._rank * each : (self._rank + 1) * each], strict=False):
-            place.copy_(part.gradient if part.mean is None else torch.lerp(part.gradient, part.mean, momentum))
+        own = parts[self._rank * each : (self._rank + 1) * each]
+        updates = [part.gradient for part in own]
+        means = [part.mean for part in own if part.mean is not None]
+        if means:
+            updates = list(torch._foreach_lerp(updates, means, momentum))
+        torch._foreach_copy_(list(stack[: len(own)].unbind()), updates)
         factors = self._polar(stack)
         if self._world_size == 1:
             return lambda: factors
@@ -183,23 +192,31 @@ class _Part:
     weight: Tensor | None = None  # [m, n] view of the weight; None under FSDP2, which moves whole weights
 
 
+def _is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
+    """Whether a tensor is a DTensor. Importing that class takes a third of a second; where nobody did, there is none."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
 def _local(tensor: Tensor | None) -> Tensor:
     """What this process holds of a tensor."""
     assert tensor is not None
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if _is_sharded(tensor) else tensor
 
 
 def _whole(local: Tensor, like: Tensor) -> Tensor:
     """The whole of a tensor of which this process holds `local`, laid out as `like`."""
-    if not isinstance(like, DTensor):
+    if not _is_sharded(like):
         return local
-    sharded = DTensor.from_local(local, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
+    sharded = type(like).from_local(local, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
     return sharded.full_tensor()
 
 
 def _share(whole: Tensor, like: Tensor) -> Tensor:
     """This process's share of `whole`, which every process has, laid out as `like`; nothing is sent."""
-    if not isinstance(like, DTensor):
+    if not _is_sharded(like):
         return whole
-    everywhere = DTensor.from_local(whole, like.device_mesh, [Replicate()] * like.device_mesh.ndim, run_check=False)
+    from torch.distributed.tensor import Replicate
+
+    everywhere = type(like).from_local(whole, like.device_mesh, [Replicate()] * like.device_mesh.ndim, run_check=False)
     return everywhere.redistribute(placements=like.placements).to_local()

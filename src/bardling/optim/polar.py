@@ -81,6 +81,5 @@ def newton_schulz(x: Tensor, steps: tuple[tuple[float, float, float], ...]) -> T
     for a, b, c in steps:
         gram = x.mT @ x if tall else x @ x.mT  # [k, s, s] with s = min(m, n)
         factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b G + c G^2
-        factor.diagonal(dim1=-2, dim2=-1).add_(a)
-        x = x @ factor if tall else factor @ x  # [k, m, n]
+        x = torch.baddbmm(x, x, factor, beta=a) if tall else torch.baddbmm(x, factor, x, beta=a)  # [k, m, n]
     return x
