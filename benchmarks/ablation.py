@@ -48,7 +48,7 @@ from bardling.optim.build import settle_muon_precision
 from bardling.train.compiling import wrap
 from bardling.train.loop import fit
 from bardling.train.persist import build_state
-from bardling.train.plan import make_plan
+from bardling.train.plan import Horizon, make_plan
 from bardling.train.run import train
 from tables import Table, publish, rounded, say, script
 
@@ -231,7 +231,7 @@ def _trainer(config: RunConfig, dataset: TokenDataset, device: torch.device, blo
         fit(
             state,
             batches,
-            make_plan(dataclasses.replace(config.train, steps=number * block), config.model.block_size, 1),
+            dataclasses.replace(plan, horizon=Horizon(number * block)),
             lr_at=lambda step: config.optim.lr,
             grad_clip=config.train.grad_clip,
             forward=forward,

@@ -295,3 +295,35 @@ def test_a_step_that_compiles_another_shape_may_take_long():
             hook(state, object())
     assert [step for step, word in enumerate(said[:11], 1) if word == "unsteady"] == [5, 9]
     assert set(said[11:]) == {"steady"}
+
+
+def test_the_dial_reaches_its_tokens_with_a_batch_that_grows():
+    from bardling.model.depth import apply_depth
+
+    config = RunConfig(model=ModelConfig(depth=4), train=TrainConfig(batch_start=4, ramp=0.7))
+    plain, grown = (
+        apply_depth(made, {"train.batch_start", "train.ramp"}) for made in (RunConfig(model=ModelConfig(depth=4)), config)
+    )
+    assert grown.train.batch_size == plain.train.batch_size > 4
+    seen = [plan_run(made).total_tokens for made in (plain, grown)]
+    assert seen[1] == pytest.approx(seen[0], rel=0.01)
+    assert grown.train.steps > 1.2 * plain.train.steps
+    wide = RunConfig(model=ModelConfig(depth=4), train=TrainConfig(batch_start=512))
+    with pytest.raises(UserError, match=r"train.batch_start = 512: must become train.batch_size = \d+ by doubling"):
+        apply_depth(wide, {"train.batch_start"})
+
+
+def test_memory_that_runs_out_when_the_batch_grows_makes_the_passes_smaller(growing, change, tmp_path, monkeypatch):
+    config = change(growing, train={"micro_batch": 8, "context_start": None}, model={"dropout": 0.0})
+    whole = train(config, tmp_path / "whole", quiet=True).folder
+    original = GPT.forward
+
+    def forward(self, tokens, targets=None, **options):
+        if self.training and len(tokens) > 4:
+            raise torch.OutOfMemoryError("x")
+        return original(self, tokens, targets, **options)
+
+    monkeypatch.setattr(GPT, "forward", forward)
+    run = train(config, tmp_path / "run", quiet=True).folder
+    assert RunFolder(run).config().train.micro_batch == 4
+    assert losses(run) == pytest.approx(losses(whole), rel=1e-5)

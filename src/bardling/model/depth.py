@@ -24,7 +24,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
 
-from bardling.config import ModelConfig, OptimConfig, RunConfig
+from bardling.config import ModelConfig, OptimConfig, RunConfig, TrainConfig, doublings
 from bardling.errors import UserError
 from bardling.model.arithmetic import multiplied_parameters
 
@@ -51,6 +51,7 @@ def dial(
     *,
     model: ModelConfig | None = None,
     optim: OptimConfig | None = None,
+    train: TrainConfig | None = None,
     tokens_per_parameter: float = TOKENS_PER_PARAMETER,
     given: dict[str, Any] | None = None,
 ) -> dict[str, Derived]:
@@ -61,6 +62,7 @@ def dial(
         vocab_size: of the tokenizer, as near as it is known.
         model: the other options of the architecture; GPT-2's when absent.
         optim: which optimizer; AdamW when absent.
+        train: how the batch grows; it is whole from the start when absent.
         tokens_per_parameter: the horizon.
         given: values that are set already, by dotted name. They are not derived, but what depends on them follows.
 
@@ -97,7 +99,7 @@ def dial(
     )
     steps = settle(
         "train.steps",
-        math.ceil(d / (sequences * shape.block_size)),
+        math.ceil(d / (sequences * _mean_batch(train or TrainConfig(), sequences) * shape.block_size)),
         f"{tokens_per_parameter:g} tokens for each of {n / 1e6:,.1f}M parameters: {d / 1e6:,.0f}M",
     )
     settle("optim.warmup_steps", min(max(steps // 50, 10), (steps - 1) // 2), "a fiftieth of the steps")
@@ -132,7 +134,7 @@ def derived_values(config: RunConfig, explicit: AbstractSet[str], vocab_size: in
     """What `apply_depth` sets and why, to be shown; the arguments are its."""
     given = {key: getattr(getattr(config, key.split(".")[0]), key.split(".")[1]) for key in explicit if key.count(".") == 1}
     known = vocab_size or config.model.vocab_size or expected_vocabulary(config.data.tokenizer)
-    return dial(config.model.depth, known, model=config.model, optim=config.optim, given=given)
+    return dial(config.model.depth, known, model=config.model, optim=config.optim, train=config.train, given=given)
 
 
 def expected_vocabulary(tokenizer: str) -> int:
@@ -143,6 +145,12 @@ def expected_vocabulary(tokenizer: str) -> int:
         return 128  # plain text uses about a hundred characters
     kind, _, size = tokenizer.partition(":")
     return int(size) if kind == "bpe" and size.isdecimal() and int(size) > 0 else 50257
+
+
+def _mean_batch(train: TrainConfig, sequences: int) -> float:
+    """Mean batch of a run as a part of the whole one: n stages of equal length have 2^-n to 2^-1 of it, the rest has all."""
+    times = doublings(train.batch_start, sequences, "train.batch_start", "train.batch_size")
+    return 1.0 if not times else 1.0 - train.ramp + train.ramp / times * (1.0 - 0.5**times)
 
 
 def _rounded(value: float) -> float:
