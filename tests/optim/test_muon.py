@@ -303,14 +303,16 @@ if kind == "fsdp":
     fully_shard(model, mesh=mesh)
 config = OptimConfig(name="muon", lr=1e-3, weight_decay=0.1, muon_precision=precision)
 optimizer = build(model, config, rank=rank, world_size=2)
-for step in range(3):
-    set_gradients(plain := GPT(MODEL, seed=1), step)
+for step in (0, 1, None, 2):
+    bad = step is None  # left out by the flag, in all processes
+    set_gradients(plain := GPT(MODEL, seed=1), step or 0)
     for name, parameter in named(model).items():
-        gradient = named(plain)[name].grad
+        gradient = named(plain)[name].grad * (float("nan") if bad else 1.0)
         if kind == "fsdp":
             gradient = distribute_tensor(gradient, mesh, parameter.placements)
         parameter.grad = gradient
     set_learning_rate(optimizer, 1e-3)
+    optimizer.found_inf = torch.tensor(float(bad))
     optimizer.step()
 whole = {n: (p.full_tensor() if kind == "fsdp" else p).detach().clone() for n, p in named(model).items()}
 torch.save(whole, f"{folder}/{rank}.pt")

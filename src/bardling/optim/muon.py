@@ -16,8 +16,12 @@ are stacked and computed together. With several processes, each computes its sha
 in the format in which they were computed; momenta are whole in every process, so that any of them can save them. Under FSDP2
 momenta are sharded as the weights are; a stack's gradients are gathered, and each process keeps its rows of the updates.
 
+An update can be left out by a flag on the device, `found_inf`, as with PyTorch's fused kernels: nobody waits for its value.
+Where it is 1, each gradient is taken to be the mean itself, which leaves the mean as it is to the bit, weights keep their whole
+size and updates become zeros. What was NaN or infinite in a gradient is never computed with.
+
 Limits: gradients must be alike in all processes (as DDP leaves them) or DTensors. Under FSDP2 every process holds the
-gathered gradients of all matrices for a moment.
+gathered gradients of all matrices for a moment. Where an update is left out, matrices' gradients are overwritten.
 """
 
 import functools
@@ -84,6 +88,8 @@ class Muon(torch.optim.Optimizer):
         # The coefficients are computed here: a compiler would trace their computation.
         polar = functools.partial(newton_schulz, steps=coefficients(steps))
         self._polar: Callable[[Tensor], Tensor] = torch.compile(polar, dynamic=False) if compiled else polar
+        # Tells GradScaler, and whoever else decides on the device, that `step` heeds `found_inf` and `grad_scale`.
+        self._step_supports_amp_scaling = all(group.get("fused") for group in rest)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -92,7 +98,13 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Update every parameter that has a gradient."""
+        """Update every parameter that has a gradient.
+
+        The attributes that GradScaler sets are heeded, where AdamW's groups are fused: `found_inf`, a scalar on the device,
+        leaves the update out where it is 1; gradients are divided by `grad_scale`.
+        """
+        flags: dict[str, Tensor | None] = {name: getattr(self, name, None) for name in ("found_inf", "grad_scale")}
+        bad = None if flags["found_inf"] is None else flags["found_inf"] > 0
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -100,15 +112,17 @@ class Muon(torch.optim.Optimizer):
         with torch.no_grad():
             for group in self.param_groups:
                 if group["muon"]:
-                    self._update_matrices(group)
+                    self._update_matrices(group, bad, flags["grad_scale"])
         if self._adamw is not None:
             # Loading a state replaces the dictionaries, so they are handed over anew.
             self._adamw.state = self.state
             self._adamw.param_groups = [group for group in self.param_groups if not group["muon"]]
+            for name, value in flags.items():
+                setattr(self._adamw, name, value)
             self._adamw.step()
         return loss
 
-    def _update_matrices(self, group: dict[str, Any]) -> None:
+    def _update_matrices(self, group: dict[str, Any], bad: Tensor | None, grad_scale: Tensor | None) -> None:
         weights = [parameter for parameter in group["params"] if parameter.grad is not None]
         if not weights:
             return
@@ -117,6 +131,11 @@ class Muon(torch.optim.Optimizer):
                 self.state[weight]["momentum"] = torch.zeros_like(weight, memory_format=torch.preserve_format)
         gradients = [_local(weight.grad) for weight in weights]
         means = [_local(self.state[weight]["momentum"]) for weight in weights]
+        if grad_scale is not None:
+            torch._foreach_div_(gradients, grad_scale)
+        if bad is not None:
+            for gradient, mean in zip(gradients, means, strict=True):
+                torch.where(bad, mean, gradient, out=gradient)
         torch._foreach_lerp_(means, gradients, 1 - group["momentum"])
 
         stacks: dict[torch.Size, list[_Part]] = {}
@@ -134,17 +153,20 @@ class Muon(torch.optim.Optimizer):
         waiting = [(shape, parts, self._compute(parts, group["momentum"])) for shape, parts in stacks.items()]
         sharded: dict[int, dict[int, Tensor]] = {}
         for shape, parts, finish in waiting:
-            scale, factors = max(1.0, shape[0] / shape[1]) ** 0.5, finish().unbind()
+            stack = finish()
+            if bad is not None:
+                stack.masked_fill_(bad, 0.0)
+            scale, factors = max(1.0, shape[0] / shape[1]) ** 0.5, stack.unbind()
             own = [part.weight for part in parts if part.weight is not None]
             if own:
-                self._move(own, factors, group, scale)
+                self._move(own, factors, group, scale, bad)
             else:
                 for part, factor in zip(parts, factors, strict=True):
                     sharded.setdefault(part.number, {})[part.place] = factor * scale
         for number, pieces in sharded.items():
             weight = weights[number]
             update = torch.cat([pieces[place] for place in sorted(pieces)])
-            self._move([_local(weight)], [_share(update, weight)], group, 1.0)
+            self._move([_local(weight)], [_share(update, weight)], group, 1.0, bad)
 
     def _compute(self, parts: Sequence["_Part"], momentum: float) -> Callable[[], Tensor]:
         """Start on the polar factors of k matrices [m, n]; the result waits for them and returns [k, m, n]."""
@@ -170,14 +192,22 @@ class Muon(torch.optim.Optimizer):
 
         return finish
 
-    def _move(self, weights: Sequence[Tensor], factors: Sequence[Tensor], group: dict[str, Any], scale: float) -> None:
-        """Decay `weights` and move them by their updates."""
+    def _move(
+        self, weights: Sequence[Tensor], factors: Sequence[Tensor], group: dict[str, Any], scale: float, bad: Tensor | None
+    ) -> None:
+        """Decay `weights` and move them by their updates, which are zeros where `bad` is true."""
         decay = group["lr"] * group["weight_decay"]
         if decay and self._cautious:
             for weight, factor in zip(weights, factors, strict=True):
-                weight.sub_(weight * (weight * factor >= 0), alpha=decay)
-        elif decay:
+                decays = weight * factor >= 0
+                weight.sub_(weight * (decays if bad is None else decays.logical_and_(~bad)), alpha=decay)
+        elif decay and bad is None:
             torch._foreach_mul_(list(weights), 1 - decay)
+        elif decay and bad is not None:
+            # Filled on the device: a number that is made in host memory and copied would make the host wait.
+            wide = torch.promote_types(weights[0].dtype, torch.float32)
+            kept = torch.full((), 1 - decay, dtype=wide, device=bad.device).masked_fill_(bad, 1.0)
+            torch._foreach_mul_(list(weights), kept)
         torch._foreach_add_(list(weights), list(factors), alpha=-group["lr"] * scale)
 
 

@@ -6,8 +6,12 @@ targets are masked. Nothing here waits for the device: losses and norms stay ten
 
 With `limits`, the update of a step whose loss or gradient norm is above them (or no number) is left out: weights and optimizer
 stay as they were. The decision is made from figures of all processes and agreed by all. On CUDA it stays on the device: the
-optimizer's fused kernel takes it as the flag by which mixed precision leaves out updates. Optimizers without such a
-kernel, and other devices, let the host decide, which waits for the step.
+optimizer takes it as the flag by which mixed precision leaves out updates (PyTorch's fused AdamW and our Muon do). Optimizers
+that know no such flag, and other devices, let the host decide, which waits for the step.
+
+What a run on CUDA waits for is elsewhere: the guard reads the figures of the step before the one just given to the device, so
+that the host is at most two steps ahead; the log reads those of every `log_every`-th step; a run with a deadline measures its
+speed now and then; validation, samples and saving begin when the steps are done.
 """
 
 import contextlib
@@ -52,6 +56,7 @@ def train_step(
     bytes_per_token: Tensor | None = None,
     stop_requested: Callable[[], bool] = lambda: False,
     limits: Limits | None = None,
+    on_device: bool | None = None,
 ) -> StepResult:
     """Update `state` by one step on `batches`, this process's share of it.
 
@@ -62,6 +67,7 @@ def train_step(
         bytes_per_token: [vocab] UTF-8 bytes of each token, to measure bits per byte.
         stop_requested: asked before each forward pass.
         limits: the largest loss and gradient norm with which the update is made; absent: it always is.
+        on_device: leave the decision to the device, where the optimizer can; absent: on CUDA.
 
     Raises:
         Stopped: `stop_requested`, in any process; the state is that before the step.
@@ -100,7 +106,8 @@ def train_step(
         # A NaN is below no limit. The sum is the processes' vote: rounding must not let them differ.
         fine = (loss <= limits.loss) & (norm <= limits.grad_norm)
         bad = (context.sum((~fine).float()) > 0).float()
-        masked = bad.is_cuda and getattr(state.optimizer, "_step_supports_amp_scaling", False)
+        on_device = bad.is_cuda if on_device is None else on_device
+        masked = on_device and getattr(state.optimizer, "_step_supports_amp_scaling", False)
         if masked or not bad.item():
             _update(state, parameters, norm, grad_clip, bad if masked else None)
         elif state.scaler is not None:
@@ -110,7 +117,7 @@ def train_step(
 
 
 def _update(state: TrainState, parameters: list[nn.Parameter], norm: Tensor, grad_clip: float, bad: Tensor | None) -> None:
-    """Clip and update, unless `bad` (a scalar on the device, which only fused kernels understand) is 1."""
+    """Clip and update, unless `bad` (a scalar on the device, for an optimizer that heeds it) is 1."""
     if grad_clip:
         nn.utils.clip_grads_with_norm_(parameters, grad_clip, norm)
     if bad is not None:
