@@ -38,8 +38,9 @@ from bardling.distributed.device import (
 )
 from bardling.errors import UserError
 from bardling.interop.dataset import open_data
-from bardling.model.arithmetic import flops_per_token
+from bardling.model.arithmetic import flops_per_token, fp8_layers
 from bardling.model.gpt import GPT
+from bardling.model.layers import use_fp8
 from bardling.model.peaks import peak_flops
 from bardling.optim.build import build_optimizer, row_splits, settle_muon_precision
 from bardling.optim.schedule import learning_rate
@@ -197,12 +198,13 @@ class _Bench:
                 *self.notes,
                 f"measured with the whole batch and context; before that the run has {growing.in_words()}",
             ]
-        self.precision = choose_precision(config.precision, self.device)
+        left, mixed = (fp8_layers(model)[1], model) if config.fp8 else (None, None)
+        self.precision = choose_precision(config.precision, self.device, fp8_but=left)
         self.matmul = matmul_flops(
             self.device, DTYPES[self.precision.name], size=MATMUL_SIZE.get(self.device.type, 1024), seconds=0.3
         )
         self.name = device_name(self.device)
-        self.peak = peak_flops(self.name, self.precision.name, tf32=not config.deterministic)
+        self.peak = peak_flops(self.name, self.precision.name, tf32=not config.deterministic, fp8=mixed)
         flops = flops_per_token(model)
         compiled, self.compile_why = config.compile == "on", "as asked"
         if config.compile == "auto":
@@ -218,6 +220,7 @@ class _Bench:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         model = GPT(config.model, seed=config.seed).to(device)
+        use_fp8(model.transformer.h, config.fp8)
         optim = settle_muon_precision(config.optim, self.precision.name)
         splits = row_splits(config.model)
         optimizer = build_optimizer(model.named_parameters(), optim, device, splits=splits, compiled=self.compiled)

@@ -439,6 +439,8 @@ class RunConfig:
     """'auto', 'cpu', 'cuda', 'cuda:N' or 'mps'; auto takes the fastest that is there."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of matrix products; auto takes what the device does well. Weights stay float32."""
+    fp8: bool = False
+    """Compute the linear layers of blocks in float8 while training, all else in bfloat16; for NVIDIA's Ada, Hopper or newer."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; auto compiles only when the run is long enough to earn the compilation back."""
     deterministic: bool = False
@@ -454,6 +456,10 @@ class RunConfig:
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
 
     def __post_init__(self) -> None:
+        if self.fp8 and self.precision not in ("auto", "bfloat16"):
+            raise UserError(
+                f"fp8 = True with precision = {self.precision!r}: what is not float8 is bfloat16 then; leave one of them out"
+            )
         # The dial's batch is not derived yet.
         ramps = not self.model.depth and self.train.batch_doublings + self.train.context_doublings(self.model.block_size)
         if ramps and self.train.deadline is not None:

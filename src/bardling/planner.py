@@ -23,6 +23,7 @@ from bardling.model.arithmetic import (
     block_parameters,
     checkpoint_bytes,
     flops_per_token,
+    fp8_layers,
     palm_flops_per_token,
     parameter_table,
     parameters,
@@ -200,11 +201,14 @@ def plan(
     if precision is None:
         precision = "bfloat16" if config.precision == "auto" else config.precision
     if peak_flops is None and device_name:
-        peak_flops = known_peak(device_name, precision, tf32=not config.deterministic)
+        peak_flops = known_peak(device_name, precision, tf32=not config.deterministic, fp8=model if config.fp8 else None)
     if peak_flops is None:
         notes.append(
-            f"No {precision} peak is known for {device_name or 'the device'}, so time is not estimated: give its dense peak."
+            f"No {'float8' if config.fp8 else precision} peak is known for {device_name or 'the device'}, "
+            "so time is not estimated: give its dense peak."
         )
+    if config.fp8 and (left := fp8_layers(model)[1]):
+        notes.append(f"Sizes of {', '.join(left)} are no multiples of 16: these layers stay in {precision}.")
     if device_memory is None and device_name:
         device_memory = known_memory(device_name)
     total_tokens = batch.samples_before(batch.steps) * model.block_size
@@ -219,10 +223,10 @@ def plan(
         weights=weights,
         gradients=weights,
         optimizer=checkpoint_bytes(model) - weights,
-        activations=activation_bytes(model, batch.micro_batch, precision=precision, device_type=device_type),
+        activations=activation_bytes(model, batch.micro_batch, precision=precision, device_type=device_type, fp8=config.fp8),
     )
     if device_memory is not None and memory.total > device_memory:
-        remedy = _smaller_batch(model, memory, batch, precision, device_type, device_memory)
+        remedy = _smaller_batch(model, memory, batch, precision, device_type, device_memory, config.fp8)
         notes.append(f"This does not fit into the device's memory: {remedy}")
     per_token, flops = flops_per_token(model), batch.cost(partial(flops_per_token, model))
     speed = None if peak_flops is None else peak_flops * mfu * world_size
@@ -303,14 +307,14 @@ def _most_kept(config: CheckpointConfig, steps: int) -> int:
 
 
 def _smaller_batch(
-    model: ModelConfig, memory: MemoryPlan, batch: TrainPlan, precision: str, device_type: str, available: int
+    model: ModelConfig, memory: MemoryPlan, batch: TrainPlan, precision: str, device_type: str, available: int, fp8: bool
 ) -> str:
     """The remedy for too much memory: the largest micro-batch that fits and divides the batch, or the truth that none does."""
     fixed = memory.total - memory.activations.total
     share = batch.micro_batch * batch.accumulation
     divisors = {k for i in range(1, math.isqrt(share) + 1) if share % i == 0 for k in (i, share // i)}
     for micro in sorted(divisors, reverse=True):
-        needed = fixed + activation_bytes(model, micro, precision=precision, device_type=device_type).total
+        needed = fixed + activation_bytes(model, micro, precision=precision, device_type=device_type, fp8=fp8).total
         if micro < batch.micro_batch and needed <= available:
             return f"--train.micro_batch {micro} would."
     return "not even one sequence at a time would; choose a smaller model or context, or a larger device."

@@ -45,6 +45,7 @@ from bardling.generate import generate
 from bardling.interop.dataset import open_data
 from bardling.model.arithmetic import flops_per_token
 from bardling.model.gpt import GPT
+from bardling.model.layers import use_fp8
 from bardling.train.run import resume, train
 
 STEPS, BATCH = 6, 4
@@ -97,7 +98,7 @@ def verify(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("bardling verify starts its own processes: start it without torchrun")
     device = choose_device(config.device)
-    precision = choose_precision(config.precision, device)
+    precision = choose_precision(config.precision, device, fp8_but=[] if config.fp8 else None)
     with tempfile.TemporaryDirectory(prefix="bardling-verify-") as name, _cache(Path(name)):
         folder = Path(name)
         small, notes = shrink(config, folder, device, precision, seconds)
@@ -232,6 +233,7 @@ class _Verification:
             config,
             device="cuda" if enough and device.type == "cuda" else "cpu",
             precision=precision.name if enough else "float32",
+            fp8=config.fp8 and enough,
             model=dataclasses.replace(config.model, dropout=0.0),
         )
         self.whole, self.base = folder / "whole", folder / "base"
@@ -324,6 +326,7 @@ class _Verification:
         found: list[tuple[float, list[torch.Tensor]]] = []
         for compiled in (False, True):
             model = GPT(config, seed=1).to(self.device)
+            use_fp8(model.transformer.h, self.config.fp8)
             forward = torch.compile(model) if compiled else model
             with self.precision.autocast():
                 loss = forward(inputs, targets, reduction="sum")

@@ -181,7 +181,7 @@ def _show_run(path: Path, verify: bool) -> None:
     rows = [
         ("model", f"{model.n_layer} layers, {model.n_head} heads, {model.n_embd} wide, context {model.block_size}"),
         ("data", f"{config.data.source}, tokenizer {config.data.tokenizer}"),
-        ("precision", f"{config.precision}, compile {config.compile}"),
+        ("precision", f"{config.precision}{', blocks in float8' if config.fp8 else ''}, compile {config.compile}"),
     ]
     if trained:
         last = trained[-1]

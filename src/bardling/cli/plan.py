@@ -148,7 +148,7 @@ def _this_device(args: PlanArgs) -> _Device:
     from bardling.distributed.device import DTYPES, choose_device, choose_precision, device_name, matmul_flops
 
     device = choose_device(args.config.device)
-    precision = choose_precision(args.config.precision, device).name
+    precision = choose_precision(args.config.precision, device, fp8_but=[] if args.config.fp8 else None).name
     name = device_name(device)
     if device.type == "cpu":
         try:

@@ -9,9 +9,9 @@ import contextlib
 import ctypes
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -68,12 +68,22 @@ def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
     return device
 
 
-def choose_precision(wanted: Literal["auto", "float32", "bfloat16", "float16"], device: torch.device) -> Precision:
+def choose_precision(
+    wanted: Literal["auto", "float32", "bfloat16", "float16"], device: torch.device, *, fp8_but: Sequence[str] | None = None
+) -> Precision:
     """Return the number format that `wanted` means on `device`, with the reason for the choice.
+
+    Args:
+        fp8_but: float8 is wanted for the linear layers of blocks but for these, whose sizes do not allow it; absent: for none.
 
     Raises:
         UserError: the device cannot compute in the format.
     """
+    if fp8_but is not None:
+        _require_fp8(device)
+        but = f" but for {', '.join(fp8_but)}, whose sizes are no multiples of 16" if fp8_but else ""
+        chosen = choose_precision(wanted, device)
+        return replace(chosen, why=f"{chosen.why}; linear layers of blocks in float8{but}")
     if wanted != "auto":
         if wanted == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
             raise UserError("precision = 'bfloat16': this GPU has no bfloat16 arithmetic; use float16 or float32")
@@ -95,6 +105,17 @@ def choose_precision(wanted: Literal["auto", "float32", "bfloat16", "float16"], 
     if ratio > 1.3:
         return Precision("bfloat16", f"this CPU multiplies it {ratio:.1f} times as fast as float32", device.type)
     return Precision("float32", f"bfloat16 runs at {ratio:.1f} times float32's speed on this CPU", device.type)
+
+
+def _require_fp8(device: torch.device) -> None:
+    instead = "leave fp8 out: --precision bfloat16 or auto is the fastest here"
+    if device.type != "cuda" or torch.version.hip is not None:
+        raise UserError(f"fp8 = True on {device.type}: needs an NVIDIA GPU of compute capability 8.9 or newer; {instead}")
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < (8, 9):
+        raise UserError(
+            f"fp8 = True: this GPU has compute capability {major}.{minor}, but float8 needs 8.9 or newer; {instead}"
+        )
 
 
 def matmul_flops(device: torch.device, dtype: torch.dtype, *, size: int = 768, seconds: float = 0.05) -> float:

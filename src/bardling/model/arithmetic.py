@@ -24,6 +24,7 @@ from bardling.config import ModelConfig
 from bardling.errors import UserError
 
 FLOAT32_BYTES = 4
+FP8_MULTIPLE = 16  # sizes of float8 products, as `model/fp8.py` has it
 ADAMW_MOMENTS = 2  # running means of the gradient and of its square, one value a parameter each
 BACKWARD_PER_FORWARD = 2  # each product has two in the backward pass: one for its input's gradient, one for its weight's
 EXPLICIT_LENGTH = 256
@@ -198,6 +199,30 @@ def flops_per_token(config: ModelConfig, context: int | None = None) -> int:
     return flops_per_sequence(config, t) // t  # exact, but for sliding windows: all other products are multiples of t
 
 
+def block_matrices(config: ModelConfig) -> dict[str, tuple[str, int, int]]:
+    """A block's linear layers by name: what `forward_table` calls their product, inputs, outputs."""
+    made, c = config.architecture, config.n_embd
+    return {
+        "attn.c_attn": ("block.attention.qkv", c, made.query_width + 2 * made.kv_width),
+        "attn.c_proj": ("block.attention.proj", made.query_width, c),
+        "mlp.c_fc": ("block.mlp.up", c, made.fc_width),
+        "mlp.c_proj": ("block.mlp.down", made.mlp_hidden, c),
+    }
+
+
+def fp8_layers(config: ModelConfig) -> tuple[list[str], list[str]]:
+    """Names of a block's linear layers that `fp8` computes in float8, and of those whose sizes do not allow it."""
+    sound = {name: not (i % FP8_MULTIPLE or o % FP8_MULTIPLE) for name, (_, i, o) in block_matrices(config).items()}
+    return [name for name in sound if sound[name]], [name for name in sound if not sound[name]]
+
+
+def fp8_part(config: ModelConfig, context: int | None = None) -> float:
+    """Part of a model's FLOPs, in training, that `fp8` computes in float8."""
+    rows, matrices = forward_table(config, context), block_matrices(config)
+    taken = {matrices[name][0] for name in fp8_layers(config)[0]}
+    return sum(row.forward for row in rows if row.name in taken) / sum(row.forward for row in rows)
+
+
 def palm_flops_per_token(config: ModelConfig, context: int | None = None) -> int:
     """FLOPs to train on one token by PaLM's formula, 6N + 12LHQT (appendix B), for comparison with other systems' MFU.
 
@@ -249,6 +274,7 @@ def activation_bytes(
     precision: str = "bfloat16",
     device_type: str = "cuda",
     context: int | None = None,
+    fp8: bool = False,
 ) -> ActivationBytes:
     """Work out the memory of the activations of one forward pass.
 
@@ -272,12 +298,16 @@ def activation_bytes(
     not, and at least 4 * H * T bytes a token and block come on top. Also not counted: buffers within kernels, fragmentation,
     and a GPU's own context (some 0.5 GB).
 
+    In float8 a linear layer saves a byte for each number that it reads, of input and matrix. Attention's result is then kept in
+    both formats, since its own backward pass reads it too.
+
     Args:
         config: The model; its `vocab_size` must be known.
         micro_batch: Sequences per forward pass of one process.
         precision: 'float32', 'bfloat16' or 'float16'.
         device_type: 'cpu', 'cuda' or 'mps'; it decides how many logits exist at a time.
         context: Tokens per sequence; unset takes block_size.
+        fp8: Whether the linear layers of blocks are computed in float8.
     """
     t = _context(config, context)
     c, rows = config.n_embd, config.padded_vocab_size
@@ -287,6 +317,8 @@ def activation_bytes(
     mask = c if config.dropout else 0
     norm = c * FLOAT32_BYTES + (2 if made.norm == "layernorm" else 1) * FLOAT32_BYTES  # its input, its mean and 1/deviation
     fixed = 2 * norm + 2 * c * s + _attention_bytes(made, s) + _mlp_values(made, device_type) * s + 2 * mask
+    inputs, matrices, scales = _fp8_changes(config, s) if fp8 else (0, 0, 0)
+    fixed += inputs
     windowed = sum(made.window(layer) is not None for layer in range(config.n_layer))
     blocks = tokens * (fixed * config.n_layer + made.value_layers * 2 * made.kv_width * s)
     if windowed and made.sliding_window is not None:
@@ -295,18 +327,26 @@ def activation_bytes(
         # All softmax weights are kept, and no log-sum-exp.
         blocks += tokens * (config.n_layer - windowed) * made.n_head * (t * s - FLOAT32_BYTES)
     narrow = precision != "float32"
-    matrices = c * (2 * made.query_width + 2 * made.kv_width + made.fc_width + made.mlp_hidden)
+    matrices += s * c * (2 * made.query_width + 2 * made.kv_width + made.fc_width + made.mlp_hidden)
     logits = min(tokens * rows * FLOAT32_BYTES, LOGIT_CHUNK_BYTES.get(device_type, LOGIT_CHUNK_BYTES["cpu"]))
     places = 8 * t if made.positions == "learned" else 2 * t * made.head_dim * s  # their ids, or their cosines and sines
     return ActivationBytes(
-        blocks=blocks,
+        blocks=blocks + scales * config.n_layer,
         # Ids of tokens and positions; then the final norm, and the gradients of its output and of the head's weight.
         ends=8 * tokens + places + tokens * (mask + norm + c * FLOAT32_BYTES) + rows * c * FLOAT32_BYTES,
-        weight_copies=matrices * config.n_layer * s if narrow else 0,
+        weight_copies=matrices * config.n_layer if narrow else 0,
         # Logits and their softmax (and what capped them); the final norm's output in float32 and as the product reads it; the
         # head's weight likewise.
         head=(3 if made.logit_softcap else 2) * logits + tokens * c * (FLOAT32_BYTES + s) + (rows * c * s if narrow else 0),
     )
+
+
+def _fp8_changes(config: ModelConfig, s: int) -> tuple[int, int, int]:
+    """What float8 adds (bytes) to what a block saves for each token, to the copies of its matrices, and besides."""
+    sizes = block_matrices(config)
+    taken = {name: sizes[name][1:] for name in fp8_layers(config)[0]}
+    inputs = sum(i if name == "attn.c_proj" else i * (1 - s) for name, (i, _) in taken.items())
+    return inputs, sum(i * o * (1 - s) for i, o in taken.values()), 2 * FLOAT32_BYTES * len(taken)
 
 
 def _attention_bytes(made: Architecture, s: int) -> int:

@@ -15,14 +15,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bardling.architecture import Architecture
+from bardling.model.fp8 import MULTIPLE, fp8_linear
 
 
 class Linear(nn.Linear):
+    fp8 = False  # whether passes that make gradients are computed in float8: `model/fp8.py`
+
     def reset_parameters(self) -> None:
         """Leave the memory as it is."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.fp8 and torch.is_grad_enabled():
+            return fp8_linear(x, self.weight, self.bias)
         return few_rows(x, self.weight, self.bias) if is_few(x) else F.linear(x, self.weight, self.bias)
+
+
+def use_fp8(blocks: nn.Module, wanted: bool = True) -> None:
+    """Have the linear layers within `blocks` compute in float8, where that is wanted and their sizes allow it."""
+    for module in blocks.modules():
+        if isinstance(module, Linear):
+            module.fp8 = wanted and not (module.in_features % MULTIPLE or module.out_features % MULTIPLE)
 
 
 class Embedding(nn.Embedding):

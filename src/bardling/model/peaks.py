@@ -11,6 +11,9 @@ each product; for GeForce cards the Ampere GA102, Ada and RTX Blackwell architec
 import re
 from dataclasses import dataclass
 
+from bardling.config import ModelConfig
+from bardling.model.arithmetic import fp8_part
+
 TERA = 1e12
 GIGA = 10**9
 
@@ -33,9 +36,11 @@ class Accelerator:
     """TFLOP/s outside the tensor cores."""
     memory_gb: float | None
     """Memory (10^9 bytes as marketed); None where the product has several sizes and its name tells which."""
+    float8: float | None = None
+    """TFLOP/s, dense, accumulating in float32; None where there is no such arithmetic, or no figure that was checked."""
 
 
-# The order of columns: bfloat16, float16, tf32, float32 (TFLOP/s), memory (GB).
+# The order of columns: bfloat16, float16, tf32, float32 (TFLOP/s), memory (GB), float8 (TFLOP/s).
 ACCELERATORS = (
     Accelerator("V100-SXM", r"(tesla )?v100[ -]sxm[23]?([ -]\d+gb)?(-ls)?", None, 125.0, None, 15.7, None),
     Accelerator("V100-PCIe", r"(tesla )?v100[ -]pcie([ -]\d+gb)?", None, 112.0, None, 14.0, None),
@@ -44,10 +49,10 @@ ACCELERATORS = (
     Accelerator("A30", r"a30", 165.0, 165.0, 82.0, 10.3, 24.0),
     Accelerator("A40", r"a40", 149.7, 149.7, 74.8, 37.4, 48.0),
     Accelerator("A100", r"a100([ -](sxm4?|pcie))?([ -](40|80)gb)?( pcie)?", 312.0, 312.0, 156.0, 19.5, None),
-    Accelerator("H100-SXM", r"h100( 80gb hbm3|[ -]sxm5?([ -]80gb)?)", 989.0, 989.0, 494.5, 67.0, 80.0),
+    Accelerator("H100-SXM", r"h100( 80gb hbm3|[ -]sxm5?([ -]80gb)?)", 989.0, 989.0, 494.5, 67.0, 80.0, 1979.0),
     Accelerator("H100-PCIe", r"h100[ -]pcie", 756.0, 756.0, 378.0, 51.0, 80.0),
     Accelerator("H100-NVL", r"h100[ -]nvl", 835.0, 835.0, 417.5, 60.0, 94.0),
-    Accelerator("H200-SXM", r"h200([ -]sxm)?", 989.0, 989.0, 494.5, 67.0, 141.0),
+    Accelerator("H200-SXM", r"h200([ -]sxm)?", 989.0, 989.0, 494.5, 67.0, 141.0, 1979.0),
     Accelerator("H200-NVL", r"h200[ -]nvl", 835.0, 835.0, 417.5, 60.0, 141.0),
     Accelerator("GH200", r"gh200( (120|480)gb)?", 989.0, 989.0, 494.5, 67.0, 96.0),
     Accelerator("B200", r"b200", 2250.0, 2250.0, 1125.0, 75.0, 180.0),
@@ -74,13 +79,17 @@ def find_accelerator(device_name: str) -> Accelerator | None:
     return None
 
 
-def peak_flops(device_name: str, precision: str, *, tf32: bool = True) -> float | None:
+def peak_flops(device_name: str, precision: str, *, tf32: bool = True, fp8: ModelConfig | None = None) -> float | None:
     """Dense peak speed of one device (FLOP/s), or None where it is not known.
+
+    Where a part of the arithmetic is done in float8, it is the speed at which the whole would be done if each part ran at its
+    own peak, so that an MFU stays a part of what is possible.
 
     Args:
         device_name: As `torch.cuda.get_device_name` gives it, or a short name of the table.
         precision: 'bfloat16', 'float16' or 'float32', as in the run's configuration.
         tf32: Whether float32 matrix products may use TF32, as they do on CUDA unless the run is `deterministic`.
+        fp8: The model whose blocks' linear layers are computed in float8, if one's are.
 
     Raises:
         ValueError: `precision` is none of the three.
@@ -93,6 +102,9 @@ def peak_flops(device_name: str, precision: str, *, tf32: bool = True) -> float 
     tera: float | None = getattr(device, precision)
     if precision == "float32" and tf32 and device.tf32 is not None:
         tera = device.tf32
+    if fp8 is not None and tera is not None:
+        part = fp8_part(fp8)
+        tera = None if device.float8 is None else 1 / (part / device.float8 + (1 - part) / tera)
     return None if tera is None else tera * TERA
 
 

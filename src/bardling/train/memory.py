@@ -149,7 +149,13 @@ class Passes:
         return context.broadcast(chosen), "the smallest of the fastest here"
 
     def _needed(self, micro_batch: int, device_type: str) -> int:
-        made = activation_bytes(self.config.model, micro_batch, precision=self.precision.name, device_type=device_type)
+        made = activation_bytes(
+            self.config.model,
+            micro_batch,
+            precision=self.precision.name,
+            device_type=device_type,
+            fp8=self.config.fp8,
+        )
         return made.blocks + made.ends
 
 

@@ -12,6 +12,7 @@ from bardling.config import RunConfig
 from bardling.distributed.context import Context
 from bardling.errors import UserError
 from bardling.model.gpt import GPT
+from bardling.model.layers import use_fp8
 from bardling.optim.build import build_optimizer, row_splits
 from bardling.optim.ema import Ema
 from bardling.optim.state import load_optimizer_tensors
@@ -79,6 +80,7 @@ def build_state(
     model = GPT(config.model, seed=config.seed if checkpoint is None and start is None else None)
     if start is not None:
         model.load_state_dict(start.state)
+    use_fp8(model.transformer.h, config.fp8)
     model.to(context.device)  # before the optimizer exists: its state belongs where the weights are
     names = dict(model.named_parameters())
     optimizer = build_optimizer(

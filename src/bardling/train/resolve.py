@@ -17,7 +17,7 @@ from bardling.data.tokenizer import Tokenizer, load_tokenizer
 from bardling.distributed.context import Context
 from bardling.distributed.device import DTYPES, Precision, choose_precision, device_name, matmul_flops
 from bardling.errors import UserError
-from bardling.model.arithmetic import flops_per_token
+from bardling.model.arithmetic import flops_per_token, fp8_layers
 from bardling.model.peaks import peak_flops
 from bardling.optim.build import settle_muon_precision
 from bardling.train.compiling import compile_pays
@@ -77,14 +77,16 @@ def resolve(
     changes: tuple[str, ...] = ()
     if start is not None:
         model, changes = _started_model(config.model, start, dataset, tokenizer)
-    precision = choose_precision(config.precision, context.device)
+    left = fp8_layers(model)[1] if config.fp8 else None
+    precision = choose_precision(config.precision, context.device, fp8_but=left)
     # As the primary measured it: processes must not compute in different formats.
     name, why = context.broadcast((precision.name, precision.why))
     precision = dataclasses.replace(precision, name=name, why=why)
     if context.device.type == "cpu":
         peak: float | None = matmul_flops(context.device, DTYPES[name])
     else:
-        peak = peak_flops(device_name(context.device), name, tf32=not config.deterministic)
+        mixed = model if config.fp8 else None
+        peak = peak_flops(device_name(context.device), name, tf32=not config.deterministic, fp8=mixed)
     compile_why = "as asked"
     compiled: Literal["auto", "on", "off"] = config.compile
     if compiled == "auto":
