@@ -63,8 +63,43 @@ def test_too_large_a_micro_batch_names_one_that_fits() -> None:
     micro = int(note.split("--train.micro_batch ")[1].split()[0])
     smaller = dataclasses.replace(GPT2, train=TrainConfig(batch_size=480, micro_batch=micro, steps=600_000))
     assert not any("does not fit" in note for note in plan(smaller, device_name="NVIDIA L4").notes)
+    assert "or --train.recompute blocks (a quarter more time)" not in note, "even with it, 480 sequences are too many"
     hopeless = plan(config, device_name="NVIDIA L4", device_memory=10**9)
     assert any("not even one sequence" in note for note in hopeless.notes)
+
+
+def test_recomputed_activations_are_work_of_the_device_and_not_of_the_model() -> None:
+    again = dataclasses.replace(GPT2, train=dataclasses.replace(GPT2.train, recompute="blocks"))
+    options = {"world_size": 8, "device_name": "A100-40GB", "mfu": 0.4}
+    before, after = plan(GPT2, **options), plan(again, **options)  # type: ignore[arg-type]
+    assert before.flops_recomputed == 0
+    assert after.flops == before.flops
+    blocks = 12 * 17_716_740_096 - 12 * 8 * 1024 * 768**2  # a block's last product is not done again
+    assert after.flops_recomputed == blocks // 1024 * 1024 * 480 * 600_000
+    assert after.seconds == pytest.approx((before.flops + after.flops_recomputed) / (8 * 312e12 * 0.4))
+    assert before.seconds is not None
+    assert after.seconds is not None
+    assert 1.15 < after.seconds / before.seconds < 1.34
+    assert after.tokens_per_second == pytest.approx(8 * 312e12 * 0.4 * after.model_part / 854_438_400)
+    assert after.memory.activations.blocks < before.memory.activations.blocks / 8
+    assert after.memory.total < before.memory.total
+    hour = [plan(config, budget_seconds=3600, **options).comparison.flops for config in (GPT2, again)]  # type: ignore[arg-type]
+    assert hour[1] == pytest.approx(hour[0] * after.model_part)
+
+
+def test_recomputing_is_a_remedy_for_too_little_memory() -> None:
+    config = dataclasses.replace(GPT2, train=TrainConfig(batch_size=480, micro_batch=48, steps=600_000))
+    (note,) = [note for note in plan(config, device_name="NVIDIA L4", device_memory=10**10).notes if "does not fit" in note]
+    assert note.endswith("--train.micro_batch 16 would, or --train.recompute blocks (a quarter more time).")
+    again = dataclasses.replace(config, train=dataclasses.replace(config.train, recompute="blocks"))
+    assert not any("does not fit" in text for text in plan(again, device_name="NVIDIA L4", device_memory=10**10).notes)
+    long = dataclasses.replace(config.model, block_size=65536)
+    (note,) = [
+        note
+        for note in plan(dataclasses.replace(config, model=long), device_name="NVIDIA L4", device_memory=12 * 10**9).notes
+        if "does not fit" in note
+    ]
+    assert "memory: --train.recompute blocks --train.micro_batch 1 (a quarter more time) would." in note
 
 
 def test_an_unknown_device_has_no_time_and_says_so() -> None:

@@ -221,6 +221,7 @@ class _Bench:
             torch.cuda.reset_peak_memory_stats(device)
         model = GPT(config.model, seed=config.seed).to(device)
         use_fp8(model.transformer.h, config.fp8)
+        model.recompute = config.train.recompute == "blocks"
         optim = settle_muon_precision(config.optim, self.precision.name)
         splits = row_splits(config.model)
         optimizer = build_optimizer(model.named_parameters(), optim, device, splits=splits, compiled=self.compiled)

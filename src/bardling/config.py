@@ -261,6 +261,8 @@ class TrainConfig:
     """Part of the steps in which batch and context grow."""
     micro_batch: int | Literal["auto"] | None = None
     """Sequences per forward pass of one process; 'auto' finds what fits; unset: batch_size divided by the processes."""
+    recompute: Literal["none", "blocks"] = "none"
+    """Compute each block's activations again in the backward pass instead of keeping them: less memory, a quarter more time."""
     grad_clip: float = 1.0
     """Largest norm of the gradient; 0 switches clipping off."""
     log_every: int = 10

@@ -3,12 +3,14 @@
 Method: the batch comes from `train/plan.py`, the model's costs from `model/arithmetic.py`, peak speeds from `model/peaks.py`,
 and what is optimal from `model/scaling.py`; here they are put together for one recipe. Torch is not imported.
 
-Limits: time is arithmetic divided by the speed that the given MFU promises; start-up, compilation, sampling and saving come on
-top. Memory is that of one process of plain data parallelism, where each process holds the whole model.
+Limits: time is arithmetic, recomputed activations included, divided by the speed that the given part of the peak promises;
+start-up, compilation, sampling and saving come on top. Memory is that of one process of plain data parallelism, where each
+process holds the whole model.
 """
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +29,7 @@ from bardling.model.arithmetic import (
     palm_flops_per_token,
     parameter_table,
     parameters,
+    recomputed_flops_per_token,
     weight_bytes,
 )
 from bardling.model.peaks import device_memory as known_memory
@@ -121,6 +124,8 @@ class Plan:
     """Forward and backward passes of the whole run."""
     flops_validation: int
     """Forward passes of all validations."""
+    flops_recomputed: int
+    """Second forward passes through the blocks (`train.recompute`), in the whole run: the device's work, not the model's."""
     checkpoint_bytes: int
     checkpoints_kept: int
     """Most checkpoints on disk at once, the one being written included."""
@@ -132,14 +137,14 @@ class Plan:
     peak_flops: float | None
     """Peak of one device (FLOP/s); None where it is not known."""
     mfu: float
-    """Part of the peak that is assumed to be reached."""
+    """Part of the peak that is assumed to be reached, recomputation included."""
     comparison: Comparison
     notes: tuple[str, ...]
     """Assumptions and warnings, each one sentence."""
 
     @property
     def flops(self) -> int:
-        """FLOPs of the whole run, validation included."""
+        """FLOPs of the whole run, validation included, without recomputation."""
         return self.flops_training + self.flops_validation
 
     @property
@@ -149,18 +154,23 @@ class Plan:
 
     @property
     def flops_per_second(self) -> float | None:
-        """Speed of all devices together at the assumed MFU (FLOP/s)."""
+        """Speed of all devices together at the assumed part of their peak (FLOP/s)."""
         return None if self.peak_flops is None else self.peak_flops * self.mfu * self.batch.world_size
 
     @property
     def seconds(self) -> float | None:
         """Time of the whole run; None where the peak is not known."""
-        return None if self.flops_per_second is None else self.flops / self.flops_per_second
+        return None if self.flops_per_second is None else (self.flops + self.flops_recomputed) / self.flops_per_second
 
     @property
     def tokens_per_second(self) -> float | None:
         """Training speed of all devices together; None where the peak is not known."""
-        return None if self.flops_per_second is None else self.flops_per_second / self.flops_per_token
+        return None if self.flops_per_second is None else self.flops_per_second * self.model_part / self.flops_per_token
+
+    @property
+    def model_part(self) -> float:
+        """Part of the training's arithmetic that is the model's, and that its MFU counts: less than 1 with recomputation."""
+        return self.flops_training / (self.flops_training + self.flops_recomputed)
 
 
 def plan(
@@ -187,7 +197,7 @@ def plan(
         device_memory: Memory of one device (bytes); unset takes the table's.
         precision: Number format of matrix products; unset takes the recipe's, and bfloat16 for its 'auto'.
         peak_flops: Peak of one device (FLOP/s); unset takes the table's.
-        mfu: Part of the peak that the run will reach.
+        mfu: Part of the peak that the run will reach, recomputation included.
         dataset_tokens: Tokens in the training split, for the number of epochs; unset takes a prepared folder's.
         budget_flops: Ask what is optimal for this many FLOPs in place of the recipe's own.
         budget_seconds: The same as time on these devices.
@@ -219,23 +229,30 @@ def plan(
     if epochs is not None and epochs > GOOD_EPOCHS:
         notes.append(f"{epochs:.1f} passes over the data: beyond about {GOOD_EPOCHS}, repeated tokens teach less and less.")
     weights = weight_bytes(model)
+
+    def needs(micro_batch: int, recompute: str) -> ActivationBytes:
+        return activation_bytes(
+            model, micro_batch, precision=precision, device_type=device_type, recompute=recompute, fp8=config.fp8
+        )
+
     memory = MemoryPlan(
         weights=weights,
         gradients=weights,
         optimizer=checkpoint_bytes(model) - weights,
-        activations=activation_bytes(model, batch.micro_batch, precision=precision, device_type=device_type, fp8=config.fp8),
+        activations=needs(batch.micro_batch, config.train.recompute),
     )
     if device_memory is not None and memory.total > device_memory:
-        remedy = _smaller_batch(model, memory, batch, precision, device_type, device_memory, config.fp8)
-        notes.append(f"This does not fit into the device's memory: {remedy}")
+        room = device_memory - (memory.total - memory.activations.total)
+        notes.append(f"This does not fit into the device's memory: {_remedy(needs, batch, config.train.recompute, room)}")
     per_token, flops = flops_per_token(model), batch.cost(partial(flops_per_token, model))
+    again = batch.cost(partial(recomputed_flops_per_token, model)) if config.train.recompute == "blocks" else 0
     speed = None if peak_flops is None else peak_flops * mfu * world_size
     if budget_seconds is not None:
         if speed is None:
             raise UserError(
                 f"a budget of time needs the device's speed, and none is known for {device_name or 'it'}: give its peak"
             )
-        budget_flops = budget_seconds * speed
+        budget_flops = budget_seconds * speed * flops / (flops + again)
     saved = batch.steps if config.checkpoint.every_seconds else _times(batch.steps, config.checkpoint.every_steps)
     saved += _times(batch.steps, config.eval.every) if config.checkpoint.save_best else 0
     result = Plan(
@@ -253,6 +270,7 @@ def plan(
         flops_training=flops,
         # A forward pass is a third of forward and backward.
         flops_validation=_times(batch.steps, config.eval.every) * config.eval.windows * model.block_size * (per_token // 3),
+        flops_recomputed=again,
         checkpoint_bytes=checkpoint_bytes(model),
         checkpoints_kept=min(saved, _most_kept(config.checkpoint, batch.steps)),
         memory=memory,
@@ -306,17 +324,22 @@ def _most_kept(config: CheckpointConfig, steps: int) -> int:
     return config.keep_last + config.keep_best + (steps // config.keep_every if config.keep_every else 0) + 1
 
 
-def _smaller_batch(
-    model: ModelConfig, memory: MemoryPlan, batch: TrainPlan, precision: str, device_type: str, available: int, fp8: bool
-) -> str:
-    """The remedy for too much memory: the largest micro-batch that fits and divides the batch, or the truth that none does."""
-    fixed = memory.total - memory.activations.total
+def _remedy(needs: Callable[[int, str], ActivationBytes], batch: TrainPlan, recompute: str, room: int) -> str:
+    """What to do about too much memory: the largest micro-batch that fits and divides the batch, activations that are computed
+    again, or both; or the truth that nothing helps. `room` is for the activations (bytes)."""
     share = batch.micro_batch * batch.accumulation
-    divisors = {k for i in range(1, math.isqrt(share) + 1) if share % i == 0 for k in (i, share // i)}
-    for micro in sorted(divisors, reverse=True):
-        needed = fixed + activation_bytes(model, micro, precision=precision, device_type=device_type, fp8=fp8).total
-        if micro < batch.micro_batch and needed <= available:
-            return f"--train.micro_batch {micro} would."
+    divisors = sorted({k for i in range(1, math.isqrt(share) + 1) if share % i == 0 for k in (i, share // i)}, reverse=True)
+
+    def largest(recompute: str) -> int | None:
+        return next((k for k in divisors if k <= batch.micro_batch and needs(k, recompute).total <= room), None)
+
+    found, again = largest(recompute), None if recompute == "blocks" else largest("blocks")
+    remedies = [] if found is None else [f"--train.micro_batch {found}"]
+    if again is not None and (found is None or again > found):
+        passes = "" if again == batch.micro_batch else f" --train.micro_batch {again}"
+        remedies.append(f"--train.recompute blocks{passes} (a quarter more time)")
+    if remedies:
+        return f"{remedies[0]} would{''.join(f', or {other}' for other in remedies[1:])}."
     return "not even one sequence at a time would; choose a smaller model or context, or a larger device."
 
 

@@ -327,6 +327,7 @@ class _Verification:
         for compiled in (False, True):
             model = GPT(config, seed=1).to(self.device)
             use_fp8(model.transformer.h, self.config.fp8)
+            model.recompute = self.config.train.recompute == "blocks"
             forward = torch.compile(model) if compiled else model
             with self.precision.autocast():
                 loss = forward(inputs, targets, reduction="sum")

@@ -12,8 +12,10 @@ def records(run, kind):
     return [record for line in (run / "metrics.jsonl").read_text().splitlines() if (record := json.loads(line))["kind"] == kind]
 
 
-def test_two_processes_give_the_losses_of_one(tiny, change, tmp_path, torchrun):
-    config = change(tiny, train={"steps": 20, "batch_size": 8, "micro_batch": 2}, eval={"windows": 9})
+@pytest.mark.parametrize("recompute", ["none", "blocks"])
+def test_two_processes_give_the_losses_of_one(tiny, change, tmp_path, torchrun, recompute):
+    sizes = {"steps": 20, "batch_size": 8, "micro_batch": 2}
+    config = change(tiny, train={**sizes, "recompute": recompute}, eval={"windows": 9})
     (tmp_path / "two.toml").write_text(config_to_toml(config))
     done = torchrun(2, "train", tmp_path / "two.toml", "--out", tmp_path / "two")
     assert done.returncode == 0, done.stderr

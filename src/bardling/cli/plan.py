@@ -33,7 +33,7 @@ class PlanArgs:
     gpus: int = 1
     """Devices, one process each."""
     mfu: float = 0.4
-    """Part of the device's peak that the run will reach (measured: the log's mfu)."""
+    """Part of the device's peak that the run will reach (measured: the log's mfu, which leaves recomputation out)."""
     peak_tflops: float | None = None
     """Dense peak of one device in the run's precision (TFLOP/s), for devices that are not in the table."""
     memory_gb: float | None = None
@@ -231,6 +231,9 @@ def _run(console: "Console", result: Plan, device: _Device) -> None:
     table.add_row("FLOPs a step", si(result.flops_per_step, "FLOP"))
     part = result.flops_validation / result.flops
     table.add_row("FLOPs of the run", f"{result.flops:.3g}", f"{part:.2%} of them for validation")
+    if result.flops_recomputed:
+        more = result.flops_recomputed / result.flops_training
+        table.add_row("FLOPs recomputed", f"{result.flops_recomputed:.3g}", f"{more:.0%} more, which MFU does not count")
     table.add_section()
     table.add_row("weights", size(memory.weights), "float32; each process holds all of this")
     table.add_row("gradients", size(memory.gradients), "float32")
@@ -240,6 +243,10 @@ def _run(console: "Console", result: Plan, device: _Device) -> None:
     )
     if activations.weight_copies:
         table.add_row("weight copies", size(activations.weight_copies), f"matrices in {result.precision}")
+    if activations.again:
+        table.add_row(
+            "one block again", size(activations.again), "in the backward pass; not at the same time as copies and head"
+        )
     table.add_row("head", size(activations.head), "one chunk of logits at a time")
     known = "memory of the device unknown"
     if result.device_memory is not None:
@@ -255,7 +262,10 @@ def _run(console: "Console", result: Plan, device: _Device) -> None:
     else:
         table.add_row("device", f"{result.batch.world_size} x", name or "as given")
         table.add_row("peak of one", si(result.peak_flops, "FLOP/s"), f"{result.precision}, dense; {device.source}")
-        table.add_row("speed", f"{count(result.tokens_per_second)} tokens/s", f"at {result.mfu:.0%} MFU")
+        at = f"at {result.mfu:.0%} MFU"
+        if result.flops_recomputed:
+            at = f"at {result.mfu:.0%} of the peak: {result.mfu * result.model_part:.0%} MFU, and the recomputation"
+        table.add_row("speed", f"{count(result.tokens_per_second)} tokens/s", at)
         table.add_row(
             "[bold]time", f"[bold]{duration(result.seconds)}", f"{count(result.seconds * batch.world_size / 3600)} device-hours"
         )

@@ -223,6 +223,18 @@ def fp8_part(config: ModelConfig, context: int | None = None) -> float:
     return sum(row.forward for row in rows if row.name in taken) / sum(row.forward for row in rows)
 
 
+def recomputed_flops_per_token(config: ModelConfig, context: int | None = None) -> int:
+    """FLOPs a token of computing every block's activations a second time (`train.recompute` = 'blocks').
+
+    That is a forward pass through the blocks, which stops before a block's last product: nothing waits for its result, unless
+    dropout follows. The device does this work, but it is not the model's: MFU leaves it out. With it one speaks of hardware
+    FLOPs utilization (PaLM, appendix B).
+    """
+    t = _context(config, context)
+    rows = [row for row in forward_table(config, t) if row.name.startswith("block.")]
+    return sum(row.forward for row in rows if config.dropout or row.name != "block.mlp.down") // t
+
+
 def palm_flops_per_token(config: ModelConfig, context: int | None = None) -> int:
     """FLOPs to train on one token by PaLM's formula, 6N + 12LHQT (appendix B), for comparison with other systems' MFU.
 
@@ -248,23 +260,26 @@ class ActivationBytes:
     """Memory that one process needs for a micro-batch, besides weights, gradients and optimizer (bytes)."""
 
     blocks: int
-    """What the transformer blocks save for the backward pass."""
+    """What the transformer blocks save for the backward pass: their inputs only, where the rest is computed again."""
     ends: int
     """What embedding, final norm and head save: the head has already made the gradients of its two inputs."""
     weight_copies: int
-    """Copies of the blocks' matrices in the lower precision, which autocast makes; 0 in float32."""
+    """Copies of the blocks' matrices in the lower precision, which autocast makes; 0 in float32. Held in the forward pass, and
+    in the backward pass by blocks that keep their activations."""
     head: int
     """What the head needs for a moment, while the rest is held: one chunk of logits and its probabilities."""
+    again: int = 0
+    """What one block makes again in the backward pass, with its gradients; 0 where blocks keep their activations."""
 
     @property
     def saved(self) -> int:
         """What waits for the backward pass."""
-        return self.blocks + self.ends + self.weight_copies
+        return self.blocks + self.ends + (0 if self.again else self.weight_copies)
 
     @property
     def total(self) -> int:
-        """The peak, which is reached in the head."""
-        return self.saved + self.head
+        """The peak: in the head or, where blocks are computed again, perhaps in the largest of these."""
+        return self.blocks + self.ends + max(self.weight_copies + self.head, self.again)
 
 
 def activation_bytes(
@@ -275,6 +290,7 @@ def activation_bytes(
     device_type: str = "cuda",
     context: int | None = None,
     fp8: bool = False,
+    recompute: str = "none",
 ) -> ActivationBytes:
     """Work out the memory of the activations of one forward pass.
 
@@ -301,6 +317,10 @@ def activation_bytes(
     In float8 a linear layer saves a byte for each number that it reads, of input and matrix. Attention's result is then kept in
     both formats, since its own backward pass reads it too.
 
+    With `recompute` = 'blocks' (Chen et al. 2016, arXiv:1604.06174) a block saves 4 * C bytes a token, its input, and
+    the tables of value embeddings 4 bytes a value. In the backward pass one block at a time holds all of the above, and the
+    gradient of the MLP's widest tensor.
+
     Args:
         config: The model; its `vocab_size` must be known.
         micro_batch: Sequences per forward pass of one process.
@@ -308,6 +328,7 @@ def activation_bytes(
         device_type: 'cpu', 'cuda' or 'mps'; it decides how many logits exist at a time.
         context: Tokens per sequence; unset takes block_size.
         fp8: Whether the linear layers of blocks are computed in float8.
+        recompute: 'none', or 'blocks' for `train.recompute`.
     """
     t = _context(config, context)
     c, rows = config.n_embd, config.padded_vocab_size
@@ -319,25 +340,38 @@ def activation_bytes(
     fixed = 2 * norm + 2 * c * s + _attention_bytes(made, s) + _mlp_values(made, device_type) * s + 2 * mask
     inputs, matrices, scales = _fp8_changes(config, s) if fp8 else (0, 0, 0)
     fixed += inputs
-    windowed = sum(made.window(layer) is not None for layer in range(config.n_layer))
-    blocks = tokens * (fixed * config.n_layer + made.value_layers * 2 * made.kv_width * s)
-    if windowed and made.sliding_window is not None:
-        blocks += windowed * micro_batch * _window_bytes(made, t, made.sliding_window, s)
-    if device_type == "cpu" and precision == "bfloat16" and t <= EXPLICIT_LENGTH:
-        # All softmax weights are kept, and no log-sum-exp.
-        blocks += tokens * (config.n_layer - windowed) * made.n_head * (t * s - FLOAT32_BYTES)
+    scores = device_type == "cpu" and precision == "bfloat16" and t <= EXPLICIT_LENGTH
+
+    def block(layer: int) -> int:
+        """What this block saves, if it keeps its activations."""
+        a_token, window = fixed, made.window(layer)
+        if made.value_table(layer) is not None:
+            a_token += 2 * made.kv_width * s
+        if window is not None:
+            return scales + tokens * a_token + micro_batch * _window_bytes(made, t, window, s)
+        if scores:  # all softmax weights are kept, and no log-sum-exp
+            a_token += made.n_head * (t * s - FLOAT32_BYTES)
+        return scales + tokens * a_token
+
+    layers = [block(layer) for layer in range(config.n_layer)]
     narrow = precision != "float32"
     matrices += s * c * (2 * made.query_width + 2 * made.kv_width + made.fc_width + made.mlp_hidden)
     logits = min(tokens * rows * FLOAT32_BYTES, LOGIT_CHUNK_BYTES.get(device_type, LOGIT_CHUNK_BYTES["cpu"]))
     places = 8 * t if made.positions == "learned" else 2 * t * made.head_dim * s  # their ids, or their cosines and sines
+    copies = matrices if narrow else 0
+    blocks, again = sum(layers), 0
+    if recompute == "blocks":
+        blocks = tokens * (config.n_layer * c + made.value_embeddings * made.kv_width) * FLOAT32_BYTES
+        again = max(layers) + tokens * made.fc_width * s + copies
     return ActivationBytes(
-        blocks=blocks + scales * config.n_layer,
+        blocks=blocks,
         # Ids of tokens and positions; then the final norm, and the gradients of its output and of the head's weight.
         ends=8 * tokens + places + tokens * (mask + norm + c * FLOAT32_BYTES) + rows * c * FLOAT32_BYTES,
-        weight_copies=matrices * config.n_layer if narrow else 0,
+        weight_copies=copies * config.n_layer,
         # Logits and their softmax (and what capped them); the final norm's output in float32 and as the product reads it; the
         # head's weight likewise.
         head=(3 if made.logit_softcap else 2) * logits + tokens * c * (FLOAT32_BYTES + s) + (rows * c * s if narrow else 0),
+        again=again,
     )
 
 

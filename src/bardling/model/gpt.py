@@ -20,7 +20,8 @@ Each option is independent, and off in GPT-2:
 
 Embeddings and head have `config.padded_vocab_size` rows. Rows beyond the vocabulary are zero, never get a gradient and so stay
 zero. Losses come from `model/loss.py`, keys and values of earlier tokens from `model/cache.py`; the model knows nothing of
-processes, devices or optimizers.
+processes, devices or optimizers. With `GPT.recompute`, blocks keep only their inputs for the backward pass and compute the rest
+again (Chen et al. 2016, arXiv:1604.06174): the same numbers from less memory.
 
 Shapes: B batch, T time (tokens), C = n_embd, H = n_head, K = n_kv_head, D = head_dim, V = vocab_size, S = tokens looked at.
 """
@@ -31,6 +32,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from bardling.architecture import Architecture
 from bardling.config import ModelConfig
@@ -160,6 +162,7 @@ class Transformer(nn.Module):
         made = config.architecture
         self.made: Architecture = made
         self.dropout = config.dropout
+        self.recompute = False
         self.wte = Embedding(config.padded_vocab_size, config.n_embd)
         if made.positions == "learned":
             self.wpe = Embedding(config.block_size, config.n_embd)
@@ -181,9 +184,14 @@ class Transformer(nn.Module):
         if self.training and self.dropout:
             x = F.dropout(x, self.dropout)
         embedded = [table(tokens) for table in self.wve] if self.made.value_embeddings else []  # each [B, T, K * D]
+        again = self.recompute and cache is None and torch.is_grad_enabled()
         for layer, block in enumerate(self.h):
             table = self.made.value_table(layer)
-            x = block(x, cache, step, layer, turn, None if table is None else embedded[table])
+            inputs = (x, cache, step, layer, turn, None if table is None else embedded[table])
+            if again:  # the state of the random numbers is kept where the same masks of dropout must be drawn again
+                x = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=self.training and self.dropout > 0)
+            else:
+                x = block(*inputs)
         if cache is not None:
             cache.advance(time)
         hidden: Tensor = self.ln_f(x)
@@ -218,6 +226,16 @@ class GPT(nn.Module):
             self.lm_head = Linear(config.n_embd, config.padded_vocab_size, bias=False)
         if seed is not None and not self.transformer.wte.weight.is_meta:
             init_weights(self, seed)
+
+    @property
+    def recompute(self) -> bool:
+        """Whether blocks compute their activations again in the backward pass instead of keeping them: gradients are equal to
+        the bit, and the price is most of a second forward pass."""
+        return self.transformer.recompute
+
+    @recompute.setter
+    def recompute(self, value: bool) -> None:
+        self.transformer.recompute = value
 
     def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """Final hidden states [B, T, C] of `tokens` [B, T]; with a cache, of tokens that follow the cached ones.

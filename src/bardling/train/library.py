@@ -109,6 +109,7 @@ def fit_batches(
         )
     if after_step is not None:
         hooks.append(lambda state, result: None if result is None else after_step(state))
+    model.recompute = model.recompute or train.recompute == "blocks"
     state = TrainState(model, optimizer)
     fit(
         state,

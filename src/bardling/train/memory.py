@@ -126,7 +126,7 @@ class Passes:
                 return size
         raise UserError(
             f"train.micro_batch = {sizes[-1]}: not even this fits into the memory of {self.context.device}: "
-            "shorten model.block_size, or take a smaller model"
+            f"{_remedy(self.model)}"
         )
 
     def choose(self, share: int) -> tuple[int, str]:
@@ -155,8 +155,9 @@ class Passes:
             precision=self.precision.name,
             device_type=device_type,
             fp8=self.config.fp8,
+            recompute=self.config.train.recompute,
         )
-        return made.blocks + made.ends
+        return made.blocks + made.ends + made.again
 
 
 def fastest(sizes: list[int], attempt: Callable[[int], float | None]) -> int:
@@ -193,14 +194,15 @@ def _free_memory(device: torch.device) -> int | None:
     return None
 
 
-def no_room(plan: TrainPlan, device: torch.device, step: int, run: Path) -> UserError:
+def _remedy(model: GPT) -> str:
+    """What to do when not even one sequence fits."""
+    return f"{'' if model.recompute else 'set --train.recompute blocks, '}shorten model.block_size, or take a smaller model"
+
+
+def no_room(plan: TrainPlan, model: GPT, device: torch.device, step: int, run: Path) -> UserError:
     """The error of a run that cannot make its passes smaller by itself."""
     less = smaller(plan)
-    remedy = (
-        f"go on with: bardling resume {run} --train.micro_batch {less}"
-        if less is not None
-        else "shorten model.block_size, or take a smaller model"
-    )
+    remedy = f"go on with: bardling resume {run} --train.micro_batch {less}" if less is not None else _remedy(model)
     return UserError(f"train.micro_batch = {plan.micro_batch}: the memory of {device} ran out at step {step + 1}: {remedy}")
 
 

@@ -81,6 +81,7 @@ def build_state(
     if start is not None:
         model.load_state_dict(start.state)
     use_fp8(model.transformer.h, config.fp8)
+    model.recompute = config.train.recompute == "blocks"
     model.to(context.device)  # before the optimizer exists: its state belongs where the weights are
     names = dict(model.named_parameters())
     optimizer = build_optimizer(

@@ -17,7 +17,7 @@ from bardling.data.tokenizer import Tokenizer, load_tokenizer
 from bardling.distributed.context import Context
 from bardling.distributed.device import DTYPES, Precision, choose_precision, device_name, matmul_flops
 from bardling.errors import UserError
-from bardling.model.arithmetic import flops_per_token, fp8_layers
+from bardling.model.arithmetic import flops_per_token, fp8_layers, recomputed_flops_per_token
 from bardling.model.peaks import peak_flops
 from bardling.optim.build import settle_muon_precision
 from bardling.train.compiling import compile_pays
@@ -91,8 +91,10 @@ def resolve(
     compiled: Literal["auto", "on", "off"] = config.compile
     if compiled == "auto":
         plan = make_plan(config.train, model.block_size, context.world_size)
-        flops = plan.cost(partial(flops_per_token, model)) / context.world_size
-        pays, compile_why = compile_pays(flops, peak, context.device, plan.shapes)
+        flops = plan.cost(partial(flops_per_token, model))
+        if config.train.recompute == "blocks":
+            flops += plan.cost(partial(recomputed_flops_per_token, model))
+        pays, compile_why = compile_pays(flops / context.world_size, peak, context.device, plan.shapes)
         compiled = "on" if context.broadcast(pays) else "off"
     optim = settle_muon_precision(config.optim, name)
     whole = dataclasses.replace(config, model=model, precision=name, compile=compiled, optim=optim)

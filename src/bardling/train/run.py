@@ -212,7 +212,7 @@ class _Run:
                 early = state.step - max(first, self.plan.at(state.step).first_step) < FIRST_STEPS
                 micro = shrunk(error, self.plan, state.model, early=early, updating=update.under_way)
                 if micro is None:
-                    raise no_room(self.plan, self.context.device, state.step, self.folder.path) from None
+                    raise no_room(self.plan, state.model, self.context.device, state.step, self.folder.path) from None
             self.saver.wait()
             before = self.plan
             self._take_passes(micro)

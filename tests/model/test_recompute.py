@@ -1,0 +1,165 @@
+"""Activations computed again in the backward pass: the same numbers to the bit, from the memory that the arithmetic says."""
+
+import contextlib
+import dataclasses
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from test_options import OPTIONS, option, perturbed, tokens
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from bardling.config import ModelConfig
+from bardling.model.arithmetic import activation_bytes, recomputed_flops_per_token
+from bardling.model.gpt import GPT
+
+
+def autocast(precision: str) -> contextlib.AbstractContextManager[Any]:
+    return torch.autocast("cpu", dtype=torch.bfloat16) if precision == "bfloat16" else contextlib.nullcontext()
+
+
+def loss_and_gradients(
+    config: ModelConfig, recompute: bool, precision: str = "float32", compiled: bool = False
+) -> list[Tensor]:
+    model = perturbed(config)
+    model.recompute = recompute
+    forward = torch.compile(model) if compiled else model
+    torch.manual_seed(5)
+    with autocast(precision):
+        loss = forward(tokens(), tokens(seed=1))
+    loss.backward()
+    assert torch.isfinite(loss)
+    return [loss.detach(), torch.rand(1), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("name", ["gqa", "values", "llama", "qwen3_window", "window_blocks", "all"])
+def test_loss_gradients_and_later_random_numbers_are_equal_to_the_bit(name: str, dropout: float, precision: str) -> None:
+    config = dataclasses.replace(option(name), dropout=dropout)
+    kept, again = (loss_and_gradients(config, recompute, precision) for recompute in (False, True))
+    assert len(kept) == len(again) > 10
+    assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
+    if dropout:
+        other = loss_and_gradients(dataclasses.replace(config, dropout=0.0), True, precision)
+        assert not torch.equal(other[0], again[0]), "the masks play a part"
+
+
+def test_compiled_it_is_the_same_but_for_rounding() -> None:
+    config = dataclasses.replace(option("gqa"), n_layer=1)
+    kept, again = loss_and_gradients(config, False), loss_and_gradients(config, True, compiled=True)
+    for a, b in zip(kept, again, strict=True):
+        torch.testing.assert_close(b, a, rtol=2e-4, atol=1e-5)
+
+
+def test_inference_and_caches_are_as_ever() -> None:
+    from bardling.model.cache import KVCache
+
+    model = perturbed(option("qwen3")).eval()
+    with torch.no_grad():
+        before = model(tokens())
+        model.recompute = True
+        assert torch.equal(model(tokens()), before)
+        cached = model(tokens(), cache=KVCache(model.config, 3))
+    torch.testing.assert_close(cached, before)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_flops_are_one_more_forward_pass_through_the_blocks(name: str, dropout: float) -> None:
+    config = dataclasses.replace(option(name), dropout=dropout)
+    found = []
+    for recompute in (False, True):
+        model = perturbed(config)
+        model.recompute = recompute
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            model(tokens(), tokens(seed=1)).backward()
+        found.append(counter.get_total_flops())
+    assert found[1] - found[0] == pytest.approx(3 * 24 * recomputed_flops_per_token(config), rel=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_what_waits_for_the_backward_pass_is_what_autograd_holds(name: str, precision: str) -> None:
+    model = perturbed(option(name))
+    model.recompute = True
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    seen: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = storage
+        return tensor
+
+    inputs = tokens(batch=8)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast(precision):
+        model(inputs, inputs)
+    saved = activation_bytes(option(name), 8, precision=precision, recompute="blocks").saved
+    held = sum(storage.nbytes() for storage in seen.values())
+    if model.transformer.made.positions == "rotary":  # the tables are held as arguments, which the hooks do not see
+        held += 2 * 24 * model.transformer.made.head_dim * (4 if precision == "float32" else 2)
+    assert held == pytest.approx(saved, rel=0.01)
+
+
+class _Peak(TorchDispatchMode):
+    """Bytes of the tensors that are alive, at most: what operators made, not what was there before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive, self.most = 0, 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in given | self._known:
+                storage = tensor.untyped_storage()
+                key, size = storage._cdata, storage.nbytes()
+                self._known.add(key)
+                self.alive += size
+                weakref.finalize(storage, self._gone, key, size)
+        self.most = max(self.most, self.alive)
+        return made
+
+    def _gone(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.alive -= size
+
+
+def peak(config: ModelConfig, batch: int, precision: str, recompute: bool) -> int:
+    """Most bytes alive in a forward and backward pass, besides weights and their gradients."""
+    model = GPT(config)
+    model.recompute = recompute
+    inputs = torch.randint(0, 200, (batch, config.block_size))
+    for _ in range(2):  # gradients are there from the first pass on
+        with _Peak() as found:
+            with autocast(precision):
+                loss = model(inputs, inputs)
+            loss.backward()
+            del loss
+    return found.most
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["gpt2", "qwen3"])
+def test_the_peak_of_a_pass_is_near_the_figure_and_far_below_what_is_kept(family: str, precision: str) -> None:
+    config = ModelConfig(
+        n_layer=8,
+        n_head=4,
+        n_embd=64,
+        block_size=64,
+        vocab_size=200,
+        family=family,
+        bias=False,  # type: ignore[arg-type]
+    )
+    made = activation_bytes(config, 8, precision=precision, device_type="cpu", recompute="blocks")
+    found = peak(config, 8, precision, recompute=True)
+    assert found == pytest.approx(made.total, rel=0.08)
+    assert found < 0.5 * peak(config, 8, precision, recompute=False)
