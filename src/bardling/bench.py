@@ -26,6 +26,7 @@ import torch
 from bardling.config import ModelConfig, RunConfig
 from bardling.data.loader import Batch, BatchSource, Prefetcher, TrainWindows
 from bardling.data.order import WindowOrder
+from bardling.data.packing import document_start
 from bardling.distributed.context import Context, distributed
 from bardling.distributed.device import (
     DTYPES,
@@ -390,6 +391,10 @@ def _model_and_source(config: RunConfig, data: str) -> tuple[ModelConfig, BatchS
     """The model with its vocabulary known, and where its batches come from."""
     if data == "random":
         model, notes = resolve_vocabulary(config)
+        if config.data.document_mask:
+            notes.append(
+                "Random tokens are no documents: data.document_mask plays no part; --data real takes the recipe's own."
+            )
         return model, RandomWindows(model.vocab_size, model.block_size), notes
     dataset = open_data(config.data)
     wanted = config.model.vocab_size
@@ -397,7 +402,8 @@ def _model_and_source(config: RunConfig, data: str) -> tuple[ModelConfig, BatchS
         raise UserError(f"model.vocab_size = {wanted} is smaller than the tokenizer's {dataset.vocab_size}: leave it out")
     split = dataset.split("train")
     order = WindowOrder(config.seed, len(split), config.model.block_size)
-    return dataclasses.replace(config.model, vocab_size=wanted or dataset.vocab_size), TrainWindows(split, order), []
+    source = TrainWindows(split, order, document_start(config.data.document_mask, dataset, dataset.tokenizer))
+    return dataclasses.replace(config.model, vocab_size=wanted or dataset.vocab_size), source, []
 
 
 def _make_folder(path: Path) -> None:

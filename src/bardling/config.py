@@ -169,11 +169,15 @@ class DataConfig:
     """'byte', 'char', 'bpe:SIZE' (trained on the source), 'gpt2', or the path of a tokenizer.json."""
     val_fraction: float = 0.05
     """Part of the text that is held out for validation."""
+    document_mask: bool = False
+    """A token sees only its own document, in training and validation: attention stops at the end-of-text token."""
     cache: str = ""
     """Folder for datasets made from a source; empty takes $BARDLING_CACHE, else ~/.cache/bardling."""
 
     def __post_init__(self) -> None:
         _require(bool(self.source), "data.source", self.source, "must name a source")
+        rule = "characters have no end-of-text token, which tells documents apart: leave it out, or take another data.tokenizer"
+        _require(not (self.document_mask and self.tokenizer == "char"), "data.document_mask", self.document_mask, rule)
         _require(0.0 < self.val_fraction < 1.0, "data.val_fraction", self.val_fraction, "must be between 0 and 1")
 
 

@@ -232,7 +232,13 @@ def plan(
 
     def needs(micro_batch: int, recompute: str) -> ActivationBytes:
         return activation_bytes(
-            model, micro_batch, precision=precision, device_type=device_type, recompute=recompute, fp8=config.fp8
+            model,
+            micro_batch,
+            precision=precision,
+            device_type=device_type,
+            recompute=recompute,
+            document_mask=config.data.document_mask,
+            fp8=config.fp8,
         )
 
     memory = MemoryPlan(

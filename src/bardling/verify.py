@@ -37,6 +37,7 @@ from bardling.checkpoint.load import load
 from bardling.config import CheckpointConfig, EvalConfig, ModelConfig, MonitorConfig, RunConfig, SampleConfig
 from bardling.configfile import config_to_toml
 from bardling.data.loader import EvalWindows
+from bardling.data.packing import document_bounds, document_start
 from bardling.distributed.context import SINGLE
 from bardling.distributed.device import DTYPES, Precision, choose_device, choose_precision, device_name, matmul_flops
 from bardling.errors import UserError
@@ -132,8 +133,10 @@ def shrink(
     path = Path(data.source)
     own = (path / "manifest.json").is_file() or (path.is_file() and path.stat().st_size <= _SMALL_FILE)
     if not own or data.tokenizer not in ("byte", "char"):
-        text = folder / "text.txt"
-        text.write_text(_text(), encoding="utf-8")
+        lines = _text().splitlines(keepends=True)
+        text = folder / "text.jsonl"  # of some two hundred documents
+        documents = ("".join(lines[first : first + 20]) for first in range(0, len(lines), 20))
+        text.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents), encoding="utf-8")
         if not own:
             notes.append("made-up text, since the recipe's own would take long to prepare")
             data = dataclasses.replace(data, source=str(text), tokenizer="byte", cache="")
@@ -274,7 +277,9 @@ class _Verification:
         """The checkpoint, loaded as any reader loads it, has the loss that was logged before it was saved."""
         loaded = load(_checkpoint(self.whole, STEPS))
         config = load_config(self.whole)
-        windows = EvalWindows(open_data(config.data).split("val"), config.model.block_size, config.eval.windows)
+        dataset = open_data(config.data)
+        start = document_start(config.data.document_mask, dataset, dataset.tokenizer)
+        windows = EvalWindows(dataset.split("val"), config.model.block_size, config.eval.windows, start)
         context = dataclasses.replace(SINGLE, device=self.device)
         model = loaded.build().to(self.device)
         loss = evaluate_loss(model, windows, batch_size=2, precision=self.precision, context=context).loss
@@ -323,6 +328,9 @@ class _Verification:
         config = dataclasses.replace(_shallower(config), dropout=0.0)
         tokens = torch.randint(config.vocab_size, (2, config.block_size + 1), generator=torch.Generator().manual_seed(0))
         inputs, targets = (part.contiguous().to(self.device) for part in (tokens[:, :-1], tokens[:, 1:]))
+        known = {}
+        if self.config.data.document_mask:
+            known = {"documents": document_bounds(tokens[:, :-1], int(tokens[0, 5])).to(self.device)}
         found: list[tuple[float, list[torch.Tensor]]] = []
         for compiled in (False, True):
             model = GPT(config, seed=1).to(self.device)
@@ -330,7 +338,7 @@ class _Verification:
             model.recompute = self.config.train.recompute == "blocks"
             forward = torch.compile(model) if compiled else model
             with self.precision.autocast():
-                loss = forward(inputs, targets, reduction="sum")
+                loss = forward(inputs, targets, reduction="sum", **known)
             loss.backward()
             found.append((loss.item(), [p.grad for p in model.parameters() if p.grad is not None]))
         (eager, slopes), (other, others) = found

@@ -33,7 +33,8 @@ def make_split(folder: Path, n: int) -> TokenSplit:
 
 def test_targets_are_inputs_shifted_by_one(split: TokenSplit) -> None:
     order = WindowOrder(5, len(split), 16)
-    inputs, targets = TrainWindows(split, order).batch(7, 4)
+    inputs, targets, documents = TrainWindows(split, order).batch(7, 4)
+    assert documents is None
     assert inputs.shape == targets.shape == (4, 16)
     assert inputs.dtype == targets.dtype == torch.int64
     assert inputs.is_contiguous()

@@ -12,10 +12,14 @@ def records(run, kind):
     return [record for line in (run / "metrics.jsonl").read_text().splitlines() if (record := json.loads(line))["kind"] == kind]
 
 
-@pytest.mark.parametrize("recompute", ["none", "blocks"])
-def test_two_processes_give_the_losses_of_one(tiny, change, tmp_path, torchrun, recompute):
-    sizes = {"steps": 20, "batch_size": 8, "micro_batch": 2}
-    config = change(tiny, train={**sizes, "recompute": recompute}, eval={"windows": 9})
+@pytest.mark.parametrize("saving", [False, True], ids=["plain", "recomputed blocks and documents apart"])
+def test_two_processes_give_the_losses_of_one(tiny, change, tmp_path, torchrun, corpus, saving):
+    config = change(tiny, train={"steps": 20, "batch_size": 8, "micro_batch": 2}, eval={"windows": 9})
+    if saving:
+        lines = corpus.read_text().splitlines()
+        (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+        data = {"source": str(tmp_path / "text.jsonl"), "tokenizer": "byte", "document_mask": True}
+        config = change(config, data=data, train={"recompute": "blocks"}, model={"block_size": 48})
     (tmp_path / "two.toml").write_text(config_to_toml(config))
     done = torchrun(2, "train", tmp_path / "two.toml", "--out", tmp_path / "two")
     assert done.returncode == 0, done.stderr

@@ -71,7 +71,11 @@ def run(argv: Sequence[str]) -> None:
         model = loaded.build().to(context.device)
         if options.data is not None or owner is not None:
             dataset = _dataset(options, loaded.tokenizer, owner)
-            for name, value in _measure_loss(options, model, dataset, precision, context):
+            # As the run kept documents apart, or not.
+            masked = owner is not None and owner.config().data.document_mask
+            tokenizer = (loaded.tokenizer or dataset.tokenizer) if masked else None
+            start = None if tokenizer is None else tokenizer.eot_id
+            for name, value in _measure_loss(options, model, dataset, start, precision, context):
                 rows.add_row(name, value)
         for task in options.tasks:
             if loaded.tokenizer is None:
@@ -87,7 +91,12 @@ Rows = list[tuple[str, str]]
 
 
 def _measure_loss(
-    options: EvalOptions, model: "GPT", dataset: "TokenDataset", precision: "Precision", context: "Context"
+    options: EvalOptions,
+    model: "GPT",
+    dataset: "TokenDataset",
+    document_start: int | None,
+    precision: "Precision",
+    context: "Context",
 ) -> Rows:
     import torch
 
@@ -99,7 +108,7 @@ def _measure_loss(
     with Progress("evaluating", unit="windows", show=context.is_primary) as progress:
         result = evaluate_loss(
             model,
-            EvalWindows(dataset.split("val"), model.config.block_size, options.windows),
+            EvalWindows(dataset.split("val"), model.config.block_size, options.windows, document_start),
             batch_size=options.batch_size,
             precision=precision,
             context=context,

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from bardling.data.order import Int64s
+from bardling.data.packing import cut_bounds, document_bounds
 from bardling.data.shards import TokenSplit
 from bardling.data.skips import Order
 from bardling.errors import UserError
@@ -28,17 +29,34 @@ IGNORE = -100
 
 
 class Batch(NamedTuple):
-    """Sequences and what follows each of their tokens: int64 [batch, time], both."""
+    """Sequences and what follows each of their tokens: int64 [batch, time], both; and where documents begin in them."""
 
     inputs: Tensor
     targets: Tensor
+    documents: Tensor | None = None
+    """int32 cumulative lengths (`packing.py`) where a token is to see only its own document."""
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same on a device; from pinned memory the copy does not wait."""
+        documents = None if self.documents is None else self.documents.to(device, non_blocking=True)
+        return Batch(self.inputs.to(device, non_blocking=True), self.targets.to(device, non_blocking=True), documents)
+
+    def pinned(self) -> "Batch":
+        """The same in pinned host memory."""
+        documents = None if self.documents is None else self.documents.pin_memory()
+        return Batch(self.inputs.pin_memory(), self.targets.pin_memory(), documents)
+
+    def known(self) -> dict[str, Tensor]:
+        """What a model is told besides inputs and targets, as keyword arguments."""
+        return {} if self.documents is None else {"documents": self.documents}
 
 
 def cut(batch: Batch, context: int) -> Batch:
     """[B, T] as [B * T / context, context]: the same tokens in the same order, each with less context before it."""
     if batch.inputs.size(1) == context:
         return batch
-    return Batch(batch.inputs.reshape(-1, context), batch.targets.reshape(-1, context))
+    documents = None if batch.documents is None else cut_bounds(batch.documents, batch.inputs.numel(), context)
+    return Batch(batch.inputs.reshape(-1, context), batch.targets.reshape(-1, context), documents)
 
 
 class BatchSource(Protocol):
@@ -50,12 +68,12 @@ class BatchSource(Protocol):
 
 
 class TrainWindows:
-    """Windows of a split in the order of a run."""
+    """Windows of a split in the order of a run; with `document_start`, a token's id, their documents are told apart by it."""
 
-    def __init__(self, split: TokenSplit, order: Order) -> None:
+    def __init__(self, split: TokenSplit, order: Order, document_start: int | None = None) -> None:
         if order.n_tokens != len(split):
             raise ValueError(f"the order is for {order.n_tokens} tokens, the split has {len(split)}")
-        self._split, self._order = split, order
+        self._split, self._order, self._document_start = split, order, document_start
 
     def batch(self, first_sample: int, size: int) -> Batch:
         """Samples `first_sample` to `first_sample + size - 1` of the run: [size, block_size]."""
@@ -63,7 +81,7 @@ class TrainWindows:
         windows = np.empty((size, time + 1), np.int64)  # [B, T + 1]
         for row, start in zip(windows, self._order.starts(first_sample, size), strict=True):
             row[:] = self._split.read(int(start), time + 1)
-        return _shifted(windows)
+        return _shifted(windows, self._document_start)
 
 
 class EvalWindows:
@@ -74,17 +92,19 @@ class EvalWindows:
             them hold every token of the split but the first as a target exactly once; the last one is shorter when the split
             ends within it, and its missing targets are `IGNORE`.
 
+    With `document_start`, a token's id, documents are told apart as in training, so that the loss is of the same task.
+
     Raises:
         UserError: if the split has fewer than two tokens.
     """
 
-    def __init__(self, split: TokenSplit, block_size: int, windows: int | None) -> None:
+    def __init__(self, split: TokenSplit, block_size: int, windows: int | None, document_start: int | None = None) -> None:
         if len(split) < 2:
             raise UserError(
                 f"the {split.name} split has {len(split)} tokens, but one prediction needs 2: "
                 "add text, or raise data.val_fraction"
             )
-        self._split, self._block_size = split, block_size
+        self._split, self._block_size, self._document_start = split, block_size, document_start
         self._available = -(-(len(split) - 1) // block_size)
         self.n = self._available if windows is None else min(windows, self._available)
 
@@ -96,13 +116,14 @@ class EvalWindows:
             start = sample * self._available // self.n * time
             count = min(time + 1, len(self._split) - start)
             row[:count] = self._split.read(start, count)
-        return _shifted(windows)
+        return _shifted(windows, self._document_start)
 
 
-def _shifted(windows: Int64s) -> Batch:
+def _shifted(windows: Int64s, document_start: int | None) -> Batch:
     """[B, T + 1] becomes inputs and targets of [B, T]; padding is no valid input, so it becomes token 0 there."""
-    inputs = np.where(windows[:, :-1] == IGNORE, 0, windows[:, :-1])
-    return Batch(torch.from_numpy(inputs), torch.from_numpy(np.ascontiguousarray(windows[:, 1:])))
+    inputs = torch.from_numpy(np.where(windows[:, :-1] == IGNORE, 0, windows[:, :-1]))
+    documents = None if document_start is None else document_bounds(inputs, document_start)
+    return Batch(inputs, torch.from_numpy(np.ascontiguousarray(windows[:, 1:])), documents)
 
 
 class Prefetcher:
@@ -136,7 +157,7 @@ class Prefetcher:
             for first, size in self._requests:
                 batch = self._source.batch(first, size)
                 if self._device.type == "cuda":
-                    batch = Batch(batch.inputs.pin_memory(), batch.targets.pin_memory())
+                    batch = batch.pinned()
                 if not self._put(batch):
                     return
         except BaseException as error:  # noqa: BLE001 (handed over, and raised by the consumer)
@@ -161,7 +182,7 @@ class Prefetcher:
             raise StopIteration
         item = self._ready.get()
         if isinstance(item, Batch):
-            return Batch(*(tensor.to(self._device, non_blocking=True) for tensor in item))
+            return item.to(self._device)
         self._ended = True
         if item is None:
             raise StopIteration

@@ -1,7 +1,8 @@
 """Loss, perplexity and bits per byte on a fixed set of windows, shared out over the processes.
 
 Sums are kept in float64, so that the figure does not depend on how the windows were divided. Bits per byte divides the
-loss by the bytes of the text rather than by its tokens, which makes models with different tokenizers comparable.
+loss by the bytes of the text rather than by its tokens, which makes models with different tokenizers comparable. Windows that
+keep documents apart (`data.document_mask`) are measured so.
 """
 
 import math
@@ -80,9 +81,10 @@ def evaluate_loss(
             start = first + context.rank * batch_size
             size = min(batch_size, windows.n - start)
             if size > 0:
-                inputs, targets = (part.to(context.device) for part in windows.batch(start, size))
+                batch = windows.batch(start, size).to(context.device)
+                inputs, targets = batch.inputs, batch.targets
                 with torch.no_grad(), precision.autocast():
-                    losses = model(inputs, targets, reduction="none")
+                    losses = model(inputs, targets, reduction="none", **batch.known())
                 counted = targets != IGNORE
                 totals[0] += (
                     losses.double().sum().to(totals.device) if losses.device.type != "mps" else losses.sum().cpu().double()

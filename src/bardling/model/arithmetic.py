@@ -171,6 +171,12 @@ def is_blocked(time: int, window: int) -> bool:
     return time > 2 * window and time % window == 0
 
 
+def is_varlen(device_type: str, precision: str, head_dim: int, dropout: float) -> bool:
+    """Whether attention within documents has a kernel for varying lengths, and needs no mask: see `model/documents.py`."""
+    narrow = precision in ("bfloat16", "float16")
+    return device_type == "cuda" and narrow and not dropout and head_dim % 8 == 0 and head_dim <= 256
+
+
 def scores_computed(time: int, window: int | None) -> int:
     """Pairs of a query and a key, per head, whose score is computed for a sequence of `time` tokens."""
     if window is None or not is_blocked(time, window):
@@ -291,6 +297,7 @@ def activation_bytes(
     context: int | None = None,
     fp8: bool = False,
     recompute: str = "none",
+    document_mask: bool = False,
 ) -> ActivationBytes:
     """Work out the memory of the activations of one forward pass.
 
@@ -329,6 +336,8 @@ def activation_bytes(
         context: Tokens per sequence; unset takes block_size.
         fp8: Whether the linear layers of blocks are computed in float8.
         recompute: 'none', or 'blocks' for `train.recompute`.
+        document_mask: `data.document_mask`: where there is no kernel for documents, s bytes for each score of a sequence come
+            on top, once for all layers.
     """
     t = _context(config, context)
     c, rows = config.n_embd, config.padded_vocab_size
@@ -358,6 +367,11 @@ def activation_bytes(
     matrices += s * c * (2 * made.query_width + 2 * made.kv_width + made.fc_width + made.mlp_hidden)
     logits = min(tokens * rows * FLOAT32_BYTES, LOGIT_CHUNK_BYTES.get(device_type, LOGIT_CHUNK_BYTES["cpu"]))
     places = 8 * t if made.positions == "learned" else 2 * t * made.head_dim * s  # their ids, or their cosines and sines
+    if document_mask:
+        places += 16 * t * micro_batch  # each token's place in its document, and the document's number
+        if not is_varlen(device_type, precision, made.head_dim, config.dropout):
+            kinds = {made.window(layer) for layer in range(config.n_layer)}
+            places += micro_batch * s * sum(scores_computed(t, window) for window in kinds)
     copies = matrices if narrow else 0
     blocks, again = sum(layers), 0
     if recompute == "blocks":

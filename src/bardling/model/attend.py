@@ -10,6 +10,8 @@ compute all scores and mask.
 Shapes: B batch, H query heads, K key and value heads, T queries, S keys, D channels of a head.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,22 +20,31 @@ from bardling.model.arithmetic import EXPLICIT_LENGTH, is_blocked
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causal: bool = True, dropout: float = 0.0) -> Tensor:
-    """Attention of q [B, H, T, D] to k, v [B, K, S, D], each of the K heads shared by H / K neighbouring query heads."""
-    if mask is None and causal and q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.size(2) <= EXPLICIT_LENGTH:
-        return _attend_explicitly(q, k, v, dropout)
+    """Attention of q [B, H, T, D] to k, v [B, K, S, D], each of the K heads shared by H / K neighbouring query heads.
+
+    Args:
+        mask: [B or 1, 1, T, S]: true where a query sees a key; or in the dtype of q, what is added to scores.
+        causal: a token sees itself and what is before it; only without a mask.
+    """
+    plain = mask.dtype == q.dtype and k.size(2) == q.size(2) if mask is not None else causal
+    if plain and q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.size(2) <= EXPLICIT_LENGTH:
+        return _attend_explicitly(q, k, v, mask, dropout)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=q.size(1) != k.size(1)
     )
 
 
-def _attend_explicitly(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-    """Causal attention by way of all scores: q [B, H, T, D], k and v [B, K, T, D]."""
+def _attend_explicitly(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """Attention by way of all scores: q [B, H, T, D], k and v [B, K, T, D]; causal unless there is a mask [B, 1, T, T]."""
     batch, heads, time, width = q.shape
     shared = heads // k.size(1)
     # Query heads that share keys stand one below the other, so that each group is one matrix product.
     queries = q.reshape(-1, shared * time, width)  # [B * K, shared * T, D]
     keys, values = k.reshape(-1, time, width), v.reshape(-1, time, width)  # [B * K, T, D]
-    future = torch.full((time, time), -torch.inf, dtype=q.dtype).triu(1).repeat(shared, 1)  # [shared * T, T]
+    if mask is None:
+        future = torch.full((time, time), -torch.inf, dtype=q.dtype).triu(1).repeat(shared, 1)  # [shared * T, T]
+    else:
+        future = mask[:, None].expand(-1, k.size(1), shared, -1, -1).reshape(-1, shared * time, time)  # [B * K, shared * T, T]
     scores = torch.baddbmm(future, queries, keys.transpose(1, 2), alpha=width**-0.5)
     # Autocast would have the softmax read and write float32, though its kernel computes in it anyway.
     with torch.autocast("cpu", enabled=False):
@@ -42,20 +53,34 @@ def _attend_explicitly(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tenso
         return torch.bmm(weights, values).view(batch, heads, time, width)
 
 
-def attend_window(q: Tensor, k: Tensor, v: Tensor, window: int, *, dropout: float = 0.0) -> Tensor:
-    """Causal attention of q [B, H, T, D] to k, v [B, K, T, D] in which a token sees itself and the `window` - 1 before it."""
+class WindowMasks(NamedTuple):
+    """Masks that take the place of a window's own, as `attend` takes them."""
+
+    first: Tensor | None  # [B, 1, w, w], of the first block; None where blocks are not used
+    rest: Tensor  # [B * blocks, 1, w, 2w], of the other blocks; or of all at once, [B, 1, T, T]
+
+
+def attend_window(
+    q: Tensor, k: Tensor, v: Tensor, window: int, *, masks: WindowMasks | None = None, dropout: float = 0.0
+) -> Tensor:
+    """Causal attention of q [B, H, T, D] to k, v [B, K, T, D] in which a token sees itself and the `window` - 1 before it; with
+    `masks`, of these those that they allow (the window is then below T)."""
     time = q.size(2)
     if window >= time:
         return attend(q, k, v, dropout=dropout)
     slots = torch.arange(time, device=q.device)
     if not is_blocked(time, window):
-        return attend(q, k, v, mask=band(slots[:, None], slots, window), causal=False, dropout=dropout)
-    first = attend(q[:, :, :window], k[:, :, :window], v[:, :, :window], dropout=dropout)  # [B, H, w, D]
+        mask = band(slots[:, None], slots, window) if masks is None else masks.rest
+        return attend(q, k, v, mask=mask, causal=False, dropout=dropout)
+    start = None if masks is None else masks.first
+    near = (x[:, :, :window] for x in (q, k, v))
+    first = attend(*near, mask=start, causal=start is None, dropout=dropout)  # [B, H, w, D]
     blocks = time // window - 1
     queries = _blocks(q[:, :, window:], blocks)  # [B * blocks, H, w, D]
     keys = torch.cat([_blocks(k[:, :, :-window], blocks), _blocks(k[:, :, window:], blocks)], dim=2)  # [B * blocks, K, 2w, D]
     values = torch.cat([_blocks(v[:, :, :-window], blocks), _blocks(v[:, :, window:], blocks)], dim=2)
-    mask = band(slots[window : 2 * window, None], slots[: 2 * window], window)  # [w, 2w]
+    # [w, 2w], or for each block
+    mask = band(slots[window : 2 * window, None], slots[: 2 * window], window) if masks is None else masks.rest
     rest = attend(queries, keys, values, mask=mask, causal=False, dropout=dropout)
     rest = rest.view(-1, blocks, *rest.shape[1:]).transpose(1, 2).flatten(2, 3)  # [B, H, blocks * w, D]
     return torch.cat([first, rest], dim=2)

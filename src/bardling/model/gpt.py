@@ -38,6 +38,7 @@ from bardling.architecture import Architecture
 from bardling.config import ModelConfig
 from bardling.model.attend import attend, attend_window
 from bardling.model.cache import CacheStep, KVCache
+from bardling.model.documents import Packed, attend_packed, pack
 from bardling.model.init import crop_positions, init_weights, require_positions
 from bardling.model.layers import Embedding, Linear, RMSNorm, few_rows, is_few, make_norm, rms_norm, squared_relu, swiglu
 from bardling.model.loss import head_loss, soft_cap
@@ -71,6 +72,7 @@ class CausalSelfAttention(nn.Module):
         layer: int,
         turn: Rotation | None = None,
         embedded: Tensor | None = None,
+        packed: Packed | None = None,
     ) -> Tensor:
         qkv = self.c_attn(x)
         qkv = qkv.view(*qkv.shape[:2], -1, self.head_dim)  # [B, T, H + 2K, D]
@@ -88,6 +90,8 @@ class CausalSelfAttention(nn.Module):
             k, v = cache.write(layer, step, k, v)  # [B, K, S, D]
             mask, causal = step.view(self.window)
             y = attend(q, k, v, mask=mask, causal=causal, dropout=dropout)  # [B, H, T, D]
+        elif packed is not None:
+            y = attend_packed(q, k, v, packed, self.window, dropout=dropout)
         elif self.window is None:
             y = attend(q, k, v, dropout=dropout)
         else:
@@ -148,8 +152,9 @@ class Block(nn.Module):
         layer: int,
         turn: Rotation | None = None,
         embedded: Tensor | None = None,
+        packed: Packed | None = None,
     ) -> Tensor:
-        x = x + self.attn(self.ln_1(x), cache, step, layer, turn, embedded)
+        x = x + self.attn(self.ln_1(x), cache, step, layer, turn, embedded, packed)
         x = x + self.mlp(self.ln_2(x))
         return x
 
@@ -171,14 +176,17 @@ class Transformer(nn.Module):
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = make_norm(made)
 
-    def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, cache: KVCache | None = None, documents: Tensor | None = None) -> Tensor:
         batch, time = tokens.shape
         step = cache.plan(batch, time, tokens.device) if cache is not None else None
         positions = step.positions if step is not None else torch.arange(time, device=tokens.device)
         x = self.wte(tokens)  # [B, T, C]
-        turn = None
+        turn = packed = None
+        if documents is not None:
+            dropout = self.dropout if self.training else 0.0
+            packed = pack(documents, batch, time, self.made, _product_dtype(x), dropout=dropout)
         if self.made.positions == "learned":
-            x = x + self.wpe(positions)
+            x = x + self.wpe(positions if packed is None else packed.positions)
         else:
             turn = rotation(positions, self.made.head_dim, self.made.rope_theta, _product_dtype(x))
         if self.training and self.dropout:
@@ -187,7 +195,7 @@ class Transformer(nn.Module):
         again = self.recompute and cache is None and torch.is_grad_enabled()
         for layer, block in enumerate(self.h):
             table = self.made.value_table(layer)
-            inputs = (x, cache, step, layer, turn, None if table is None else embedded[table])
+            inputs = (x, cache, step, layer, turn, None if table is None else embedded[table], packed)
             if again:  # the state of the random numbers is kept where the same masks of dropout must be drawn again
                 x = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=self.training and self.dropout > 0)
             else:
@@ -237,18 +245,21 @@ class GPT(nn.Module):
     def recompute(self, value: bool) -> None:
         self.transformer.recompute = value
 
-    def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Final hidden states [B, T, C] of `tokens` [B, T]; with a cache, of tokens that follow the cached ones.
+    def hidden(self, tokens: Tensor, cache: KVCache | None = None, documents: Tensor | None = None) -> Tensor:
+        """Final hidden states [B, T, C] of `tokens` [B, T]; with a cache, of tokens that follow the cached ones; with
+        documents, of tokens that see only their own, as `forward` says.
 
         Raises:
-            ValueError: more tokens than `config.block_size`, or than the cache has room for.
+            ValueError: more tokens than `config.block_size`, or than the cache has room for; or both of cache and documents.
         """
+        if cache is not None and documents is not None:
+            raise ValueError("a cache holds one document a row: give either a cache or documents")
         if tokens.size(1) > self.config.block_size:
             raise ValueError(
                 f"{tokens.size(1)} tokens are more than model.block_size = {self.config.block_size}: "
                 "shorten the input, or build the model with a larger block_size"
             )
-        hidden: Tensor = self.transformer(tokens, cache)
+        hidden: Tensor = self.transformer(tokens, cache, documents)
         return hidden
 
     @property
@@ -284,6 +295,7 @@ class GPT(nn.Module):
         reduction: Literal["sum", "none"] = "sum",
         cache: KVCache | None = None,
         last_only: bool = False,
+        documents: Tensor | None = None,
     ) -> Tensor:
         """Loss of `targets`, or logits when there are none.
 
@@ -293,6 +305,8 @@ class GPT(nn.Module):
             reduction: "sum" for the loss summed over targets (nats), "none" for that of each target.
             cache: keys and values of the tokens before these; it takes in these too.
             last_only: logits of the last position only, [B, 1, V].
+            documents: int32 [N + 1], where each document begins among the B * T tokens laid end to end, then B * T once or more
+                (`data/packing.py`). A token then sees only its own document, and the loss is that of each document alone.
 
         Returns:
             float32 loss, a scalar or [B, T]; without targets, float32 logits [B, T, V].
@@ -300,7 +314,7 @@ class GPT(nn.Module):
         Raises:
             ValueError: more tokens than `config.block_size`, or than the cache has room for.
         """
-        hidden = self.hidden(tokens, cache)
+        hidden = self.hidden(tokens, cache, documents)
         if targets is None:
             return self.head(hidden[:, -1:] if last_only else hidden)
         return head_loss(

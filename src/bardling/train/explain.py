@@ -36,12 +36,20 @@ class Explainer:
     Args:
         order: of the data, before anything is passed over.
         micro_batch: windows in a forward pass.
+        document_start: token that opens a document, where documents are kept apart.
     """
 
     def __init__(
-        self, dataset: TokenDataset, order: WindowOrder, *, device: torch.device, precision: Precision, micro_batch: int
+        self,
+        dataset: TokenDataset,
+        order: WindowOrder,
+        *,
+        device: torch.device,
+        precision: Precision,
+        micro_batch: int,
+        document_start: int | None = None,
     ) -> None:
-        self._source, self._tracer = TrainWindows(dataset.split("train"), order), Tracer(dataset, order)
+        self._source, self._tracer = TrainWindows(dataset.split("train"), order, document_start), Tracer(dataset, order)
         self._device, self._precision, self._micro_batch = device, precision, micro_batch
 
     def windows(self, state: TrainState, ranges: list[Range], context: int | None = None) -> list[dict[str, Any]]:
@@ -62,10 +70,10 @@ class Explainer:
 
     def _losses(self, state: TrainState, first: int, count: int, context: int | None, reduction: str = "none") -> Tensor:
         """[count, block_size], or their sum."""
-        whole = self._source.batch(first, count)
+        whole = self._source.batch(first, count).to(self._device)
         batch = cut(whole, context or whole.inputs.size(1))
         with self._precision.autocast():
-            losses: Tensor = state.model(batch.inputs.to(self._device), batch.targets.to(self._device), reduction=reduction)
+            losses: Tensor = state.model(batch.inputs, batch.targets, reduction=reduction, **batch.known())
         return losses.reshape(whole.inputs.shape) if reduction == "none" else losses
 
     def _describe(self, sample: int, losses: Tensor) -> dict[str, Any]:

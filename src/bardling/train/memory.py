@@ -95,10 +95,14 @@ class Passes:
                     torch.empty(torch.cuda.get_device_properties(device).total_memory // 33, dtype=torch.uint8, device=device)
                 )
             tokens = torch.randint(vocab, (micro_batch, length), device=device)
+            known = {}
+            if self.config.data.document_mask:  # every window one document, which needs no less than several
+                bounds = torch.arange(micro_batch + 1, device=device, dtype=torch.int32) * length
+                known = {"documents": bounds}
             model.train()
             begin = time.perf_counter()
             with self.precision.autocast():
-                loss = model(tokens, tokens, reduction="sum")
+                loss = model(tokens, tokens, reduction="sum", **known)
             loss.backward()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
@@ -156,6 +160,7 @@ class Passes:
             device_type=device_type,
             fp8=self.config.fp8,
             recompute=self.config.train.recompute,
+            document_mask=self.config.data.document_mask,
         )
         return made.blocks + made.ends + made.again
 

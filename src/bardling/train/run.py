@@ -20,6 +20,7 @@ from bardling.checkpoint.space import check_space
 from bardling.config import RunConfig, SampleConfig
 from bardling.data.loader import EvalWindows, Prefetcher, TrainWindows
 from bardling.data.order import WindowOrder
+from bardling.data.packing import document_start
 from bardling.distributed.context import Context, distributed
 from bardling.distributed.device import device_name, prepare_backend
 from bardling.distributed.watch import FOREVER, LONG
@@ -134,6 +135,7 @@ class _Run:
         resolved = resolve(config, self.dataset, self.tokenizer, self.start, context)
         self.config, self.precision, self.peak = resolved.config, resolved.precision, resolved.peak_flops
         self.compile_why, self.changes = resolved.compile_why, [*changes, *resolved.changes]
+        self.start_id = document_start(self.config.data.document_mask, self.dataset, self.tokenizer)
         self.plan: TrainPlan = make_plan(self.config.train, self.config.model.block_size, context.world_size)
         self.order = WindowOrder(self.config.seed, len(self.dataset.split("train")), self.config.model.block_size)
 
@@ -310,7 +312,7 @@ class _Run:
             Validate(
                 monitor,
                 timer,
-                EvalWindows(self.dataset.split("val"), config.model.block_size, config.eval.windows),
+                EvalWindows(self.dataset.split("val"), config.model.block_size, config.eval.windows, self.start_id),
                 every=config.eval.every,
                 last=last,
                 batch_size=plan.micro_batch,
@@ -356,7 +358,7 @@ class _Run:
             hooks.insert(0, Deadline(deadline, last, context, began=self.began, ending=ending, changed=monitor.planned))
         forward = wrap(state.model, compiled=config.compile == "on", context=context)
         while True:
-            source = TrainWindows(self.dataset.split("train"), guard.order)
+            source = TrainWindows(self.dataset.split("train"), guard.order, self.start_id)
             ahead = plan.steps - state.step if deadline is None else FAR
             requests = plan.requests(state.samples, ahead, context.rank, state.step)
             try:
@@ -392,7 +394,12 @@ class _Run:
     def _guard(self, state: TrainState, monitor: RunMonitor) -> Guard:
         context, rollbacks = self.context, rollbacks_of(self.folder, state, self.context)
         explainer = Explainer(
-            self.dataset, self.order, device=context.device, precision=self.precision, micro_batch=self.plan.micro_batch
+            self.dataset,
+            self.order,
+            device=context.device,
+            precision=self.precision,
+            micro_batch=self.plan.micro_batch,
+            document_start=self.start_id,
         )
         return Guard(
             self.config.guard,

@@ -61,7 +61,8 @@ def train_step(
     """Update `state` by one step on `batches`, this process's share of it.
 
     Args:
-        forward: `state.model`, or its compiled or distributed wrapper: (inputs, targets, reduction="sum") -> summed loss.
+        forward: `state.model`, or its compiled or distributed wrapper: (inputs, targets, reduction="sum") -> summed loss; it
+            gets `documents` too where a batch has them.
         lr: learning rate of this step.
         grad_clip: largest gradient norm; 0 for no clipping.
         bytes_per_token: [vocab] UTF-8 bytes of each token, to measure bits per byte.
@@ -87,7 +88,7 @@ def train_step(
         context.doing(f"pass {number + 1} of {len(batches)} of step {state.step + 1}")
         with contextlib.nullcontext() if last or not isinstance(forward, DistributedDataParallel) else forward.no_sync():
             with precision.autocast():
-                loss = forward(batch.inputs, batch.targets, reduction="sum")
+                loss = forward(batch.inputs, batch.targets, reduction="sum", **batch.known())
             # DDP averages gradients over the processes; the factor makes that the sum which the division by all tokens needs.
             scaled = loss * (context.world_size / tokens)
             (scaled if state.scaler is None else state.scaler.scale(scaled)).backward()
