@@ -367,6 +367,7 @@ def activation_bytes(
     matrices += s * c * (2 * made.query_width + 2 * made.kv_width + made.fc_width + made.mlp_hidden)
     logits = min(tokens * rows * FLOAT32_BYTES, LOGIT_CHUNK_BYTES.get(device_type, LOGIT_CHUNK_BYTES["cpu"]))
     places = 8 * t if made.positions == "learned" else 2 * t * made.head_dim * s  # their ids, or their cosines and sines
+    final = s if device_type == "cpu" and made.norm == "rmsnorm" else FLOAT32_BYTES  # as `model/layers.py` writes it out there
     if document_mask:
         places += 16 * t * micro_batch  # each token's place in its document, and the document's number
         if not is_varlen(device_type, precision, made.head_dim, config.dropout):
@@ -380,7 +381,7 @@ def activation_bytes(
     return ActivationBytes(
         blocks=blocks,
         # Ids of tokens and positions; then the final norm, and the gradients of its output and of the head's weight.
-        ends=8 * tokens + places + tokens * (mask + norm + c * FLOAT32_BYTES) + rows * c * FLOAT32_BYTES,
+        ends=8 * tokens + places + tokens * (mask + norm + c * final) + rows * c * FLOAT32_BYTES,
         weight_copies=copies * config.n_layer,
         # Logits and their softmax (and what capped them); the final norm's output in float32 and as the product reads it; the
         # head's weight likewise.
