@@ -154,7 +154,7 @@ def test_activations_grow_with_the_batch_and_logits_only_up_to_a_chunk() -> None
 
 
 def test_logit_chunks_are_those_of_the_loss() -> None:
-    assert arithmetic.LOGIT_CHUNK_BYTES == loss.CHUNK_BYTES
+    assert (arithmetic.LOGIT_CHUNK_BYTES, arithmetic.LOGIT_SLOPE_BYTES) == (loss.CHUNK_BYTES, loss.SLOPE_BYTES)
 
 
 def test_unknown_vocabulary_and_bad_context_are_refused() -> None:

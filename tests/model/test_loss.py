@@ -28,12 +28,12 @@ def plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none", ignore_index=-100).view(targets.shape)
 
 
-@pytest.fixture(params=[1, 3, 7])
+@pytest.fixture(params=[(1, 1), (3, 1), (4, 2), (7, 7)])
 def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Have 50 tokens cut into about this many chunks."""
-    limit = -(-50 * VOCAB * 4 // request.param)
-    monkeypatch.setattr(loss_module, "CHUNK_BYTES", {"cpu": limit})
-    return int(request.param)
+    """Have 50 tokens cut into about this many chunks, whose slopes are used in about this many groups."""
+    for name, count in zip(("CHUNK_BYTES", "SLOPE_BYTES"), request.param, strict=True):
+        monkeypatch.setattr(loss_module, name, {"cpu": -(-50 * VOCAB * 4 // count)})
+    return int(request.param[0])
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])

@@ -30,7 +30,8 @@ BACKWARD_PER_FORWARD = 2  # each product has two in the backward pass: one for i
 EXPLICIT_LENGTH = 256
 """Up to this many tokens, bfloat16 on a CPU computes all scores: PyTorch's fused kernel, with its slow backward pass, takes
 1.2 to 5 times as long (measured on AVX-512-BF16); for longer contexts and in float32 the fused kernel wins."""
-LOGIT_CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 512 << 20}  # most float32 logits at a time, as `model/loss.py` has it
+LOGIT_CHUNK_BYTES = {"cpu": 24 << 20, "cuda": 512 << 20}  # most float32 logits at a time, as `model/loss.py` has it
+LOGIT_SLOPE_BYTES = {"cpu": 128 << 20, "cuda": 256 << 20}  # most of their slopes at a time, likewise
 
 
 @dataclass(frozen=True)
@@ -273,7 +274,7 @@ class ActivationBytes:
     """Copies of the blocks' matrices in the lower precision, which autocast makes; 0 in float32. Held in the forward pass, and
     in the backward pass by blocks that keep their activations."""
     head: int
-    """What the head needs for a moment, while the rest is held: one chunk of logits and its probabilities."""
+    """What the head needs for a moment, while the rest is held: one chunk of logits, and the slopes of several."""
     again: int = 0
     """What one block makes again in the backward pass, with its gradients; 0 where blocks keep their activations."""
 
@@ -366,6 +367,7 @@ def activation_bytes(
     narrow = precision != "float32"
     matrices += s * c * (2 * made.query_width + 2 * made.kv_width + made.fc_width + made.mlp_hidden)
     logits = min(tokens * rows * FLOAT32_BYTES, LOGIT_CHUNK_BYTES.get(device_type, LOGIT_CHUNK_BYTES["cpu"]))
+    slopes = min(tokens * rows * s, LOGIT_SLOPE_BYTES.get(device_type, LOGIT_SLOPE_BYTES["cpu"]))
     places = 8 * t if made.positions == "learned" else 2 * t * made.head_dim * s  # their ids, or their cosines and sines
     final = s if device_type == "cpu" and made.norm == "rmsnorm" else FLOAT32_BYTES  # as `model/layers.py` writes it out there
     if document_mask:
@@ -383,9 +385,12 @@ def activation_bytes(
         # Ids of tokens and positions; then the final norm, and the gradients of its output and of the head's weight.
         ends=8 * tokens + places + tokens * (mask + norm + c * final) + rows * c * FLOAT32_BYTES,
         weight_copies=copies * config.n_layer,
-        # Logits and their softmax (and what capped them); the final norm's output in float32 and as the product reads it; the
-        # head's weight likewise.
-        head=(3 if made.logit_softcap else 2) * logits + tokens * c * (FLOAT32_BYTES + s) + (rows * c * s if narrow else 0),
+        # Logits and their softmax (and what capped them), and the slopes of some chunks; the final norm's output in float32 and
+        # as the product reads it; the head's weight likewise.
+        head=(3 if made.logit_softcap else 2) * logits
+        + slopes
+        + tokens * c * (FLOAT32_BYTES + s)
+        + (rows * c * s if narrow else 0),
         again=again,
     )
 

@@ -26,9 +26,16 @@ from torch import Tensor
 IGNORE = -100
 """Target of a position that has no loss, as in `torch.nn.functional.cross_entropy`."""
 
-CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 512 << 20}
-"""Most bytes of a chunk's float32 logits, by device type. Smaller chunks cost time, because each adds to the whole gradient of
-the weight: on 2 CPU cores and GPT-2's vocabulary 32 MB took up to twice as long as 128 MB."""
+CHUNK_BYTES = {"cpu": 24 << 20, "cuda": 512 << 20}
+"""Most bytes of a chunk's float32 logits, by device type; on a CPU, what the C library hands out again without asking the
+system (`prepare_backend`)."""
+
+SLOPE_BYTES = {"cpu": 128 << 20, "cuda": 256 << 20}
+"""Most bytes of the slopes of several chunks, in the dtype of the matrix products. Chunks share what they cause the weight's
+gradient, which is large: with GPT-2's vocabulary on 2 CPU cores, adding each chunk to it took twice as long."""
+
+_ROWS = 4096
+"""Rows of the weight's gradient that a CPU adds to at a time, so that they are in its cache meanwhile."""
 
 
 def head_loss(
@@ -105,20 +112,27 @@ class _SummedLoss(torch.autograd.Function):
             total = torch.zeros((), dtype=wide, device=hidden.device)
             hidden_grads: list[Tensor] = []
             weight_grad = torch.zeros_like(weight, dtype=wide) if want_weight else None
-            for part in _chunks(hidden.size(0), rows, device):
-                chunk, answer = inputs[part], ids[part]  # [C, E], [C, 1]
-                logits, squashed = _logits(chunk, head, vocab_size, wide, softcap)
-                logp = F.log_softmax(logits, dim=1)  # [C, V]
-                found = logp.gather(1, answer)  # [C, 1]
-                total -= (found if counted is None else found * counted[part]).sum()
-                slope = logp.exp_().scatter_add_(1, answer, torch.full_like(found, -1.0))
-                if squashed is not None:
-                    slope.mul_(squashed.square_().neg_().add_(1))  # 1 - tanh^2
-                slope = slope.to(dtype)
+            for group in _chunks(hidden.size(0), rows * dtype.itemsize, _limit(SLOPE_BYTES, device)):
+                parts = _chunks(group.stop - group.start, rows * wide.itemsize, _limit(CHUNK_BYTES, device), group.start)
+                slopes = None if len(parts) == 1 else inputs.new_empty(group.stop - group.start, rows)  # [G, V]
+                for part in parts:
+                    answer = ids[part]  # [C, 1]
+                    logits, squashed = _logits(inputs[part], head, vocab_size, wide, softcap)
+                    logp = F.log_softmax(logits, dim=1)  # [C, V]
+                    found = logp.gather(1, answer)  # [C, 1]
+                    total -= (found if counted is None else found * counted[part]).sum()
+                    slope = logp.exp_().scatter_add_(1, answer, torch.full_like(found, -1.0))
+                    if squashed is not None:
+                        slope.mul_(squashed.square_().neg_().add_(1))  # 1 - tanh^2
+                    if slopes is None:
+                        slopes = slope.to(dtype)
+                    else:
+                        slopes[part.start - group.start : part.stop - group.start] = slope
+                assert slopes is not None
                 if want_hidden:
-                    hidden_grads.append((slope @ head).to(hidden.dtype))
+                    hidden_grads.append((slopes @ head).to(hidden.dtype))
                 if weight_grad is not None:
-                    _accumulate(weight_grad[:rows], slope.t(), chunk)
+                    _accumulate(weight_grad[:rows], slopes.t(), inputs[group])
             hidden_grad = _joined(hidden_grads) if want_hidden else None
             if hidden_grad is not None and counted is not None:
                 hidden_grad *= counted
@@ -135,11 +149,11 @@ class _SummedLoss(torch.autograd.Function):
 
 def _losses(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, dtype: torch.dtype, softcap: float) -> Tensor:
     """Loss of each token [N], without gradients."""
-    wide, out = _wide(hidden.dtype), []
-    with torch.autocast(hidden.device.type, enabled=False):
+    wide, out, device = _wide(hidden.dtype), [], hidden.device.type
+    with torch.autocast(device, enabled=False):
         rows = _used_rows(weight, vocab_size)
         head = weight[:rows].to(dtype)
-        for part in _chunks(hidden.size(0), rows, hidden.device.type):
+        for part in _chunks(hidden.size(0), rows * wide.itemsize, _limit(CHUNK_BYTES, device)):
             logits, _ = _logits(hidden[part].to(dtype), head, vocab_size, wide, softcap)
             out.append(F.cross_entropy(logits, targets[part], ignore_index=IGNORE, reduction="none"))
     return _joined(out)
@@ -179,15 +193,24 @@ def _matmul(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
         return a @ b
     if a.device.type == "cuda":
         return torch.mm(a, b, out_dtype=wide)
+    return _product(a, b, wide).to(wide)
+
+
+def _product(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
+    """`a @ b` of narrow operands, in their dtype where that has `wide`'s range."""
     if a.dtype == torch.float16:
         return a.to(wide) @ b.to(wide)  # sums over tokens can pass 65504, float16's largest number
-    return (a @ b).to(wide)
+    return a @ b
 
 
 def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
     """`total += a @ b`, in place."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
+    elif a.device.type == "cpu" and not torch.compiler.is_compiling():
+        # In parts that are added while the processor's cache still has them.
+        for rows in (slice(start, start + _ROWS) for start in range(0, total.size(0), _ROWS)):
+            total[rows].add_(_product(a[rows], b, total.dtype))
     else:
         total.add_(_matmul(a, b, total.dtype))
 
@@ -196,9 +219,12 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _chunks(tokens: int, vocab: int, device_type: str) -> list[slice]:
-    """Equal portions of the tokens, in multiples of 16, whose logits keep to `CHUNK_BYTES`."""
-    limit = CHUNK_BYTES.get(device_type, CHUNK_BYTES["cpu"])
-    count = max(1, -(-tokens * vocab * 4 // limit))
+def _limit(bytes_by_device: dict[str, int], device_type: str) -> int:
+    return bytes_by_device.get(device_type, bytes_by_device["cpu"])
+
+
+def _chunks(tokens: int, bytes_per_token: int, limit: int, first: int = 0) -> list[slice]:
+    """Equal portions of `tokens` tokens from number `first` on, in multiples of 16, of at most `limit` bytes."""
+    count = max(1, -(-tokens * bytes_per_token // limit))
     size = -(-tokens // (16 * count)) * 16 if count > 1 else max(tokens, 1)
-    return [slice(start, min(start + size, tokens)) for start in range(0, max(tokens, 1), size)]
+    return [slice(first + start, first + min(start + size, tokens)) for start in range(0, max(tokens, 1), size)]
