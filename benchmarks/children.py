@@ -54,6 +54,7 @@ class Spec:
     run_steps: int = 5000  # of the run for which 'auto' decides
     fast: bool = False  # plain: as on a GPU
     without: tuple[str, ...] = ()
+    recompute: str = "none"  # of ours
     path: str = ""  # nanogpt: the checkout
     lr: float = 1e-3
 

@@ -98,7 +98,12 @@ def run_ours(spec: Spec, desk: Desk) -> None:
             compile="on" if compiled else "off",
             model=spec.config,
             optim=OptimConfig(lr=spec.lr, warmup_steps=0, schedule="constant"),
-            train=TrainConfig(steps=spec.run_steps, batch_size=spec.batch * spec.accumulation, micro_batch=spec.batch),
+            train=TrainConfig(
+                steps=spec.run_steps,
+                batch_size=spec.batch * spec.accumulation,
+                micro_batch=spec.batch,
+                recompute=spec.recompute,  # type: ignore[arg-type]
+            ),
         )
         state = build_state(config, context)
         if "fused-optimizer" in without:

@@ -17,7 +17,7 @@ from bardling.model.attend import attend_window
 from bardling.model.cache import KVCache
 from bardling.model.gpt import GPT
 from bardling.model.init import init_weights
-from bardling.model.layers import rms_norm, swiglu
+from bardling.model.layers import Linear, rms_norm, swiglu
 from bardling.model.loss import head_loss, soft_cap
 from bardling.model.rotary import rotate, rotation
 
@@ -395,3 +395,21 @@ def test_swiglu_has_the_gradient_of_its_formula() -> None:
     gate, up = x.chunk(2, dim=-1)
     torch.testing.assert_close(swiglu(x), gate * torch.sigmoid(gate) * up)
     assert torch.autograd.gradcheck(swiglu, (x,))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_large_matrices_under_autocast_give_what_small_ones_do(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    layer, x, above = Linear(24, 40, bias=bias), torch.randn(3, 5, 24, requires_grad=True), torch.randn(3, 5, 40)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+    found = []
+    for entries in (10**9, 1):
+        monkeypatch.setattr("bardling.model.layers.CAST_AGAIN_ENTRIES", entries)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            product = layer(x)
+        found.append((product, *torch.autograd.grad(product.float(), (x, *layer.parameters()), above)))
+    for usual, lean in zip(*found, strict=True):
+        assert usual.dtype == lean.dtype
+        torch.testing.assert_close(lean, usual, rtol=2e-2, atol=2e-2)
+    assert type(found[1][0].grad_fn).__name__ == "_LeanLinearBackward"

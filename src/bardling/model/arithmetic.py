@@ -30,6 +30,8 @@ BACKWARD_PER_FORWARD = 2  # each product has two in the backward pass: one for i
 EXPLICIT_LENGTH = 256
 """Up to this many tokens, bfloat16 on a CPU computes all scores: PyTorch's fused kernel, with its slow backward pass, takes
 1.2 to 5 times as long (measured on AVX-512-BF16); for longer contexts and in float32 the fused kernel wins."""
+CAST_AGAIN_ENTRIES = 1 << 18
+"""From this size on, a CPU makes a matrix' copy in the lower precision again in the backward pass instead of keeping it."""
 LOGIT_CHUNK_BYTES = {"cpu": 24 << 20, "cuda": 512 << 20}  # most float32 logits at a time, as `model/loss.py` has it
 LOGIT_SLOPE_BYTES = {"cpu": 128 << 20, "cuda": 256 << 20}  # most of their slopes at a time, likewise
 
@@ -365,7 +367,8 @@ def activation_bytes(
 
     layers = [block(layer) for layer in range(config.n_layer)]
     narrow = precision != "float32"
-    matrices += s * c * (2 * made.query_width + 2 * made.kv_width + made.fc_width + made.mlp_hidden)
+    sizes = [i * o for _, i, o in block_matrices(config).values()]
+    matrices += s * sum(size for size in sizes if device_type != "cpu" or size < CAST_AGAIN_ENTRIES)
     logits = min(tokens * rows * FLOAT32_BYTES, LOGIT_CHUNK_BYTES.get(device_type, LOGIT_CHUNK_BYTES["cpu"]))
     slopes = min(tokens * rows * s, LOGIT_SLOPE_BYTES.get(device_type, LOGIT_SLOPE_BYTES["cpu"]))
     places = 8 * t if made.positions == "learned" else 2 * t * made.head_dim * s  # their ids, or their cosines and sines

@@ -230,6 +230,7 @@ class GPT(nn.Module):
             raise ValueError("model.vocab_size = 0: the vocabulary's size must be known before the model is built")
         self.config = config
         self.transformer = Transformer(config)
+        self.transformer.wte.is_head = self.transformer.made.tied
         if not self.transformer.made.tied:
             self.lm_head = Linear(config.n_embd, config.padded_vocab_size, bias=False)
         if seed is not None and not self.transformer.wte.weight.is_meta:
@@ -317,6 +318,10 @@ class GPT(nn.Module):
         hidden = self.hidden(tokens, cache, documents)
         if targets is None:
             return self.head(hidden[:, -1:] if last_only else hidden)
+        return self.loss(hidden, targets, reduction)
+
+    def loss(self, hidden: Tensor, targets: Tensor, reduction: Literal["sum", "none"] = "sum") -> Tensor:
+        """Loss of `targets` [B, T] by the final hidden states [B, T, C], as `forward` returns it."""
         return head_loss(
             hidden,
             self.head_weight,

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bardling.architecture import Architecture
+from bardling.model.arithmetic import CAST_AGAIN_ENTRIES
 from bardling.model.fp8 import MULTIPLE, fp8_linear
 
 
@@ -27,7 +28,39 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if self.fp8 and torch.is_grad_enabled():
             return fp8_linear(x, self.weight, self.bias)
-        return few_rows(x, self.weight, self.bias) if is_few(x) else F.linear(x, self.weight, self.bias)
+        if is_few(x):
+            return few_rows(x, self.weight, self.bias)
+        if self.weight.numel() < CAST_AGAIN_ENTRIES or not _casts_on_cpu(x) or torch.compiler.is_compiling():
+            return F.linear(x, self.weight, self.bias)
+        dtype = torch.get_autocast_dtype("cpu")
+        product: Tensor = _LeanLinear.apply(x, self.weight, self.bias, dtype)  # type: ignore[no-untyped-call]
+        return product
+
+
+def _casts_on_cpu(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype != torch.float64 and torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()
+
+
+class _LeanLinear(torch.autograd.Function):
+    """`F.linear` as autocast computes it, less the narrow copy of the matrix that autocast keeps for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        ctx.dtypes = x.dtype, None if bias is None else bias.dtype
+        x = x.to(dtype)
+        ctx.save_for_backward(x, weight)
+        with torch.autocast("cpu", enabled=False):
+            return F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *above: Tensor) -> tuple[Tensor | None, ...]:
+        (x, weight), (x_dtype, bias_dtype) = ctx.saved_tensors, ctx.dtypes
+        grad = above[0]
+        rows = grad.flatten(0, -2)  # [N, out]
+        dx = (grad @ weight.to(grad.dtype)).to(x_dtype) if ctx.needs_input_grad[0] else None
+        dw = (rows.t() @ x.flatten(0, -2)).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        db = rows.sum(0).to(bias_dtype) if bias_dtype is not None and ctx.needs_input_grad[2] else None
+        return dx, dw, db, None
 
 
 def use_fp8(blocks: nn.Module, wanted: bool = True) -> None:
@@ -38,8 +71,15 @@ def use_fp8(blocks: nn.Module, wanted: bool = True) -> None:
 
 
 class Embedding(nn.Embedding):
+    is_head = False  # whether its matrix is the head's, too
+
     def reset_parameters(self) -> None:
         """Leave the memory as it is."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        # The head's gradient is whole. Rows alone can be added to it, where a second whole one would have to be made first.
+        rows_alone = self.is_head and self.weight.device.type == "cpu" and not torch.compiler.is_compiling()
+        return F.embedding(tokens, self.weight, sparse=rows_alone)
 
 
 def is_few(x: Tensor) -> bool:

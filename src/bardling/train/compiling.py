@@ -1,7 +1,9 @@
 """The model as the step calls it: compiled when that pays, and with gradients synchronised between processes."""
 
+from typing import Literal
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from bardling.distributed.context import Context
@@ -48,13 +50,32 @@ def patience(plan: TrainPlan, context: Context, *, compiled: bool) -> Hook:
     return after
 
 
+class _CompiledBody(nn.Module):
+    """The model on a CPU: its transformer compiled, its head as it is. What `model/loss.py` does chunk by chunk and in place,
+    compiled code would do with several copies of the weight's gradient at a time, and no faster."""
+
+    def __init__(self, model: GPT) -> None:
+        super().__init__()
+        self.model = model
+        self.body = torch.compile(model.transformer, dynamic=False)
+
+    def forward(
+        self, tokens: Tensor, targets: Tensor, *, reduction: Literal["sum"] = "sum", documents: Tensor | None = None
+    ) -> Tensor:
+        """As `GPT.forward`."""
+        return self.model.loss(self.body(tokens, None, documents), targets, reduction)
+
+
 def wrap(model: GPT, *, compiled: bool, context: Context) -> nn.Module:
     """The model as the training step calls it: compiled if asked, gradients synchronised if there are several processes.
 
     Where batch or context grow, each shape is compiled when it first comes: code for fixed sizes is the fastest. PyTorch keeps
     eight of them; a ninth would run as it is, with a warning.
     """
-    forward: nn.Module = torch.compile(model, dynamic=False) if compiled else model  # type: ignore[assignment]
+    forward: nn.Module = model
+    if compiled:
+        on_cpu = context.device.type == "cpu"
+        forward = _CompiledBody(model) if on_cpu else torch.compile(model, dynamic=False)  # type: ignore[assignment]
     if context.world_size > 1:
         ids = [context.device.index] if context.device.type == "cuda" else None
         # Every parameter takes part in every step, and there are no buffers to keep equal.
