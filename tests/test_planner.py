@@ -2,13 +2,18 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
 
 from bardling.config import CheckpointConfig, DataConfig, EvalConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from bardling.data.manifest import Manifest, ShardFile, SplitInfo, write_manifest
 from bardling.data.tokenizer import build_tokenizer
+from bardling.distributed.context import SINGLE
 from bardling.errors import UserError
 from bardling.model.arithmetic import activation_bytes
+from bardling.optim.state import optimizer_tensors
 from bardling.planner import plan, resolve_vocabulary
+from bardling.train.persist import build_state
+from bardling.train.saving import state_bytes
 
 # nanoGPT's train_gpt2.py: 12 sequences, 40 forward passes over 8 GPUs, 600,000 steps.
 GPT2 = RunConfig(
@@ -42,13 +47,37 @@ def test_memory_and_disk() -> None:
     result = plan(GPT2, world_size=8, device_name="A100-40GB")
     held = 124_337_664 + 47 * 768  # padded rows are held too
     assert result.memory.weights == result.memory.gradients == 4 * held
-    assert result.memory.optimizer == 8 * held
-    assert result.memory.total == 16 * held + activation_bytes(result.model, 12).total
+    counts = 4 * (2 + 12 * 6 + 1)  # of AdamW's steps, one for each tensor
+    assert result.memory.optimizer == 8 * held + counts
+    assert result.memory.total == 16 * held + counts + activation_bytes(result.model, 12).total
     assert result.device_memory == 40 * 10**9
     assert not any("does not fit" in note for note in result.notes)
-    assert result.checkpoint_bytes == 12 * held
+    assert result.checkpoint_bytes == 12 * held + counts
     assert result.checkpoints_kept == 4  # two newest, the best, the one being written
-    assert result.disk_bytes == 48 * held
+    assert result.disk_bytes == 4 * result.checkpoint_bytes
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"bias": False, "tied": False}, {"family": "qwen3", "n_kv_head": 1, "value_embeddings": 1}],
+)
+def test_optimizer_and_checkpoint_have_the_bytes_of_a_real_state(name, ema, options) -> None:
+    model = ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=11, vocab_multiple=8, **options)
+    config = RunConfig(model=model, optim=OptimConfig(name=name, ema_decay=ema), train=TrainConfig(steps=200, batch_size=2))
+    state = build_state(dataclasses.replace(config, precision="float32", compile="off"), SINGLE)
+    for parameter in state.model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    state.optimizer.step()
+    kept, _ = optimizer_tensors(state.optimizer, dict(state.model.named_parameters()))
+    means = {} if state.ema is None else state.ema.tensors()
+    weights = state.model.state_dict()
+    sizes = [sum(t.numel() * t.element_size() for t in tensors.values()) for tensors in (weights, kept, means)]
+    result = plan(config)
+    assert [result.memory.weights, result.memory.optimizer, result.memory.ema] == sizes
+    assert result.checkpoint_bytes == sum(sizes)
+    assert 0 < state_bytes(state) - sum(sizes) <= 100_000
 
 
 def test_a_run_with_one_checkpoint_keeps_one() -> None:

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING
 
 from bardling.config import CheckpointConfig, ModelConfig, RunConfig
 from bardling.errors import UserError
+from bardling.interop.shapes import parameter_shapes
 from bardling.model.arithmetic import (
     ActivationBytes,
     Component,
     activation_bytes,
     block_parameters,
-    checkpoint_bytes,
     flops_per_token,
     fp8_layers,
     palm_flops_per_token,
@@ -35,6 +35,7 @@ from bardling.model.arithmetic import (
 from bardling.model.peaks import device_memory as known_memory
 from bardling.model.peaks import peak_flops as known_peak
 from bardling.model.scaling import APPROACH_3, FITTED_FLOPS, Optimum, approach_2_tokens, chinchilla_optimal
+from bardling.optim.kinds import optimizer_bytes
 from bardling.train.plan import TrainPlan, make_plan
 
 if TYPE_CHECKING:
@@ -54,11 +55,13 @@ class MemoryPlan:
     gradients: int
     optimizer: int
     activations: ActivationBytes
+    ema: int = 0
+    """The running mean of the weights."""
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.weights + self.gradients + self.optimizer + self.activations.total
+        return self.weights + self.gradients + self.optimizer + self.ema + self.activations.total
 
 
 @dataclass(frozen=True)
@@ -127,9 +130,12 @@ class Plan:
     flops_recomputed: int
     """Second forward passes through the blocks (`train.recompute`), in the whole run: the device's work, not the model's."""
     checkpoint_bytes: int
+    """Tensors of a checkpoint; headers, configuration and tokenizer add a little."""
     checkpoints_kept: int
     """Most checkpoints on disk at once, the one being written included."""
     memory: MemoryPlan
+    optimizer: str
+    """'adamw' or 'muon'."""
     precision: str
     device_name: str
     device_memory: int | None
@@ -244,7 +250,8 @@ def plan(
     memory = MemoryPlan(
         weights=weights,
         gradients=weights,
-        optimizer=checkpoint_bytes(model) - weights,
+        optimizer=optimizer_bytes(parameter_shapes(model), config.optim),
+        ema=weights if config.optim.ema_decay else 0,
         activations=needs(batch.micro_batch, config.train.recompute),
     )
     if device_memory is not None and memory.total > device_memory:
@@ -277,9 +284,10 @@ def plan(
         # A forward pass is a third of forward and backward.
         flops_validation=_times(batch.steps, config.eval.every) * config.eval.windows * model.block_size * (per_token // 3),
         flops_recomputed=again,
-        checkpoint_bytes=checkpoint_bytes(model),
+        checkpoint_bytes=memory.weights + memory.optimizer + memory.ema,
         checkpoints_kept=min(saved, _most_kept(config.checkpoint, batch.steps)),
         memory=memory,
+        optimizer=config.optim.name,
         precision=precision,
         device_name=device_name,
         device_memory=device_memory,

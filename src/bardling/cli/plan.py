@@ -237,7 +237,10 @@ def _run(console: "Console", result: Plan, device: _Device) -> None:
     table.add_section()
     table.add_row("weights", size(memory.weights), "float32; each process holds all of this")
     table.add_row("gradients", size(memory.gradients), "float32")
-    table.add_row("optimizer", size(memory.optimizer), "AdamW: two float32 moments")
+    muon = "Muon: a float32 moment of each matrix, two of all else" if result.optimizer == "muon" else ""
+    table.add_row("optimizer", size(memory.optimizer), muon or "AdamW: two float32 moments")
+    if memory.ema:
+        table.add_row("running mean", size(memory.ema), "of the weights, float32")
     table.add_row(
         "activations", size(activations.blocks + activations.ends), f"of {batch.micro_batch} sequences, {result.precision}"
     )
@@ -254,7 +257,11 @@ def _run(console: "Console", result: Plan, device: _Device) -> None:
         known = f"[red]{known}: does not fit[/]" if memory.total > result.device_memory else known
     table.add_row("[bold]memory in all", f"[bold]{size(memory.total)}", known)
     table.add_section()
-    table.add_row("checkpoint", size(result.checkpoint_bytes), "weights and both moments, float32")
+    table.add_row(
+        "checkpoint",
+        size(result.checkpoint_bytes),
+        f"weights and optimizer{', the running mean too' if memory.ema else ''}, float32",
+    )
     table.add_row("[bold]disk", f"[bold]{size(result.disk_bytes)}", f"at most {result.checkpoints_kept} checkpoints at once")
     table.add_section()
     if result.seconds is None or result.tokens_per_second is None or result.peak_flops is None:

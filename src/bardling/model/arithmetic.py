@@ -25,7 +25,6 @@ from bardling.errors import UserError
 
 FLOAT32_BYTES = 4
 FP8_MULTIPLE = 16  # sizes of float8 products, as `model/fp8.py` has it
-ADAMW_MOMENTS = 2  # running means of the gradient and of its square, one value a parameter each
 BACKWARD_PER_FORWARD = 2  # each product has two in the backward pass: one for its input's gradient, one for its weight's
 EXPLICIT_LENGTH = 256
 """Up to this many tokens, bfloat16 on a CPU computes all scores: PyTorch's fused kernel, with its slow backward pass, takes
@@ -257,11 +256,6 @@ def palm_flops_per_token(config: ModelConfig, context: int | None = None) -> int
 def weight_bytes(config: ModelConfig) -> int:
     """Bytes of the float32 weights, vocabulary padding included."""
     return FLOAT32_BYTES * parameters(config, padding=True)
-
-
-def checkpoint_bytes(config: ModelConfig) -> int:
-    """Bytes of a checkpoint: float32 weights and AdamW's two moments. Headers, configuration and tokenizer add a little."""
-    return weight_bytes(config) * (1 + ADAMW_MOMENTS)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ a group's `lr_scale` says how its own is related to `optim.lr`.
 """
 
 import dataclasses
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -16,14 +15,11 @@ from torch import nn
 
 from bardling.config import ModelConfig, OptimConfig
 from bardling.optim.adamw import AdamW
+from bardling.optim.kinds import kind_of
 from bardling.optim.muon import Muon
 
 # Devices for which PyTorch has a kernel that updates all tensors of a group at once.
 FUSED_DEVICES = ("cpu", "cuda", "mps")
-
-_BLOCK = re.compile(r"(^|\.)h\.\d+\.")
-_EMBEDDING = re.compile(r"(^|\.)(wte|wpe|wve)\.([\w.]+\.)?weight$")
-_HEAD = re.compile(r"(^|\.)lm_head\.weight$")
 
 
 def build_optimizer(
@@ -59,7 +55,7 @@ def build_optimizer(
         )
     kinds: dict[str, list[nn.Parameter]] = {"matrix": [], "embedding": [], "head": [], "other": [], "vector": []}
     for name, parameter in trained:
-        kinds[_kind(name, parameter)].append(parameter)
+        kinds[kind_of(name, parameter.dim())].append(parameter)
     rates = {"embedding": config.embed_lr, "head": config.head_lr}
     common = {"betas": config.betas, "eps": config.eps, "fused": device.type in FUSED_DEVICES, "muon": False}
     muon = {"muon": True, "params": kinds["matrix"], "weight_decay": config.weight_decay, "momentum": config.momentum}
@@ -81,17 +77,6 @@ def build_optimizer(
 
 def _adamw_group(config: OptimConfig, parameters: list[nn.Parameter], decays: bool) -> dict[str, Any]:
     return {"params": parameters, "weight_decay": config.weight_decay if decays else 0.0, "lr_scale": 1.0}
-
-
-def _kind(name: str, parameter: nn.Parameter) -> str:
-    """What part of the model a parameter is, for Muon: 'matrix' is what Muon takes."""
-    if _EMBEDDING.search(name):
-        return "embedding"
-    if _HEAD.search(name):
-        return "head"
-    if parameter.dim() < 2:
-        return "vector"
-    return "matrix" if parameter.dim() == 2 and _BLOCK.search(name) else "other"
 
 
 def row_splits(model: ModelConfig) -> dict[str, tuple[int, ...]]:

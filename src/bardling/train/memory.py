@@ -25,8 +25,10 @@ from bardling.distributed.context import Context
 from bardling.distributed.device import Precision
 from bardling.distributed.watch import LONG
 from bardling.errors import UserError
+from bardling.interop.shapes import parameter_shapes
 from bardling.model.arithmetic import activation_bytes
 from bardling.model.gpt import GPT
+from bardling.optim.kinds import optimizer_bytes
 from bardling.train.plan import TrainPlan
 
 FIRST_STEPS = 3
@@ -86,14 +88,13 @@ class Passes:
         device, model = self.context.device, self.model
         vocab, length = self.config.model.vocab_size, self.config.model.block_size
         was_training, failed = model.training, False
-        seconds = 0.0
+        seconds, held = 0.0, list[torch.Tensor]()
         try:
-            # What the optimizer will hold beside this: two moments of each weight, and something for what is not known.
-            held = [torch.empty_like(p) for p in model.parameters() for _ in range(2)] if device.type == "cuda" else []
+            # What the optimizer will hold beside this, and something for what is not known.
             if device.type == "cuda":
-                held.append(
-                    torch.empty(torch.cuda.get_device_properties(device).total_memory // 33, dtype=torch.uint8, device=device)
-                )
+                spare = torch.cuda.get_device_properties(device).total_memory // 33
+                sizes = (optimizer_bytes(parameter_shapes(self.config.model), self.config.optim), spare)
+                held += [torch.empty(size, dtype=torch.uint8, device=device) for size in sizes]
             tokens = torch.randint(vocab, (micro_batch, length), device=device)
             known = {}
             if self.config.data.document_mask:  # every window one document, which needs no less than several
@@ -113,7 +114,8 @@ class Passes:
             failed = True
         model.zero_grad(set_to_none=True)
         model.train(was_training)
-        held = tokens = loss = None  # type: ignore[assignment]  # before the cache is emptied
+        held.clear()
+        tokens = loss = None  # type: ignore[assignment]  # before the cache is emptied
         if failed and device.type == "cuda":
             torch.cuda.empty_cache()
         return None if failed else seconds

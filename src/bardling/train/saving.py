@@ -202,7 +202,8 @@ def _facts(state: TrainState) -> dict[str, Any]:
 
 
 def state_bytes(state: TrainState) -> int:
-    """About how large a checkpoint of `state` is: its weights, two moments (Muon: one) of each, and small files."""
+    """About how large a checkpoint of `state` is: its weights, two moments of each (of Muon's matrices one), small files."""
     weights: int = sum(tensor.numel() * 4 for tensor in state.model.state_dict().values())
-    copies = (2 if type(state.optimizer).__name__ == "Muon" else 3) + (state.ema is not None)
-    return weights * copies + 100_000
+    groups = state.optimizer.param_groups
+    moments: int = sum(p.numel() * (4 if group.get("muon") else 8) for group in groups for p in group["params"])
+    return weights * (1 if state.ema is None else 2) + moments + 100_000
