@@ -38,17 +38,18 @@ def state(optim, device="cpu", model=MODEL, seed=0):
     return made
 
 
-def batch(seed, device="cpu"):
+def batch(seed, device="cpu", documents=False):
     tokens = torch.randint(11, (4, 13), generator=torch.Generator().manual_seed(seed))
     tokens = tokens.to(device)
-    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+    bounds = torch.tensor([0, 5, 12, 20, 24, 36, 48], dtype=torch.int32, device=device) if documents else None
+    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), bounds)
 
 
-def step(state, number=0, *, device="cpu", on_device=True, limits=None):
+def step(state, number=0, *, device="cpu", on_device=True, limits=None, documents=False):
     where = torch.device(device)
     result = train_step(
         state,
-        [batch(2 * number, device), batch(2 * number + 1, device)],
+        [batch(2 * number, device, documents), batch(2 * number + 1, device, documents)],
         forward=state.model,
         lr=1e-2,
         grad_clip=1.0,
@@ -76,11 +77,12 @@ def meta(monkeypatch):
 
 
 @pytest.mark.parametrize("model", [MODEL, LLAMA])
+@pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("optim", OPTIMIZERS)
-def test_no_value_is_read_in_a_step(meta, optim, model):
+def test_no_value_is_read_in_a_step(meta, optim, documents, model):
     ours = state(optim, "meta", model)
     for number in range(2):  # in the second, momenta are there
-        result = step(ours, number, device="meta")
+        result = step(ours, number, device="meta", documents=documents)
     assert result.bad.is_meta
     assert ours.optimizer.state
 
