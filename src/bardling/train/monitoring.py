@@ -1,11 +1,18 @@
-"""Where a run's figures go: its own files always, the terminal, and the services that the configuration names."""
+"""Where a run's figures go: its own files always, the terminal, and the services that the configuration names; and what the run
+says before there are any."""
+
+import torch
+from torch import nn
 
 from bardling.checkpoint.runfolder import RunFolder
 from bardling.config import RunConfig
+from bardling.data.order import WindowOrder
+from bardling.distributed.device import device_name
 from bardling.monitor.console import Console
 from bardling.monitor.jsonl import JsonlSink, truncate_after
 from bardling.monitor.records import EventRecord, Record, SampleRecord
 from bardling.monitor.services import Services
+from bardling.train.plan import TrainPlan
 
 
 class RunMonitor:
@@ -84,3 +91,23 @@ class RunMonitor:
         for sink in (self._metrics, self._samples, self._services, self._console):
             if sink is not None:
                 sink.close()
+
+
+def opening(
+    config: RunConfig, plan: TrainPlan, order: WindowOrder, device: torch.device, model: nn.Module, why: tuple[str, str]
+) -> list[str]:
+    """Lines that say what will be trained, on what, and what `auto` chose.
+
+    Args:
+        why: reasons for the precision and for compiling or not.
+    """
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    epochs = plan.samples_before(plan.steps) / order.windows_per_epoch
+    where = f"{device_name(device)}" + (f" x {plan.world_size}" if plan.world_size > 1 else "")
+    lines = [
+        f"{parameters / 1e6:.2f}M parameters, {plan.steps:,} steps of {plan.samples_per_step} x {config.model.block_size} "
+        f"tokens ({plan.accumulation} forward passes of {plan.micro_batch}), {epochs:.2f} epochs of {order.n_tokens:,} tokens"
+    ]
+    if len(plan.stages) > 1:
+        lines.append(f"batch and context grow: {plan.in_words()}")
+    return [*lines, f"{where}; precision {config.precision} ({why[0]}); compile {config.compile} ({why[1]})"]

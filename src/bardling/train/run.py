@@ -16,15 +16,13 @@ import torch
 
 from bardling.checkpoint.load import load
 from bardling.checkpoint.runfolder import RunFolder, create_run, open_run, refuse_existing, write_whole
-from bardling.checkpoint.space import check_space
 from bardling.config import RunConfig, SampleConfig
 from bardling.data.loader import EvalWindows, Prefetcher, TrainWindows
 from bardling.data.order import WindowOrder
 from bardling.data.packing import document_start
 from bardling.distributed.context import Context, distributed
-from bardling.distributed.device import device_name, prepare_backend
+from bardling.distributed.device import prepare_backend
 from bardling.distributed.watch import FOREVER, LONG
-from bardling.errors import UserError
 from bardling.evaluate.tasks import check_task
 from bardling.interop.dataset import open_data
 from bardling.model.arithmetic import flops_per_token
@@ -40,11 +38,11 @@ from bardling.train.guard import Guard, RollBack
 from bardling.train.hooks import Checkpoint, Log, Sample, StepTimer, Tasks, Validate
 from bardling.train.loop import Hook, fit
 from bardling.train.memory import FIRST_STEPS, Passes, UpdateWatch, divisors, no_room, out_of_memory, shrunk
-from bardling.train.monitoring import RunMonitor
+from bardling.train.monitoring import RunMonitor, opening
 from bardling.train.persist import build_state, newest_checkpoint
 from bardling.train.plan import TrainPlan, make_plan
 from bardling.train.resolve import resolve, settle_vocabulary
-from bardling.train.saving import Saver, state_bytes
+from bardling.train.saving import Saver, check_room
 from bardling.train.signals import Stopped, StopSignals
 from bardling.train.state import TrainState
 from bardling.train.trace import samples_facts
@@ -155,7 +153,7 @@ class _Run:
             self.checkpoint = None  # its tensors are not needed any more
             self._settle_passes(state)
             config = self.config
-            crowded = self._check_space(state)
+            crowded = check_room(state, self.folder, config, self.plan, context)
             if context.is_primary:
                 self._write_folder(state)
             context.barrier()
@@ -225,25 +223,6 @@ class _Run:
                 f"a step instead of {before.accumulation} of {before.micro_batch}, which gives the same gradients"
             )
 
-    def _check_space(self, state: TrainState) -> str | None:
-        """Compare the space for checkpoints with what is free, before anything is written; a warning if it will be tight."""
-        warning = error = None
-        if self.context.is_primary:
-            try:
-                warning = check_space(
-                    self.folder.checkpoints,
-                    state_bytes(state),
-                    self.config.checkpoint,
-                    steps=self.plan.steps - state.step,
-                    best_steps=(self.plan.steps - state.step) // self.config.eval.every if self.config.eval.every else 1,
-                )
-            except UserError as failure:
-                error = str(failure)
-        warning, error = self.context.broadcast((warning, error))
-        if error is not None:
-            raise UserError(error)
-        return warning
-
     def _write_folder(self, state: TrainState) -> None:
         """What a run folder holds besides figures and checkpoints."""
         facts = {**environment_facts(self.context, state.step, self.asked), **samples_facts(self.config.train, state.samples)}
@@ -266,23 +245,11 @@ class _Run:
         return dataclasses.replace(self.config.sample, prompt=self.config.sample.prompt or ("\n" if single else ""))
 
     def _announce(self, monitor: RunMonitor, state: TrainState) -> None:
-        """Say what will be trained, on what, and what `auto` chose."""
-        config, plan = self.config, self.plan
-        parameters = sum(parameter.numel() for parameter in state.model.parameters())
-        epochs = plan.samples_before(plan.steps) / self.order.windows_per_epoch
-        where = f"{device_name(self.context.device)}" + (f" x {plan.world_size}" if plan.world_size > 1 else "")
-        monitor.note(
-            f"{parameters / 1e6:.2f}M parameters, {plan.steps:,} steps of {plan.samples_per_step} x {config.model.block_size} "
-            f"tokens ({plan.accumulation} forward passes of {plan.micro_batch}), {epochs:.2f} "
-            f"epochs of {len(self.dataset.split('train')):,} tokens"
-        )
-        if len(plan.stages) > 1:
-            monitor.note(f"batch and context grow: {plan.in_words()}")
-        monitor.note(
-            f"{where}; precision {config.precision} ({self.precision.why}); compile {config.compile} ({self.compile_why})"
-        )
+        why = (self.precision.why, self.compile_why)
+        for line in opening(self.config, self.plan, self.order, self.context.device, state.model, why):
+            monitor.note(line)
         if self.resumed:
-            monitor.note(f"resuming {self.folder.path} at step {state.step:,} of {plan.steps:,}")
+            monitor.note(f"resuming {self.folder.path} at step {state.step:,} of {self.plan.steps:,}")
         for change in self.changes:
             monitor.note(f"changed: {change}")
 

@@ -22,6 +22,7 @@ from bardling.checkpoint.background import Background
 from bardling.checkpoint.rng import rng_state
 from bardling.checkpoint.runfolder import RunFolder
 from bardling.checkpoint.snapshot import HostCopy
+from bardling.checkpoint.space import check_space
 from bardling.checkpoint.state import write_checkpoint
 from bardling.config import RunConfig
 from bardling.configfile import config_to_dict
@@ -30,6 +31,7 @@ from bardling.distributed.context import Context
 from bardling.distributed.watch import LONG
 from bardling.errors import UserError
 from bardling.optim.state import optimizer_tensors
+from bardling.train.plan import TrainPlan
 from bardling.train.state import TrainState
 
 _OPTIMIZER = "optimizer:"  # before the names of its tensors, so that they and the model's can share one dictionary
@@ -207,3 +209,23 @@ def state_bytes(state: TrainState) -> int:
     groups = state.optimizer.param_groups
     moments: int = sum(p.numel() * (4 if group.get("muon") else 8) for group in groups for p in group["params"])
     return weights * (1 if state.ema is None else 2) + moments + 100_000
+
+
+def check_room(state: TrainState, folder: RunFolder, config: RunConfig, plan: TrainPlan, context: Context) -> str | None:
+    """Compare the space for checkpoints with what is free, before anything is written; a warning if it will be tight."""
+    warning = error = None
+    if context.is_primary:
+        try:
+            warning = check_space(
+                folder.checkpoints,
+                state_bytes(state),
+                config.checkpoint,
+                steps=plan.steps - state.step,
+                best_steps=(plan.steps - state.step) // config.eval.every if config.eval.every else 1,
+            )
+        except UserError as failure:
+            error = str(failure)
+    warning, error = context.broadcast((warning, error))
+    if error is not None:
+        raise UserError(error)
+    return warning
