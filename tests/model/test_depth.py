@@ -52,7 +52,7 @@ def test_the_published_run_is_met():
 
 def test_what_is_given_stays_and_is_followed():
     config = RunConfig(
-        model=ModelConfig(depth=8, n_embd=320, block_size=128, n_layer=3, n_head=5),
+        model=ModelConfig(depth=8, n_embd=320, block_size=128, n_layer=3, n_head=5, tied=False),
         data=DataConfig(tokenizer="bpe:4096"),
         train=TrainConfig(batch_size=24),
         optim=MUON,
@@ -68,7 +68,7 @@ def test_what_is_given_stays_and_is_followed():
 
 
 def test_every_derived_value_has_its_reason():
-    values = derived_values(RunConfig(model=ModelConfig(depth=4), optim=MUON), set())
+    values = derived_values(RunConfig(model=ModelConfig(depth=4, tied=False), optim=MUON), set())
     assert set(values) == {
         "model.n_layer",
         "model.n_embd",
@@ -81,6 +81,8 @@ def test_every_derived_value_has_its_reason():
         "optim.embed_lr",
     }
     assert all(derived.why for derived in values.values())
+    tied = derived_values(RunConfig(model=ModelConfig(depth=4), optim=MUON), set())
+    assert values.keys() - tied.keys() == {"optim.embed_lr"}
 
 
 def test_heads_divide_any_width():

@@ -10,7 +10,8 @@ derived from it follows.
     batch = 0.2920 C^0.3271        tokens a step, and
     lr = 0.3118 C^-0.1250          with C = 6 N D FLOPs: DeepSeek-AI 2024 (arXiv:2401.02954), equation 1, fitted for AdamW
     muon_lr = 0.02                 the same at any width, by Muon's scaling (`optim/muon.py`)
-    embed_lr = 10 lr               with Muon, for a token embedding: measured on small models (docs/optimizers.md)
+    embed_lr = 10 lr               with Muon, for a token embedding that is not the head too: measured on small models
+                                   (docs/optimizers.md)
 
 N counts what a token is multiplied with: blocks and head, not positions nor embeddings that are only looked up.
 
@@ -106,7 +107,8 @@ def dial(
     lr = settle("optim.lr", _rounded(0.3118 * c**-0.1250), f"AdamW's, for {about}")
     if optim.name == "muon":
         settle("optim.muon_lr", OptimConfig.muon_lr, "the same at any width")
-        settle("optim.embed_lr", _rounded(10 * lr), "ten times optim.lr")
+        if not shape.architecture.tied:  # as the head too, it gains nothing from a higher rate and bears less of it
+            settle("optim.embed_lr", _rounded(10 * lr), "ten times optim.lr")
     return found
 
 
