@@ -12,9 +12,9 @@ its peak memory (`children.py` says how).
 
 `ours` is the library as a run puts it together; number format and compilation are what a run of the setting's length
 would choose, unless --precision or --compile say otherwise. `lean` is ours with `--train.recompute blocks`. `plain` is eager,
-float32, PyTorch's AdamW with its defaults, full logits: what nanoGPT does on a CPU. nanoGPT's own model and optimizer, and transformers' GPT-2, are
-measured as they come; the first has the exact GELU also where the setting has the other, the second has biases in every
-setting.
+float32, PyTorch's AdamW with its defaults, full logits: what nanoGPT does on a CPU. nanoGPT's own model and optimizer, and
+transformers' GPT-2, are measured as they come; the first has the exact GELU also where the setting has the other, the second
+has biases in every setting.
 
 MFU is against a matrix product measured between the rounds: the fastest of all measurements, over both number formats,
 so that the figures of all sides mean the same. FLOPs are those of matrix products, attention's full square
