@@ -317,11 +317,14 @@ def load_metrics(folder: Path) -> None:
 
 def draw_metrics(folder: Path) -> None:
     """What `bardling report` makes of the figures, without the drawing."""
+    from bardling.config import RunConfig
     from bardling.report.curve import curve, smooth
+    from bardling.train.plan import make_plan
 
     records = read_jsonl(folder / "run/metrics.jsonl")
+    plan = make_plan(RunConfig().train, 32, 1)
     for kind in ("train", "val"):
-        _, values, _ = curve(records, kind, 32)
+        _, values, _ = curve(records, kind, plan.tokens_before)
         smooth(values)
 
 

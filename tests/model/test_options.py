@@ -17,7 +17,7 @@ from bardling.model.attend import attend_window
 from bardling.model.cache import KVCache
 from bardling.model.gpt import GPT
 from bardling.model.init import init_weights
-from bardling.model.layers import Linear, rms_norm, swiglu
+from bardling.model.layers import Linear, rms_norm, swiglu, tie
 from bardling.model.loss import head_loss, soft_cap
 from bardling.model.rotary import rotate, rotation
 
@@ -413,3 +413,20 @@ def test_large_matrices_under_autocast_give_what_small_ones_do(bias: bool, monke
         assert usual.dtype == lean.dtype
         torch.testing.assert_close(lean, usual, rtol=2e-2, atol=2e-2)
     assert type(found[1][0].grad_fn).__name__ == "_LeanLinearBackward"
+
+
+def test_a_tied_table_gets_the_sum_of_both_gradients() -> None:
+    config = ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=20, vocab_multiple=1)
+    model = GPT(config).double()
+    tokens = torch.tensor([[1, 1, 4, 19], [0, 3, 3, 3]])
+    weight = model.transformer.wte.weight
+    (ours,) = torch.autograd.grad(model(tokens, tokens.roll(1, 1)), weight)
+    logits = F.linear(model.hidden(tokens), weight)
+    (expected,) = torch.autograd.grad(
+        F.cross_entropy(logits.flatten(0, 1), tokens.roll(1, 1).flatten(), reduction="sum"), weight
+    )
+    assert not ours.is_sparse
+    torch.testing.assert_close(ours, expected)
+    lookups, head = tie(weight)
+    for one in (lookups[tokens].sum(), F.embedding(tokens, lookups, sparse=True).sum(), head.square().sum()):
+        assert not torch.autograd.grad(one, weight, retain_graph=True)[0].is_sparse

@@ -107,6 +107,11 @@ def test_what_waits_for_the_backward_pass_is_what_autograd_holds(name: str, prec
     assert held == pytest.approx(saved, rel=0.01)
 
 
+def _has_storage(value: object) -> bool:
+    """Whether it is a tensor with memory of its own; a sparse one is made of others."""
+    return isinstance(value, Tensor) and not value.is_sparse
+
+
 class _Peak(TorchDispatchMode):
     """Bytes of the tensors that are alive, at most: what operators made, not what was there before."""
 
@@ -116,10 +121,10 @@ class _Peak(TorchDispatchMode):
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if _has_storage(t)}
         made = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(made):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in given | self._known:
+            if _has_storage(tensor) and tensor.untyped_storage()._cdata not in given | self._known:
                 storage = tensor.untyped_storage()
                 key, size = storage._cdata, storage.nbytes()
                 self._known.add(key)

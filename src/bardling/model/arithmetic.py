@@ -31,8 +31,8 @@ EXPLICIT_LENGTH = 256
 1.2 to 5 times as long (measured on AVX-512-BF16); for longer contexts and in float32 the fused kernel wins."""
 CAST_AGAIN_ENTRIES = 1 << 18
 """From this size on, a CPU makes a matrix' copy in the lower precision again in the backward pass instead of keeping it."""
-LOGIT_CHUNK_BYTES = {"cpu": 24 << 20, "cuda": 512 << 20}  # most float32 logits at a time, as `model/loss.py` has it
-LOGIT_SLOPE_BYTES = {"cpu": 128 << 20, "cuda": 256 << 20}  # most of their slopes at a time, likewise
+LOGIT_CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}  # most float32 logits at a time, as `model/loss.py` has it
+LOGIT_SLOPE_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}  # most of their slopes at a time, likewise
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ from bardling.model.attend import attend, attend_window
 from bardling.model.cache import CacheStep, KVCache
 from bardling.model.documents import Packed, attend_packed, pack
 from bardling.model.init import crop_positions, init_weights, require_positions
-from bardling.model.layers import Embedding, Linear, RMSNorm, few_rows, is_few, make_norm, rms_norm, squared_relu, swiglu
+from bardling.model.layers import Embedding, Linear, RMSNorm, few_rows, is_few, make_norm, rms_norm, squared_relu, swiglu, tie
 from bardling.model.loss import head_loss, soft_cap
 from bardling.model.rotary import Rotation, rotate, rotation
 
@@ -176,11 +176,20 @@ class Transformer(nn.Module):
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = make_norm(made)
 
-    def forward(self, tokens: Tensor, cache: KVCache | None = None, documents: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        cache: KVCache | None = None,
+        documents: Tensor | None = None,
+        table: Tensor | None = None,  # to look tokens up in, if not in `wte`
+    ) -> Tensor:
         batch, time = tokens.shape
         step = cache.plan(batch, time, tokens.device) if cache is not None else None
         positions = step.positions if step is not None else torch.arange(time, device=tokens.device)
-        x = self.wte(tokens)  # [B, T, C]
+        # A table of its own, which `tie` makes, takes the gradients of single rows.
+        x = (
+            self.wte(tokens) if table is None else F.embedding(tokens, table, sparse=not torch.compiler.is_compiling())
+        )  # [B, T, C]
         turn = packed = None
         if documents is not None:
             dropout = self.dropout if self.training else 0.0
@@ -194,8 +203,8 @@ class Transformer(nn.Module):
         embedded = [table(tokens) for table in self.wve] if self.made.value_embeddings else []  # each [B, T, K * D]
         again = self.recompute and cache is None and torch.is_grad_enabled()
         for layer, block in enumerate(self.h):
-            table = self.made.value_table(layer)
-            inputs = (x, cache, step, layer, turn, None if table is None else embedded[table], packed)
+            number = self.made.value_table(layer)
+            inputs = (x, cache, step, layer, turn, None if number is None else embedded[number], packed)
             if again:  # the state of the random numbers is kept where the same masks of dropout must be drawn again
                 x = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=self.training and self.dropout > 0)
             else:
@@ -230,7 +239,6 @@ class GPT(nn.Module):
             raise ValueError("model.vocab_size = 0: the vocabulary's size must be known before the model is built")
         self.config = config
         self.transformer = Transformer(config)
-        self.transformer.wte.is_head = self.transformer.made.tied
         if not self.transformer.made.tied:
             self.lm_head = Linear(config.n_embd, config.padded_vocab_size, bias=False)
         if seed is not None and not self.transformer.wte.weight.is_meta:
@@ -246,9 +254,11 @@ class GPT(nn.Module):
     def recompute(self, value: bool) -> None:
         self.transformer.recompute = value
 
-    def hidden(self, tokens: Tensor, cache: KVCache | None = None, documents: Tensor | None = None) -> Tensor:
+    def hidden(
+        self, tokens: Tensor, cache: KVCache | None = None, documents: Tensor | None = None, table: Tensor | None = None
+    ) -> Tensor:
         """Final hidden states [B, T, C] of `tokens` [B, T]; with a cache, of tokens that follow the cached ones; with
-        documents, of tokens that see only their own, as `forward` says.
+        documents, of tokens that see only their own, as `forward` says; with a table, looked up in that (see `ends`).
 
         Raises:
             ValueError: more tokens than `config.block_size`, or than the cache has room for; or both of cache and documents.
@@ -260,7 +270,7 @@ class GPT(nn.Module):
                 f"{tokens.size(1)} tokens are more than model.block_size = {self.config.block_size}: "
                 "shorten the input, or build the model with a larger block_size"
             )
-        hidden: Tensor = self.transformer(tokens, cache, documents)
+        hidden: Tensor = self.transformer(tokens, cache, documents, table)
         return hidden
 
     @property
@@ -315,16 +325,23 @@ class GPT(nn.Module):
         Raises:
             ValueError: more tokens than `config.block_size`, or than the cache has room for.
         """
-        hidden = self.hidden(tokens, cache, documents)
         if targets is None:
+            hidden = self.hidden(tokens, cache, documents)
             return self.head(hidden[:, -1:] if last_only else hidden)
-        return self.loss(hidden, targets, reduction)
+        table, head = self.ends()
+        return self.loss(self.hidden(tokens, cache, documents, table), targets, head, reduction)
 
-    def loss(self, hidden: Tensor, targets: Tensor, reduction: Literal["sum", "none"] = "sum") -> Tensor:
-        """Loss of `targets` [B, T] by the final hidden states [B, T, C], as `forward` returns it."""
+    def ends(self) -> tuple[Tensor | None, Tensor]:
+        """For one pass: the table that `hidden` looks tokens up in, None for the embedding itself, and the head's matrix."""
+        weight = self.head_weight
+        apart = self.transformer.made.tied and weight.device.type == "cpu" and torch.is_grad_enabled() and weight.requires_grad
+        return tie(weight) if apart and not torch.compiler.is_compiling() else (None, weight)
+
+    def loss(self, hidden: Tensor, targets: Tensor, head: Tensor, reduction: Literal["sum", "none"] = "sum") -> Tensor:
+        """Loss of `targets` [B, T] by the final hidden states [B, T, C] and the head's matrix, as `forward` returns it."""
         return head_loss(
             hidden,
-            self.head_weight,
+            head,
             targets,
             vocab_size=self.config.vocab_size,
             reduction=reduction,

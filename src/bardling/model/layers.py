@@ -71,15 +71,31 @@ def use_fp8(blocks: nn.Module, wanted: bool = True) -> None:
 
 
 class Embedding(nn.Embedding):
-    is_head = False  # whether its matrix is the head's, too
-
     def reset_parameters(self) -> None:
         """Leave the memory as it is."""
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        # The head's gradient is whole. Rows alone can be added to it, where a second whole one would have to be made first.
-        rows_alone = self.is_head and self.weight.device.type == "cpu" and not torch.compiler.is_compiling()
-        return F.embedding(tokens, self.weight, sparse=rows_alone)
+
+def tie(table: Tensor) -> tuple[Tensor, Tensor]:
+    """`table` for lookups, whose gradient may be sparse, and `table` for a head. Their gradients are added in place: autograd's
+    own sum of the two would be a third tensor of the table's size, beside a gradient of the lookups that is mostly zeros."""
+    tied: tuple[Tensor, Tensor] = _Tie.apply(table)  # type: ignore[no-untyped-call]
+    return tied
+
+
+class _Tie(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, table: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        return table.view_as(table), table.view_as(table)
+
+    @staticmethod
+    def backward(ctx: Any, *above: Tensor | None) -> Tensor | None:
+        lookups, head = above
+        if lookups is None or head is None:
+            return head if lookups is None else lookups.to_dense()
+        if lookups.is_sparse:
+            return head.index_add_(0, lookups._indices()[0], lookups._values())
+        return head.add_(lookups)
 
 
 def is_few(x: Tensor) -> bool:

@@ -26,11 +26,11 @@ from torch import Tensor
 IGNORE = -100
 """Target of a position that has no loss, as in `torch.nn.functional.cross_entropy`."""
 
-CHUNK_BYTES = {"cpu": 24 << 20, "cuda": 512 << 20}
+CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
 """Most bytes of a chunk's float32 logits, by device type; on a CPU, what the C library hands out again without asking the
 system (`prepare_backend`)."""
 
-SLOPE_BYTES = {"cpu": 128 << 20, "cuda": 256 << 20}
+SLOPE_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
 """Most bytes of the slopes of several chunks, in the dtype of the matrix products. Chunks share what they cause the weight's
 gradient, which is large: with GPT-2's vocabulary on 2 CPU cores, adding each chunk to it took twice as long."""
 

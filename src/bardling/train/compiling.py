@@ -63,7 +63,8 @@ class _CompiledBody(nn.Module):
         self, tokens: Tensor, targets: Tensor, *, reduction: Literal["sum"] = "sum", documents: Tensor | None = None
     ) -> Tensor:
         """As `GPT.forward`."""
-        return self.model.loss(self.body(tokens, None, documents), targets, reduction)
+        table, head = self.model.ends()
+        return self.model.loss(self.body(tokens, None, documents, table), targets, head, reduction)
 
 
 def wrap(model: GPT, *, compiled: bool, context: Context) -> nn.Module:
