@@ -11,10 +11,10 @@ one round, and the table has the median of the ratios with the smallest and the 
 its peak memory (`children.py` says how).
 
 `ours` is the library as a run puts it together; number format and compilation are what a run of the setting's length
-would choose, unless --precision or --compile say otherwise. `lean` is ours with `--train.recompute blocks`. `plain` is eager,
-float32, PyTorch's AdamW with its defaults, full logits: what nanoGPT does on a CPU. nanoGPT's own model and optimizer, and
-transformers' GPT-2, are measured as they come; the first has the exact GELU also where the setting has the other, the second
-has biases in every setting.
+would choose, unless --precision or --compile say otherwise. `lean` is ours for little memory: `--train.recompute blocks` and
+`--compile off`. `plain` is eager, float32, PyTorch's AdamW with its defaults, full logits: what nanoGPT does on a CPU.
+nanoGPT's own model and optimizer, and transformers' GPT-2, are measured as they come; the first has the exact GELU also where
+the setting has the other, the second has biases in every setting.
 
 MFU is against a matrix product measured between the rounds: the fastest of all measurements, over both number formats,
 so that the figures of all sides mean the same. FLOPs are those of matrix products, attention's full square
@@ -38,10 +38,10 @@ from bardling.model.arithmetic import flops_per_token
 from children import BlockOfSteps, Child, Spec, closest_curves
 from tables import Table, megabytes, publish, rounded, say, script, spread
 
-CURVE_STEPS = 20
-TOLERANCE = {"bfloat16": 0.02, "float32": 1e-3}
-"""Most that a loss of the first steps may differ from the plain loop's (nats). bfloat16 keeps 8 bits, and a loss is a mean over
-thousands of tokens whose errors mostly cancel, but weights part a little with every step."""
+CURVE_STEPS = 20  # from the first weights, without a warm-up: learning rates are such that curves do not jump
+TOLERANCE = {"bfloat16": 0.01, "float32": 3e-4}
+"""Most that a loss of the first steps may differ from the plain loop's, as a part of it. bfloat16 keeps 8 bits, and a loss is a
+mean over thousands of tokens whose errors mostly cancel, but weights part a little with every step."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def _gpt2(n_layer: int, n_head: int, n_embd: int, block_size: int, vocab_size: i
 
 SETTINGS = {
     "char-small": Setting(_gpt2(4, 4, 128, 64, 65, as_nanogpt=True), batch=12, rounds=12, block=40, run_steps=2000),
-    "char-baby": Setting(_gpt2(6, 6, 384, 256, 65, as_nanogpt=True), batch=16, rounds=8, block=3, run_steps=5000),
+    "char-baby": Setting(_gpt2(6, 6, 384, 256, 65, as_nanogpt=True), batch=16, rounds=8, block=3, run_steps=5000, lr=3e-4),
     "gpt2-124m": Setting(
         _gpt2(12, 12, 768, 1024, 50257, as_nanogpt=False), batch=1, rounds=5, block=2, run_steps=19000, lr=6e-4, lean=True
     ),
@@ -150,7 +150,7 @@ def sides_of(setting: Setting, options: Options) -> dict[str, Spec]:
     ours = Spec("ours", **common, precision=options.precision, compile=options.compile, run_steps=setting.run_steps)
     found = {"ours": ours, "plain": Spec("plain", **common, precision="float32")}
     if setting.lean:
-        found["lean"] = replace(ours, recompute="blocks")
+        found["lean"] = replace(ours, recompute="blocks", compile="off")
     if options.nanogpt is not None:
         found["nanoGPT"] = Spec("nanogpt", **common, precision=options.others_precision, path=str(options.nanogpt))
     if options.transformers:
@@ -216,12 +216,13 @@ def _rows(name: str, sides: dict[str, _Measured], peak: float) -> list[tuple[str
 def _notes(name: str, sides: dict[str, _Measured], peak: float) -> list[str]:
     ours, plain = sides["ours"], sides["plain"]
     precision = str(ours.child.facts["precision"])
-    gap, bound = closest_curves(ours.curve, plain.curve), TOLERANCE.get(precision, TOLERANCE["bfloat16"])
+    part = TOLERANCE.get(precision, TOLERANCE["bfloat16"])
+    gap, bound = closest_curves(ours.curve, plain.curve), part * min(plain.curve)
     verdict = "within" if gap <= bound else "BEYOND"
     notes = [
         f"{name}: matrix product peak {peak / 1e9:,.0f} GFLOP/s",
         f"{name}: losses of the first {len(ours.curve)} steps ({plain.curve[0]:.4f} to {plain.curve[-1]:.4f}) differ from the "
-        f"plain loop's by at most {gap:.1e} nats, {verdict} the tolerance of {bound:g} for {precision}",
+        f"plain loop's by at most {gap:.1e} nats, {verdict} the tolerance for {precision} of {part:g} of a loss",
     ]
     for side in ("ours", "lean"):
         above = [sides[key].memory for key in (side, "plain") if key in sides]

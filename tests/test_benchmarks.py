@@ -168,6 +168,18 @@ def test_scaling(tmp_path: Path) -> None:
         scaling.main(["--sizes", "height"])
 
 
+def test_step_profile(tmp_path: Path) -> None:
+    import step_profile
+
+    step_profile.main(["--settings", "qwen3", "--steps", "2", "--top", "3", "--results", str(tmp_path)])
+    rows = rows_of(tmp_path / "step_profile.md")
+    parts = [row[0] for row in rows]
+    assert parts[1:6] == ["forward", "backward", "optimizer", "the rest", "step"]
+    assert len(parts) == 6 + 4  # and a table of three operators
+    with pytest.raises(UserError, match="bert"):
+        step_profile.main(["--settings", "bert"])
+
+
 def test_gpu_says_that_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import gpu
 
