@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from bardling.distributed.device import choose_device
+from bardling.distributed.threads import cpu_quota, settle_threads
 from bardling.distributed.watch import Watch, lost_connection
 from bardling.errors import Terminated, UserError
 
@@ -114,7 +115,8 @@ SINGLE = Context(rank=0, world_size=1, device=torch.device("cpu"))
 
 @contextlib.contextmanager
 def distributed(device: str, *, rank_timeout: float = 0.0) -> Iterator[Context]:
-    """Join the processes that `torchrun` started (or be the only one); leaves them in order at the end.
+    """Join the processes that `torchrun` started (or be the only one); leaves them in order at the end. On a CPU, threads are
+    from then on no more than the cores that this process may use.
 
     Args:
         device: as `RunConfig.device`.
@@ -131,6 +133,8 @@ def distributed(device: str, *, rank_timeout: float = 0.0) -> Iterator[Context]:
     own = choose_device(device, local_rank)
     if own.type == "cuda":
         torch.cuda.set_device(own)
+    elif own.type == "cpu":
+        settle_threads(cpu_quota())
     if world_size == 1:
         yield Context(0, 1, own)
         return
