@@ -38,6 +38,8 @@ from bardling.errors import UserError
 SIDES = Path(__file__).resolve().with_name("sides.py")
 WITHOUT = ("compile", "chunked-loss", "fused-optimizer", "bf16", "flash", "prefetch")
 """Optimisations that `ours` can be told to leave out."""
+MORE = ("fp8", "cuda-graphs", "fa3", "fa4")
+"""Those that it has on request, on an NVIDIA GPU."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,8 @@ class Spec:
     compile: str = "auto"
     run_steps: int = 5000  # of the run for which 'auto' decides
     fast: bool = False  # plain: as on a GPU
-    without: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()  # of WITHOUT
+    more: tuple[str, ...] = ()  # of MORE
     recompute: str = "none"  # of ours
     path: str = ""  # nanogpt: the checkout
     lr: float = 1e-3

@@ -14,7 +14,8 @@ begin with the same weights and see the same batches; how far their losses of th
 
 `without compile`, `without chunked-loss` (full logits), `without fused-optimizer` (PyTorch's loop over tensors), `without
 bf16` (TF32 products), `without flash` (attention by its plain formula) and `without prefetch` are ours with that one
-optimisation switched off, for the sizes in --ablate.
+optimisation switched off, for the sizes in --ablate; `with fp8` and `with cuda-graphs` are ours with what a run has only on
+request (`with fa3` and `with fa4`, FlashAttention 3 and 4, where they are installed and asked for).
 
 MFU is given twice: of the data sheet's dense bfloat16 peak, and of the fastest large matrix product measured just before.
 A case that does not fit says so. One table a size is appended as soon as it is done.
@@ -33,7 +34,7 @@ from bardling.distributed.device import choose_device, device_name, matmul_flops
 from bardling.errors import UserError
 from bardling.model.arithmetic import flops_per_token
 from bardling.model.peaks import peak_flops
-from children import WITHOUT, Child, Spec, closest_curves
+from children import MORE, WITHOUT, Child, Spec, closest_curves
 from tables import Table, publish, rounded, say, script, spread
 
 CURVE_STEPS = 10
@@ -78,6 +79,8 @@ class Options:
     """Sizes that are also measured without each optimisation; give none for none."""
     without: tuple[str, ...] = WITHOUT
     """The optimisations to switch off in turn."""
+    more: tuple[str, ...] = ("fp8", "cuda-graphs")
+    """Those to switch on in turn: fp8, cuda-graphs, fa3, fa4."""
     batch: int | None = None
     """Sequences in a forward pass; unset takes the size's."""
     accumulation: int | None = None
@@ -107,6 +110,7 @@ def main(argv: Sequence[str]) -> None:
         ("sizes", wanted, sizes),
         ("ablate", options.ablate, {**SIZES, **TINY}),
         ("without", options.without, WITHOUT),
+        ("more", options.more, MORE),
     ):
         for name in names:
             if name not in known:
@@ -155,6 +159,8 @@ def cases_of(name: str, size: Size, options: Options) -> dict[str, Spec]:
         cases["nanoGPT, compiled"] = Spec("nanogpt", **common, fast=True, path=str(options.nanogpt))
     if options.tiny or name in options.ablate:
         cases |= {f"without {part}": Spec("ours", **ours, without=(part,)) for part in options.without}
+        if options.device.startswith("cuda"):
+            cases |= {f"with {part}": Spec("ours", **ours, more=(part,)) for part in options.more}
     return cases
 
 

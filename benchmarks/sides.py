@@ -80,9 +80,10 @@ def _autocast(precision: str, device: torch.device) -> Callable[[], contextlib.A
 
 def run_ours(spec: Spec, desk: Desk) -> None:
     """The library, put together as a run puts it together."""
-    without = set(spec.without)
+    without, more = set(spec.without), set(spec.more)
     with distributed(spec.device) as context:
-        prepare_backend(context.device, deterministic=False)
+        attention: Any = next((name for name in ("fa3", "fa4") if name in more), "auto")
+        prepare_backend(context.device, deterministic=False, attention=attention)
         precision = choose_precision("float32" if "bf16" in without else spec.precision, context.device)  # type: ignore[arg-type]
         name = device_name(context.device)
         peak = peak_flops(name, precision.name) or matmul_flops(context.device, DTYPES[precision.name], seconds=0.2)
@@ -96,6 +97,9 @@ def run_ours(spec: Spec, desk: Desk) -> None:
             device=spec.device,
             precision=precision.name,
             compile="on" if compiled else "off",
+            fp8="fp8" in more,
+            cuda_graphs="cuda-graphs" in more,
+            attention=attention,
             model=spec.config,
             optim=OptimConfig(lr=spec.lr, warmup_steps=0, schedule="constant"),
             train=TrainConfig(
@@ -111,7 +115,7 @@ def run_ours(spec: Spec, desk: Desk) -> None:
         if "flash" in without:
             for switch in ("enable_flash_sdp", "enable_cudnn_sdp", "enable_mem_efficient_sdp"):
                 getattr(torch.backends.cuda, switch)(False)
-        forward: Any = wrap(state.model, compiled=compiled, context=context)
+        forward: Any = wrap(state.model, compiled=compiled, graphs=config.cuda_graphs, context=context)
         if "chunked-loss" in without:
             forward = _full_logits(state.model, compiled)
         plan = make_plan(
@@ -140,6 +144,7 @@ def run_ours(spec: Spec, desk: Desk) -> None:
                 forward=forward,
                 precision=precision,
                 context=context,
+                keep_gradients=config.cuda_graphs,
                 hooks=[hook],
             )
 

@@ -46,7 +46,7 @@ from bardling.model.peaks import peak_flops
 from bardling.optim.build import build_optimizer, row_splits, settle_muon_precision
 from bardling.optim.schedule import learning_rate
 from bardling.planner import resolve_vocabulary
-from bardling.train.compiling import compile_pays
+from bardling.train.compiling import asked_to_compile, compile_pays, wrap
 from bardling.train.loop import fit
 from bardling.train.plan import Horizon, TrainPlan, make_plan
 from bardling.train.state import TrainState
@@ -149,7 +149,7 @@ def bench(
             raise UserError(
                 "bardling bench measures one process: start it without torchrun (a run's log shows the speed of many)"
             )
-        undo = prepare_backend(context.device, deterministic=config.deterministic)
+        undo = prepare_backend(context.device, deterministic=config.deterministic, attention=config.attention)
         try:
             return _Bench(config, context, steps, warmup, data, profile, progress).go()
         except torch.OutOfMemoryError:
@@ -207,8 +207,8 @@ class _Bench:
         self.name = device_name(self.device)
         self.peak = peak_flops(self.name, self.precision.name, tf32=not config.deterministic, fp8=mixed)
         flops = flops_per_token(model)
-        compiled, self.compile_why = config.compile == "on", "as asked"
-        if config.compile == "auto":
+        compiled, self.compile_why = asked_to_compile(config, self.device)
+        if compiled is None:
             run_flops = float(growing.cost(partial(flops_per_token, model)))
             compiled, self.compile_why = compile_pays(run_flops, self.peak or self.matmul, self.device, growing.shapes)
             self.compile_why = f"auto: a run of {config.train.steps:,} steps {self.compile_why}"
@@ -229,7 +229,7 @@ class _Bench:
         state = TrainState(model, optimizer)
         if self.precision.needs_scaler:
             state.scaler = torch.amp.GradScaler(device.type)
-        forward: Any = torch.compile(model) if self.compiled else model
+        forward = wrap(model, compiled=self.compiled, graphs=config.cuda_graphs, context=self.context)
         requests = self.plan.requests(0, self.total, 0)
         with Prefetcher(self.source, requests, device) as batches:
             first = self._train(state, batches, forward, 1)[0]
@@ -283,6 +283,7 @@ class _Bench:
             forward=forward,
             precision=self.precision,
             context=self.context,
+            keep_gradients=self.config.cuda_graphs,
             hooks=[hook],
         )
         return clock.seconds()

@@ -449,6 +449,10 @@ class RunConfig:
     """Compute the linear layers of blocks in float8 while training, all else in bfloat16; for NVIDIA's Ada, Hopper or newer."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; auto compiles only when the run is long enough to earn the compilation back."""
+    cuda_graphs: bool = False
+    """Replay compiled passes as CUDA graphs: for models so small that the GPU waits for the host. Gradients are held twice."""
+    attention: Literal["auto", "fa3", "fa4"] = "auto"
+    """Attention's kernels on CUDA: PyTorch's own, or FlashAttention 3 (Hopper) or 4 (and Blackwell), installed beside it."""
     deterministic: bool = False
     """On CUDA, use only kernels that repeat to the bit (slower). On a CPU runs always repeat."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -465,6 +469,13 @@ class RunConfig:
         if self.fp8 and self.precision not in ("auto", "bfloat16"):
             raise UserError(
                 f"fp8 = True with precision = {self.precision!r}: what is not float8 is bfloat16 then; leave one of them out"
+            )
+        if self.cuda_graphs and self.compile == "off":
+            raise UserError("cuda_graphs = True with compile = 'off': they are made of compiled code; leave one of them out")
+        if self.attention != "auto" and self.model.dropout:
+            raise UserError(
+                f"attention = {self.attention!r} with model.dropout = {self.model.dropout:g}: these kernels know no dropout; "
+                "leave one of them out"
             )
         # The dial's batch is not derived yet.
         ramps = not self.model.depth and self.train.batch_doublings + self.train.context_doublings(self.model.block_size)

@@ -17,6 +17,7 @@ from typing import Literal
 
 import torch
 
+from bardling.distributed.flash import use_attention
 from bardling.errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -140,13 +141,20 @@ def matmul_flops(device: torch.device, dtype: torch.dtype, *, size: int = 768, s
     return 2.0 * size**3 / best
 
 
-def prepare_backend(device: torch.device, *, deterministic: bool) -> Callable[[], None]:
-    """Switch on TF32 for float32 products where the device has it, and repeatable kernels if asked; returns an undo.
+def prepare_backend(
+    device: torch.device, *, deterministic: bool, attention: Literal["auto", "fa3", "fa4"] = "auto"
+) -> Callable[[], None]:
+    """Switch on TF32 for float32 products where the device has it, repeatable kernels and those of attention if asked; returns
+    an undo.
 
     On a CPU, memory that a step frees is kept for the next one; that stays so.
+
+    Raises:
+        UserError: the kernels of attention are not installed, or not for this device.
     """
     if device.type == "cpu":
         _keep_freed_memory()
+    leave_attention = use_attention(attention, device)
     if device.type != "cuda":
         return lambda: None
     precision = torch.get_float32_matmul_precision()
@@ -157,6 +165,7 @@ def prepare_backend(device: torch.device, *, deterministic: bool) -> Callable[[]
     def undo() -> None:
         torch.set_float32_matmul_precision(precision)
         torch.use_deterministic_algorithms(algorithms)
+        leave_attention()
 
     return undo
 

@@ -1,12 +1,14 @@
 """The model as the step calls it: compiled when that pays, and with gradients synchronised between processes."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from bardling.config import RunConfig
 from bardling.distributed.context import Context
+from bardling.errors import UserError
 from bardling.model.gpt import GPT
 from bardling.train.loop import Hook
 from bardling.train.plan import TrainPlan
@@ -50,6 +52,19 @@ def patience(plan: TrainPlan, context: Context, *, compiled: bool) -> Hook:
     return after
 
 
+def asked_to_compile(config: RunConfig, device: torch.device) -> tuple[bool | None, str]:
+    """Whether the configuration says to compile, None where it leaves that open; and why.
+
+    Raises:
+        UserError: it wants CUDA graphs of another device.
+    """
+    if config.cuda_graphs and device.type != "cuda":
+        raise UserError(f"cuda_graphs = True on {device.type}: there are none but on NVIDIA GPUs; leave it out")
+    if config.compile == "auto":
+        return (True, "for CUDA graphs") if config.cuda_graphs else (None, "")
+    return config.compile == "on", "as asked"
+
+
 class _CompiledBody(nn.Module):
     """The model on a CPU: its transformer compiled, its head as it is. What `model/loss.py` does chunk by chunk and in place,
     compiled code would do with several copies of the weight's gradient at a time, and no faster."""
@@ -67,16 +82,42 @@ class _CompiledBody(nn.Module):
         return self.model.loss(self.body(tokens, None, documents, table), targets, head, reduction)
 
 
-def wrap(model: GPT, *, compiled: bool, context: Context) -> nn.Module:
+class _Replayed(nn.Module):
+    """The model compiled into CUDA graphs: all kernels of a pass start with one call, so a host that is slower than the GPU no
+    longer holds it up.
+
+    A graph writes its results, gradients too, to the same memory in every pass. The training step must therefore add each
+    pass' gradients to memory of its own before the next (`train_step`'s `keep_gradients`), and has read a loss by then.
+    """
+
+    def __init__(self, model: GPT) -> None:
+        super().__init__()
+        self.model = torch.compile(model, dynamic=False, mode="reduce-overhead")
+
+    def forward(self, *arguments: Any, **options: Any) -> Tensor:
+        """As `GPT.forward`."""
+        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+        loss: Tensor = self.model(*arguments, **options)
+        return loss
+
+
+def wrap(model: GPT, *, compiled: bool, graphs: bool = False, context: Context) -> nn.Module:
     """The model as the training step calls it: compiled if asked, gradients synchronised if there are several processes.
 
     Where batch or context grow, each shape is compiled when it first comes: code for fixed sizes is the fastest. PyTorch keeps
     eight of them; a ninth would run as it is, with a warning.
+
+    Args:
+        graphs: on CUDA, replay what is compiled as CUDA graphs; steps must then keep gradients in place.
     """
     forward: nn.Module = model
     if compiled:
-        on_cpu = context.device.type == "cpu"
-        forward = _CompiledBody(model) if on_cpu else torch.compile(model, dynamic=False)  # type: ignore[assignment]
+        if context.device.type == "cpu":
+            forward = _CompiledBody(model)
+        elif graphs:
+            forward = _Replayed(model)
+        else:
+            forward = torch.compile(model, dynamic=False)  # type: ignore[assignment]
     if context.world_size > 1:
         ids = [context.device.index] if context.device.type == "cuda" else None
         # Every parameter takes part in every step, and there are no buffers to keep equal.

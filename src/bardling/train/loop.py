@@ -38,6 +38,7 @@ def fit(
     forward: nn.Module | Callable[..., Tensor] | None = None,
     precision: Precision | None = None,
     context: Context = SINGLE,
+    keep_gradients: bool = False,
     hooks: Sequence[Hook] = (),
     bytes_per_token: Tensor | None = None,
     stop_requested: Callable[[], bool] = lambda: False,
@@ -52,6 +53,7 @@ def fit(
         seed: of dropout.
         forward: what computes the loss, if not `state.model` itself (its compiled or distributed wrapper).
         precision: of matrix products; float32 when absent.
+        keep_gradients: let gradients stay where they are in memory, as `wrap` wants it for CUDA graphs.
         guard: against bad steps; it judges a step before the hooks see it.
 
     Raises:
@@ -74,6 +76,7 @@ def fit(
                 grad_clip=grad_clip,
                 precision=precision,
                 context=context,
+                keep_gradients=keep_gradients,
                 bytes_per_token=bytes_per_token,
                 stop_requested=stop_requested,
                 limits=None if guard is None else guard.limits(state),

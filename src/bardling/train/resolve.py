@@ -7,7 +7,6 @@ decide differently, all do as the primary one.
 import dataclasses
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 from bardling.checkpoint.load import Loaded
 from bardling.checkpoint.runfolder import RunFolder
@@ -20,7 +19,7 @@ from bardling.errors import UserError
 from bardling.model.arithmetic import flops_per_token, fp8_layers, recomputed_flops_per_token
 from bardling.model.peaks import peak_flops
 from bardling.optim.build import settle_muon_precision
-from bardling.train.compiling import compile_pays
+from bardling.train.compiling import asked_to_compile, compile_pays
 from bardling.train.plan import make_plan
 
 
@@ -87,17 +86,16 @@ def resolve(
     else:
         mixed = model if config.fp8 else None
         peak = peak_flops(device_name(context.device), name, tf32=not config.deterministic, fp8=mixed)
-    compile_why = "as asked"
-    compiled: Literal["auto", "on", "off"] = config.compile
-    if compiled == "auto":
+    compiled, compile_why = asked_to_compile(config, context.device)
+    if compiled is None:
         plan = make_plan(config.train, model.block_size, context.world_size)
         flops = plan.cost(partial(flops_per_token, model))
         if config.train.recompute == "blocks":
             flops += plan.cost(partial(recomputed_flops_per_token, model))
         pays, compile_why = compile_pays(flops / context.world_size, peak, context.device, plan.shapes)
-        compiled = "on" if context.broadcast(pays) else "off"
+        compiled = context.broadcast(pays)
     optim = settle_muon_precision(config.optim, name)
-    whole = dataclasses.replace(config, model=model, precision=name, compile=compiled, optim=optim)
+    whole = dataclasses.replace(config, model=model, precision=name, compile="on" if compiled else "off", optim=optim)
     return Resolved(whole, precision, peak, compile_why, changes)
 
 

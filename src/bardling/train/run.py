@@ -140,7 +140,7 @@ class _Run:
     def go(self) -> RunResult:
         """Build the state, train it to the end or until a signal, and say how it ended."""
         context, config = self.context, self.config
-        undo = prepare_backend(context.device, deterministic=config.deterministic)
+        undo = prepare_backend(context.device, deterministic=config.deterministic, attention=config.attention)
         with StopSignals() as signals:
             state = build_state(
                 config,
@@ -323,7 +323,7 @@ class _Run:
         if deadline is not None:
             ending = ending_of(hooks, deadline, config.eval.windows / plan.samples_per_step / 2)
             hooks.insert(0, Deadline(deadline, last, context, began=self.began, ending=ending, changed=monitor.planned))
-        forward = wrap(state.model, compiled=config.compile == "on", context=context)
+        forward = wrap(state.model, compiled=config.compile == "on", graphs=config.cuda_graphs, context=context)
         while True:
             source = TrainWindows(self.dataset.split("train"), guard.order, self.start_id)
             ahead = plan.steps - state.step if deadline is None else FAR
@@ -340,6 +340,7 @@ class _Run:
                         forward=forward,
                         precision=self.precision,
                         context=context,
+                        keep_gradients=config.cuda_graphs,
                         hooks=hooks,
                         bytes_per_token=table,
                         stop_requested=stop_requested,

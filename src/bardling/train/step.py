@@ -53,6 +53,7 @@ def train_step(
     grad_clip: float,
     precision: Precision,
     context: Context,
+    keep_gradients: bool = False,
     bytes_per_token: Tensor | None = None,
     stop_requested: Callable[[], bool] = lambda: False,
     limits: Limits | None = None,
@@ -65,6 +66,7 @@ def train_step(
             gets `documents` too where a batch has them.
         lr: learning rate of this step.
         grad_clip: largest gradient norm; 0 for no clipping.
+        keep_gradients: set gradients to zero rather than free them, so that passes add to the same memory.
         bytes_per_token: [vocab] UTF-8 bytes of each token, to measure bits per byte.
         stop_requested: asked before each forward pass.
         limits: the largest loss and gradient norm with which the update is made; absent: it always is.
@@ -73,7 +75,7 @@ def train_step(
     Raises:
         Stopped: `stop_requested`, in any process; the state is that before the step.
     """
-    state.optimizer.zero_grad(set_to_none=True)
+    _clear_gradients(state, keep=keep_gradients)
     counts = [torch.stack([(batch.targets != IGNORE).sum() for batch in batches]).sum()]
     if bytes_per_token is not None:
         counts.append(torch.stack([_bytes(batch.targets, bytes_per_token) for batch in batches]).sum())
@@ -115,6 +117,14 @@ def train_step(
             state.scaler.update()
     size = totals[1] if bytes_per_token is not None else None
     return StepResult(loss, loss_sum, tokens, size, norm, lr, bad)
+
+
+def _clear_gradients(state: TrainState, *, keep: bool) -> None:
+    state.optimizer.zero_grad(set_to_none=not keep)
+    if keep:
+        for parameter in state.model.parameters():
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
 
 
 def _update(state: TrainState, parameters: list[nn.Parameter], norm: Tensor, grad_clip: float, bad: Tensor | None) -> None:
