@@ -9,7 +9,7 @@ from bardling.data.manifest import Manifest, ShardFile, SplitInfo, write_manifes
 from bardling.data.tokenizer import build_tokenizer
 from bardling.distributed.context import SINGLE
 from bardling.errors import UserError
-from bardling.model.arithmetic import activation_bytes
+from bardling.model.activations import activation_bytes
 from bardling.optim.state import optimizer_tensors
 from bardling.planner import plan, resolve_vocabulary
 from bardling.train.persist import build_state

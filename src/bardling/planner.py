@@ -19,10 +19,9 @@ from typing import TYPE_CHECKING
 from bardling.config import CheckpointConfig, ModelConfig, RunConfig
 from bardling.errors import UserError
 from bardling.interop.shapes import parameter_shapes
+from bardling.model.activations import ActivationBytes, activation_bytes
 from bardling.model.arithmetic import (
-    ActivationBytes,
     Component,
-    activation_bytes,
     block_parameters,
     flops_per_token,
     fp8_layers,
@@ -249,7 +248,7 @@ def plan(
 
     memory = MemoryPlan(
         weights=weights,
-        gradients=weights,
+        gradients=weights * (2 if config.cuda_graphs and device_type == "cuda" else 1),  # a graph's own, and their sum
         optimizer=optimizer_bytes(parameter_shapes(model), config.optim),
         ema=weights if config.optim.ema_decay else 0,
         activations=needs(batch.micro_batch, config.train.recompute),

@@ -9,7 +9,8 @@ from torch import nn
 from bardling.config import ModelConfig, RunConfig
 from bardling.errors import UserError
 from bardling.model import arithmetic
-from bardling.model.arithmetic import activation_bytes, fp8_layers, fp8_part
+from bardling.model.activations import activation_bytes
+from bardling.model.arithmetic import fp8_layers, fp8_part
 from bardling.model.fp8 import E4M3, E5M2, MULTIPLE, fp8_linear, product, quantize
 from bardling.model.gpt import GPT
 from bardling.model.layers import use_fp8

@@ -8,8 +8,8 @@ from test_options import OPTIONS, option
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from bardling.model.activations import activation_bytes
 from bardling.model.arithmetic import (
-    activation_bytes,
     block_parameters,
     flops_per_sequence,
     forward_table,
@@ -51,7 +51,7 @@ def test_forward_flops_are_those_that_torch_counts(name: str, context: int) -> N
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_saved_activations_are_near_what_autograd_holds(name: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("attend", "arithmetic"):
+    for module in ("attend", "activations"):
         monkeypatch.setattr(f"bardling.model.{module}.EXPLICIT_LENGTH", 0)  # the fused kernel, as on a GPU
     expected = activation_bytes(option(name), 8, precision=precision, device_type="cpu").saved
     assert expected == pytest.approx(held(name, precision), rel=0.03)

@@ -14,7 +14,7 @@ from torch.nn.attention import varlen
 from bardling.config import ModelConfig
 from bardling.data.packing import document_bounds
 from bardling.model import documents as documents_module
-from bardling.model.arithmetic import activation_bytes
+from bardling.model.activations import activation_bytes
 from bardling.model.cache import KVCache
 from bardling.model.gpt import GPT
 
@@ -149,7 +149,7 @@ def test_a_cache_and_documents_do_not_go_together() -> None:
 @pytest.mark.parametrize("name", ["gpt2", "qwen3", "qwen3_window", "window_blocks"])
 def test_masks_are_kept_once_as_the_arithmetic_says(name: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bardling.model.attend.EXPLICIT_LENGTH", 0)
-    monkeypatch.setattr("bardling.model.arithmetic.EXPLICIT_LENGTH", 0)
+    monkeypatch.setattr("bardling.model.activations.EXPLICIT_LENGTH", 0)
     model = perturbed(config(name))
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     seen: dict[int, torch.UntypedStorage] = {}

@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from bardling.config import ModelConfig
-from bardling.model.arithmetic import activation_bytes, recomputed_flops_per_token
+from bardling.model.activations import activation_bytes
+from bardling.model.arithmetic import recomputed_flops_per_token
 from bardling.model.gpt import GPT
 
 

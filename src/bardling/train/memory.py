@@ -26,7 +26,8 @@ from bardling.distributed.device import Precision
 from bardling.distributed.watch import LONG
 from bardling.errors import UserError
 from bardling.interop.shapes import parameter_shapes
-from bardling.model.arithmetic import activation_bytes
+from bardling.model.activations import activation_bytes
+from bardling.model.arithmetic import weight_bytes
 from bardling.model.gpt import GPT
 from bardling.optim.kinds import optimizer_bytes
 from bardling.train.plan import TrainPlan
@@ -93,7 +94,8 @@ class Passes:
             # What the optimizer will hold beside this, and something for what is not known.
             if device.type == "cuda":
                 spare = torch.cuda.get_device_properties(device).total_memory // 33
-                sizes = (optimizer_bytes(parameter_shapes(self.config.model), self.config.optim), spare)
+                graphs = weight_bytes(self.config.model) if self.config.cuda_graphs else 0  # the gradients that these keep
+                sizes = (optimizer_bytes(parameter_shapes(self.config.model), self.config.optim), spare, graphs)
                 held += [torch.empty(size, dtype=torch.uint8, device=device) for size in sizes]
             tokens = torch.randint(vocab, (micro_batch, length), device=device)
             known = {}
