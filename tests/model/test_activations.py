@@ -1,6 +1,6 @@
 """The memory of activations, against what autograd holds."""
 
-import contextlib
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -15,24 +15,15 @@ GPT2 = ModelConfig(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_siz
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("bias", [True, False])
-def test_saved_activations_match_autograd_to_the_byte(precision: str, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_saved_activations_match_autograd_to_the_byte(
+    precision: str, bias: bool, monkeypatch: pytest.MonkeyPatch, held_bytes: Callable[..., int]
+) -> None:
     monkeypatch.setattr("bardling.model.attend.EXPLICIT_LENGTH", 0)  # the fused kernel, as on a GPU
     config = ModelConfig(n_layer=2, n_head=4, n_embd=64, block_size=32, vocab_size=200, bias=bias)
     model = GPT(config)
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    seen: dict[int, torch.UntypedStorage] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            seen[storage.data_ptr()] = storage  # held, so that no address is used twice
-        return tensor
-
     tokens = torch.randint(0, 200, (3, 32))
-    autocast = torch.autocast("cpu", dtype=torch.bfloat16) if precision == "bfloat16" else contextlib.nullcontext()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
-        model(tokens, tokens)
-    assert sum(storage.nbytes() for storage in seen.values()) == activation_bytes(config, 3, precision=precision).saved
+    found = held_bytes(model, precision, tokens, tokens)
+    assert found == activation_bytes(config, 3, precision=precision).saved
 
 
 def test_activations_grow_with_the_batch_and_logits_only_up_to_a_chunk() -> None:

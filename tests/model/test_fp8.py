@@ -139,23 +139,12 @@ def test_layers_are_those_that_the_arithmetic_names(config):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("config", [MODEL, dataclasses.replace(MODEL, mlp_hidden=100)])
-def test_saved_activations_match_autograd_to_the_byte(config, bias, monkeypatch):
+def test_saved_activations_match_autograd_to_the_byte(config, bias, monkeypatch, held_bytes):
     monkeypatch.setattr("bardling.model.attend.EXPLICIT_LENGTH", 0)  # the fused kernel, as on a GPU
     config = dataclasses.replace(config, bias=bias)
     model = GPT(config)
     use_fp8(model.transformer.h)
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    seen = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            seen[storage.data_ptr()] = storage  # held, so that no address is used twice
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", dtype=torch.bfloat16):
-        model(tokens(), tokens(1))
-    assert sum(storage.nbytes() for storage in seen.values()) == activation_bytes(config, 3, fp8=True).saved
+    assert held_bytes(model, "bfloat16", tokens(), tokens(1)) == activation_bytes(config, 3, fp8=True).saved
 
 
 def test_the_peak_is_that_of_both_formats_together():

@@ -1,6 +1,6 @@
 """Parameters, FLOPs and memory of every option, against the model that is built."""
 
-import contextlib
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -50,7 +50,9 @@ def test_forward_flops_are_those_that_torch_counts(name: str, context: int) -> N
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_saved_activations_are_near_what_autograd_holds(name: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_saved_activations_are_near_what_autograd_holds(
+    name: str, precision: str, monkeypatch: pytest.MonkeyPatch, held: Callable[[str, str], int]
+) -> None:
     for module in ("attend", "activations"):
         monkeypatch.setattr(f"bardling.model.{module}.EXPLICIT_LENGTH", 0)  # the fused kernel, as on a GPU
     expected = activation_bytes(option(name), 8, precision=precision, device_type="cpu").saved
@@ -58,29 +60,16 @@ def test_saved_activations_are_near_what_autograd_holds(name: str, precision: st
 
 
 @pytest.mark.parametrize("name", [name for name in OPTIONS if "window" not in name])
-def test_on_a_cpu_bfloat16_keeps_the_scores_of_short_contexts(name: str) -> None:
+def test_on_a_cpu_bfloat16_keeps_the_scores_of_short_contexts(name: str, held: Callable[[str, str], int]) -> None:
     found = activation_bytes(option(name), 8, precision="bfloat16", device_type="cpu").saved
     assert found == pytest.approx(held(name, "bfloat16"), rel=0.1)
 
 
-def held(name: str, precision: str) -> int:
-    """Bytes that autograd keeps after a forward pass."""
-    config = option(name)
-    model = GPT(config)
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    seen: dict[int, torch.UntypedStorage] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            seen[storage.data_ptr()] = storage
-        return tensor
-
+@pytest.fixture
+def held(held_bytes: Callable[..., int]) -> Callable[[str, str], int]:
+    """`held(option, precision)`: bytes that autograd keeps after a forward pass of 8 sequences."""
     tokens = torch.randint(0, 75, (8, 24))
-    autocast = torch.autocast("cpu", dtype=torch.bfloat16) if precision == "bfloat16" else contextlib.nullcontext()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
-        model(tokens, tokens)
-    return sum(storage.nbytes() for storage in seen.values())
+    return lambda name, precision: held_bytes(GPT(option(name)), precision, tokens, tokens)
 
 
 def test_a_window_saves_work_and_palms_formula_is_near() -> None:

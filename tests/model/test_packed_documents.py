@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -147,24 +148,14 @@ def test_a_cache_and_documents_do_not_go_together() -> None:
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["gpt2", "qwen3", "qwen3_window", "window_blocks"])
-def test_masks_are_kept_once_as_the_arithmetic_says(name: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_masks_are_kept_once_as_the_arithmetic_says(
+    name: str, precision: str, monkeypatch: pytest.MonkeyPatch, held_bytes: Callable[..., int]
+) -> None:
     monkeypatch.setattr("bardling.model.attend.EXPLICIT_LENGTH", 0)
     monkeypatch.setattr("bardling.model.activations.EXPLICIT_LENGTH", 0)
     model = perturbed(config(name))
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    seen: dict[int, torch.UntypedStorage] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            seen[storage.data_ptr()] = storage
-        return tensor
-
     inputs, targets, bounds = packed()
-    narrow = torch.autocast("cpu", dtype=torch.bfloat16) if precision == "bfloat16" else contextlib.nullcontext()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), narrow:
-        model(inputs, targets, documents=bounds)
-    held = sum(storage.nbytes() for storage in seen.values())
+    held = held_bytes(model, precision, inputs, targets, documents=bounds)
     options = {"precision": precision, "device_type": "cpu"}
     made = activation_bytes(config(name), 3, document_mask=True, **options).saved
     assert made - activation_bytes(config(name), 3, **options).saved > 3 * 24 * 16

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -86,23 +87,14 @@ def test_flops_are_one_more_forward_pass_through_the_blocks(name: str, dropout: 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_what_waits_for_the_backward_pass_is_what_autograd_holds(name: str, precision: str) -> None:
+def test_what_waits_for_the_backward_pass_is_what_autograd_holds(
+    name: str, precision: str, held_bytes: Callable[..., int]
+) -> None:
     model = perturbed(option(name))
     model.recompute = True
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    seen: dict[int, torch.UntypedStorage] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            seen[storage.data_ptr()] = storage
-        return tensor
-
     inputs = tokens(batch=8)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast(precision):
-        model(inputs, inputs)
+    held = held_bytes(model, precision, inputs, inputs)
     saved = activation_bytes(option(name), 8, precision=precision, device_type="cpu", recompute="blocks").saved
-    held = sum(storage.nbytes() for storage in seen.values())
     if model.transformer.made.positions == "rotary":  # the tables are held as arguments, which the hooks do not see
         held += 2 * 24 * model.transformer.made.head_dim * (4 if precision == "float32" else 2)
     assert held == pytest.approx(saved, rel=0.01)

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 
 import pytest
 
@@ -12,10 +11,6 @@ from bardling.train.run import resume, train
 
 def records(run, kind):
     return [record for line in (run / "metrics.jsonl").read_text().splitlines() if (record := json.loads(line))["kind"] == kind]
-
-
-def weights(run, step):
-    return (run / "checkpoints" / f"step-{step:06d}" / "model.safetensors").read_bytes()
 
 
 @pytest.fixture
@@ -36,14 +31,11 @@ def apart(tiny, change, corpus, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen3"])
-def test_a_run_resumes_exactly_at_every_step(apart, change, tmp_path, family):
+def test_a_run_resumes_exactly_at_every_step(apart, change, tmp_path, family, stopped_at, weights):
     config = change(apart, model={"family": family, "sliding_window": 24 if family == "qwen3" else None})
     whole = train(config, tmp_path / "whole", quiet=True).folder
     for step in range(1, 6):
-        copy = tmp_path / f"from{step}"
-        shutil.copytree(whole, copy)
-        for later in range(step + 1, 7):
-            shutil.rmtree(copy / "checkpoints" / f"step-{later:06d}")
+        copy = stopped_at(step, whole, tmp_path / f"from{step}")
         resume(copy, quiet=True)
         assert weights(copy, 6) == weights(whole, 6), step
         assert [r["loss"] for r in records(copy, "val")] == [r["loss"] for r in records(whole, "val")]
@@ -74,15 +66,13 @@ def test_a_run_may_begin_to_keep_documents_apart(apart, change, tmp_path, capsys
     assert "changed: data.document_mask: False -> True" in capsys.readouterr().out
 
 
-def test_the_context_may_grow_meanwhile(apart, change, tmp_path):
+def test_the_context_may_grow_meanwhile(apart, change, tmp_path, stopped_at, weights):
     growing = change(apart, train={"context_start": 24, "recompute": "blocks"})
     whole = train(growing, tmp_path / "whole", quiet=True).folder
     for step in (1, 3):
-        shutil.copytree(whole, tmp_path / f"from{step}")
-        for later in range(step + 1, 7):
-            shutil.rmtree(tmp_path / f"from{step}" / "checkpoints" / f"step-{later:06d}")
-        resume(tmp_path / f"from{step}", quiet=True)
-        assert weights(tmp_path / f"from{step}", 6) == weights(whole, 6)
+        copy = stopped_at(step, whole, tmp_path / f"from{step}")
+        resume(copy, quiet=True)
+        assert weights(copy, 6) == weights(whole, 6)
 
 
 def test_passes_are_chosen_with_documents_too(apart, change, tmp_path):

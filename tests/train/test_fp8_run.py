@@ -1,7 +1,6 @@
 """Runs in float8, with a CPU that passes for a GPU which has it: exact resume, two processes, plans and refusals."""
 
 import json
-import shutil
 import subprocess
 import sys
 
@@ -37,21 +36,14 @@ def short(tiny, change):
     )
 
 
-def weights(run, step):
-    return (run / "checkpoints" / f"step-{step:06d}" / "model.safetensors").read_bytes()
-
-
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_it_resumes_at_every_step_to_the_bit(able, short, change, tmp_path, name):
+def test_it_resumes_at_every_step_to_the_bit(able, short, change, tmp_path, name, stopped_at, weights):
     config = change(short, optim={"name": name})
     run = train(config, tmp_path / "run", quiet=True).folder
     plain = train(change(config, fp8=False), tmp_path / "plain", quiet=True).folder
     assert weights(run, 6) != weights(plain, 6)
     for step in range(1, 6):
-        copy = tmp_path / f"from{step}"
-        shutil.copytree(run, copy)
-        for later in range(step + 1, 7):
-            shutil.rmtree(copy / "checkpoints" / f"step-{later:06d}")
+        copy = stopped_at(step, run, tmp_path / f"from{step}")
         resume(copy, quiet=True)
         assert weights(copy, 6) == weights(run, 6), step
     assert {tensor.dtype for tensor in load(run).state.values()} == {torch.float32}

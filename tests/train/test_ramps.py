@@ -217,14 +217,11 @@ def test_a_run_counts_what_it_saw(growing, tmp_path):
     assert samples == list(range(sum(BATCHES)))
 
 
-def test_a_run_resumed_at_any_step_ends_as_one_undisturbed(growing, tmp_path):
+def test_a_run_resumed_at_any_step_ends_as_one_undisturbed(growing, tmp_path, stopped_at):
     whole = train(growing, tmp_path / "whole", quiet=True).folder
     end = (whole / "checkpoints/step-000012/model.safetensors").read_bytes()
     for step in range(1, 12):
-        run = tmp_path / f"from-{step}"
-        shutil.copytree(whole, run)
-        for later in range(step + 1, 13):
-            shutil.rmtree(run / f"checkpoints/step-{later:06d}")
+        run = stopped_at(step, whole, tmp_path / f"from-{step}")
         assert resume(run, quiet=True).step == 12
         assert (run / "checkpoints/step-000012/model.safetensors").read_bytes() == end, step
         assert losses(run) == losses(whole)

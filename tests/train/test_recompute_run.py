@@ -1,7 +1,5 @@
 """Runs that compute activations again: the same to the bit, from any checkpoint, with the setting changed on the way too."""
 
-import shutil
-
 import pytest
 import torch
 
@@ -12,10 +10,6 @@ from bardling.optim.build import build_optimizer
 from bardling.train.library import fit_batches
 from bardling.train.memory import Passes
 from bardling.train.run import resume, train
-
-
-def weights(run, step):
-    return (run / "checkpoints" / f"step-{step:06d}" / "model.safetensors").read_bytes()
 
 
 @pytest.fixture
@@ -31,16 +25,13 @@ def short(tiny, change):
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_run_is_the_same_with_and_without_and_resumes_at_every_step(short, change, tmp_path, precision):
+def test_a_run_is_the_same_with_and_without_and_resumes_at_every_step(short, change, tmp_path, precision, stopped_at, weights):
     kept = train(change(short, precision=precision), tmp_path / "kept", quiet=True).folder
     config = change(short, precision=precision, train={"recompute": "blocks"})
     again = train(config, tmp_path / "again", quiet=True).folder
     assert weights(again, 8) == weights(kept, 8)
     for step in range(1, 8):
-        copy = tmp_path / f"from{step}"
-        shutil.copytree(again, copy)
-        for later in range(step + 1, 9):
-            shutil.rmtree(copy / "checkpoints" / f"step-{later:06d}")
+        copy = stopped_at(step, again, tmp_path / f"from{step}")
         # Every other time the run goes on without.
         resume(copy, change(config, train={"recompute": "none"}) if step % 2 else None, quiet=True)
         assert weights(copy, 8) == weights(kept, 8), step
