@@ -168,6 +168,16 @@ def test_scaling(tmp_path: Path) -> None:
         scaling.main(["--sizes", "height"])
 
 
+def test_company(tmp_path: Path) -> None:
+    import company
+
+    company.main(["--tiny", "--turns", "300000", "1000", "--rounds", "1", "--block", "2", "--results", str(tmp_path)])
+    rows = rows_of(tmp_path / "company.md")
+    assert [row[0] for row in rows[1:]] == ["300,000", "1,000"]
+    with pytest.raises(UserError, match="--rounds 0"):
+        company.main(["--rounds", "0"])
+
+
 def test_step_profile(tmp_path: Path) -> None:
     import step_profile
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import NoReturn
 
+from bardling.distributed.waiting import sleep_sooner
 from bardling.errors import JobLost, Terminated, UserError, closest
 
 VERBS = {
@@ -111,6 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if verb not in VERBS:
             raise UserError(f"{verb!r} is no verb{closest(verb, list(VERBS))}; there are {', '.join(VERBS)}")
+        sleep_sooner()
         with _signals():
             importlib.import_module(f"bardling.cli.{verb}").run(arguments[1:])
         sys.stdout.flush()
