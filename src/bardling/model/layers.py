@@ -154,14 +154,15 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)  # [..., 1]
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # once: every operator would do it again
+        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)  # [..., 1]
         scale = norm.square_().div_(x.size(-1)).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
         # Products are wide, and rounded once.
         if weight is None:
-            return torch.mul(x, scale, out=x.new_empty(x.shape, dtype=dtype))
-        return torch.mul(x * scale, weight, out=x.new_empty(x.shape, dtype=dtype))
+            return torch.mul(wide, scale, out=x.new_empty(x.shape, dtype=dtype))
+        scaled = wide * scale if wide is x else wide.mul_(scale)
+        return torch.mul(scaled, weight, out=x.new_empty(x.shape, dtype=dtype))
 
     @staticmethod
     def backward(ctx: Any, *above: Tensor) -> tuple[Tensor | None, ...]:
@@ -169,8 +170,8 @@ class _RMSNorm(torch.autograd.Function):
         # s (g w - x s^2 mean(g x w)). What both need of the rows, g x, is computed once; the sums are matrix products.
         x, weight, scale = ctx.saved_tensors
         width, rows = x.size(-1), 1 if weight is None or weight.dim() == 1 else weight.size(0)
-        grad = above[0].to(scale.dtype)
-        shared = (grad * x).view(-1, rows, width).transpose(0, 1)  # [R, N, C]
+        grad, wide = above[0].to(scale.dtype), x.to(scale.dtype)
+        shared = (grad * wide).view(-1, rows, width).transpose(0, 1)  # [R, N, C]
         gain = x.new_ones(width, dtype=scale.dtype) if weight is None else weight.to(scale.dtype)
         dw = dx = None
         if weight is not None and ctx.needs_input_grad[1]:
@@ -178,7 +179,7 @@ class _RMSNorm(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             sums = (shared @ gain.expand(rows, width).unsqueeze(-1)).transpose(0, 1).reshape(scale.shape)  # [..., 1]
             sums.mul_(scale).mul_(scale).div_(-width)
-            dx = torch.addcmul(grad * gain, x, sums).mul_(scale).to(x.dtype)
+            dx = torch.addcmul(grad * gain, wide, sums).mul_(scale).to(x.dtype)
         return dx, dw, None, None
 
 
