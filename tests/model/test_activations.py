@@ -18,7 +18,7 @@ GPT2 = ModelConfig(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_siz
 def test_saved_activations_match_autograd_to_the_byte(
     precision: str, bias: bool, monkeypatch: pytest.MonkeyPatch, held_bytes: Callable[..., int]
 ) -> None:
-    monkeypatch.setattr("bardling.model.attend.EXPLICIT_LENGTH", 0)  # the fused kernel, as on a GPU
+    monkeypatch.setattr("bardling.model.explicit.EXPLICIT_LENGTH", 0)  # the fused kernel, as on a GPU
     config = ModelConfig(n_layer=2, n_head=4, n_embd=64, block_size=32, vocab_size=200, bias=bias)
     model = GPT(config)
     tokens = torch.randint(0, 200, (3, 32))

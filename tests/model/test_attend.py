@@ -4,11 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bardling.model.attend import EXPLICIT_LENGTH, attend
+from bardling.model.arithmetic import EXPLICIT_BLOCK, EXPLICIT_LENGTH, weights_kept
+from bardling.model.attend import attend
+from bardling.model.documents import _mask
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)])
-@pytest.mark.parametrize("time", [1, 7, 64])
+@pytest.mark.parametrize("time", [1, 7, 64, EXPLICIT_BLOCK, 200, 256])
 def test_bfloat16_on_a_cpu_is_float32s_attention_to_its_rounding(heads, time):
     assert time <= EXPLICIT_LENGTH
     random = torch.Generator().manual_seed(0)
@@ -39,3 +41,65 @@ def test_dropout_thins_the_weights_and_keeps_their_mean():
     dropped = torch.stack([attend(q, k, v, dropout=0.5)[0, 0, -1, 0].float() for _ in range(200)])
     assert dropped.std() > 0.05
     assert abs(dropped.mean() - 1) < 0.1
+
+
+def test_blocks_leave_out_later_keys():
+    assert weights_kept(EXPLICIT_BLOCK) == EXPLICIT_BLOCK**2
+    assert weights_kept(2 * EXPLICIT_BLOCK + 3) == EXPLICIT_BLOCK**2 * 3 + 3 * (2 * EXPLICIT_BLOCK + 3)
+    assert weights_kept(200, masked=True) == 200**2
+
+
+@pytest.mark.parametrize("heads", [2, 1])
+@pytest.mark.parametrize("time", [9, 200])
+def test_a_mask_hides_what_it_says_for_each_row_of_the_batch(heads, time):
+    random = torch.Generator().manual_seed(1)
+    seen = torch.rand(3, 1, time, time, generator=random) < 0.3
+    seen |= torch.eye(time, dtype=torch.bool)  # queries see later keys too
+    narrow = [torch.randn(3, n, time, 16, generator=random).bfloat16().requires_grad_() for n in (2, heads, heads)]
+    wide = [part.detach().float().requires_grad_() for part in narrow]
+    found = attend(*narrow, mask=_mask(seen, torch.bfloat16))
+    expected = F.scaled_dot_product_attention(*wide, attn_mask=seen, enable_gqa=True)
+    torch.testing.assert_close(found.float(), expected, rtol=2e-2, atol=2e-2)
+    slope = torch.randn(expected.shape, generator=random)
+    found.backward(slope.bfloat16())
+    expected.backward(slope)
+    for ours, theirs in zip(narrow, wide, strict=True):
+        torch.testing.assert_close(ours.grad.float(), theirs.grad, rtol=5e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize("time", [16, 150])
+def test_gradients_through_dropout_are_those_of_the_weights_that_were_drawn(time):
+    """With the masks known, attention is linear in the values: the same seed gives the same masks."""
+    random = torch.Generator().manual_seed(2)
+    q, k, v = (torch.randn(2, 2, time, time, generator=random).bfloat16().requires_grad_() for _ in range(3))
+
+    def drawn():
+        torch.manual_seed(3)
+        return attend(q, k, v, dropout=0.5)
+
+    eye = torch.eye(time).bfloat16().expand(2, 2, -1, -1)
+    torch.manual_seed(3)
+    weights = attend(q, k, eye, dropout=0.5).detach().float()  # as values give back the weights
+    slope = torch.randn(2, 2, time, time, generator=random)
+    found = drawn()
+    torch.testing.assert_close(found.float(), weights @ v.detach().float(), rtol=2e-2, atol=2e-2)
+    found.backward(slope.bfloat16())
+    torch.testing.assert_close(v.grad.float(), weights.transpose(2, 3) @ slope, rtol=5e-2, atol=5e-2)
+    scores = [part.detach().float().requires_grad_() for part in (q, k)]
+    softmax = (
+        (scores[0] @ scores[1].transpose(2, 3) / time**0.5)
+        .masked_fill(torch.ones(time, time).triu(1).bool(), -torch.inf)
+        .softmax(-1)
+    )
+    kept = torch.where(softmax > 0, weights / softmax.detach().clamp_min(1e-30), 0).round()  # 0 or 2
+    ((softmax * kept) @ v.detach().float()).backward(slope)
+    for ours, theirs in zip((q, k), scores, strict=True):
+        torch.testing.assert_close(ours.grad.float(), theirs.grad, rtol=5e-2, atol=5e-2)
+
+
+def test_a_sample_and_a_training_step_share_what_is_kept():
+    with torch.inference_mode():
+        attend(*(torch.randn(1, 1, 21, 8).bfloat16() for _ in range(3)))
+    q, k, v = (torch.randn(1, 1, 21, 8).bfloat16().requires_grad_() for _ in range(3))
+    attend(q, k, v).sum().backward()
+    assert q.grad is not None

@@ -140,7 +140,7 @@ def test_layers_are_those_that_the_arithmetic_names(config):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("config", [MODEL, dataclasses.replace(MODEL, mlp_hidden=100)])
 def test_saved_activations_match_autograd_to_the_byte(config, bias, monkeypatch, held_bytes):
-    monkeypatch.setattr("bardling.model.attend.EXPLICIT_LENGTH", 0)  # the fused kernel, as on a GPU
+    monkeypatch.setattr("bardling.model.explicit.EXPLICIT_LENGTH", 0)  # the fused kernel, as on a GPU
     config = dataclasses.replace(config, bias=bias)
     model = GPT(config)
     use_fp8(model.transformer.h)

@@ -53,7 +53,7 @@ def test_forward_flops_are_those_that_torch_counts(name: str, context: int) -> N
 def test_saved_activations_are_near_what_autograd_holds(
     name: str, precision: str, monkeypatch: pytest.MonkeyPatch, held: Callable[[str, str], int]
 ) -> None:
-    for module in ("attend", "activations"):
+    for module in ("explicit", "activations"):
         monkeypatch.setattr(f"bardling.model.{module}.EXPLICIT_LENGTH", 0)  # the fused kernel, as on a GPU
     expected = activation_bytes(option(name), 8, precision=precision, device_type="cpu").saved
     assert expected == pytest.approx(held(name, precision), rel=0.03)

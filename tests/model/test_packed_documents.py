@@ -151,7 +151,7 @@ def test_a_cache_and_documents_do_not_go_together() -> None:
 def test_masks_are_kept_once_as_the_arithmetic_says(
     name: str, precision: str, monkeypatch: pytest.MonkeyPatch, held_bytes: Callable[..., int]
 ) -> None:
-    monkeypatch.setattr("bardling.model.attend.EXPLICIT_LENGTH", 0)
+    monkeypatch.setattr("bardling.model.explicit.EXPLICIT_LENGTH", 0)
     monkeypatch.setattr("bardling.model.activations.EXPLICIT_LENGTH", 0)
     model = perturbed(config(name))
     inputs, targets, bounds = packed()

@@ -18,6 +18,7 @@ from bardling.model.arithmetic import (
     is_blocked,
     is_varlen,
     scores_computed,
+    weights_kept,
 )
 
 LOGIT_CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}  # most float32 logits at a time, as `model/loss.py` has it
@@ -80,9 +81,9 @@ def activation_bytes(
     their values twice more.
     `saved` equals, to the byte in GPT-2 and nearly so with other options, what autograd holds after an eager forward pass
     without dropout; `torch.compile` often saves less. Attention is taken for one fused kernel that stores no scores, but for
-    bfloat16 on a CPU up to `EXPLICIT_LENGTH` tokens, where 2 * H * T bytes a token are counted; on a CPU with dropout it is
-    not, and at least 4 * H * T bytes a token and block come on top. Also not counted: buffers within kernels, fragmentation,
-    and a GPU's own context (some 0.5 GB).
+    bfloat16 on a CPU up to `EXPLICIT_LENGTH` tokens, where s bytes are counted for each weight that is kept; longer contexts on
+    a CPU with dropout keep scores too, and at least 4 * H * T bytes a token and block come on top. Also not counted: buffers
+    within kernels, fragmentation, and a GPU's own context (some 0.5 GB).
 
     In float8 a linear layer saves a byte for each number that it reads, of input and matrix. Attention's result is then kept in
     both formats, since its own backward pass reads it too.
@@ -121,8 +122,9 @@ def activation_bytes(
             a_token += 2 * made.kv_width * s
         if window is not None:
             return scales + tokens * a_token + micro_batch * _window_bytes(made, t, window, s)
-        if scores:  # all softmax weights are kept, and no log-sum-exp
-            a_token += made.n_head * (t * s - FLOAT32_BYTES)
+        if scores:  # attention's weights are kept, and no log-sum-exp
+            weights = weights_kept(t, masked=document_mask) * (2 if config.dropout else 1)  # and what dropout did to them
+            return scales + tokens * (a_token - made.n_head * FLOAT32_BYTES) + micro_batch * made.n_head * weights * s
         return scales + tokens * a_token
 
     layers = [block(layer) for layer in range(config.n_layer)]

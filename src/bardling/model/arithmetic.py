@@ -26,9 +26,10 @@ from bardling.errors import UserError
 FLOAT32_BYTES = 4
 FP8_MULTIPLE = 16  # sizes of float8 products, as `model/fp8.py` has it
 BACKWARD_PER_FORWARD = 2  # each product has two in the backward pass: one for its input's gradient, one for its weight's
-EXPLICIT_LENGTH = 256
-"""Up to this many tokens, bfloat16 on a CPU computes all scores: PyTorch's fused kernel, with its slow backward pass, takes
-1.2 to 5 times as long (measured on AVX-512-BF16); for longer contexts and in float32 the fused kernel wins."""
+EXPLICIT_LENGTH = 512
+"""Up to this many tokens, bfloat16 on a CPU keeps attention's weights (`model/explicit.py`): PyTorch's fused kernel, with its
+slow backward pass, takes 1.5 to 4 times as long. Beyond, the memory is not worth it; in float32 the fused kernel wins."""
+EXPLICIT_BLOCK = 128  # queries at a time, there
 CAST_AGAIN_ENTRIES = 1 << 18
 """From this size on, a CPU makes a matrix' copy in the lower precision again in the backward pass instead of keeping it."""
 
@@ -182,6 +183,16 @@ def scores_computed(time: int, window: int | None) -> int:
     if window is None or not is_blocked(time, window):
         return time * time
     return window * window + (time - window) * 2 * window
+
+
+def weights_kept(time: int, *, masked: bool = False) -> int:
+    """Pairs of a query and a key, per head, whose weight `model/explicit.py` keeps for a sequence of `time` tokens."""
+    starts = range(0, time, EXPLICIT_BLOCK)
+    return (
+        time * time
+        if masked
+        else sum((min(start + EXPLICIT_BLOCK, time) - start) * min(start + EXPLICIT_BLOCK, time) for start in starts)
+    )
 
 
 def context_of(config: ModelConfig, context: int | None) -> int:

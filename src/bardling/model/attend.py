@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bardling.model.arithmetic import EXPLICIT_LENGTH, is_blocked
+from bardling.model.arithmetic import is_blocked
+from bardling.model.explicit import attend_explicitly, is_explicit
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causal: bool = True, dropout: float = 0.0) -> Tensor:
@@ -27,30 +28,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causa
         causal: a token sees itself and what is before it; only without a mask.
     """
     plain = mask.dtype == q.dtype and k.size(2) == q.size(2) if mask is not None else causal
-    if plain and q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.size(2) <= EXPLICIT_LENGTH:
-        return _attend_explicitly(q, k, v, mask, dropout)
+    if plain and q.device.type == "cpu" and q.dtype == torch.bfloat16 and is_explicit(q.size(2)):
+        return attend_explicitly(q, k, v, mask, dropout)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=q.size(1) != k.size(1)
     )
-
-
-def _attend_explicitly(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-    """Attention by way of all scores: q [B, H, T, D], k and v [B, K, T, D]; causal unless there is a mask [B, 1, T, T]."""
-    batch, heads, time, width = q.shape
-    shared = heads // k.size(1)
-    # Query heads that share keys stand one below the other, so that each group is one matrix product.
-    queries = q.reshape(-1, shared * time, width)  # [B * K, shared * T, D]
-    keys, values = k.reshape(-1, time, width), v.reshape(-1, time, width)  # [B * K, T, D]
-    if mask is None:
-        future = torch.full((time, time), -torch.inf, dtype=q.dtype).triu(1).repeat(shared, 1)  # [shared * T, T]
-    else:
-        future = mask[:, None].expand(-1, k.size(1), shared, -1, -1).reshape(-1, shared * time, time)  # [B * K, shared * T, T]
-    scores = torch.baddbmm(future, queries, keys.transpose(1, 2), alpha=width**-0.5)
-    # Autocast would have the softmax read and write float32, though its kernel computes in it anyway.
-    with torch.autocast("cpu", enabled=False):
-        weights = torch.softmax(scores, dim=-1)  # [B * K, shared * T, T]
-        weights = F.dropout(weights, dropout) if dropout else weights
-        return torch.bmm(weights, values).view(batch, heads, time, width)
 
 
 class WindowMasks(NamedTuple):
