@@ -187,12 +187,10 @@ def scores_computed(time: int, window: int | None) -> int:
 
 def weights_kept(time: int, *, masked: bool = False) -> int:
     """Pairs of a query and a key, per head, whose weight `model/explicit.py` keeps for a sequence of `time` tokens."""
-    starts = range(0, time, EXPLICIT_BLOCK)
-    return (
-        time * time
-        if masked
-        else sum((min(start + EXPLICIT_BLOCK, time) - start) * min(start + EXPLICIT_BLOCK, time) for start in starts)
-    )
+    if masked:
+        return time * time
+    ends = {start: min(start + EXPLICIT_BLOCK, time) for start in range(0, time, EXPLICIT_BLOCK)}
+    return sum((end - start) * end for start, end in ends.items())
 
 
 def context_of(config: ModelConfig, context: int | None) -> int:
