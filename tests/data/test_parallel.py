@@ -198,8 +198,9 @@ def test_journal_of_something_else_or_damaged_is_not_taken(tmp_path):
 
 
 PREPARE = """
-import sys, time
+import signal, sys, time
 from bardling.data import journal, prepare
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
 journal.EVERY = 0.0
 prepare._BATCH = prepare._BATCH_OF_WORKER = 2000
 write = journal.Journal.write
