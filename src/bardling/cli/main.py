@@ -96,7 +96,23 @@ def _signals() -> Iterator[None]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one command; ends by returning (status 0) or by `SystemExit`."""
+    """Run one command; ends by returning (status 0) or by `SystemExit`; one of several processes ends at once."""
+    if argv is not None or os.environ.get("WORLD_SIZE", "1") == "1":
+        _command(argv)
+        return
+    status = 0
+    try:
+        _command(None)
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    # PyTorch's threads between processes do not always survive Python's usual end: one process in some hundreds aborted there,
+    # its work done and saved, and torchrun took the job for failed.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _command(argv: Sequence[str] | None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
