@@ -227,7 +227,7 @@ def _notes(name: str, sides: dict[str, _Measured], peak: float) -> list[str]:
         f"{name}: losses of the first {len(ours.curve)} steps ({plain.curve[0]:.4f} to {plain.curve[-1]:.4f}) differ from the "
         f"plain loop's by at most {gap:.1e} nats, {verdict} the tolerance for {precision} of {part:g} of a loss",
     ]
-    for side in (side for side in ("ours", "compiled", "lean") if side in sides):
+    for side in (side for side in sides if side in ("ours", "compiled", "lean")):
         above = [sides[key].memory for key in (side, "plain")]
         found = [memory.memory_above for memory in above if memory is not None and memory.memory_above]
         if len(found) == 2:

@@ -47,6 +47,7 @@ from bardling.interop.dataset import open_data
 from bardling.model.arithmetic import flops_per_token
 from bardling.model.gpt import GPT
 from bardling.model.layers import use_fp8
+from bardling.train.compiling import wrap
 from bardling.train.run import resume, train
 
 STEPS, BATCH = 6, 4
@@ -336,7 +337,7 @@ class _Verification:
             model = GPT(config, seed=1).to(self.device)
             use_fp8(model.transformer.h, self.config.fp8)
             model.recompute = self.config.train.recompute == "blocks"
-            forward = torch.compile(model) if compiled else model
+            forward = wrap(model, compiled=compiled, context=dataclasses.replace(SINGLE, device=self.device))  # as a run does
             with self.precision.autocast():
                 loss = forward(inputs, targets, reduction="sum", **known)
             loss.backward()
