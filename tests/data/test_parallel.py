@@ -237,6 +237,28 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(text, tmp_path, monke
     assert not work_folder(out).exists()
 
 
+def test_killed_while_the_journal_is_replaced_it_leaves_no_trace(text, tmp_path, monkeypatch, small_batches):
+    prepare(str(text), tmp_path / "whole", "bpe:400", val_fraction=0.2, shard_tokens=10_000, workers=1)
+    out = tmp_path / "ds"
+    killing = """
+import os, pathlib
+entries = []
+replace = pathlib.Path.replace
+def kills(path, target):
+    if target.name == "journal.json":
+        entries.append(target)
+    if len(entries) == 3:
+        os.kill(os.getpid(), 9)
+    return replace(path, target)
+pathlib.Path.replace = kills
+"""
+    child = subprocess.run([sys.executable, "-c", killing + PREPARE, str(text), str(out), "1"], check=False)
+    assert child.returncode == -signal.SIGKILL
+    assert list(work_folder(out).glob(".journal.json.*.partial")), "it was to be killed while it wrote the journal"
+    prepare(str(text), out, "bpe:400", val_fraction=0.2, shard_tokens=10_000, workers=1)
+    assert content(out) == content(tmp_path / "whole")
+
+
 def documents_done(out: Path) -> int:
     try:
         return json.loads((work_folder(out) / "journal.json").read_text())["documents"]

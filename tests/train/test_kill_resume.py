@@ -179,6 +179,19 @@ def test_a_signal_in_validation_or_sampling_is_obeyed_at_once_and_the_work_is_do
         assert weights(out, 30) == weights(whole, 30)
 
 
+def test_small_files_that_a_kill_left_unfinished_are_cleared_away(tiny, change, tmp_path):
+    from bardling.train.run import resume
+
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / ".environment.json.7.partial").write_text("{")
+    train(tiny, run, quiet=True)
+    assert not list(run.glob(".*")), "a start that was killed is no obstacle and leaves nothing"
+    (run / ".config.toml.7.partial").write_text("[mod")
+    resume(run, change(tiny, train={"steps": 32}), quiet=True)
+    assert not list(run.glob(".*"))
+
+
 def test_raising_the_steps_goes_on_from_the_end(tiny, change, tmp_path):
     from bardling.train.run import resume
 

@@ -10,7 +10,6 @@ checkpoints/       step-000500/ ...
 """
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from bardling.checkpoint.store import CheckpointStore
 from bardling.config import CheckpointConfig, RunConfig
 from bardling.configfile import config_to_toml, parse_recipe, read_text_file
 from bardling.errors import UserError
+from bardling.files import remove_unfinished, write_whole
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class RunFolder:
 
     def write_config(self, config: RunConfig) -> None:
         """Write (or replace) the configuration."""
-        write_whole(self.config_file, config_to_toml(config))
+        write_whole(self.config_file, config_to_toml(config).encode())
 
     def dataset_record(self) -> dict[str, Any]:
         """The facts of the dataset that the run trains on."""
@@ -74,7 +74,7 @@ class RunFolder:
         starts = read_json(self.environment_file).get("starts", []) if self.environment_file.exists() else []
         if not isinstance(starts, list):
             raise UserError(f"{self.environment_file}: starts = {str(starts)[:80]!r} must be a list: remove the file")
-        write_whole(self.environment_file, json.dumps({"starts": [*starts, facts]}, indent=2) + "\n")
+        write_whole(self.environment_file, (json.dumps({"starts": [*starts, facts]}, indent=2) + "\n").encode())
 
 
 def open_run(path: Path) -> RunFolder:
@@ -117,6 +117,7 @@ def create_run(path: Path, config: RunConfig, *, beside: bool = False, also: Cal
     if path.exists() and (not path.is_dir() or not (beside or all(_is_remains(entry) for entry in path.iterdir()))):
         raise UserError(f"{path}: is in the way (not an empty folder): choose another --out")
     run.checkpoints.mkdir(parents=True, exist_ok=True)
+    remove_unfinished(path)
     also()
     run.write_config(config)
     return run
@@ -128,19 +129,6 @@ def _is_remains(entry: Path) -> bool:
         return entry.is_dir() and not any(entry.iterdir())
     names = ("config.toml", "dataset.json", "environment.json", "tokenizer.json", "tokenizer_config.json")
     return entry.name in names[1:] or entry.name.startswith(tuple(f".{name}." for name in names))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a small file so that readers find the old or the new one, never a part: beside, synced, renamed."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with beside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> dict[str, Any]:

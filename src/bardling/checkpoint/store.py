@@ -19,6 +19,7 @@ from pathlib import Path
 
 from bardling.checkpoint import manifest as manifests
 from bardling.errors import UserError
+from bardling.files import sync_folder
 from bardling.monitor.format import size_bytes
 
 _STEP = re.compile(r"(?:\.old-)?step-(\d{6,18})")
@@ -117,7 +118,7 @@ class CheckpointStore:
             if place.exists():
                 place.rename(old)
             temporary.rename(place)
-            _sync_folder(self.folder)
+            sync_folder(self.folder)
         except BaseException as error:
             shutil.rmtree(temporary, ignore_errors=True)
             if old.exists() and not place.exists():
@@ -142,7 +143,7 @@ class CheckpointStore:
             file.flush()
             os.fsync(file.fileno())
         for root, _, _ in os.walk(folder, topdown=False):
-            _sync_folder(Path(root))
+            sync_folder(Path(root))
 
     def _retain(self, saved: int) -> None:
         """Delete what is older than the checkpoint just saved and no longer kept.
@@ -248,18 +249,6 @@ def _alive(pid: int) -> bool:
 def _sync_file(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    """Make a folder's entries durable, where the system can."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot, and need not
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def _reason(error: OSError) -> str:

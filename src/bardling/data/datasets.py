@@ -19,10 +19,10 @@ from typing import Any
 
 from bardling.data import hub
 from bardling.data.download import Remote, cache_root, download
-from bardling.data.files import told_plainly
 from bardling.data.sources import STDLIB, Document, Source, open_source
 from bardling.data.vocabulary import valid_text
 from bardling.errors import UserError, closest
+from bardling.files import told_plainly
 
 TINY_SHAKESPEARE = Remote(
     (

@@ -23,10 +23,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bardling.data.files import told_plainly
 from bardling.data.manifest import IndexFile, SplitName
 from bardling.data.shards import TokenDataset
 from bardling.errors import UserError
+from bardling.files import told_plainly
 
 _REACH = 1 << 20  # tokens
 _WIDTH = 16  # bytes for a document

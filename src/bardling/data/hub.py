@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from bardling.data.download import cache_root, file_sha256
-from bardling.data.files import told_plainly, write_whole
 from bardling.data.gpt2bpe import GPT2_DIGEST, vocabulary_digest
 from bardling.errors import UserError, closest
+from bardling.files import told_plainly, write_whole
 
 EXTRA = "pip install 'bardling[datasets]'"
 SUFFIXES = (".parquet", ".jsonl", ".json", ".jsonl.gz", ".json.gz")

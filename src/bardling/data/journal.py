@@ -1,8 +1,9 @@
 """What has been tokenised so far, so that an interrupted preparation goes on instead of starting again.
 
 The work folder lies beside the dataset to be (`.NAME.partial`). From time to time the token files in it are synced and the
-journal is replaced as a whole; it says up to which document, and how long each file was then. Whatever was written after that
-is cut off when the work is taken up, so the result is the same to the byte wherever the interruption fell.
+journal is replaced as a whole; it says up to which document, and how long each file was then. When the work is taken up, what
+was written after that is cut off and what was just being replaced is removed, so the result is the same to the byte wherever
+the interruption fell.
 """
 
 import hashlib
@@ -14,9 +15,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bardling.data.files import told_plainly, write_whole
 from bardling.data.lock import locked
 from bardling.errors import UserError
+from bardling.files import remove_unfinished, told_plainly, write_whole
 
 EVERY = 10.0
 """Seconds between two entries: what an interruption costs at most, and all that a shorter preparation ever loses."""
@@ -107,4 +108,5 @@ def working_on(out: Path) -> Iterator[Path]:
             for path in (work / "lock", work):  # the folder was made only to hold the lock
                 path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
             raise UserError(f"{out}: exists already: choose another folder, or remove it first")
+        remove_unfinished(work)
         yield work

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from bardling.data.files import told_plainly
+from bardling.files import told_plainly
 
 
 @contextmanager

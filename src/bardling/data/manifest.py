@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from bardling.data.files import told_plainly, write_whole
 from bardling.errors import UserError
+from bardling.files import told_plainly, write_whole
 
 FORMAT = 1
 SplitName = Literal["train", "val"]

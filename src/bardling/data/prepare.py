@@ -26,7 +26,6 @@ from pathlib import Path
 from bardling.config import DataConfig
 from bardling.data.datasets import documents_after, source_for
 from bardling.data.documents import DocumentWriter
-from bardling.data.files import sync_folder, told_plainly
 from bardling.data.journal import Journal, Position, digest, working_on
 from bardling.data.manifest import FORMAT, Manifest, SplitName, write_manifest
 from bardling.data.parallel import SPLITS, Encoders, default_workers
@@ -35,6 +34,7 @@ from bardling.data.shards import SHARD_TOKENS, ShardWriter, TokenDataset, open_d
 from bardling.data.sources import Document, Source
 from bardling.data.tokenizer import Tokenizer, build_tokenizer, check_tokenizer_spec, load_tokenizer
 from bardling.errors import UserError
+from bardling.files import sync_folder, told_plainly
 
 MANY = 100
 """Documents from which on whole ones are held out."""

@@ -23,10 +23,10 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from bardling.data.files import told_plainly
 from bardling.data.manifest import IndexFile, Manifest, ShardFile, SplitInfo, SplitName, read_manifest, token_dtype
 from bardling.data.tokenizer import Tokenizer, load_tokenizer
 from bardling.errors import UserError
+from bardling.files import told_plainly
 
 SHARD_TOKENS = 100_000_000
 """Tokens in one file at most, unless told otherwise: 200 MB at 16 bits."""

@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from bardling.data.files import told_plainly
 from bardling.data.vocabulary import valid_text
 from bardling.errors import UserError, closest
+from bardling.files import told_plainly
 
 STDLIB = "stdlib"
 _DEFAULT_FIELD = "text"

@@ -22,7 +22,6 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from bardling.data.files import told_plainly, write_whole
 from bardling.data.gpt2bpe import GPT2_SIZE, Encode, fast_encoder
 from bardling.data.hub import gpt2_tokenizer_file
 from bardling.data.vocabulary import (
@@ -36,6 +35,7 @@ from bardling.data.vocabulary import (
     valid_text,
 )
 from bardling.errors import UserError, closest
+from bardling.files import told_plainly, write_whole
 
 GPT2 = "gpt2"
 """Spec of GPT-2's tokenizer."""

@@ -7,7 +7,6 @@ Limits: nanoGPT's GELU is the exact one and its head is always tied; a model wit
 its logits differ a little there. The random state and the data's position are not in nanoGPT's file.
 """
 
-import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,9 +16,9 @@ import torch
 from torch import Tensor
 
 from bardling.config import ModelConfig, RunConfig
-from bardling.data.files import sync_folder, told_plainly, write_whole
 from bardling.data.tokenizer import Tokenizer
 from bardling.errors import UserError
+from bardling.files import replacing, told_plainly, write_whole
 from bardling.interop.imported import (
     EMBEDDING,
     HEAD,
@@ -179,17 +178,10 @@ def _numbered(
 
 def _save(path: Path, content: dict[str, Any]) -> None:
     """`torch.save` beside `path`, synced and renamed into place."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with told_plainly(path, "write"):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with beside.open("wb") as file:
+            with replacing(path) as file:
                 torch.save(content, file)
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(path)
         except RuntimeError as error:  # PyTorch's writer hides the system's reason, such as a full disk, in one of these
             raise UserError(f"{path}: cannot write: {str(error).splitlines()[0][:200]}") from None
-        finally:
-            beside.unlink(missing_ok=True)
-    sync_folder(path.parent)

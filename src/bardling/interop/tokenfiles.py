@@ -27,12 +27,12 @@ from typing import Literal
 
 import numpy as np
 
-from bardling.data.files import told_plainly
 from bardling.data.manifest import Manifest, ShardFile, SplitInfo
 from bardling.data.shards import TokenDataset
 from bardling.data.tokenizer import Tokenizer, load_tokenizer
 from bardling.data.vocabulary import EOT, char_content
 from bardling.errors import UserError
+from bardling.files import told_plainly
 from bardling.interop.safepickle import load_plain_pickle
 
 Kind = Literal["nanogpt", "nano-gpt", "llm.c"]

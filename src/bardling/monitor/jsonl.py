@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bardling.errors import UserError
+from bardling.files import replacing
 
 
 class JsonlSink:
@@ -132,15 +133,8 @@ def truncate_after(path: Path, step: int) -> None:
         kept = _lines_until(path, data.split(b"\n")[:-1], step)
         if b"".join(kept) == data:
             return
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            with beside.open("wb") as file:
-                file.writelines(kept)
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
+        with replacing(path) as file:
+            file.writelines(kept)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({_reason(error)})") from None
 

@@ -14,7 +14,6 @@ when the process is killed outright, what it logged in the last second may be mi
 
 import importlib.util
 import json
-import os
 import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +24,7 @@ from typing import Any, Literal
 from bardling.config import RunConfig
 from bardling.configfile import config_to_dict
 from bardling.errors import UserError
+from bardling.files import replacing
 
 INIT_SECONDS = 30.0  # longest wait for the server at the start; afterwards the record is kept for `wandb sync`
 FINISH_SECONDS = 30.0  # longest wait for uploads at the end, as schedulers give before they kill
@@ -177,12 +177,8 @@ def _read_state(path: Path) -> _State:
 
 def _write_state(path: Path, state: _State) -> None:
     """Replace the file at once; it need not survive the machine, only this process."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_text(json.dumps({"id": state.id, "rows": state.rows, "done": state.done}) + "\n", encoding="utf-8")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with replacing(path, durable=False) as file:
+        file.write((json.dumps({"id": state.id, "rows": state.rows, "done": state.done}) + "\n").encode())
 
 
 def _step(values: Mapping[str, object]) -> int:

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bardling.checkpoint.runfolder import RunFolder, read_json, write_whole
+from bardling.checkpoint.runfolder import RunFolder, read_json
 from bardling.data.skips import Range
 from bardling.errors import UserError
+from bardling.files import replacing
 from bardling.monitor.records import EventRecord
 
 FORMAT = 1
@@ -59,8 +60,10 @@ def write_rollbacks(folder: RunFolder, rollbacks: Sequence[Rollback]) -> None:
         UserError: it cannot be written.
     """
     entries = [{"ranges": rollback.ranges, "event": _plain(rollback.event.as_dict())} for rollback in rollbacks]
+    content = json.dumps({"format": FORMAT, "rollbacks": entries}, indent=1, allow_nan=False) + "\n"
     try:
-        write_whole(skips_file(folder), json.dumps({"format": FORMAT, "rollbacks": entries}, indent=1, allow_nan=False) + "\n")
+        with replacing(skips_file(folder)) as file:
+            file.write(content.encode())
     except OSError as error:
         raise UserError(
             f"{skips_file(folder)}: cannot be written ({error.strerror or error}): make room, then resume"

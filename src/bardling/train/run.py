@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from bardling.checkpoint.load import load
-from bardling.checkpoint.runfolder import RunFolder, create_run, open_run, refuse_existing, write_whole
+from bardling.checkpoint.runfolder import RunFolder, create_run, open_run, refuse_existing
 from bardling.config import RunConfig, SampleConfig
 from bardling.data.loader import EvalWindows, Prefetcher, TrainWindows
 from bardling.data.order import WindowOrder
@@ -24,6 +24,7 @@ from bardling.distributed.context import Context, distributed
 from bardling.distributed.device import prepare_backend
 from bardling.distributed.watch import FOREVER, LONG
 from bardling.evaluate.tasks import check_task
+from bardling.files import remove_unfinished, write_whole
 from bardling.interop.dataset import open_data
 from bardling.model.arithmetic import flops_per_token
 from bardling.monitor.services import check_services
@@ -227,12 +228,13 @@ class _Run:
         """What a run folder holds besides figures and checkpoints."""
         facts = {**environment_facts(self.context, state.step, self.asked), **samples_facts(self.config.train, state.samples)}
         if self.resumed:
+            remove_unfinished(self.folder.path)
             self.folder.write_config(self.config)
             self.folder.add_environment(facts)
             return
 
         def also() -> None:
-            write_whole(self.folder.dataset_file, dataset_record(self.dataset))
+            write_whole(self.folder.dataset_file, dataset_record(self.dataset).encode())
             if self.tokenizer is not None:
                 self.tokenizer.save(self.folder.path)
             self.folder.add_environment(facts)

@@ -1,0 +1,76 @@
+"""A file is there whole or not at all, whatever ends its writer."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from bardling.errors import UserError
+from bardling.files import remove_unfinished, replacing, sync_folder, write_whole
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from bardling.files import replacing
+with replacing(Path(sys.argv[1])) as file:
+    file.write(b"half")
+    file.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_is_replaced(tmp_path):
+    write_whole(tmp_path / "a", b"old")
+    with replacing(tmp_path / "a", durable=False) as file:
+        file.write(b"new")
+        assert (tmp_path / "a").read_bytes() == b"old"  # until it is whole
+    assert (tmp_path / "a").read_bytes() == b"new"
+    assert names(tmp_path) == ["a"]
+
+
+def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path):
+    write_whole(tmp_path / "a", b"old")
+
+    def interrupted():
+        with replacing(tmp_path / "a") as file:
+            file.write(b"ne")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert (tmp_path / "a").read_bytes() == b"old"
+    assert names(tmp_path) == ["a"]
+
+
+def test_what_a_kill_leaves_is_removed_and_nothing_else(tmp_path):
+    others = ["a", "notes.partial", ".a.partial", ".dataset.partial", "b.7.partial"]
+    for name in others:
+        (tmp_path / name).write_bytes(b"old")
+    (tmp_path / ".folder.7.partial").mkdir()
+    child = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "a")], check=False)
+    assert child.returncode == -signal.SIGKILL
+    left = set(names(tmp_path)) - {*others, ".folder.7.partial"}
+    assert len(left) == 1
+    assert left.pop().startswith(".a.")
+    remove_unfinished(tmp_path)
+    assert names(tmp_path) == sorted([*others, ".folder.7.partial"])
+    assert (tmp_path / "a").read_bytes() == b"old"
+
+
+def test_a_refusal_is_one_line(tmp_path):
+    with pytest.raises(UserError, match=r"missing/.*cannot write: no such file or directory$"):
+        write_whole(tmp_path / "missing" / "a", b"")
+
+
+def test_a_file_system_that_cannot_sync_folders_is_no_obstacle(tmp_path, monkeypatch):
+    def refuses(_):
+        raise OSError(22, os.strerror(22))
+
+    monkeypatch.setattr(os, "fsync", refuses)
+    sync_folder(tmp_path)
