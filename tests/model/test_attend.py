@@ -3,9 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bardling.model.arithmetic import EXPLICIT_BLOCK, EXPLICIT_LENGTH, weights_kept
-from bardling.model.attend import attend
+from bardling.model.attend import attend, expand_heads
 from bardling.model.documents import _mask
 
 
@@ -103,3 +104,25 @@ def test_a_sample_and_a_training_step_share_what_is_kept():
     q, k, v = (torch.randn(1, 1, 21, 8).bfloat16().requires_grad_() for _ in range(3))
     attend(q, k, v).sum().backward()
     assert q.grad is not None
+
+
+@pytest.mark.parametrize(("dtype", "masked", "heads"), [("bfloat16", False, 2), ("bfloat16", True, 4), ("float32", False, 4)])
+def test_on_cuda_heads_are_shared_only_by_kernels_that_can(dtype, masked, heads, monkeypatch):
+    # Tensors without memory stand in for a GPU's: what the kernel would be given is seen by its shape.
+    seen = []
+
+    def kernel(q, k, v, **options):
+        seen.append((q.size(1), k.size(1), v.size(1), options["enable_gqa"]))
+        return torch.empty_like(q)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", kernel)
+    with FakeTensorMode():
+        q, k, v = (torch.zeros(2, count, 16, 8, dtype=getattr(torch, dtype), device="cuda") for count in (4, 2, 2))
+        attend(q, k, v, mask=torch.ones(1, 1, 16, 16, dtype=torch.bool, device="cuda") if masked else None, causal=not masked)
+    assert seen == [(4, heads, heads, heads == 2)]
+
+
+def test_expanded_heads_are_those_that_are_shared():
+    x = torch.randn(2, 3, 5, 4)
+    assert expand_heads(x, 3) is x
+    assert torch.equal(expand_heads(x, 6), x[:, [0, 0, 1, 1, 2, 2]])

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bardling.config import ModelConfig
 from bardling.errors import UserError
@@ -387,6 +388,22 @@ def test_norms_under_autocast_are_rounded_as_the_next_product_would() -> None:
         assert rms_norm(x.double(), weight.double(), 1e-5).dtype == torch.float64
     assert narrow.dtype == torch.bfloat16
     assert torch.equal(narrow, rms_norm(x, weight, 1e-5).bfloat16())
+
+
+@pytest.mark.parametrize("shape", [None, (16,), (6, 16)])
+def test_norms_under_autocast_on_cuda_keep_the_dtype(shape: tuple[int, ...] | None) -> None:
+    """Autocast would widen PyTorch's own; attention within documents takes queries, keys and values of one dtype."""
+    before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    torch.set_autocast_enabled("cuda", True)  # torch.autocast would not, for want of a GPU
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    try:
+        with FakeTensorMode(), torch.no_grad(), torch.device("cuda"):
+            x, weight = torch.zeros(4, 6, 16, dtype=torch.bfloat16), None if shape is None else torch.zeros(shape)
+            assert F.rms_norm(x, (16,)).dtype == torch.float32
+            assert rms_norm(x, weight, 1e-5).dtype == torch.bfloat16
+    finally:
+        torch.set_autocast_enabled("cuda", before[0])
+        torch.set_autocast_dtype("cuda", before[1])
 
 
 def test_swiglu_has_the_gradient_of_its_formula() -> None:

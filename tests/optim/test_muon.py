@@ -283,14 +283,20 @@ def test_compiled_agrees():
         torch.testing.assert_close(named(compiled)[name], parameter, rtol=1e-5, atol=1e-6)
 
 
+def shape(kind):
+    """The model of `kind`; of a single layer's stacks the second process has no share."""
+    return dataclasses.replace(MODEL, n_layer=1) if kind == "one layer" else MODEL
+
+
 PROCESSES = """
 import sys
 import torch, torch.distributed as dist
 sys.path.insert(0, sys.argv[1])
-from test_muon import CONFIG, MODEL, OptimConfig, build, named, set_gradients, set_learning_rate
+from test_muon import OptimConfig, build, named, set_gradients, set_learning_rate, shape
 from bardling.model.gpt import GPT
 
 folder, rank, kind, precision = sys.argv[2], int(sys.argv[3]), sys.argv[4], sys.argv[5]
+MODEL = shape(kind)
 dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
 model = GPT(MODEL, seed=1)
 if kind == "fsdp":
@@ -320,7 +326,9 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize(("kind", "precision"), [("ddp", "float32"), ("ddp", "bfloat16"), ("fsdp", "float32")])
+@pytest.mark.parametrize(
+    ("kind", "precision"), [("ddp", "float32"), ("ddp", "bfloat16"), ("fsdp", "float32"), ("one layer", "float32")]
+)
 def test_two_processes_share_the_work_and_agree_with_one(tmp_path, kind, precision):
     started = [
         subprocess.Popen(
@@ -332,7 +340,7 @@ def test_two_processes_share_the_work_and_agree_with_one(tmp_path, kind, precisi
     ]
     ends = [process.communicate(timeout=120)[1] for process in started]
     assert [process.returncode for process in started] == [0, 0], ends
-    alone = GPT(MODEL, seed=1)
+    alone = GPT(shape(kind), seed=1)
     optimizer = build(alone, OptimConfig(name="muon", lr=1e-3, weight_decay=0.1, muon_precision=precision))
     for step in range(3):
         update(alone, optimizer, step)

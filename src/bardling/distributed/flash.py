@@ -48,7 +48,8 @@ def use_attention(wanted: Literal["auto", "fa3", "fa4"], device: torch.device) -
     torch.backends.cuda.enable_cudnn_sdp(False)  # on some GPUs PyTorch would choose it before any other
 
     def undo() -> None:
-        attention.restore_flash_attention_impl()
+        if hasattr(attention, "restore_flash_attention_impl"):  # later than what activates them
+            attention.restore_flash_attention_impl()
         torch.backends.cuda.enable_cudnn_sdp(cudnn)
 
     return undo

@@ -30,9 +30,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causa
     plain = mask.dtype == q.dtype and k.size(2) == q.size(2) if mask is not None else causal
     if plain and q.device.type == "cpu" and q.dtype == torch.bfloat16 and is_explicit(q.size(2)):
         return attend_explicitly(q, k, v, mask, dropout)
+    if q.is_cuda and (mask is not None or q.dtype == torch.float32):
+        # There, only kernels for 16 bits without a mask share heads; others would be left for one that stores all scores.
+        k, v = expand_heads(k, q.size(1)), expand_heads(v, q.size(1))
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=q.size(1) != k.size(1)
     )
+
+
+def expand_heads(x: Tensor, heads: int) -> Tensor:
+    """[N, K, ...] -> [N, `heads`, ...]: each of the K heads as often as query heads share it; the same tensor if none do."""
+    return x if x.size(1) == heads else x.repeat_interleave(heads // x.size(1), dim=1)
 
 
 class WindowMasks(NamedTuple):

@@ -19,7 +19,10 @@ from torch import Tensor
 
 from bardling.architecture import Architecture
 from bardling.model.arithmetic import is_blocked, is_varlen
-from bardling.model.attend import WindowMasks, attend, attend_window, band
+from bardling.model.attend import WindowMasks, attend, attend_window, band, expand_heads
+
+_SHARES_HEADS = torch.__version__ >= (2, 12)
+"""Whether PyTorch's `varlen_attn` takes fewer heads of keys and values than of queries."""
 
 
 class Packed(NamedTuple):
@@ -41,7 +44,7 @@ def pack(bounds: Tensor, batch: int, time: int, made: Architecture, dtype: torch
     """
     places = torch.arange(batch * time, device=bounds.device, dtype=torch.int32)
     numbers = torch.searchsorted(bounds, places, right=True) - 1  # int64 [B * T]
-    positions = (places - bounds[numbers]).view(batch, time).long()
+    positions = (places - bounds.index_select(0, numbers)).view(batch, time).long()
     if is_varlen(bounds.device.type, str(dtype).removeprefix("torch."), made.head_dim, dropout):
         return Packed(bounds, positions, None, None)
     numbers, slots = numbers.view(batch, time), torch.arange(time, device=bounds.device)
@@ -97,7 +100,12 @@ def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, window: int 
     queries, keys, values = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [B * T, H or K, D], no copies
     # Its window is what lies before a token, without the token. No document is longer than T, and the kernel needs no more.
     near = (-1 if window is None else window - 1, 0)
-    shared = heads != k.size(1)
-    y = varlen_attn(queries, keys, values, bounds, bounds, time, time, window_size=near, enable_gqa=shared)
+    if heads == k.size(1):
+        y = varlen_attn(queries, keys, values, bounds, bounds, time, time, window_size=near)
+    elif _SHARES_HEADS:
+        y = varlen_attn(queries, keys, values, bounds, bounds, time, time, window_size=near, enable_gqa=True)
+    else:
+        keys, values = expand_heads(keys, heads), expand_heads(values, heads)
+        y = varlen_attn(queries, keys, values, bounds, bounds, time, time, window_size=near)
     assert isinstance(y, Tensor)
     return y.view(batch, time, heads, width).transpose(1, 2)

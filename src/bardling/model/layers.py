@@ -144,9 +144,10 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         dtype = torch.get_autocast_dtype("cpu") if casts else x.dtype
         normed: Tensor = _RMSNorm.apply(x, weight, eps, dtype)  # type: ignore[no-untyped-call]
         return normed
-    if weight is None or weight.dim() == 1:
-        return F.rms_norm(x, (x.size(-1),), None if weight is None else weight.to(x.dtype), eps)
-    return F.rms_norm(x, (x.size(-1),), None, eps) * weight.to(x.dtype)
+    with torch.autocast("cuda", enabled=False):  # it would widen the result
+        if weight is None or weight.dim() == 1:
+            return F.rms_norm(x, (x.size(-1),), None if weight is None else weight.to(x.dtype), eps)
+        return F.rms_norm(x, (x.size(-1),), None, eps) * weight.to(x.dtype)
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -178,7 +178,8 @@ class Muon(torch.optim.Optimizer):
         means = [part.mean for part in own if part.mean is not None]
         if means:
             updates = list(torch._foreach_lerp(updates, means, momentum))
-        torch._foreach_copy_(list(stack[: len(own)].unbind()), updates)
+        if own:  # of a short stack the last processes have nothing
+            torch._foreach_copy_(list(stack[: len(own)].unbind()), updates)
         factors = self._polar(stack)
         if self._world_size == 1:
             return lambda: factors
