@@ -40,6 +40,7 @@ from bardling.distributed.device import (
 from bardling.errors import UserError
 from bardling.interop.dataset import open_data
 from bardling.model.arithmetic import flops_per_token, fp8_layers
+from bardling.model.depth import without_dial
 from bardling.model.gpt import GPT
 from bardling.model.layers import use_fp8
 from bardling.model.peaks import peak_flops
@@ -151,7 +152,7 @@ def bench(
             )
         undo = prepare_backend(context.device, deterministic=config.deterministic, attention=config.attention)
         try:
-            return _Bench(config, context, steps, warmup, data, profile, progress).go()
+            return _Bench(without_dial(config), context, steps, warmup, data, profile, progress).go()
         except torch.OutOfMemoryError:
             micro = make_plan(config.train, config.model.block_size, 1).micro_batch
             raise UserError(

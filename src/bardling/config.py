@@ -477,7 +477,7 @@ class RunConfig:
                 f"attention = {self.attention!r} with model.dropout = {self.model.dropout:g}: these kernels know no dropout; "
                 "leave one of them out"
             )
-        # The dial's batch is not derived yet.
+        # What the dial derives is not there yet.
         ramps = not self.model.depth and self.train.batch_doublings + self.train.context_doublings(self.model.block_size)
         if ramps and self.train.deadline is not None:
             raise UserError(
@@ -485,7 +485,7 @@ class RunConfig:
                 "train.batch_start and train.context_start are parts: set train.steps in its place, or leave these out"
             )
         end = self.optim.decay_steps or self.train.steps
-        fixed = self.train.deadline is None  # with a deadline, the steps are known when their speed is
+        fixed = self.train.deadline is None and not self.model.depth  # with a deadline, steps are known when their speed is
         if fixed and self.optim.schedule != "constant" and self.optim.warmup_steps >= end:
             raise UserError(
                 f"optim.warmup_steps = {self.optim.warmup_steps} leaves no step for the decay, which ends at step {end}: "

@@ -31,6 +31,7 @@ from bardling.model.arithmetic import (
     recomputed_flops_per_token,
     weight_bytes,
 )
+from bardling.model.depth import without_dial
 from bardling.model.peaks import device_memory as known_memory
 from bardling.model.peaks import peak_flops as known_peak
 from bardling.model.scaling import APPROACH_3, FITTED_FLOPS, Optimum, approach_2_tokens, chinchilla_optimal
@@ -211,6 +212,7 @@ def plan(
         UserError: a value is out of range, the batch does not divide, or time is asked of a device of unknown speed.
     """
     _check(world_size, mfu, peak_flops, dataset_tokens, budget_flops, budget_seconds)
+    config = without_dial(config)
     model, notes = resolve_vocabulary(config)
     batch = make_plan(config.train, model.block_size, world_size)
     if precision is None:

@@ -45,6 +45,7 @@ from bardling.evaluate.loss import evaluate_loss
 from bardling.generate import generate
 from bardling.interop.dataset import open_data
 from bardling.model.arithmetic import flops_per_token
+from bardling.model.depth import without_dial
 from bardling.model.gpt import GPT
 from bardling.model.layers import use_fp8
 from bardling.train.compiling import wrap
@@ -103,7 +104,7 @@ def verify(
     precision = choose_precision(config.precision, device, fp8_but=[] if config.fp8 else None)
     with tempfile.TemporaryDirectory(prefix="bardling-verify-") as name, _cache(Path(name)):
         folder = Path(name)
-        small, notes = shrink(config, folder, device, precision, seconds)
+        small, notes = shrink(without_dial(config), folder, device, precision, seconds)
         return VerifyResult(
             list(_Verification(small, folder, device, precision, seconds, progress).checks()),
             notes,

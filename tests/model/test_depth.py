@@ -4,10 +4,13 @@ import dataclasses
 
 import pytest
 
+from bardling.checkpoint.runfolder import RunFolder
 from bardling.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from bardling.errors import UserError
 from bardling.model.arithmetic import multiplied_parameters
-from bardling.model.depth import apply_depth, derived_values, dial, expected_vocabulary
+from bardling.model.depth import apply_depth, derived_values, dial, expected_vocabulary, without_dial
+from bardling.planner import plan
+from bardling.train.run import train
 
 MUON = OptimConfig(name="muon")
 
@@ -101,3 +104,21 @@ def test_senseless_depths_are_refused():
 
 def test_vocabularies_are_expected_from_the_tokenizers_name():
     assert [expected_vocabulary(name) for name in ("byte", "char", "bpe:512", "bpe:x", "gpt2")] == [257, 128, 512, 50257, 50257]
+
+
+def test_in_python_what_is_not_the_default_is_given():
+    config = RunConfig(
+        model=ModelConfig(depth=4, n_head=2, block_size=128), data=DataConfig(tokenizer="byte"), train=TrainConfig(steps=77)
+    )
+    filled = without_dial(config)
+    assert filled == apply_depth(config, {"model.n_head", "model.block_size", "train.steps"})
+    assert (filled.model.depth, filled.model.n_layer, filled.model.n_head, filled.train.steps) == (0, 4, 2, 77)
+    assert without_dial(filled) is filled
+
+
+def test_training_from_python_follows_the_dial(tiny, change, tmp_path):
+    dialled = change(tiny, model={"depth": 1, "n_layer": 6}, optim={"warmup_steps": 0}, train={"steps": 1})
+    folder = train(dialled, tmp_path / "run", quiet=True).folder
+    model = RunFolder(folder).config().model
+    assert (model.depth, model.n_layer, model.n_embd) == (0, 1, tiny.model.n_embd)
+    assert plan(dialled).model.n_layer == 1

@@ -32,7 +32,7 @@ def test_what_is_no_time_is_refused(text):
 class Clock:
     """A run by a clock of its own: `speed(step)` seconds a step."""
 
-    def __init__(self, budget, speed, ending=2.0, start=0.0):
+    def __init__(self, budget, speed, ending=2.0, start=0.0, before=0.0):
         self.now, self.speed = start, speed
         self.horizon = Horizon(1000)
         self.state = TrainState(torch.nn.Linear(1, 1), None)  # type: ignore[arg-type]
@@ -42,6 +42,7 @@ class Clock:
             self.horizon,
             SINGLE,
             began=0.0,
+            before=before,
             ending=lambda rate: ending,
             changed=lambda steps, text: self.plans.append((self.state.step, steps)),
             clock=lambda: self.now,
@@ -104,3 +105,12 @@ def test_a_run_ends_in_time_validated_and_saved_and_is_resumed_within_it(tiny, c
     assert resume(tmp_path / "run", quiet=True).step == result.step, "it is over"
     longer = resume(tmp_path / "run", change(config, train={"deadline": "8s"}), quiet=True)
     assert longer.step > result.step
+
+
+def test_time_that_an_attempt_took_is_counted_once():
+    clock = Clock(100.0, lambda step: 1.0, before=30.0, start=20.0)
+    clock.hook(clock.state, None)
+    assert clock.state.seconds == 50.0
+    again = Clock(100.0, lambda step: 1.0, before=30.0, start=21.0)  # memory ran out: the same start, with smaller passes
+    again.hook(clock.state, None)
+    assert clock.state.seconds == 51.0

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from bardling.cli.dial import turned
 from bardling.cli.parse import parse
 from bardling.cli.progress import Progress
 from bardling.config import RunConfig
@@ -47,8 +48,9 @@ def run(argv: Sequence[str]) -> None:
         raise UserError(f"--seconds {options.seconds}: must be above 0")
     from bardling.verify import verify  # here, so that help answers without importing torch
 
+    config = turned(options.config, recipe, rest)
     with Progress("comparing") as progress:
-        result = verify(options.config, seconds=options.seconds, progress=progress)
+        result = verify(config, seconds=options.seconds, progress=progress)
     show(result)
     if not result.passed:
         sys.exit(1)

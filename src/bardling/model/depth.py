@@ -132,6 +132,18 @@ def apply_depth(config: RunConfig, explicit: AbstractSet[str], vocab_size: int |
     return dataclasses.replace(config, **changed)
 
 
+def without_dial(config: RunConfig) -> RunConfig:
+    """`apply_depth` for a configuration of which nobody knows what was given: what is not the default was."""
+    sections = {name: (getattr(config, name), getattr(RunConfig(), name)) for name in ("model", "optim", "train")}
+    given = {
+        f"{name}.{field.name}"
+        for name, (section, default) in sections.items()
+        for field in dataclasses.fields(section)
+        if getattr(section, field.name) != getattr(default, field.name)
+    }
+    return apply_depth(config, given)
+
+
 def derived_values(config: RunConfig, explicit: AbstractSet[str], vocab_size: int | None = None) -> dict[str, Derived]:
     """What `apply_depth` sets and why, to be shown; the arguments are its."""
     given = {key: getattr(getattr(config, key.split(".")[0]), key.split(".")[1]) for key in explicit if key.count(".") == 1}

@@ -21,7 +21,7 @@ from bardling.architecture import Architecture
 from bardling.model.arithmetic import is_blocked, is_varlen
 from bardling.model.attend import WindowMasks, attend, attend_window, band, expand_heads
 
-_SHARES_HEADS = torch.__version__ >= (2, 12)
+_SHARES_HEADS = torch.__version__ >= "2.12"
 """Whether PyTorch's `varlen_attn` takes fewer heads of keys and values than of queries."""
 
 

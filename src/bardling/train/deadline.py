@@ -30,6 +30,7 @@ class Deadline:
         seconds: the whole run's time.
         horizon: the plan's last step; this hook sets it.
         began: `clock()` when this start of the run began.
+        before: seconds that the run had taken by then.
         ending: seconds that the work after the last step takes, as far as it is known.
         changed: told the number of steps, and a sentence for the person who watches, when the plan changes.
     """
@@ -41,20 +42,19 @@ class Deadline:
         context: Context,
         *,
         began: float,
+        before: float,
         ending: Callable[[float], float],
         changed: Callable[[int, str], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._budget, self._horizon, self._context = seconds, horizon, context
         self._ending, self._changed, self._clock = ending, changed, clock
-        self._began, self._before = began, 0.0
+        self._began, self._before = began, before
         self._marks: list[tuple[int, float]] = []  # (step, seconds) where the plan was made
         self._next = 0
 
     def __call__(self, state: TrainState, result: StepResult | None) -> None:
         """Plan again if it is time to."""
-        if result is None and not self._marks:
-            self._before = state.seconds
         state.seconds = self._before + self._clock() - self._began
         if result is None:
             self._marks = [(state.step, state.seconds)]

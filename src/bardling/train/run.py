@@ -27,6 +27,7 @@ from bardling.evaluate.tasks import check_task
 from bardling.files import remove_unfinished, write_whole
 from bardling.interop.dataset import open_data
 from bardling.model.arithmetic import flops_per_token
+from bardling.model.depth import without_dial
 from bardling.monitor.services import check_services
 from bardling.optim.schedule import learning_rate
 from bardling.train.changes import absolute, check_changes, settle
@@ -71,7 +72,7 @@ def train(config: RunConfig, out: Path | str, *, continue_from: str | None = Non
         UserError: the configuration does not fit the data or the machine; nothing has been written then.
     """
     with distributed(config.device, rank_timeout=config.train.rank_timeout) as context:
-        config = dataclasses.replace(config, data=absolute(config.data))
+        config = dataclasses.replace(without_dial(config), data=absolute(config.data))
         if context.broadcast(context.is_primary and began_by_this_job(Path(out), asked_fingerprint(config))):
             folder = RunFolder(Path(out))  # torchrun or Slurm has started the same job again: it goes on
             config = folder.config()
@@ -151,6 +152,7 @@ class _Run:
                 continues=self.continues,
                 samples_before=self.plan.samples_before,
             )
+            self.seconds_before = state.seconds
             self.checkpoint = None  # its tensors are not needed any more
             self._settle_passes(state)
             config = self.config
@@ -324,7 +326,18 @@ class _Run:
         deadline = config.train.deadline_seconds
         if deadline is not None:
             ending = ending_of(hooks, deadline, config.eval.windows / plan.samples_per_step / 2)
-            hooks.insert(0, Deadline(deadline, last, context, began=self.began, ending=ending, changed=monitor.planned))
+            hooks.insert(
+                0,
+                Deadline(
+                    deadline,
+                    last,
+                    context,
+                    began=self.began,
+                    before=self.seconds_before,
+                    ending=ending,
+                    changed=monitor.planned,
+                ),
+            )
         forward = wrap(state.model, compiled=config.compile == "on", graphs=config.cuda_graphs, context=context)
         while True:
             source = TrainWindows(self.dataset.split("train"), guard.order, self.start_id)
