@@ -1,6 +1,8 @@
 """Where a run's figures go: its own files always, the terminal, and the services that the configuration names; and what the run
 says before there are any."""
 
+from types import TracebackType
+
 import torch
 from torch import nn
 
@@ -16,7 +18,7 @@ from bardling.train.plan import TrainPlan
 
 
 class RunMonitor:
-    """Takes every record; in all processes but the primary one it does nothing."""
+    """Takes every record; in all processes but the primary one it does nothing. As a context it is closed at the end."""
 
     def __init__(self, folder: RunFolder, config: RunConfig, step: int, *, primary: bool, quiet: bool) -> None:
         self._metrics: JsonlSink | None = None
@@ -26,7 +28,11 @@ class RunMonitor:
         self._folder, self._config, self._primary = folder, config, primary
         if primary and not quiet:
             self._console = Console(config.train.steps, step)
-        self._open(step)
+        try:
+            self._open(step)
+        except BaseException as error:
+            self.__exit__(type(error), error, error.__traceback__)
+            raise
 
     def _open(self, step: int) -> None:
         if not self._primary:
@@ -87,10 +93,30 @@ class RunMonitor:
                 sink.flush()
 
     def close(self) -> None:
-        """Write what is left and give the terminal back."""
+        """Write what is left and give the terminal back.
+
+        Raises:
+            UserError: a file cannot be written; everything is closed nevertheless.
+        """
+        failure: Exception | None = None
         for sink in (self._metrics, self._samples, self._services, self._console):
-            if sink is not None:
-                sink.close()
+            try:
+                if sink is not None:
+                    sink.close()
+            except Exception as error:  # noqa: BLE001  raised below, once the others are closed
+                failure = failure or error
+        if failure is not None:
+            raise failure
+
+    def __enter__(self) -> "RunMonitor":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            self.close()
+        except Exception:
+            if error is None:  # otherwise the error that ends the run has the last word: it says how to go on
+                raise
 
 
 def opening(

@@ -8,6 +8,7 @@ import dataclasses
 import signal
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -143,7 +144,8 @@ class _Run:
         """Build the state, train it to the end or until a signal, and say how it ended."""
         context, config = self.context, self.config
         undo = prepare_backend(context.device, deterministic=config.deterministic, attention=config.attention)
-        with StopSignals() as signals:
+        with StopSignals() as signals, ExitStack() as ends:
+            ends.callback(undo)
             state = build_state(
                 config,
                 context,
@@ -160,8 +162,10 @@ class _Run:
             if context.is_primary:
                 self._write_folder(state)
             context.barrier()
-            monitor = RunMonitor(self.folder, config, state.step, primary=context.is_primary, quiet=self.quiet)
+            primary = context.is_primary
+            monitor = ends.enter_context(RunMonitor(self.folder, config, state.step, primary=primary, quiet=self.quiet))
             self._new_saver(monitor)
+            ends.callback(lambda: self.saver.wait())  # of the savers that there will be, the last
             try:
                 self._announce(monitor, state)
                 if crowded:
@@ -174,10 +178,6 @@ class _Run:
                 self._save(state)
                 monitor.note(f"stopped at step {state.step} and saved; go on with: bardling resume {self.folder.path}")
                 return RunResult(self.folder.path, state.step, False, state.best_val_loss, 128 + number)
-            finally:
-                self.saver.wait()
-                monitor.close()
-                undo()
         return RunResult(self.folder.path, state.step, True, state.best_val_loss, 0)
 
     def _settle_passes(self, state: TrainState) -> None:
