@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from bardling.errors import UserError
-from bardling.files import remove_unfinished, replacing, sync_folder, write_whole
+from bardling.files import remove_abandoned, remove_unfinished, replacing, sync_folder, unfinished, write_whole
 
 KILLED = """
 import os, signal, sys
@@ -61,6 +61,24 @@ def test_what_a_kill_leaves_is_removed_and_nothing_else(tmp_path):
     remove_unfinished(tmp_path)
     assert names(tmp_path) == sorted([*others, ".folder.7.partial"])
     assert (tmp_path / "a").read_bytes() == b"old"
+
+
+def test_what_killed_processes_left_of_one_target_is_removed_and_nothing_else(tmp_path):
+    target = tmp_path / "a[1]"
+    others = ["a[1]", "a[1].7.partial", ".a[1].partial", ".a1.999999999.partial", ".a[1].x.7.partial"]
+    for name in [*others, f".a[1].{os.getppid()}.partial"]:  # the last is a living process's
+        (tmp_path / name).write_bytes(b"")
+    for number in range(2):
+        child = subprocess.run([sys.executable, "-c", KILLED, str(target)], check=False)
+        assert child.returncode == -signal.SIGKILL
+        (tmp_path / f".a[1].99999999{number}9.partial").mkdir()
+        (tmp_path / f".a[1].99999999{number}9.partial" / "model").write_bytes(b"half")
+    unfinished(target).mkdir()  # of an earlier process with our number
+    (tmp_path / ".a[1].9999999998.partial").symlink_to(tmp_path / "kept")
+    (tmp_path / "kept").mkdir()
+    remove_abandoned(target)
+    assert names(tmp_path) == sorted([*others, f".a[1].{os.getppid()}.partial", "kept"])
+    remove_abandoned(tmp_path / "missing" / "a")
 
 
 def test_a_refusal_is_one_line(tmp_path):

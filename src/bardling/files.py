@@ -3,8 +3,9 @@
 import errno
 import os
 import re
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -23,6 +24,11 @@ def told_plainly(path: Path, doing: str) -> Iterator[None]:
         raise UserError(f"{error.filename or path}: cannot {doing}: {reason}") from error
 
 
+def unfinished(path: Path) -> Path:
+    """Where this process writes what is to become `path`."""
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
+
+
 @contextmanager
 def replacing(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
     """A file to be filled beside `path`; when the block ends well it is renamed into place, otherwise removed.
@@ -33,7 +39,7 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
     Raises:
         OSError: the system refuses; what was at `path` is untouched.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    beside = unfinished(path)
     try:
         with beside.open("wb") as file:
             yield file
@@ -62,6 +68,42 @@ def remove_unfinished(folder: Path) -> None:
     for path in folder.glob(".*.partial"):
         if _UNFINISHED.fullmatch(path.name) and path.is_file():
             path.unlink(missing_ok=True)
+
+
+def remove_abandoned(path: Path) -> None:
+    """Remove what killed processes have left of writing `path`: files and folders named as by `unfinished`.
+
+    What another living process of this machine writes is left alone. What carries this process's own number was left by an
+    earlier one (in containers numbers repeat), so call it before writing. Leftovers that the system keeps are no obstacle.
+
+    Limits: processes of other machines and containers cannot be seen; theirs is taken for abandoned.
+    """
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.(\d{{1,10}})\.partial")
+    with suppress(OSError):
+        for entry in list(path.parent.iterdir()):
+            match = pattern.fullmatch(entry.name)
+            if match is None or _another_lives(int(match[1])):
+                continue
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry, ignore_errors=True)
+            else:
+                with suppress(OSError):
+                    entry.unlink(missing_ok=True)
+
+
+def _another_lives(pid: int) -> bool:
+    """Whether a process other than this one has this number; so say systems too that cannot be asked without harm."""
+    if pid == os.getpid():
+        return False
+    if os.name == "nt":  # there, signal 0 would interrupt it
+        return True
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def sync_folder(folder: Path) -> None:

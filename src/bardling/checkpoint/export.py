@@ -1,7 +1,6 @@
 """Export: a model as a folder that `transformers` opens, or as nanoGPT's `ckpt.pt`. Nothing that exists is overwritten."""
 
 import dataclasses
-import os
 import shutil
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from bardling.checkpoint.load import GPT2_VOCAB, load, run_of
 from bardling.checkpoint.state import write_model
 from bardling.config import RunConfig
 from bardling.errors import UserError
+from bardling.files import remove_abandoned, unfinished
 from bardling.interop.nanogpt_checkpoint import write_meta, write_nanogpt_checkpoint
 
 
@@ -23,7 +23,8 @@ def export_hf(spec: str, out: Path, *, best: bool = False) -> None:
     loaded = load(spec, best=best)
     if loaded.config.architecture.opens_as is None:
         raise UserError(f"{spec}: cannot be written for transformers: {loaded.config.architecture.why_not}")
-    beside = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    remove_abandoned(out)
+    beside = unfinished(out)
     try:
         beside.mkdir(parents=True)
         write_model(beside, loaded.config, loaded.state, loaded.tokenizer)

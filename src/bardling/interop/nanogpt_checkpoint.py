@@ -18,7 +18,7 @@ from torch import Tensor
 from bardling.config import ModelConfig, RunConfig
 from bardling.data.tokenizer import Tokenizer
 from bardling.errors import UserError
-from bardling.files import replacing, told_plainly, write_whole
+from bardling.files import remove_abandoned, replacing, told_plainly, write_whole
 from bardling.interop.imported import (
     EMBEDDING,
     HEAD,
@@ -140,6 +140,7 @@ def write_meta(path: Path, tokenizer: Tokenizer) -> None:
     if tokenizer.kind != "char":
         raise UserError(f"{path}: a meta.pkl lists characters, and this model's tokenizer is of kind {tokenizer.kind!r}")
     itos = {number: tokenizer.decode([number]) for number in range(tokenizer.vocab_size)}
+    remove_abandoned(path)
     meta = {"vocab_size": tokenizer.vocab_size, "itos": itos, "stoi": {text: number for number, text in itos.items()}}
     write_whole(path, pickle.dumps(meta, protocol=4))
 
@@ -180,6 +181,7 @@ def _save(path: Path, content: dict[str, Any]) -> None:
     """`torch.save` beside `path`, synced and renamed into place."""
     with told_plainly(path, "write"):
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(path)
         try:
             with replacing(path) as file:
                 torch.save(content, file)
