@@ -1,6 +1,7 @@
 """The training curve: losses of one or several runs over the tokens they have seen.
 
-Drawn with `matplotlib` (the `plot` extra), without a display.
+Drawn with `matplotlib` (the `plot` extra), without a display. A picture says within itself who drew it, so that drawing
+the same curve again replaces it, and nothing else is ever overwritten.
 """
 
 import math
@@ -10,8 +11,14 @@ from typing import Any
 
 from bardling.checkpoint.runfolder import open_run
 from bardling.errors import UserError
+from bardling.files import remove_abandoned, replacing, told_plainly
 from bardling.monitor.jsonl import figures, read_jsonl
 from bardling.train.plan import make_plan
+
+_DRAWN_BY = "bardling report"  # in a picture's metadata
+_KINDS = {".png": ("Software", b"\x89PNG\r\n"), ".svg": ("Creator", b"<?xml"), ".pdf": ("Creator", b"%PDF-")}
+"""For each kind of picture the metadata's name for the program, and how a file begins."""
+_ENDS = 4096  # bytes at a picture's beginning or end in which matplotlib writes the metadata
 
 
 def curve(
@@ -46,8 +53,9 @@ def draw_curves(runs: Sequence[Path], out: Path, *, marks: dict[str, float] | No
         marks: horizontal lines by name, in bits per byte: what a compressor reaches on the same text, say.
 
     Raises:
-        UserError: no figures yet, or matplotlib is missing.
+        UserError: no figures yet, matplotlib is missing, or `out` is no place for the picture (`check_picture`).
     """
+    check_picture(out)
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -90,4 +98,27 @@ def draw_curves(runs: Sequence[Path], out: Path, *, marks: dict[str, float] | No
     axes.grid(alpha=0.2)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    figure.savefig(out, dpi=120)
+    kind = out.suffix.lower()
+    remove_abandoned(out)
+    with told_plainly(out, "write"), replacing(out) as file:
+        figure.savefig(file, format=kind[1:], dpi=120, metadata={_KINDS[kind][0]: _DRAWN_BY})
+
+
+def check_picture(out: Path) -> None:
+    """Make sure that a picture can be written to `out` and overwrites at most one that was drawn here.
+
+    Raises:
+        UserError: its name's ending is of no kind of picture, or what is there was not drawn by `bardling report`.
+    """
+    kind = out.suffix.lower()
+    if kind not in _KINDS:
+        raise UserError(f"{out}: is no name for a picture: let --out end in {', '.join(_KINDS)}")
+    if not out.exists():
+        return
+    if out.is_file():
+        with told_plainly(out, "read"), out.open("rb") as file:
+            begin = file.read(_ENDS)
+            file.seek(-min(_ENDS, out.stat().st_size), 2)
+            if begin.startswith(_KINDS[kind][1]) and _DRAWN_BY.encode() in begin + file.read():
+                return
+    raise UserError(f"{out}: exists already and was not drawn by `{_DRAWN_BY}`: remove it, or choose another --out")
