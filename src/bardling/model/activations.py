@@ -73,7 +73,7 @@ def activation_bytes(
     queries, keys and values; the heads' result                   4 * C * s
     the MLP before and after GELU                                 8 * C * s
     mean and 1/deviation of two norms; attention's log-sum-exp    16 + 4 * H
-    with dropout, a mask of one byte a value                      2 * C
+    with dropout, a mask of one byte a value (on a CPU of s)      2 * C
     ============================================================= ===========
 
     That is about 36 C bytes in 16-bit precision and 64 C in float32. Rotary positions or QK-norm keep queries and keys twice,
@@ -81,9 +81,10 @@ def activation_bytes(
     their values twice more.
     `saved` equals, to the byte in GPT-2 and nearly so with other options, what autograd holds after an eager forward pass
     without dropout; `torch.compile` often saves less. Attention is taken for one fused kernel that stores no scores, but for
-    bfloat16 on a CPU up to `EXPLICIT_LENGTH` tokens, where s bytes are counted for each weight that is kept; longer contexts on
-    a CPU with dropout keep scores too, and at least 4 * H * T bytes a token and block come on top. Also not counted: buffers
-    within kernels, fragmentation, and a GPU's own context (some 0.5 GB).
+    bfloat16 on a CPU up to `EXPLICIT_LENGTH` tokens, where s bytes are counted for each weight that is kept (of a window that
+    is computed in blocks, by the first block); longer contexts on a CPU with dropout keep scores too, and at least 4 * H * T
+    bytes a token and block come on top. Also not counted: buffers within kernels, fragmentation, and a GPU's own context (some
+    0.5 GB).
 
     In float8 a linear layer saves a byte for each number that it reads, of input and matrix. Attention's result is then kept in
     both formats, since its own backward pass reads it too.
@@ -108,24 +109,31 @@ def activation_bytes(
     s = FLOAT32_BYTES if precision == "float32" else 2
     tokens = micro_batch * t
     made = config.architecture
-    mask = c if config.dropout else 0
+    mask = c if config.dropout else 0  # values of which dropout keeps whether they stay: bytes, or on a CPU values like them
+    mask_bytes, first_mask_bytes = (s, FLOAT32_BYTES) if device_type == "cpu" else (1, 1)
     norm = c * FLOAT32_BYTES + (2 if made.norm == "layernorm" else 1) * FLOAT32_BYTES  # its input, its mean and 1/deviation
-    fixed = 2 * norm + 2 * c * s + _attention_bytes(made, s) + _mlp_values(made, device_type) * s + 2 * mask
     inputs, matrices, scales = _fp8_changes(config, s) if fp8 else (0, 0, 0)
-    fixed += inputs
-    scores = device_type == "cpu" and precision == "bfloat16" and t <= EXPLICIT_LENGTH
+    fixed = 2 * norm + 2 * c * s + _mlp_values(made, device_type) * s + 2 * mask * mask_bytes + inputs
+    may_be_explicit = device_type == "cpu" and precision == "bfloat16"
+    varlen = document_mask and is_varlen(device_type, precision, made.head_dim, config.dropout)
+
+    def window_of(layer: int) -> int | None:
+        """The layer's window, where it makes a difference."""
+        window = made.window(layer)
+        return None if window is None or window >= t else window
 
     def block(layer: int) -> int:
         """What this block saves, if it keeps its activations."""
-        a_token, window = fixed, made.window(layer)
-        if made.value_table(layer) is not None:
-            a_token += 2 * made.kv_width * s
-        if window is not None:
-            return scales + tokens * a_token + micro_batch * _window_bytes(made, t, window, s)
-        if scores:  # attention's weights are kept, and no log-sum-exp
-            weights = weights_kept(t, masked=document_mask) * (2 if config.dropout else 1)  # and what dropout did to them
-            return scales + tokens * (a_token - made.n_head * FLOAT32_BYTES) + micro_batch * made.n_head * weights * s
-        return scales + tokens * a_token
+        attention = _attention_bytes(
+            made,
+            (micro_batch, t, s),
+            None if varlen else window_of(layer),
+            embedded=made.value_table(layer) is not None,
+            masked=document_mask and not varlen,
+            may_be_explicit=may_be_explicit,
+            kept_twice=config.dropout > 0,
+        )
+        return scales + tokens * fixed + attention
 
     layers = [block(layer) for layer in range(config.n_layer)]
     narrow = precision != "float32"
@@ -137,8 +145,8 @@ def activation_bytes(
     final = s if device_type == "cpu" and made.norm == "rmsnorm" else FLOAT32_BYTES  # as `model/layers.py` writes it out there
     if document_mask:
         places += 16 * t * micro_batch  # each token's place in its document, and the document's number
-        if not is_varlen(device_type, precision, made.head_dim, config.dropout):
-            kinds = {made.window(layer) for layer in range(config.n_layer)}
+        if not varlen:
+            kinds = {window_of(layer) for layer in range(config.n_layer)}
             places += micro_batch * s * sum(scores_computed(t, window) for window in kinds)
     copies = matrices if narrow else 0
     blocks, again = sum(layers), 0
@@ -148,7 +156,7 @@ def activation_bytes(
     return ActivationBytes(
         blocks=blocks,
         # Ids of tokens and positions; then the final norm, and the gradients of its output and of the head's weight.
-        ends=8 * tokens + places + tokens * (mask + norm + c * final) + rows * c * FLOAT32_BYTES,
+        ends=8 * tokens + places + tokens * (mask * first_mask_bytes + norm + c * final) + rows * c * FLOAT32_BYTES,
         weight_copies=copies * config.n_layer,
         # Logits and their softmax (and what capped them), and the slopes of some chunks; the final norm's output in float32 and
         # as the product reads it; the head's weight likewise.
@@ -168,23 +176,52 @@ def _fp8_changes(config: ModelConfig, s: int) -> tuple[int, int, int]:
     return inputs, sum(i * o * (1 - s) for i, o in taken.values()), 2 * FLOAT32_BYTES * len(taken)
 
 
-def _attention_bytes(made: Architecture, s: int) -> int:
-    """What attention saves for a token, from the fused projection to the heads' result, without a window."""
-    values = 2 * made.query_width + 2 * made.kv_width
-    if made.positions == "rotary" or made.qk_norm != "off":
-        values += made.query_width + made.kv_width
-    scales = made.n_head + made.n_kv_head if made.qk_norm != "off" else 0
-    return values * s + (made.n_head + scales) * FLOAT32_BYTES
+def _attention_bytes(
+    made: Architecture,
+    shape: tuple[int, int, int],
+    window: int | None,
+    *,
+    embedded: bool,
+    masked: bool,
+    may_be_explicit: bool,
+    kept_twice: bool,
+) -> int:
+    """What a layer's attention saves, from the fused projection to the heads' result.
+
+    Args:
+        shape: sequences, tokens of each, bytes of a value.
+        window: below the number of tokens.
+        embedded: whether the layer has value embeddings.
+        masked: whether masks of documents, counted elsewhere, take the place of the window's own.
+        may_be_explicit: whether `model/explicit.py` is used where the length allows it.
+        kept_twice: whether it keeps weights also as dropout has left them.
+    """
+    batch, t, s = shape
+    q, kv, rotary, normed = made.query_width, made.kv_width, made.positions == "rotary", made.qk_norm != "off"
+    blocked = window is not None and is_blocked(t, window)
+    # A window in blocks: the first one is attention of its own. Without, all tokens are; a window's own mask is for the kernel.
+    first = window if window is not None and blocked else t
+    explicit = may_be_explicit and first <= EXPLICIT_LENGTH and (window is None or blocked or masked)
+    # Explicit attention takes the heads of all sequences in a row, which are copies, unless there is one sequence or one head.
+    # What they are copies of goes, but for what a norm or a mixture of values reads in the backward pass.
+    copied = explicit and batch > 1 and made.n_kv_head > 1
+    values = t * q  # the result, as the next product reads it
+    if not copied or normed or embedded:
+        values += t * (q + 2 * kv)  # the projection
+    if copied:
+        values += first * (q + 2 * kv)
+    else:
+        values += t * ((rotary or normed) * (q + kv) + embedded * kv)
+    values += t * embedded * kv  # the embeddings themselves
+    if blocked:  # queries (of one sequence not copied), keys and values twice, the result; that of the first block
+        values += (t - first) * ((batch > 1) * q + 4 * kv + q) + (not explicit) * first * q
+    weights = weights_kept(first, masked=masked) * (1 + kept_twice) if explicit else 0
+    scales = t * normed * (made.n_head + made.n_kv_head) + (t - explicit * first) * made.n_head  # and log-sum-exp
+    mask = 0 if window is None or masked else 2 * first * first if blocked else t * t
+    return batch * (values * s + made.n_head * weights * s + scales * FLOAT32_BYTES) + mask * s
 
 
 def _mlp_values(made: Architecture, device_type: str) -> int:
     """Values that the MLP saves for a token: before and after the nonlinearity. SwiGLU has two before it, and but on a CPU,
     where `model/layers.py` writes it out, keeps the gate after it too."""
     return (2 if made.mlp != "swiglu" else 3 if device_type == "cpu" else 4) * made.mlp_hidden
-
-
-def _window_bytes(made: Architecture, t: int, window: int, s: int) -> int:
-    """What a layer with a window saves besides, for one sequence: its blocks of queries, keys and values, and their results."""
-    if window >= t or not is_blocked(t, window):
-        return 0
-    return (t - window) * (made.query_width + 4 * made.kv_width) * s + t * made.query_width * s
