@@ -1,12 +1,16 @@
 """Training from a script, with batches of one's own."""
 
 import itertools
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from bardling import fit_batches
 from bardling.config import ModelConfig, OptimConfig, TrainConfig
+from bardling.distributed.device import Precision
 from bardling.errors import UserError
 from bardling.model.gpt import GPT
 from bardling.monitor.records import TrainRecord, ValRecord
@@ -61,3 +65,56 @@ def test_endless_batches_and_no_validation_are_fine():
 def test_batches_that_do_not_fit_are_one_line(batches, says):
     with pytest.raises(UserError, match=says):
         fit_batches(*parts(), batches, TrainConfig(steps=5, batch_size=4), OptimConfig(warmup_steps=1))
+
+
+PROCESS = """
+import sys
+import torch
+import torch.distributed as dist
+sys.path.insert(0, sys.argv[1])
+from test_library import OptimConfig, TrainConfig, fit_batches, pairs, parts
+from bardling.distributed.context import Context
+
+folder, rank = sys.argv[2], int(sys.argv[3])
+dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+model, optimizer = parts()
+own = list(pairs(12, rows=2))[rank::2]
+train = TrainConfig(steps=6, batch_size=4, micro_batch=2)
+fit_batches(model, optimizer, own, train, OptimConfig(warmup_steps=1), context=Context(rank, 2, torch.device("cpu")))
+torch.save(model.state_dict(), f"{folder}/{rank}.pt")
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_with_batches_of_their_own_train_one_model(tmp_path):
+    command = [sys.executable, "-c", PROCESS, str(Path(__file__).parent), str(tmp_path)]
+    started = [subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True) for rank in range(2)]
+    ends = [process.communicate(timeout=300)[1] for process in started]
+    assert [process.returncode for process in started] == [0, 0], ends
+    alone, optimizer = parts()
+    fit_batches(
+        alone, optimizer, pairs(12, rows=2), TrainConfig(steps=6, batch_size=4, micro_batch=2), OptimConfig(warmup_steps=1)
+    )
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    for name, parameter in alone.state_dict().items():
+        assert torch.equal(first[name], second[name]), name
+        torch.testing.assert_close(first[name], parameter, rtol=1e-4, atol=1e-5)
+
+
+def test_a_running_mean_is_kept_and_a_deadline_refused():
+    model, optimizer = parts()
+    train, optim = TrainConfig(steps=5, batch_size=4), OptimConfig(warmup_steps=1, ema_decay=0.9)
+    state = fit_batches(model, optimizer, pairs(5), train, optim)
+    trained = model.transformer.wte.weight.detach().clone()
+    with state.measured():
+        assert not torch.equal(model.transformer.wte.weight, trained)
+    with pytest.raises(UserError, match=r"train\.deadline = '1m'.*leave it out"):
+        fit_batches(*parts(), pairs(5), TrainConfig(steps=5, batch_size=4, deadline="1m"), optim)
+
+
+def test_float16_scales_the_loss():
+    seen = []
+    model, optimizer = parts()
+    train, narrow = TrainConfig(steps=2, batch_size=4), Precision("float16", "as asked", "cpu")
+    fit_batches(model, optimizer, pairs(2), train, OptimConfig(warmup_steps=1), precision=narrow, after_step=seen.append)
+    assert seen[0].scaler is not None

@@ -19,7 +19,9 @@ from bardling.errors import UserError
 from bardling.model.arithmetic import flops_per_token
 from bardling.model.gpt import GPT
 from bardling.monitor.records import Record
+from bardling.optim.ema import Ema
 from bardling.optim.schedule import learning_rate
+from bardling.train.compiling import wrap
 from bardling.train.hooks import Log, StepTimer, Validate
 from bardling.train.loop import Hook, fit
 from bardling.train.plan import make_plan
@@ -48,22 +50,28 @@ def fit_batches(
 
     Args:
         model: on the device it is to be trained on.
-        optimizer: over its parameters; `bardling.optim.build.build_optimizer` makes the usual one.
+        optimizer: over its parameters; `bardling.optim.build.build_optimizer` makes the usual one (it shares Muon's work among
+            processes, if told of them).
         batches: pairs of int64 [batch, time] on the model's device, targets already shifted by one, -100 where no loss is
             wanted; `train.micro_batch` (unset: `train.batch_size`) rows each, `train.steps` times as many as a step takes.
         train: steps, batch sizes, clipping, logging.
-        optim: the learning rate's schedule; the optimizer's own settings stay as they are.
+        optim: the learning rate's schedule and the running mean (`TrainState.ema`); the optimizer's own settings stay.
         val_batches: held-out pairs, kept in memory; measured every `eval_every` steps and at the end.
         after_step: called after every step: to sample, save, or look.
         on_record: gets a `TrainRecord` every `train.log_every` steps and a `ValRecord` for each validation.
         precision: of matrix products; float32 when absent.
+        context: of several processes each has its own batches, and gradients are those of all together.
         bytes_per_token: [vocab] UTF-8 bytes of each token, for bits per byte.
         seed: of dropout.
 
     Raises:
-        UserError: the batches do not fit the configuration, or there are too few of them.
+        UserError: the batches do not fit the configuration, there are too few of them, or it sets what this loop does not do.
     """
     optim = optim or OptimConfig()
+    if train.deadline is not None:
+        raise UserError(
+            f"train.deadline = {train.deadline!r}: here only train.steps counts; leave it out"
+        )
     precision = precision or Precision("float32", "default", context.device.type)
     stream = iter(batches)
     first = next(stream, None)
@@ -111,6 +119,10 @@ def fit_batches(
         hooks.append(lambda state, result: None if result is None else after_step(state))
     model.recompute = model.recompute or train.recompute == "blocks"
     state = TrainState(model, optimizer)
+    if precision.name == "float16":
+        state.scaler = torch.amp.GradScaler(context.device.type)
+    if optim.ema_decay:
+        state.ema = Ema(dict(model.named_parameters()), optim.ema_decay)
     fit(
         state,
         _batches(itertools.chain([first], stream)),
@@ -118,6 +130,7 @@ def fit_batches(
         lr_at=lambda step: learning_rate(step, optim, plan.steps),
         grad_clip=train.grad_clip,
         seed=seed,
+        forward=wrap(model, compiled=False, context=context),
         precision=precision,
         context=context,
         hooks=hooks,
