@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from bardling.data import prepare as prepare_module
 from bardling.data.journal import Journal, Position, work_folder
 from bardling.data.parallel import Encoders, default_workers, encode
 from bardling.data.prepare import prepare
-from bardling.data.shards import ShardWriter
+from bardling.data.shards import ShardWriter, open_dataset
 from bardling.data.tokenizer import Tokenizer, build_tokenizer
 from bardling.errors import UserError
 
@@ -257,6 +258,46 @@ pathlib.Path.replace = kills
     assert list(work_folder(out).glob(".journal.json.*.partial")), "it was to be killed while it wrote the journal"
     prepare(str(text), out, "bpe:400", val_fraction=0.2, shard_tokens=10_000, workers=1)
     assert content(out) == content(tmp_path / "whole")
+
+
+def test_killed_just_before_the_folder_gets_its_name_it_costs_nothing(text, tmp_path, monkeypatch, small_batches):
+    prepare(str(text), tmp_path / "whole", "bpe:400", val_fraction=0.2, shard_tokens=10_000, workers=1)
+    out = tmp_path / "ds"
+    killing = """
+import os, pathlib
+pathlib.Path.rename = lambda path, target: os.kill(os.getpid(), 9)
+"""
+    child = subprocess.run([sys.executable, "-c", killing + PREPARE, str(text), str(out), "1"], check=False)
+    assert child.returncode == -signal.SIGKILL
+    assert documents_done(out) == 400
+    monkeypatch.setattr(prepare_module, "_tokenizer", None)  # must not be trained again
+    prepare(str(text), out, "bpe:400", val_fraction=0.2, shard_tokens=10_000, workers=1)
+    assert content(out) == content(tmp_path / "whole")
+
+
+def test_a_process_that_comes_at_the_very_end_finds_the_dataset(text, tmp_path, monkeypatch):
+    out, sync, found = tmp_path / "ds", prepare_module.sync_folder, []
+
+    def comes() -> None:
+        with pytest.raises(UserError, match="exists already"):
+            prepare(str(text), out, "byte", val_fraction=0.2)
+        found.append(open_dataset(out).verify())
+
+    other = threading.Thread(target=comes)
+
+    def slowly(folder: Path) -> None:
+        if folder == work_folder(out):
+            other.start()
+            time.sleep(0.3)
+        sync(folder)
+
+    monkeypatch.setattr(prepare_module, "sync_folder", slowly)
+    prepare(str(text), out, "byte", val_fraction=0.2)
+    other.join(60)
+    assert found == [[]]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ds"]
+    assert not (out / "lock").exists()
+    assert not (out / "journal.json").exists()
 
 
 def documents_done(out: Path) -> int:

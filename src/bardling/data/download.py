@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bardling.data.lock import locked
 from bardling.errors import UserError
 from bardling.files import sync_folder, told_plainly
+from bardling.lock import locked
 
 _BLOCK = 1 << 18  # bytes
 _PASSING = {408, 425, 429}  # statuses besides 5xx that may be gone a moment later

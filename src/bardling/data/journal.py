@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bardling.data.lock import locked
 from bardling.errors import UserError
 from bardling.files import remove_unfinished, told_plainly, write_whole
+from bardling.lock import locked
 
 EVERY = 10.0
 """Seconds between two entries: what an interruption costs at most, and all that a shorter preparation ever loses."""

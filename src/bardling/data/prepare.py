@@ -176,17 +176,18 @@ def _make(order: _Order, out: Path, work: Path) -> None:
             tokenizer = load_tokenizer(work)
         manifest = _write(order, splitter, tokenizer, work, journal, position, made_of)
         write_manifest(work, manifest)
-        journal.remove()
-        (work / "lock").unlink(missing_ok=True)
         sync_folder(work)
         work.rename(out)  # refused by the system if someone else has made a folder with files there meanwhile
-        sync_folder(out.parent)
-    finally:
+    except BaseException:
         if not Journal(work).kept and work.exists():
             _empty(work)
             (work / "lock").unlink(missing_ok=True)  # last: from here on another process may begin
             with contextlib.suppress(OSError):
                 work.rmdir()
+        raise
+    sync_folder(out.parent)
+    Journal(out).remove()  # not before: until the folder has its name, a kill must not cost what was tokenised
+    (out / "lock").unlink(missing_ok=True)  # held so far, so that whoever waits for it finds the dataset
 
 
 def _empty(work: Path) -> None:

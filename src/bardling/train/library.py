@@ -69,9 +69,7 @@ def fit_batches(
     """
     optim = optim or OptimConfig()
     if train.deadline is not None:
-        raise UserError(
-            f"train.deadline = {train.deadline!r}: here only train.steps counts; leave it out"
-        )
+        raise UserError(f"train.deadline = {train.deadline!r}: here only train.steps counts; leave it out")
     precision = precision or Precision("float32", "default", context.device.type)
     stream = iter(batches)
     first = next(stream, None)

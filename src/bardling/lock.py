@@ -4,29 +4,48 @@ Limits: advisory, and only between processes that ask for it. Where the system h
 does not support it, there is no lock; then two processes that make the same thing at once may disturb each other.
 """
 
+import math
 import os
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
+from bardling.errors import UserError
 from bardling.files import told_plainly
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Wait until no other process holds the lock file `path`, and hold it. Only its holder may remove the file."""
+def locked(path: Path, *, patience: float = math.inf, taken: str = "it is in use") -> Iterator[None]:
+    """Wait until no other process holds the lock file `path`, and hold it. Only its holder may remove the file.
+
+    Args:
+        patience: seconds to wait at most.
+        taken: what the error says then, after the file's path.
+
+    Raises:
+        UserError: the file cannot be made, or another process holds it for longer than `patience`.
+    """
     try:
         import fcntl
     except ImportError:
         yield
         return
+    until = time.monotonic() + patience
     while True:
         with told_plainly(path, "lock"):
             path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            with suppress(OSError):  # a file system without locks (some network ones): go on without, as on Windows
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if patience == math.inf else fcntl.LOCK_NB))
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    raise UserError(f"{path}: {taken}") from None
+                time.sleep(0.05)
+                continue
+            except OSError:
+                pass  # a file system without locks (some network ones): go on without, as on Windows
             if not _same(descriptor, path):  # its last holder has removed it: another one may be locked by now
                 continue
             yield
