@@ -16,12 +16,12 @@ from bardling.files import told_plainly
 
 
 @contextmanager
-def locked(path: Path, *, patience: float = math.inf, taken: str = "it is in use") -> Iterator[None]:
+def locked(path: Path, *, patience: float = math.inf, taken: str = "") -> Iterator[None]:
     """Wait until no other process holds the lock file `path`, and hold it. Only its holder may remove the file.
 
     Args:
         patience: seconds to wait at most.
-        taken: what the error says then, after the file's path.
+        taken: what the error says then.
 
     Raises:
         UserError: the file cannot be made, or another process holds it for longer than `patience`.
@@ -41,7 +41,7 @@ def locked(path: Path, *, patience: float = math.inf, taken: str = "it is in use
                 fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if patience == math.inf else fcntl.LOCK_NB))
             except BlockingIOError:
                 if time.monotonic() > until:
-                    raise UserError(f"{path}: {taken}") from None
+                    raise UserError(taken or f"{path}: is held by another process") from None
                 time.sleep(0.05)
                 continue
             except OSError:

@@ -21,6 +21,9 @@ from bardling.configfile import config_to_toml, parse_recipe, read_text_file
 from bardling.errors import UserError
 from bardling.files import remove_unfinished, write_whole
 
+_REMAINS = ("dataset.json", "environment.json", "tokenizer.json", "tokenizer_config.json")
+"""Files that a start writes before the folder is a run."""
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -47,6 +50,11 @@ class RunFolder:
     @property
     def dataset_file(self) -> Path:
         return self.path / "dataset.json"
+
+    @property
+    def lock_file(self) -> Path:
+        """Held by the process that trains the run."""
+        return self.path / ".lock"
 
     @property
     def checkpoints(self) -> Path:
@@ -103,7 +111,7 @@ def refuse_existing(path: Path) -> None:
 
 
 def create_run(path: Path, config: RunConfig, *, beside: bool = False, also: Callable[[], None] = lambda: None) -> RunFolder:
-    """Make the folder of a new run. What a start leaves that was killed here is no obstacle to the next one.
+    """Make the folder of a new run. What a start that was killed here has left is no obstacle to the next one, and removed.
 
     Args:
         beside: the folder may hold other files: a run that goes on from another trainer's checkpoint may live beside it.
@@ -118,6 +126,8 @@ def create_run(path: Path, config: RunConfig, *, beside: bool = False, also: Cal
         raise UserError(f"{path}: is in the way (not an empty folder): choose another --out")
     run.checkpoints.mkdir(parents=True, exist_ok=True)
     remove_unfinished(path)
+    for name in () if beside else _REMAINS:
+        (path / name).unlink(missing_ok=True)
     also()
     run.write_config(config)
     return run
@@ -127,8 +137,8 @@ def _is_remains(entry: Path) -> bool:
     """Whether a start that was killed before the folder became a run may have left this."""
     if entry.name == "checkpoints":
         return entry.is_dir() and not any(entry.iterdir())
-    names = ("config.toml", "dataset.json", "environment.json", "tokenizer.json", "tokenizer_config.json")
-    return entry.name in names[1:] or entry.name.startswith(tuple(f".{name}." for name in names))
+    whole = entry.name in (".lock", *_REMAINS)
+    return whole or entry.name.startswith(tuple(f".{name}." for name in ("config.toml", *_REMAINS)))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -111,7 +111,7 @@ class CheckpointStore:
         temporary = self._temporary(step)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._tidy()
+            self.tidy()
             temporary.mkdir()
             write(temporary)
             self._seal(temporary, step, best)
@@ -165,11 +165,15 @@ class CheckpointStore:
             if step not in keep:
                 self._discard(self.path(step))
 
-    def _tidy(self) -> None:
-        """Remove what killed processes left, and finish what they began."""
+    def tidy(self, *, alone: bool = False) -> None:
+        """Remove what killed processes left, and finish what they began.
+
+        Args:
+            alone: no other process saves here, whatever the numbers of processes say; they come again in containers.
+        """
         for entry in self.folder.glob(".tmp-*"):
             match = _TEMPORARY.fullmatch(entry.name)
-            if match and not _alive(int(match[1])):
+            if match and (alone or not _alive(int(match[1]))):
                 shutil.rmtree(entry)
         for entry in self.folder.glob(".old-*"):
             match = _STEP.fullmatch(entry.name)

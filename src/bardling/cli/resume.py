@@ -2,7 +2,6 @@
 
 import dataclasses
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Annotated
 import tyro
 
 from bardling.cli.parse import parse
+from bardling.cli.train import default_folder
 from bardling.config import RunConfig
 from bardling.errors import UserError
 
@@ -20,7 +20,7 @@ class ResumeOptions:
     """Options of `bardling resume`."""
 
     out: Path | None = None
-    """Folder of the run that goes on from another trainer's checkpoint; unset takes runs/NAME-DATE."""
+    """Folder of the run that goes on from another trainer's checkpoint; unset takes runs/NAME-DATE-PROCESS."""
     config: Annotated[RunConfig, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff] = field(default_factory=RunConfig)
 
 
@@ -48,7 +48,7 @@ def run(argv: Sequence[str]) -> None:
     from bardling.train.run import resume, train  # here, so that help answers without importing torch
 
     if foreign:
-        out = options.out or Path("runs") / f"{Path(folder).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+        out = options.out or default_folder(folder)
         result = train(options.config, out, continue_from=folder)
     elif options.out is not None:
         raise UserError(f"--out {options.out}: a run is resumed where it is; leave it out")

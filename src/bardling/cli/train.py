@@ -1,5 +1,6 @@
 """`bardling train RECIPE`: start a run."""
 
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ class TrainOptions:
     """Options of `bardling train`."""
 
     out: Path | None = None
-    """Folder of the run; unset takes runs/RECIPE-DATE."""
+    """Folder of the run; unset takes runs/RECIPE-DATE-PROCESS."""
     config: Annotated[RunConfig, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff] = field(default_factory=RunConfig)
 
 
@@ -36,10 +37,15 @@ def run(argv: Sequence[str]) -> None:
     recipe, options = parse_recipe_and_options("train", argv, "Train a model by a recipe.")
     from bardling.train.run import train  # here, so that help answers without importing torch
 
-    out = options.out or Path("runs") / f"{Path(recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    out = options.out or default_folder(recipe)
     result = train(turned(options.config, recipe, argv[1:]), out)
     if result.exit_status:
         sys.exit(result.exit_status)
+
+
+def default_folder(name: str) -> Path:
+    """A folder for a run that nobody named, which no other start takes, not in the same second either."""
+    return Path("runs") / f"{Path(name).stem}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
 
 
 def parse_recipe_and_options(verb: str, argv: Sequence[str], what: str) -> tuple[str, TrainOptions]:

@@ -8,7 +8,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from bardling.config import DataConfig, RunConfig
+from bardling.config import RunConfig
 from bardling.configfile import config_to_dict
 from bardling.errors import UserError
 from bardling.optim.build import settle_muon_precision
@@ -20,13 +20,13 @@ def settle(config: RunConfig, before: RunConfig) -> RunConfig:
     if ramp == before.train.ramp and (config.train.batch_start or config.train.context_start):
         # Other steps leave the stages of batch and context where they were, unless the run ends before them.
         ramp = min(1.0, ramp * before.train.steps / config.train.steps)
+    config = absolute(config)
     return dataclasses.replace(
         config,
         precision=before.precision if config.precision == "auto" else config.precision,
         compile=before.compile if config.compile == "auto" else config.compile,
         model=dataclasses.replace(config.model, vocab_size=config.model.vocab_size or before.model.vocab_size).resolved(),
         optim=settle_muon_precision(config.optim, before.precision),
-        data=absolute(config.data),
         train=dataclasses.replace(
             config.train,
             ramp=ramp,
@@ -35,15 +35,18 @@ def settle(config: RunConfig, before: RunConfig) -> RunConfig:
     )
 
 
-def absolute(config: DataConfig) -> DataConfig:
+def absolute(config: RunConfig) -> RunConfig:
     """`config` with its paths made absolute, so that the run can be resumed from any folder."""
 
     def settled(spec: str) -> str:
         path = Path(spec.split(":", 1)[0])
-        is_path = path.exists() or any(sign in spec for sign in "*?[")
+        is_path = bool(spec) and (path.exists() or any(sign in spec for sign in "*?["))
         return str(Path.cwd() / spec) if is_path and not path.is_absolute() else spec
 
-    return dataclasses.replace(config, source=settled(config.source), tokenizer=settled(config.tokenizer))
+    data, model = config.data, config.model
+    cache = data.cache and str(Path(data.cache).expanduser().absolute())
+    data = dataclasses.replace(data, source=settled(data.source), tokenizer=settled(data.tokenizer), cache=cache)
+    return dataclasses.replace(config, data=data, model=dataclasses.replace(model, init=settled(model.init)))
 
 
 # A model that has been trained is bound to these; what else changes on resume takes effect, and is said.

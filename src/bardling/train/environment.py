@@ -44,8 +44,13 @@ def check_dataset(dataset: TokenDataset, folder: RunFolder) -> None:
         )
 
 
-def environment_facts(context: Context, step: int, asked: str) -> dict[str, Any]:
-    """Facts about this start of the run that explain its figures later; `asked` is `asked_fingerprint` of its settings."""
+def environment_facts(context: Context, step: int, asked: str, continues: str | None = None) -> dict[str, Any]:
+    """Facts about this start of the run that explain its figures later.
+
+    Args:
+        asked: `asked_fingerprint` of its settings.
+        continues: the checkpoint that the run goes on with, if it has none of its own yet.
+    """
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "first_step": step,
@@ -60,7 +65,18 @@ def environment_facts(context: Context, step: int, asked: str) -> dict[str, Any]
         "command": sys.argv,
         "jobs": job_ids(),
         "asked": asked,
+        "continues": continues,
     }
+
+
+def continued_checkpoint(folder: RunFolder) -> str | None:
+    """The checkpoint with which a run went on that was begun so; it matters for as long as the run has none of its own."""
+    if not folder.environment_file.is_file():
+        return None
+    starts = read_json(folder.environment_file).get("starts")
+    first = starts[0] if isinstance(starts, list) and starts else None
+    found = first.get("continues") if isinstance(first, dict) else None
+    return found if isinstance(found, str) else None
 
 
 def job_ids() -> list[str]:

@@ -8,7 +8,7 @@ import dataclasses
 import signal
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,10 +31,18 @@ from bardling.model.arithmetic import flops_per_token
 from bardling.model.depth import without_dial
 from bardling.monitor.services import check_services
 from bardling.optim.schedule import learning_rate
+from bardling.train.alone import alone
 from bardling.train.changes import absolute, check_changes, settle
 from bardling.train.compiling import patience, wrap
 from bardling.train.deadline import FAR, Deadline, ending_of
-from bardling.train.environment import asked_fingerprint, began_by_this_job, check_dataset, dataset_record, environment_facts
+from bardling.train.environment import (
+    asked_fingerprint,
+    began_by_this_job,
+    check_dataset,
+    continued_checkpoint,
+    dataset_record,
+    environment_facts,
+)
 from bardling.train.explain import Explainer
 from bardling.train.goback import go_back, rollbacks_of
 from bardling.train.guard import Guard, RollBack
@@ -73,11 +81,11 @@ def train(config: RunConfig, out: Path | str, *, continue_from: str | None = Non
         UserError: the configuration does not fit the data or the machine; nothing has been written then.
     """
     with distributed(config.device, rank_timeout=config.train.rank_timeout) as context:
-        config = dataclasses.replace(without_dial(config), data=absolute(config.data))
+        config = absolute(without_dial(config))
         if context.broadcast(context.is_primary and began_by_this_job(Path(out), asked_fingerprint(config))):
             folder = RunFolder(Path(out))  # torchrun or Slurm has started the same job again: it goes on
-            config = folder.config()
-            return _Run(context, config, folder, quiet=quiet, resumed=True, continue_from=continue_from).go()
+            with alone(folder, context):
+                return _Run(context, folder.config(), folder, quiet=quiet, resumed=True, continue_from=continue_from).go()
         return _Run(context, config, RunFolder(Path(out)), quiet=quiet, resumed=False, continue_from=continue_from).go()
 
 
@@ -93,8 +101,8 @@ def resume(run: Path | str, config: RunConfig | None = None, *, quiet: bool = Fa
     folder = open_run(Path(run))
     before = folder.config()
     config = settle(config or before, before)
-    changes = check_changes(before, config)
-    with distributed(config.device, rank_timeout=config.train.rank_timeout) as context:
+    changes = check_changes(absolute(before), config)
+    with distributed(config.device, rank_timeout=config.train.rank_timeout) as context, alone(folder, context):
         return _Run(context, config, folder, quiet=quiet, resumed=True, changes=changes).go()
 
 
@@ -127,10 +135,11 @@ class _Run:
         if resumed:
             check_dataset(self.dataset, folder)
         self.checkpoint = newest_checkpoint(folder, context) if resumed else None
-        self.continues = continue_from is not None
-        origin = continue_from or config.model.init
-        # A run that was stopped before its first checkpoint begins anew, from the same weights.
-        self.start = load(origin, training=self.continues) if origin and self.checkpoint is None else None
+        if resumed and self.checkpoint is None:  # stopped before its first checkpoint, it begins anew, from the same weights
+            continue_from = continue_from or continued_checkpoint(folder)
+        self.continues = None if continue_from is None else str(Path(continue_from).absolute())
+        origin = self.continues or config.model.init
+        self.start = load(origin, training=bool(self.continues)) if origin and self.checkpoint is None else None
         vocab_size = config.model.vocab_size if self.start is None else self.start.config.vocab_size
         self.tokenizer = settle_vocabulary(self.dataset, vocab_size, self.start, folder if resumed else None)
         resolved = resolve(config, self.dataset, self.tokenizer, self.start, context)
@@ -151,14 +160,18 @@ class _Run:
                 context,
                 checkpoint=self.checkpoint,
                 start=self.start,
-                continues=self.continues,
+                continues=bool(self.continues),
                 samples_before=self.plan.samples_before,
             )
             self.seconds_before = state.seconds
             self.checkpoint = None  # its tensors are not needed any more
             self._settle_passes(state)
             config = self.config
+            if self.resumed and context.is_primary:
+                self._clear()
             crowded = check_room(state, self.folder, config, self.plan, context)
+            if not self.resumed:
+                ends.enter_context(alone(self.folder, context))
             if context.is_primary:
                 self._write_folder(state)
             context.barrier()
@@ -226,11 +239,19 @@ class _Run:
                 f"a step instead of {before.accumulation} of {before.micro_batch}, which gives the same gradients"
             )
 
+    def _clear(self) -> None:
+        """Remove what a kill has left unfinished, before the free space is looked at."""
+        remove_unfinished(self.folder.path)
+        with suppress(OSError):  # the first save will say it
+            self.folder.store().tidy(alone=True)
+
     def _write_folder(self, state: TrainState) -> None:
         """What a run folder holds besides figures and checkpoints."""
-        facts = {**environment_facts(self.context, state.step, self.asked), **samples_facts(self.config.train, state.samples)}
+        facts = {
+            **environment_facts(self.context, state.step, self.asked, self.continues),
+            **samples_facts(self.config.train, state.samples),
+        }
         if self.resumed:
-            remove_unfinished(self.folder.path)
             self.folder.write_config(self.config)
             self.folder.add_environment(facts)
             return
@@ -241,7 +262,7 @@ class _Run:
                 self.tokenizer.save(self.folder.path)
             self.folder.add_environment(facts)
 
-        create_run(self.folder.path, self.config, beside=self.continues, also=also)
+        create_run(self.folder.path, self.config, beside=bool(self.continues), also=also)
 
     def _sampling(self) -> SampleConfig:
         """How to sample: text of one document has no end-of-text token to begin after, so an empty prompt is a line break."""
@@ -401,7 +422,7 @@ class _Run:
             self.config,
             dataclasses.replace(self.context, device=torch.device("cpu")),
             start=self.start,
-            continues=self.continues,
+            continues=bool(self.continues),
             samples_before=self.plan.samples_before,
         )
 
