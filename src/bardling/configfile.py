@@ -40,17 +40,20 @@ def recipe_keys(name_or_path: str) -> set[str]:
     return nested | {key for key, value in values.items() if not isinstance(value, dict)}
 
 
-def load_recipe(name_or_path: str) -> RunConfig:
+def load_recipe(name_or_path: str, *, whole: bool = True) -> RunConfig:
     """Read a recipe by its shipped name or by the path of a TOML file.
+
+    Args:
+        whole: its sections must fit each other; False: options may still see to that, and `checked` asks what came of it.
 
     Raises:
         UserError: there is no such recipe, the file is not valid TOML, or a key or value does not fit.
     """
     if name_or_path in recipe_names():
-        return parse_recipe(recipe_text(name_or_path), f"recipe {name_or_path}")
+        return parse_recipe(recipe_text(name_or_path), f"recipe {name_or_path}", whole=whole)
     path = Path(name_or_path)
     if path.suffix == ".toml" or path.is_file():
-        return parse_recipe(read_text_file(path), str(path))
+        return parse_recipe(read_text_file(path), str(path), whole=whole)
     names = recipe_names()
     raise UserError(
         f"{name_or_path}: no shipped recipe has this name{closest(name_or_path, names)} and there is no such file; "
@@ -75,13 +78,29 @@ def read_text_file(path: Path) -> str:
         raise UserError(f"{path}: cannot be read ({os.strerror(error.errno or 0)})") from None
 
 
-def parse_recipe(text: str, where: str) -> RunConfig:
-    """Make a `RunConfig` of TOML `text`; `where` names the text in errors."""
+def parse_recipe(text: str, where: str, *, whole: bool = True) -> RunConfig:
+    """Make a `RunConfig` of TOML `text`; `where` names the text in errors, and `whole` is as in `load_recipe`."""
     try:
         data = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # ValueError: also for numbers of thousands of digits
         raise UserError(f"{where}: is not valid TOML: {error}") from None
-    return config_from_dict(RunConfig, data, where)
+    return config_from_dict(RunConfig if whole else _Loose, data, where)
+
+
+def checked(config: RunConfig) -> RunConfig:
+    """The same, of which the sections fit each other.
+
+    Raises:
+        UserError: they do not.
+    """
+    return RunConfig(**{item.name: getattr(config, item.name) for item in dataclasses.fields(RunConfig)})
+
+
+class _Loose(RunConfig):
+    """A configuration whose sections are sound each, but need not fit each other."""
+
+    def __post_init__(self) -> None:
+        """Leave that to `checked`."""
 
 
 def config_from_dict(cls: type[T], data: dict[str, Any], where: str, prefix: str = "") -> T:

@@ -1,5 +1,6 @@
 """Command line errors: one line, with the nearest name."""
 
+import os
 import subprocess
 import sys
 
@@ -86,3 +87,41 @@ def test_help_does_not_import_torch():
 
 def test_parse_takes_plain_defaults():
     assert parse(TrainOptions, ["--seed", "5"], prog="x", description="x").config.seed == 5
+
+
+def test_an_option_may_mend_what_the_recipe_lacks(tmp_path, bardling):
+    recipe = tmp_path / "short.toml"
+    recipe.write_text("[train]\nsteps = 12\n[model]\nn_layer = 1\nn_embd = 12\n")
+    bardling("plan", recipe, "--optim.warmup_steps", "2")
+    refused = "optim.warmup_steps = 100 leaves no step for the decay, which ends at step 12: lower it to at most 11"
+    for verb in ("train", "plan", "bench", "verify"):
+        assert f"short.toml: {refused}" in bardling(verb, recipe, check=2).stderr
+        assert f"bardling: {refused}" in bardling(verb, recipe, "--seed", "1", check=2).stderr
+    assert "did you mean '--train.steps'" in bardling("plan", recipe, "--train.stps", "3", check=2).stderr
+
+
+def test_every_verb_takes_booleans_alike(tmp_path, bardling):
+    recipe = tmp_path / "small.toml"
+    recipe.write_text("[model]\nn_layer = 1\nn_embd = 12\nblock_size = 8\n[train]\nbatch_size = 2\n")
+    bardling("plan", recipe, "--model.bias", "False")
+    bardling("bench", recipe, "--model.bias", "False", "--steps", "1", "--warmup", "1", "--compile", "off")
+
+
+# An import that a signal interrupts: PyTorch's of NumPy, which would lose what is raised in it.
+INTERRUPTS = """
+import os, signal, sys
+seen = []
+def hook(event, arguments):
+    if event == "import" and arguments[0] == "numpy.lib._polynomial_impl" and not seen:
+        seen.append(os.kill(os.getpid(), signal.{name}))
+sys.addaudithook(hook)
+"""
+
+
+@pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_within_an_import_ends_the_command_after_it(tmp_path, bardling, corpus, name, status):
+    (tmp_path / "sitecustomize.py").write_text(INTERRUPTS.format(name=name))
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    options = ("--data.source", corpus, "--data.tokenizer", "char", "--out", tmp_path / "run", "--train.steps", "100000")
+    done = bardling("train", "quickstart", *options, check=status, env={"PYTHONPATH": path})
+    assert done.stderr.splitlines()[-1] == "bardling: interrupted" or "stopped at step" in done.stderr + done.stdout

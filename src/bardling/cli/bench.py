@@ -38,7 +38,7 @@ class BenchOptions:
     """Random tokens, or the recipe's own data (prepared first if need be)."""
     profile: Path | None = None
     """Folder for a trace of three more steps, which Perfetto, chrome://tracing and TensorBoard open."""
-    config: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=RunConfig)
+    config: Annotated[RunConfig, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff] = field(default_factory=RunConfig)
 
 
 def run(argv: Sequence[str]) -> None:
@@ -60,7 +60,7 @@ def run(argv: Sequence[str]) -> None:
             "Measure step time, tokens a second, MFU and memory of a recipe on this machine; nothing is saved. RECIPE is a "
             f"shipped name ({', '.join(recipe_names())}) or a TOML file; options override its values."
         ),
-        default=BenchOptions(config=load_recipe(recipe) if recipe else RunConfig()),
+        default=BenchOptions(config=load_recipe(recipe, whole=not rest) if recipe else RunConfig()),
     )
     main(dataclasses.replace(options, config=turned(options.config, recipe, rest)))
 

@@ -1,17 +1,21 @@
-"""`--model.depth N`: fill in what the dial derives, and say what that is. What the user gave stays."""
+"""A recipe with its options: checked, and with `--model.depth N` what the dial derives filled in. What the user gave stays."""
 
 import sys
 from collections.abc import Sequence
 
 from bardling.config import RunConfig
-from bardling.configfile import recipe_keys
+from bardling.configfile import checked, recipe_keys
 
 
 def turned(config: RunConfig, recipe: str, argv: Sequence[str]) -> RunConfig:
-    """`config` with the values that its `model.depth` derives; as it is when the dial is not used.
+    """`config`, checked, with the values that its `model.depth` derives; as it is when the dial is not used.
 
     A depth on the command line rules over the recipe's values; one in the recipe, over the defaults only.
+
+    Raises:
+        UserError: its sections do not fit each other.
     """
+    config = checked(config)
     if not config.model.depth:
         return config
     from bardling.model.depth import apply_depth, derived_values  # here, because few runs use the dial

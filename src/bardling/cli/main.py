@@ -70,29 +70,48 @@ def _fail(message: str, status: int) -> NoReturn:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[None]:
-    """End by the usual way out, which tidies up, also on the signals of schedulers; a second one ends at once.
+    """End by the usual way out, which tidies up, on Ctrl-C and on the signals of schedulers; a second one ends at once.
 
-    While a run trains, `train/signals.py` answers them instead.
+    A signal within an import is answered after it: PyTorch imports NumPy from C, where what is raised would be lost and leave
+    half a module behind. While a run trains, `train/signals.py` answers them instead.
     """
-    received: list[int] = []
+    received, again = list[int](), list[int]()
 
     def receive(number: int, frame: FrameType | None) -> None:
-        received.append(number)
+        if number in again:
+            again.remove(number)
+        else:
+            received.append(number)
         if len(received) > 1:
             os._exit(128 + number)
+        if _imports(frame):
+            again.append(number)
+            waker = threading.Timer(0.05, os.kill, (os.getpid(), number))
+            waker.daemon = True
+            waker.start()
+            return
         raise Terminated(number)
 
     before = {}
     if threading.current_thread() is threading.main_thread():
-        for name in ("SIGTERM", "SIGUSR1"):
+        for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
             number = getattr(signal, name, None)  # Windows has no SIGUSR1
-            if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            if number is not None and signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
                 before[number] = signal.signal(number, receive)
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _imports(frame: FrameType | None) -> bool:
+    """Whether an import is under way in `frame` or what called it."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -72,7 +72,7 @@ def run(argv: Sequence[str]) -> None:
             "What a run will need: parameters, FLOPs, memory, disk, time, and what scaling laws call optimal. RECIPE is a "
             f"shipped name ({', '.join(recipe_names())}) or a TOML file; options override its values."
         ),
-        default=PlanArgs(config=load_recipe(recipe) if recipe else RunConfig()),
+        default=PlanArgs(config=load_recipe(recipe, whole=not rest) if recipe else RunConfig()),
     )
     main(dataclasses.replace(args, config=turned(args.config, recipe, rest)), recipe)
 

@@ -54,7 +54,7 @@ def parse_recipe_and_options(verb: str, argv: Sequence[str], what: str) -> tuple
     names = ", ".join(recipe_names())
     if not recipe and not any(word in ("-h", "--help") for word in rest):
         raise UserError(f"bardling {verb} RECIPE [--section.field VALUE ...]: name a recipe first: {names}, or a TOML file")
-    config = load_recipe(recipe) if recipe else RunConfig()
+    config = load_recipe(recipe, whole=not rest) if recipe else RunConfig()
     options = parse(
         TrainOptions,
         rest,

@@ -42,7 +42,7 @@ def run(argv: Sequence[str]) -> None:
             f"micro-batches, by two processes, compiled, generating from a cache. RECIPE is a shipped name ({names}) or a TOML "
             "file; options override its values. Nothing is left behind."
         ),
-        default=VerifyOptions(config=load_recipe(recipe) if recipe else RunConfig()),
+        default=VerifyOptions(config=load_recipe(recipe, whole=not rest) if recipe else RunConfig()),
     )
     if options.seconds <= 0:
         raise UserError(f"--seconds {options.seconds}: must be above 0")

@@ -97,15 +97,25 @@ def choose_precision(
         return Precision("float16", "this GPU has no bfloat16 arithmetic", device.type)
     if device.type == "mps":
         return Precision("float32", "on Apple GPUs lower precision is not reliable enough to be a default", device.type)
-    # By turns, and each at its best: on a busy machine a single measurement of either may be several times too low.
-    speeds = dict.fromkeys((torch.float32, torch.bfloat16), 0.0)
-    for _ in range(3):
-        for dtype, best in speeds.items():
-            speeds[dtype] = max(best, matmul_flops(device, dtype, seconds=0.03))
-    ratio = speeds[torch.bfloat16] / speeds[torch.float32]
+    ratio = _narrow_speed(device)
     if ratio > 1.3:
         return Precision("bfloat16", f"this CPU multiplies it {ratio:.1f} times as fast as float32", device.type)
     return Precision("float32", f"bfloat16 runs at {ratio:.1f} times float32's speed on this CPU", device.type)
+
+
+def _narrow_speed(device: torch.device, seconds: float = 1.5) -> float:
+    """How many times as fast as float32 bfloat16 is multiplied.
+
+    By turns, and each at its best, until neither has gained in three rounds: on a busy machine a single measurement of either
+    may be many times too low.
+    """
+    speeds = dict.fromkeys((torch.float32, torch.bfloat16), 0.0)
+    end, quiet = time.perf_counter() + seconds, 0
+    while quiet < 3 and time.perf_counter() < end:
+        found = {dtype: matmul_flops(device, dtype, seconds=0.03) for dtype in speeds}
+        quiet = quiet + 1 if all(found[dtype] < 1.1 * best for dtype, best in speeds.items()) else 0
+        speeds = {dtype: max(best, found[dtype]) for dtype, best in speeds.items()}
+    return speeds[torch.bfloat16] / speeds[torch.float32]
 
 
 def _require_fp8(device: torch.device) -> None:
