@@ -259,7 +259,13 @@ def plan(
         room = device_memory - (memory.total - memory.activations.total)
         notes.append(f"This does not fit into the device's memory: {_remedy(needs, batch, config.train.recompute, room)}")
     per_token, flops = flops_per_token(model), batch.cost(partial(flops_per_token, model))
-    again = batch.cost(partial(recomputed_flops_per_token, model)) if config.train.recompute == "blocks" else 0
+    again = 0
+    if config.train.recompute == "blocks":
+        compiled = config.compile == "on" or (config.compile == "auto" and device_type == "cuda")  # there it nearly always pays
+        cost = partial(
+            recomputed_flops_per_token, precision=precision, device_type=device_type, fp8=config.fp8, compiled=compiled
+        )
+        again = batch.cost(partial(cost, model))
     speed = None if peak_flops is None else peak_flops * mfu * world_size
     if budget_seconds is not None:
         if speed is None:

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from test_options import OPTIONS, option, perturbed, tokens
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -19,6 +21,7 @@ from bardling.config import ModelConfig
 from bardling.model.activations import activation_bytes
 from bardling.model.arithmetic import recomputed_flops_per_token
 from bardling.model.gpt import GPT
+from bardling.model.layers import use_fp8
 
 
 def autocast(precision: str) -> contextlib.AbstractContextManager[Any]:
@@ -83,6 +86,58 @@ def test_flops_are_one_more_forward_pass_through_the_blocks(name: str, dropout: 
             model(tokens(), tokens(seed=1)).backward()
         found.append(counter.get_total_flops())
     assert found[1] - found[0] == pytest.approx(3 * 24 * recomputed_flops_per_token(config), rel=1e-3)
+
+
+LARGE = ModelConfig(n_layer=2, n_head=4, n_embd=256, block_size=24, vocab_size=75, bias=False)  # copies are made again
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("config", [option("gqa"), option("swiglu"), option("relu2"), LARGE])
+def test_a_last_product_that_saves_at_its_end_is_computed_again(config: ModelConfig, precision: str, fp8: bool) -> None:
+    found = []
+    for recompute in (False, True):
+        model = GPT(config)
+        use_fp8(model.transformer.h, fp8)
+        model.recompute = recompute
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            with autocast(precision):
+                loss = model(tokens(batch=2), tokens(batch=2, seed=1))
+            loss.backward()
+        found.append(counter.get_total_flops())
+    planned = recomputed_flops_per_token(config, precision=precision, device_type="cpu", fp8=fp8)
+    assert found[1] - found[0] == pytest.approx(2 * 24 * planned, rel=1e-3)
+
+
+def compiled_flops(config: ModelConfig, fp8: bool, recompute: bool) -> int:
+    """FLOPs of the products in the compiled transformer, forward and backward."""
+    found = []
+
+    def count(graph: Any, _: Any) -> Any:
+        for node in graph.graph.nodes:
+            if node.target in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default):
+                found.append(2 * node.meta["val"].numel() * node.args[0].meta["val"].size(-1))
+            elif node.target in (torch.ops.aten.addmm.default, torch.ops.aten.baddbmm.default):
+                found.append(2 * node.meta["val"].numel() * node.args[1].meta["val"].size(-1))
+        return make_boxed_func(graph.forward)
+
+    model = GPT(config)
+    use_fp8(model.transformer.h, fp8)
+    model.recompute = recompute
+    backend = aot_autograd(fw_compiler=count, bw_compiler=count, partition_fn=min_cut_rematerialization_partition)
+    body = torch.compile(model.transformer, backend=backend, dynamic=False)
+    table, head = model.ends()
+    with autocast("bfloat16"):
+        loss = model.loss(body(tokens(batch=2), None, None, table), tokens(batch=2, seed=1), head, "sum")
+    loss.backward()
+    return sum(found)
+
+
+def test_compiled_code_computes_the_last_blocks_last_product_again() -> None:
+    config = dataclasses.replace(option("gqa"), n_layer=2)
+    found = compiled_flops(config, True, True) - compiled_flops(config, True, False)
+    planned = recomputed_flops_per_token(config, device_type="cpu", fp8=True, compiled=True)
+    assert found == pytest.approx(2 * 24 * planned, rel=1e-3)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

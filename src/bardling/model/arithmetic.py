@@ -243,16 +243,36 @@ def fp8_part(config: ModelConfig, context: int | None = None) -> float:
     return sum(row.forward for row in rows if row.name in taken) / sum(row.forward for row in rows)
 
 
-def recomputed_flops_per_token(config: ModelConfig, context: int | None = None) -> int:
+def recomputed_flops_per_token(
+    config: ModelConfig,
+    context: int | None = None,
+    *,
+    precision: str = "bfloat16",
+    device_type: str = "cuda",
+    fp8: bool = False,
+    compiled: bool = False,
+) -> int:
     """FLOPs a token of computing every block's activations a second time (`train.recompute` = 'blocks').
 
     That is a forward pass through the blocks, which stops before a block's last product: nothing waits for its result, unless
-    dropout follows. The device does this work, but it is not the model's: MFU leaves it out. With it one speaks of hardware
-    FLOPs utilization (PaLM, appendix B).
+    dropout follows. An `autograd.Function` hands over what it saves only when it is through, and then the product is done: such
+    are the products in float8, and those of large matrices in lower precision on a CPU (`model/layers.py`). Compiled code needs
+    the result of the last block alone, for the norm that follows.
+
+    The device does this work, but it is not the model's: MFU leaves it out. With it one speaks of hardware FLOPs utilization
+    (PaLM, appendix B).
+
+    Args:
+        precision, device_type, fp8: as `activation_bytes` takes them.
+        compiled: whether the blocks are compiled.
     """
-    t = context_of(config, context)
+    t, (down, inputs, outputs) = context_of(config, context), block_matrices(config)["mlp.c_proj"]
+    in_float8 = fp8 and "mlp.c_proj" in fp8_layers(config)[0]
+    lean = device_type == "cpu" and precision != "float32" and inputs * outputs >= CAST_AGAIN_ENTRIES
+    through = config.dropout or (not compiled and (in_float8 or lean))
     rows = [row for row in forward_table(config, t) if row.name.startswith("block.")]
-    return sum(row.forward for row in rows if config.dropout or row.name != "block.mlp.down") // t
+    whole = sum(row.forward for row in rows if through or row.name != down)
+    return (whole + sum(row.each for row in rows if row.name == down and compiled and not through)) // t
 
 
 def palm_flops_per_token(config: ModelConfig, context: int | None = None) -> int:
