@@ -1,16 +1,20 @@
 """Too little memory: smaller passes in the first steps, a message later on; and passes that are chosen."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from bardling.configfile import load_recipe
-from bardling.distributed.context import Context
+from bardling.distributed.context import SINGLE, Context
 from bardling.distributed.device import Precision
 from bardling.errors import UserError
+from bardling.interop.shapes import parameter_shapes
 from bardling.model.gpt import GPT
+from bardling.optim.kinds import optimizer_bytes
 from bardling.train.memory import Passes, divisors, fastest, out_of_memory
+from bardling.train.persist import build_state
 from bardling.train.run import resume, train
 
 SAYS = (
@@ -126,3 +130,83 @@ def test_processes_agree_on_the_largest_pass_that_fits_all(tiny, change, monkeyp
     fail_above(monkeypatch, 0, torch.OutOfMemoryError("x"))
     with pytest.raises(UserError, match="not even this"):
         passes.largest([1])
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    """A GPU that is only asked for memory, and gives none; the sizes in bytes that it was asked for."""
+    asked, real = [], torch.empty
+
+    def empty(*shape, device=None, **options):
+        if str(device) != "cuda":
+            return real(*shape, device=device, **options)
+        asked.append(shape[0])
+        return real(0)
+
+    def randint(*_, **__):
+        raise torch.OutOfMemoryError("x")
+
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(torch, "randint", randint)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=3300))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    return asked
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_pass_leaves_room_for_what_the_optimizer_does_not_hold_yet(tiny, change, no_gpu, name):
+    config = change(tiny, model={"vocab_size": 16}, optim={"name": name})
+    state = build_state(config, SINGLE)
+    whole = optimizer_bytes(parameter_shapes(config.model), config.optim)
+
+    def reserved(device):
+        passes = Passes(
+            state.model, Context(0, 1, torch.device("cuda")), Precision("float32", "", "cpu"), config, Elsewhere(device)
+        )
+        no_gpu.clear()
+        assert passes.attempt(4) is None
+        return no_gpu
+
+    class Elsewhere:
+        """The run's optimizer, with its tensors on another device."""
+
+        def __init__(self, device):
+            self.state = {
+                parameter: {key: Far(value, device) if isinstance(value, torch.Tensor) else value for key, value in own.items()}
+                for parameter, own in state.optimizer.state.items()
+            }
+
+    class Far(torch.Tensor):
+        @staticmethod
+        def __new__(cls, value, device):
+            made = value.detach().as_subclass(cls)
+            made.where = torch.device(device)
+            return made
+
+        @property
+        def device(self):
+            return self.where
+
+    assert reserved("cuda") == [whole, 100, 0]
+    for parameter in state.model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    state.optimizer.step()
+    assert reserved("cpu") == [whole, 100, 0]
+    assert reserved("cuda")[0] <= 0.01 * whole
+    first = next(iter(state.optimizer.state))
+    there = sum(value.nbytes for value in state.optimizer.state.pop(first).values() if isinstance(value, torch.Tensor))
+    assert 0 < there <= reserved("cuda")[0] <= there + 0.01 * whole
+
+
+def test_a_run_tells_passes_of_its_optimizer(tiny, change, tmp_path, monkeypatch):
+    held = []
+
+    def choose(passes, share):
+        held.append(len(passes.optimizer.state))
+        return share, "asked"
+
+    train(tiny, tmp_path / "run", quiet=True)
+    monkeypatch.setattr(Passes, "choose", choose)
+    longer = change(tiny, train={"micro_batch": "auto", "steps": 31})
+    train(longer, tmp_path / "longer", continue_from=str(tmp_path / "run"), quiet=True)
+    assert held[0] > 10

@@ -76,13 +76,14 @@ class Passes:
 
     Args:
         model: on its device.
-        vocab_size: tokens are drawn below it.
+        optimizer: the run's; what it holds on the device already (at a resume, all) needs no room beside a pass.
     """
 
     model: GPT
     context: Context
     precision: Precision
     config: RunConfig
+    optimizer: torch.optim.Optimizer | None = None
 
     def attempt(self, micro_batch: int) -> float | None:
         """Seconds of one forward and backward pass; None when it does not fit. The model and its gradients are as before."""
@@ -95,8 +96,7 @@ class Passes:
             if device.type == "cuda":
                 spare = torch.cuda.get_device_properties(device).total_memory // 33
                 graphs = weight_bytes(self.config.model) if self.config.cuda_graphs else 0  # the gradients that these keep
-                sizes = (optimizer_bytes(parameter_shapes(self.config.model), self.config.optim), spare, graphs)
-                held += [torch.empty(size, dtype=torch.uint8, device=device) for size in sizes]
+                held += [torch.empty(size, dtype=torch.uint8, device=device) for size in (self._to_come(), spare, graphs)]
             tokens = torch.randint(vocab, (micro_batch, length), device=device)
             known = {}
             if self.config.data.document_mask:  # every window one document, which needs no less than several
@@ -155,6 +155,13 @@ class Passes:
         if context.is_primary:
             chosen = fastest(sizes, self.attempt)
         return context.broadcast(chosen), "the smallest of the fastest here"
+
+    def _to_come(self) -> int:
+        """Bytes that the optimizer will take on the device, besides those that it has there."""
+        states = [] if self.optimizer is None else self.optimizer.state.values()
+        values = [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
+        there = sum(value.nbytes for value in values if value.device.type == self.context.device.type)
+        return max(optimizer_bytes(parameter_shapes(self.config.model), self.config.optim) - there, 0)
 
     def _needed(self, micro_batch: int, device_type: str) -> int:
         made = activation_bytes(

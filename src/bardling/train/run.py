@@ -196,7 +196,8 @@ class _Run:
     def _settle_passes(self, state: TrainState) -> None:
         """Decide how many sequences a forward pass takes, where that is open or several processes may run out of memory."""
         config, context, share = self.config, self.context, self.plan.micro_batch * self.plan.accumulation
-        passes, micro, why = Passes(state.model, context, self.precision, config), self.plan.micro_batch, ""
+        passes = Passes(state.model, context, self.precision, config, state.optimizer)
+        micro, why = self.plan.micro_batch, ""
         if config.train.micro_batch == "auto":
             micro, why = passes.choose(share)
         elif context.world_size > 1 and context.device.type == "cuda":
