@@ -82,7 +82,7 @@ def remove_abandoned(path: Path) -> None:
     with suppress(OSError):
         for entry in list(path.parent.iterdir()):
             match = pattern.fullmatch(entry.name)
-            if match is None or _another_lives(int(match[1])):
+            if match is None or another_lives(int(match[1])):
                 continue
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry, ignore_errors=True)
@@ -91,7 +91,7 @@ def remove_abandoned(path: Path) -> None:
                     entry.unlink(missing_ok=True)
 
 
-def _another_lives(pid: int) -> bool:
+def another_lives(pid: int) -> bool:
     """Whether a process other than this one has this number; so say systems too that cannot be asked without harm."""
     if pid == os.getpid():
         return False

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from bardling.checkpoint import manifest as manifests
 from bardling.errors import UserError
-from bardling.files import sync_folder
+from bardling.files import another_lives, sync_folder
 from bardling.monitor.format import size_bytes
 
 _STEP = re.compile(r"(?:\.old-)?step-(\d{6,18})")
@@ -173,7 +173,7 @@ class CheckpointStore:
         """
         for entry in self.folder.glob(".tmp-*"):
             match = _TEMPORARY.fullmatch(entry.name)
-            if match and (alone or not _alive(int(match[1]))):
+            if match and (alone or not another_lives(int(match[1]))):
                 shutil.rmtree(entry)
         for entry in self.folder.glob(".old-*"):
             match = _STEP.fullmatch(entry.name)
@@ -235,19 +235,6 @@ class CheckpointStore:
 
     def _temporary(self, step: int) -> Path:
         return self.folder / f".tmp-step-{step:06d}-{os.getpid()}"
-
-
-def _alive(pid: int) -> bool:
-    """Whether another process has this number."""
-    if pid == os.getpid():
-        return False
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _sync_file(path: Path) -> None:
