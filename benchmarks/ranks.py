@@ -22,7 +22,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-STEPS = 60
+STEPS = 200
+LATEST = 60  # the signal goes out by then: enough is left for who is late in sending it
 RECIPE = """
 device = "cpu"
 precision = "float32"
@@ -133,7 +134,7 @@ def main() -> None:
         for trial in range(options.trials):
             out = folder / f"trial{trial}"
             number = (signal.SIGKILL, signal.SIGSTOP)[trial % 2]
-            rank, lines = chance.randrange(2), chance.randrange(6, STEPS - 5)
+            rank, lines = chance.randrange(2), chance.randrange(6, LATEST)
             begin = time.monotonic()
             outcome = disturbed(recipe, out, number=number, rank=rank, lines=lines, restarts=3)
             weights = f"checkpoints/step-{STEPS:06d}/model.safetensors"

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from bardling.config import (
@@ -19,6 +20,10 @@ from bardling.config import (
     SampleConfig,
     TrainConfig,
 )
+
+# How long an example takes is the machine's affair.
+hypothesis.settings.register_profile("patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("patient")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -87,7 +92,7 @@ def bardling():
             [sys.executable, "-m", "bardling", *map(str, argv)],
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=600,
             env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100", **options.pop("env", {})},
             **options,
         )
@@ -108,7 +113,7 @@ def torchrun():
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=600,
         )
 
     return command

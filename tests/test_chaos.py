@@ -13,13 +13,14 @@ from bardling.errors import UserError
 from bardling.train.run import train
 
 PROJECT = Path(__file__).parents[1]
+MOST_LOST = 20  # two of its intervals: one between checkpoints, and one while the newest is being written
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the faults come from the Linux kernel")
 
 
 def chaos(*arguments: str) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(PROJECT / "benchmarks" / "chaos.py"), *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=3600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -35,7 +36,7 @@ def figures(output: str) -> tuple[int, int, int, int]:
 def test_each_fault_once_at_a_random_moment():
     trials, survived, equal, lost = figures(chaos("--trials", "5", "--seed", "7"))
     assert trials == survived == equal == 5
-    assert lost <= 10
+    assert lost <= MOST_LOST
 
 
 @linux
@@ -43,7 +44,7 @@ def test_each_fault_once_at_a_random_moment():
 def test_ten_trials_end_as_an_undisturbed_run():
     trials, survived, equal, lost = figures(chaos("--trials", "10", "--seed", "11"))
     assert trials == survived == equal == 10
-    assert lost <= 10
+    assert lost <= MOST_LOST
 
 
 @linux
@@ -70,7 +71,7 @@ _, status = os.waitpid(pid, 0)
 assert status == 0, status
 assert (faults.count, faults.failed) == (5, 2), (faults.count, faults.failed)
 """
-    done = subprocess.run([sys.executable, "-c", script], cwd=PROJECT, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", script], cwd=PROJECT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
 
 

@@ -13,9 +13,9 @@ import os
 import re
 import subprocess
 import sys
-import time
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -207,16 +207,20 @@ def test_b34_every_hyperparameter_is_an_option_and_no_run_is_all_warmup(tiny, ch
     assert "--train.grad_clip" in text
 
 
-def test_b43_the_speed_is_that_of_steps_alone():
+def test_b43_the_speed_is_that_of_steps_alone(monkeypatch):
+    from bardling.train import hooks
+
+    now = [5.0]
+    monkeypatch.setattr(hooks, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     timer = StepTimer(torch.device("cpu"))
     timer.go()
     for _ in range(3):
-        time.sleep(0.01)
+        now[0] += 0.01
         timer.step()
     timer.pause()
-    time.sleep(0.3)  # a validation
+    now[0] += 0.3  # a validation
     timer.go()
-    assert 0.01 <= timer.take() < 0.05
+    assert timer.take() == pytest.approx(0.01)
 
 
 def test_b47_figures_stand_at_the_step_of_training(tiny, change, tmp_path):

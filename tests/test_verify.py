@@ -19,7 +19,7 @@ def checks(result):
 
 def test_a_small_recipe_passes_as_it_is(tiny, change, monkeypatch):
     monkeypatch.setattr(module._Verification, "compiled", lambda self: (True, "", ""))  # below, on its own
-    result = verify(change(tiny, model={"dropout": 0.1}), seconds=30)
+    result = verify(change(tiny, model={"dropout": 0.1}), seconds=600)
     found = checks(result)
     assert result.passed, result
     assert found["resumed = uninterrupted"].figure == "to the bit"
@@ -54,7 +54,7 @@ def test_what_is_broken_fails_and_the_exit_status_says_so(tiny, tmp_path, monkey
     recipe = tmp_path / "tiny.toml"
     recipe.write_text(config_to_toml(tiny))
     with pytest.raises(SystemExit) as stop:
-        command.run([str(recipe)])
+        command.run([str(recipe), "--seconds", "600"])
     assert stop.value.code == 1
     lines = capsys.readouterr().out.splitlines()
     failed = [line for line in lines if "FAIL" in line]

@@ -69,7 +69,7 @@ def test_preparing_again_leaves_copies_as_they_are() -> None:
 
 def test_one_job_at_a_time() -> None:
     background, gate, order = Background("writer"), threading.Event(), []
-    background.start(lambda: (gate.wait(10), order.append("first")))
+    background.start(lambda: (gate.wait(300), order.append("first")))
     assert background.busy
     threading.Timer(0.05, gate.set).start()
     background.start(lambda: order.append("second"))
@@ -82,7 +82,7 @@ def test_a_failure_is_told_once_and_only_when_the_job_is_over() -> None:
     background, gate = Background("writer"), threading.Event()
 
     def fail() -> None:
-        gate.wait(10)
+        gate.wait(300)
         raise OSError("no")
 
     background.start(fail)

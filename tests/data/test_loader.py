@@ -146,8 +146,8 @@ def test_close_joins_a_thread_that_waits_for_room() -> None:
     begun = time.monotonic()
     batches.close()
     batches.close()
-    assert time.monotonic() - begun < 2
-    assert threading.active_count() == before
+    assert time.monotonic() - begun < 30
+    assert threading.active_count() <= before  # a thread of another test may have ended meanwhile
     assert list(batches) == []
 
 

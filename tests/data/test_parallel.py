@@ -109,7 +109,7 @@ def test_a_worker_that_dies_ends_the_work_with_one_message(tmp_path):
     ):
         list(encoders.run(batches()))
     assert "\n" not in str(caught.value)
-    assert time.monotonic() - begun < 20
+    assert time.monotonic() - begun < 120  # no wait for answers that cannot come
     assert all(worker._process.poll() is not None for worker in encoders._workers)
 
 
@@ -127,16 +127,19 @@ def test_workers_end_with_their_owner(tmp_path):
     build_tokenizer("byte", ()).save(tmp_path)
     code = (
         "import sys, time; from pathlib import Path; from bardling.data.parallel import _Worker;"
-        "w = _Worker(Path(sys.argv[1])); print(w._process.pid, flush=True); time.sleep(60)"
+        "w = _Worker(Path(sys.argv[1])); print(w._process.pid, flush=True); time.sleep(600)"
     )
     owner = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     pid = int(owner.stdout.readline())
     os.kill(pid, 0)
     owner.kill()
     owner.communicate()
-    for _ in range(200):
-        state = Path(f"/proc/{pid}/stat")
-        if not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z":
+    for _ in range(1200):
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text()
+        except OSError:  # it is gone, perhaps while its line was read
+            return
+        if state.rpartition(")")[2].split()[0] == "Z":
             return
         time.sleep(0.05)
     pytest.fail("the worker outlived its owner")
@@ -226,7 +229,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(text, tmp_path, monke
             time.sleep(0.002)
         time.sleep(draw.uniform(0, 0.1))
         child.send_signal(how)
-        child.wait(20)
+        child.wait(120)
         seen.append(documents_done(out))
         assert not out.exists(), "it was done before it could be killed"
     assert 0 < seen[0] < seen[1] < 400  # the second went on from where the first was

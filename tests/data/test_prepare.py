@@ -194,9 +194,9 @@ def test_two_processes_at_once_agree(tmp_path: Path) -> None:
     ]
     for process in processes:
         process.start()
-    seen = [results.get(timeout=60) for _ in processes]
+    seen = [results.get(timeout=300) for _ in processes]
     for process in processes:
-        process.join(60)
+        process.join(300)
     assert seen[0] == seen[1]
     assert len(list((tmp_path / "cache" / "datasets").iterdir())) == 1
 
@@ -218,7 +218,7 @@ def test_who_comes_second_waits_and_takes_the_firsts_folder(tmp_path: Path, monk
     other = threading.Thread(target=lambda: second.append(dataset_for(config)))
     monkeypatch.setattr(prepare_module, "_write", slow)
     dataset = dataset_for(config)
-    other.join(30)
+    other.join(300)
     assert second[0].fingerprint == dataset.fingerprint
     assert dataset.verify() == []
     assert len(made) == 1

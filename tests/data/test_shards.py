@@ -199,4 +199,4 @@ def test_threads_share_a_split_and_no_descriptor_stays_open(tmp_path: Path) -> N
         thread.join()
     assert not wrong
     if open_before:
-        assert len(list(Path("/proc/self/fd").iterdir())) == open_before
+        assert len(list(Path("/proc/self/fd").iterdir())) <= open_before

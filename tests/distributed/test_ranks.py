@@ -12,6 +12,7 @@ import pytest
 from bardling.errors import UserError
 from bardling.train.run import train
 
+STEPS = 200  # the signal goes out at the tenth: a second or more are left for who sends it
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "ranks.py"
 
 
@@ -27,7 +28,7 @@ def ranks():
 @pytest.fixture(scope="module")
 def recipe(ranks, corpus, tmp_path_factory):
     path = tmp_path_factory.mktemp("ranks") / "recipe.toml"
-    path.write_text(ranks.RECIPE.format(text=corpus, steps=24, timeout=4))
+    path.write_text(ranks.RECIPE.format(text=corpus, steps=STEPS, timeout=10))
     return path
 
 
@@ -44,10 +45,10 @@ def test_with_restarts_the_run_ends_as_if_nothing_had_happened(ranks, recipe, ca
     outcome = ranks.disturbed(recipe, tmp_path / "run", number=number, rank=1, lines=9, restarts=2)
     assert outcome.status == 0, outcome.output
     assert ranks.losses(tmp_path / "run") == ranks.losses(calm)
-    weights = "checkpoints/step-000024/model.safetensors"
+    weights = f"checkpoints/step-{STEPS:06d}/model.safetensors"
     assert (tmp_path / "run" / weights).read_bytes() == (calm / weights).read_bytes()
     assert len(re.findall(r"^bardling: rank 1 \(.*last in: ", outcome.output, re.MULTILINE)) == 1, outcome.output
-    assert outcome.seconds < 30
+    assert outcome.seconds < 60
 
 
 def test_without_restarts_it_ends_at_once(ranks, recipe, tmp_path):

@@ -2,12 +2,12 @@
 
 import math
 import random
-import socket
 
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
 import torch.nn.functional as F
+from torch.distributed import TCPStore
 
 from bardling.config import ModelConfig
 from bardling.data.tokenizer import build_tokenizer
@@ -214,7 +214,7 @@ def share(rank, world_size, port, folder):
 
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     with distributed("cpu") as context:
         items = make_items(11)
         options = {"precision": FLOAT32, "batch_tokens": 400, "context": context}
@@ -234,10 +234,8 @@ def share(rank, world_size, port, folder):
 
 
 def test_two_processes_share_the_items_and_give_the_result_of_one(tmp_path, byte_tokenizer):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(share, (2, port, tmp_path), nprocs=2)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # on a port that is its own at once
+    multiprocessing.spawn(share, (2, store.port, tmp_path), nprocs=2)
     (two, lone, told), other = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2))
     assert (two, lone) == other[:2], "every process knows the result"
     one = evaluate_choices(make_model(), byte_tokenizer, make_items(11), precision=FLOAT32, batch_tokens=400)

@@ -12,9 +12,9 @@ import pytest
 SCRIPT = Path(__file__).parents[2] / "examples" / "slurm" / "train.sbatch"
 
 SRUN = """#!/bin/bash
-echo "$@" > "$LOGS/srun.log"
 trap 'echo USR1 > "$LOGS/passed"; sleep 0.2; exit 138' USR1
-for _ in $(seq 100); do sleep 0.1; [ -e "$LOGS/finish" ] && exit "$(cat "$LOGS/finish")"; done
+echo "$@" > "$LOGS/srun.partial"; mv "$LOGS/srun.partial" "$LOGS/srun.log"
+for _ in $(seq 3000); do sleep 0.1; [ -e "$LOGS/finish" ] && exit "$(cat "$LOGS/finish")"; done
 """
 SCONTROL = """#!/bin/bash
 if [ "$1" = show ]; then echo node7; echo node8; else echo "$@" >> "$LOGS/scontrol.log"; fi
@@ -38,11 +38,10 @@ def job(tmp_path):
 
     def start(*argv):
         process = subprocess.Popen(["bash", str(SCRIPT), *argv], env=environment, stdout=subprocess.PIPE, text=True)
-        end = time.monotonic() + 20
+        end = time.monotonic() + 120
         while argv and not (tmp_path / "srun.log").exists():
             assert time.monotonic() < end
             time.sleep(0.01)
-        time.sleep(0.1)
         return process
 
     return start
@@ -51,7 +50,7 @@ def job(tmp_path):
 def test_warned_it_waits_for_the_run_to_save_and_requeues(job, tmp_path):
     process = job("quickstart", "runs/a b", "--train.steps", "7")
     process.send_signal(signal.SIGUSR1)
-    assert process.wait(20) == 0
+    assert process.wait(120) == 0
     assert (tmp_path / "passed").exists()
     assert (tmp_path / "scontrol.log").read_text() == "requeue 31\n"
     asked = (tmp_path / "srun.log").read_text()
@@ -63,13 +62,14 @@ def test_warned_it_waits_for_the_run_to_save_and_requeues(job, tmp_path):
 @pytest.mark.parametrize("status", [0, 1])
 def test_a_run_that_ends_by_itself_is_not_requeued(job, tmp_path, status):
     process = job("quickstart", "runs/a")
-    (tmp_path / "finish").write_text(str(status))
-    assert process.wait(20) == status
+    (tmp_path / "finish.partial").write_text(str(status))
+    (tmp_path / "finish.partial").rename(tmp_path / "finish")
+    assert process.wait(120) == status
     assert not (tmp_path / "scontrol.log").exists()
 
 
 def test_without_arguments_it_says_what_it_needs(job):
-    assert job().wait(20) == 2
+    assert job().wait(120) == 2
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")

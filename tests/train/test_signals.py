@@ -61,7 +61,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step_and_torchrun_passes_
     process = start("train", tmp_path / "long.toml", "--out", tmp_path / "run", torchrun=True)
     wait_until(process, lambda: logged(tmp_path / "run") >= 5)
     process.send_signal(signal.SIGUSR1)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode != 0
     assert "stopped at step" in output, output
     steps = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*"))
@@ -77,14 +77,14 @@ def test_sigterm_while_text_is_tokenised_ends_quickly_and_the_same_command_goes_
     time.sleep(0.3)
     begin = time.monotonic()
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 143, output
     assert time.monotonic() - begin < 10
     assert "bardling: interrupted" in output
     assert "Traceback" not in output
     assert not (tmp_path / "data").exists()
     process = start(*command)
-    output, _ = process.communicate(timeout=200)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
 
 

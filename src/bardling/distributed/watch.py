@@ -99,7 +99,7 @@ class Watch:
         self._least = LONG
         self._beat = 0  # written by the thread alone, as `_own` is by the main thread alone
         self._seen: dict[int, _Seen] = {}
-        self._lock = threading.Lock()
+        self._lock, self._publishing = threading.Lock(), threading.Lock()
         self._stop = threading.Event()
         self._store_failed: float | None = None
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
@@ -150,7 +150,8 @@ class Watch:
     # The thread.
 
     def _publish(self) -> None:
-        self._store.set(f"pulse/{self._own.rank}", json.dumps(asdict(replace(self._own, beat=self._beat))))
+        with self._publishing:  # a line of the thread's that was held up must not replace the last one
+            self._store.set(f"pulse/{self._own.rank}", json.dumps(asdict(replace(self._own, beat=self._beat))))
 
     def _read(self) -> None:
         for rank in range(self._world_size):
@@ -250,13 +251,21 @@ class Watch:
 
     def missing(self) -> list[Pulse]:
         """Processes that have died or ended with an error; waits a few beats to be sure."""
-        end = time.monotonic() + max(2.0, 6 * self._interval)
         missing: list[Pulse] = []
-        while time.monotonic() < end and not missing:
+        answers = self._store_failed is None
+        for _ in range(max(6, math.ceil(2.0 / self._interval))):  # looks, not seconds: a busy machine may hold this one up
             time.sleep(self._interval)
+            now = time.monotonic()
+            if answers:  # read afresh: the thread may have been held up, and its silence must not pass for the others'
+                try:
+                    self._read()
+                except RuntimeError:  # the store has left with another process, or waits for it: what is known must do
+                    answers = False
             with self._lock:
                 left = [seen.pulse for seen in self._seen.values() if seen.pulse.ended not in _ORDERLY]
-            missing = left or self._silent(time.monotonic(), max(1.0, 3 * self._interval))
+            missing = left or self._silent(now, max(1.0, 3 * self._interval))
+            if missing:
+                break
         return missing
 
     def explain(self, error: BaseException) -> NoReturn:
