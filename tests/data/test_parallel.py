@@ -210,7 +210,7 @@ prepare._BATCH = prepare._BATCH_OF_WORKER = 2000
 write = journal.Journal.write
 def slower(*args):
     write(*args)
-    time.sleep(0.05)  # long enough to be killed between two, on a busy machine too
+    time.sleep(0.15)  # long enough to be killed between two, on a busy machine too
 journal.Journal.write = slower
 prepare.prepare(sys.argv[1], sys.argv[2], "bpe:400", val_fraction=0.2, shard_tokens=10_000, workers=int(sys.argv[3]))
 """
