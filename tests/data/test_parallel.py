@@ -296,7 +296,7 @@ def test_a_process_that_comes_at_the_very_end_finds_the_dataset(text, tmp_path, 
 
     monkeypatch.setattr(prepare_module, "sync_folder", slowly)
     prepare(str(text), out, "byte", val_fraction=0.2)
-    other.join(60)
+    other.join(300)
     assert found == [[]]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ds"]
     assert not (out / "lock").exists()
