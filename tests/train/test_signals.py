@@ -12,7 +12,6 @@ from bardling.configfile import config_to_toml
 from bardling.data.journal import work_folder
 from bardling.train.run import resume, train
 
-
 TOKENISES_FOR_MINUTES = """
 import sys, time
 from bardling.data import journal, prepare
