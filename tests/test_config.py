@@ -1,6 +1,7 @@
 """The configuration page: checks, and values that are derived."""
 
 import dataclasses
+from typing import get_args, get_type_hints
 
 import pytest
 
@@ -8,6 +9,7 @@ from bardling.config import (
     CheckpointConfig,
     DataConfig,
     EvalConfig,
+    GuardConfig,
     ModelConfig,
     OptimConfig,
     RunConfig,
@@ -45,6 +47,23 @@ def test_values_that_cannot_work_are_refused_with_key_value_and_rule(make, says)
         make()
     assert says in str(error.value)
     assert "\n" not in str(error.value)
+
+
+SECTIONS = (ModelConfig, DataConfig, OptimConfig, TrainConfig, EvalConfig, SampleConfig, CheckpointConfig, GuardConfig)
+NUMBERS = [
+    (section, name)
+    for section in SECTIONS
+    for name, hint in get_type_hints(section).items()
+    if float in (hint, *get_args(hint))
+]
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize(("section", "name"), NUMBERS)
+def test_every_number_must_be_finite(section, name, value):
+    wrong = (0.9, value) if name == "betas" else value
+    with pytest.raises(UserError, match=rf"\.{name} = "):
+        section(**{name: wrong})
 
 
 def test_the_vocabulary_is_padded_up_to_the_multiple():

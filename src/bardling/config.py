@@ -15,6 +15,8 @@ from typing import Literal
 from bardling.architecture import Architecture, Family, Feedforward, Norm, Positions, QKNorm
 from bardling.errors import UserError
 
+_INF = float("inf")
+
 
 def _require(condition: bool, key: str, value: object, rule: str) -> None:
     if not condition:
@@ -122,10 +124,9 @@ class ModelConfig:
             _require(size is None or size >= 1, f"model.{name}", size, "must be at least 1")
         for name in ("norm_eps", "rope_theta", "init_std"):
             number = getattr(self, name)
-            _require(number is None or 0 < number < float("inf"), f"model.{name}", number, "must be above 0")
-        _require(
-            0 <= self.logit_softcap < float("inf"), "model.logit_softcap", self.logit_softcap, "must be at least 0 (0: off)"
-        )
+            _require(number is None or 0 < number < _INF, f"model.{name}", number, "must be above 0 and finite")
+        rule = "must be at least 0 and finite (0: off)"
+        _require(0 <= self.logit_softcap < _INF, "model.logit_softcap", self.logit_softcap, rule)
         _require(self.global_every >= 0, "model.global_every", self.global_every, "must be at least 0 (0: no layer sees all)")
         tables = (self.n_layer + 1) // 2
         rule = f"must be from 0 to {tables}, half of model.n_layer = {self.n_layer}"
@@ -225,7 +226,7 @@ class OptimConfig:
     def __post_init__(self) -> None:
         for name in ("lr", "muon_lr", "embed_lr", "head_lr"):
             value = getattr(self, name)
-            _require(value is None or value > 0, f"optim.{name}", value, "must be above 0")
+            _require(value is None or 0 < value < _INF, f"optim.{name}", value, "must be above 0 and finite")
         _require(0 <= self.momentum < 1, "optim.momentum", self.momentum, "must be at least 0 and below 1")
         _require(1 <= self.muon_steps <= 20, "optim.muon_steps", self.muon_steps, "must be from 1 to 20")
         _require(0 <= self.ema_decay < 1, "optim.ema_decay", self.ema_decay, "must be at least 0 and below 1")
@@ -238,9 +239,9 @@ class OptimConfig:
         _require(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "must be at least 0")
         _require(self.decay_steps is None or self.decay_steps >= 1, "optim.decay_steps", self.decay_steps, "must be at least 1")
         _require(0 < self.decay_fraction <= 1, "optim.decay_fraction", self.decay_fraction, "must be above 0, at most 1")
-        _require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "must be at least 0")
+        _require(0 <= self.weight_decay < _INF, "optim.weight_decay", self.weight_decay, "must be at least 0 and finite")
         _require(all(0 <= b < 1 for b in self.betas), "optim.betas", self.betas, "must each be at least 0 and below 1")
-        _require(self.eps > 0, "optim.eps", self.eps, "must be above 0")
+        _require(0 < self.eps < _INF, "optim.eps", self.eps, "must be above 0 and finite")
 
     @property
     def final_lr(self) -> float:
@@ -282,12 +283,12 @@ class TrainConfig:
         _require(0 < self.ramp <= 1, "train.ramp", self.ramp, "must be above 0, at most 1")
         least = isinstance(self.micro_batch, str) or self.micro_batch is None or self.micro_batch >= 1
         _require(least, "train.micro_batch", self.micro_batch, "must be at least 1, or 'auto'")
-        _require(
-            0 <= self.rank_timeout < float("inf"), "train.rank_timeout", self.rank_timeout, "must be at least 0 (0: never)"
-        )
+        rule = "must be at least 0 and finite (0: never)"
+        _require(0 <= self.rank_timeout < _INF, "train.rank_timeout", self.rank_timeout, rule)
         seconds = self.deadline_seconds
         _require(seconds is None or seconds >= 1, "train.deadline", self.deadline, "must be at least a second")
-        _require(self.grad_clip >= 0, "train.grad_clip", self.grad_clip, "must be at least 0 (0: no clipping)")
+        rule = "must be at least 0 and finite (0: no clipping)"
+        _require(0 <= self.grad_clip < _INF, "train.grad_clip", self.grad_clip, rule)
 
     @property
     def batch_doublings(self) -> int:
@@ -351,7 +352,8 @@ class SampleConfig:
         _require(self.every >= 0, "sample.every", self.every, "must be at least 0 (0: no samples)")
         _require(self.num_samples >= 1, "sample.num_samples", self.num_samples, "must be at least 1")
         _require(self.max_new_tokens >= 1, "sample.max_new_tokens", self.max_new_tokens, "must be at least 1")
-        _require(self.temperature >= 0, "sample.temperature", self.temperature, "must be at least 0 (0: greedy)")
+        rule = "must be at least 0 and finite (0: greedy)"
+        _require(0 <= self.temperature < _INF, "sample.temperature", self.temperature, rule)
         _require(self.top_k is None or self.top_k >= 1, "sample.top_k", self.top_k, "must be at least 1")
         _require(self.top_p is None or 0 < self.top_p <= 1, "sample.top_p", self.top_p, "must be above 0, at most 1")
 
@@ -415,7 +417,7 @@ class GuardConfig:
     def __post_init__(self) -> None:
         for name in ("loss_z", "grad_norm_z"):
             value = getattr(self, name)
-            _require(0 <= value < float("inf"), f"guard.{name}", value, "must be at least 0 (0: off)")
+            _require(0 <= value < _INF, f"guard.{name}", value, "must be at least 0 and finite (0: off)")
         _require(8 <= self.window <= 10_000, "guard.window", self.window, "must be from 8 to 10000")
         _require(self.max_skips >= 1, "guard.max_skips", self.max_skips, "must be at least 1")
         _require(self.max_rollbacks >= 0, "guard.max_rollbacks", self.max_rollbacks, "must be at least 0")
