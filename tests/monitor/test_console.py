@@ -90,6 +90,15 @@ def test_plain_lines() -> None:
     )
 
 
+def test_a_deadline_moves_the_last_step() -> None:
+    for stream in (io.StringIO(), Terminal()):
+        console = Console(1000, 0, stream=stream, width=80)
+        console.planned(20)
+        console.log(VAL | {"step": 10})
+        console.close()
+        assert "10/20  validation" in stream.getvalue()
+
+
 def test_missing_and_strange_fields_are_no_error() -> None:
     console, stream = plain()
     console.log({})

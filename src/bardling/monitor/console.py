@@ -100,7 +100,7 @@ class Console:
     def planned(self, steps: int) -> None:
         """Take another last step: a deadline has moved it."""
         self._steps = steps
-        if self._display is not None:
+        if self._live is not None:
             self._display.planned(steps)
 
     def progress(self, label: str, done: int, total: int) -> None:
