@@ -34,6 +34,7 @@ def test_two_processes_give_the_losses_of_one(tiny, change, tmp_path, torchrun, 
     norms = [[record["grad_norm"] for record in records(tmp_path / name, "train")] for name in ("one", "two")]
     assert norms[1] == pytest.approx(norms[0], rel=1e-4)
     assert done.stdout.count("parameters,") == 1, "one process speaks"
+    assert "Warning" not in done.stderr
 
     # A run that two processes began, one goes on with: the batches are the same.
     longer = change(config, train={"steps": 24})

@@ -120,6 +120,7 @@ def wrap(model: GPT, *, compiled: bool, graphs: bool = False, context: Context) 
             forward = torch.compile(model, dynamic=False)  # type: ignore[assignment]
     if context.world_size > 1:
         ids = [context.device.index] if context.device.type == "cuda" else None
-        # Every parameter takes part in every step, and there are no buffers to keep equal.
-        forward = DistributedDataParallel(forward, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+        # Every parameter takes part in every step, and there are no buffers to keep equal. (The option that says so has another
+        # name from one version of PyTorch to the next, and the old one draws a warning.)
+        forward = DistributedDataParallel(forward, device_ids=ids, gradient_as_bucket_view=True)
     return forward
