@@ -62,7 +62,10 @@ def load_optimizer_tensors(
     """
     kind = type(optimizer).__name__
     if meta.get("optimizer") != kind:
-        raise UserError(f"the checkpoint holds the state of {meta.get('optimizer')}, but this run uses {kind}")
+        raise UserError(
+            f"the checkpoint holds the state of {meta.get('optimizer')}, but this run uses {kind}: set optim.name to that "
+            "of the checkpoint, or start a new run from its weights alone, with model.init"
+        )
     expected = _named(optimizer, names)
     scalars, stateless = meta.get("scalars", {}), meta.get("without_state", [])
     if not isinstance(scalars, Mapping) or not isinstance(stateless, list):

@@ -8,7 +8,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from bardling.config import RunConfig
+from bardling.config import RunConfig, TrainConfig
 from bardling.configfile import config_to_dict
 from bardling.errors import UserError
 from bardling.optim.build import settle_muon_precision
@@ -49,8 +49,8 @@ def absolute(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, data=data, model=dataclasses.replace(model, init=settled(model.init)))
 
 
-# A model that has been trained is bound to these; what else changes on resume takes effect, and is said.
-_FIXED = ("seed", "data.source", "data.tokenizer", "data.val_fraction")
+# A model that has been trained, and its optimizer, are bound to these; what else changes on resume takes effect, and is said.
+_FIXED = ("seed", "data.source", "data.tokenizer", "data.val_fraction", "optim.name")
 
 
 def check_changes(before: RunConfig, after: RunConfig) -> list[str]:
@@ -70,6 +70,20 @@ def check_changes(before: RunConfig, after: RunConfig) -> list[str]:
             )
         changes.append(f"{key}: {old.get(key)} -> {new.get(key)}")
     return changes
+
+
+def check_steps(config: TrainConfig, done: int, where: str | Path) -> None:
+    """Refuse to end a run before where it is: its learning rate and its stages would follow another plan than the one it had.
+
+    Args:
+        done: steps that the run, or the checkpoint that it goes on from, has done.
+        where: the one or the other.
+
+    Raises:
+        UserError: `config` asks for fewer steps. (With a deadline it asks for none: they are planned while the run goes on.)
+    """
+    if config.deadline is None and config.steps < done:
+        raise UserError(f"train.steps = {config.steps}: {where} has done {done} steps already; set it to at least that")
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,13 +1,14 @@
 """Where a run's figures go: its own files always, the terminal, and the services that the configuration names; and what the run
 says before there are any."""
 
+from pathlib import Path
 from types import TracebackType
 
 import torch
 from torch import nn
 
 from bardling.checkpoint.runfolder import RunFolder
-from bardling.config import RunConfig
+from bardling.config import RunConfig, TrainConfig
 from bardling.data.order import WindowOrder
 from bardling.distributed.device import device_name
 from bardling.monitor.console import Console
@@ -56,7 +57,8 @@ class RunMonitor:
             if self._samples is not None:
                 self._samples.log(values)
             if self._console is not None:
-                self._console.sample(record.step, record.texts)
+                # As `bardling sample` writes it: the prompt that was asked for, and what the model goes on with.
+                self._console.sample(record.step, [self._config.sample.prompt + text for text in record.texts])
             if self._services is not None:
                 self._services.sample(record.step, record.prompt, record.texts)
             return
@@ -129,11 +131,19 @@ def opening(
     """
     parameters = sum(parameter.numel() for parameter in model.parameters())
     epochs = plan.samples_before(plan.steps) / order.windows_per_epoch
+    passes = "pass" if plan.accumulation == 1 else "passes"
     where = f"{device_name(device)}" + (f" x {plan.world_size}" if plan.world_size > 1 else "")
     lines = [
         f"{parameters / 1e6:.2f}M parameters, {plan.steps:,} steps of {plan.samples_per_step} x {config.model.block_size} "
-        f"tokens ({plan.accumulation} forward passes of {plan.micro_batch}), {epochs:.2f} epochs of {order.n_tokens:,} tokens"
+        f"tokens ({plan.accumulation} forward {passes} of {plan.micro_batch}), {epochs:.2f} epochs of {order.n_tokens:,} tokens"
     ]
     if len(plan.stages) > 1:
         lines.append(f"batch and context grow: {plan.in_words()}")
     return [*lines, f"{where}; precision {config.precision} ({why[0]}); compile {config.compile} ({why[1]})"]
+
+
+def resumption(run: Path, step: int, config: TrainConfig) -> str:
+    """A line that says where a run goes on; of a finished one, how it can. With a deadline, its plan decides that, not this."""
+    if step < config.steps or config.deadline is not None:
+        return f"resuming {run} at step {step:,}" + (f" of {config.steps:,}" if config.deadline is None else "")
+    return f"{run} is finished: its {step:,} steps are done; raise --train.steps to go on with it"

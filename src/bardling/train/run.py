@@ -32,7 +32,7 @@ from bardling.model.depth import without_dial
 from bardling.monitor.services import check_services
 from bardling.optim.schedule import learning_rate
 from bardling.train.alone import alone
-from bardling.train.changes import absolute, check_changes, settle
+from bardling.train.changes import absolute, check_changes, check_steps, settle
 from bardling.train.compiling import patience, wrap
 from bardling.train.deadline import FAR, Deadline, ending_of
 from bardling.train.environment import (
@@ -49,7 +49,7 @@ from bardling.train.guard import Guard, RollBack
 from bardling.train.hooks import Checkpoint, Log, Sample, StepTimer, Tasks, Validate
 from bardling.train.loop import Hook, fit
 from bardling.train.memory import FIRST_STEPS, Passes, UpdateWatch, divisors, no_room, out_of_memory, shrunk
-from bardling.train.monitoring import RunMonitor, opening
+from bardling.train.monitoring import RunMonitor, opening, resumption
 from bardling.train.persist import build_state, newest_checkpoint
 from bardling.train.plan import TrainPlan, make_plan
 from bardling.train.resolve import resolve, settle_vocabulary
@@ -140,6 +140,10 @@ class _Run:
         self.continues = None if continue_from is None else str(Path(continue_from).absolute())
         origin = self.continues or config.model.init
         self.start = load(origin, training=bool(self.continues)) if origin and self.checkpoint is None else None
+        if self.checkpoint is not None:
+            check_steps(config.train, self.checkpoint.training["step"], folder.path)
+        elif self.continues and self.start is not None:
+            check_steps(config.train, self.start.step, self.continues)
         vocab_size = config.model.vocab_size if self.start is None else self.start.config.vocab_size
         self.tokenizer = settle_vocabulary(self.dataset, vocab_size, self.start, folder if resumed else None)
         resolved = resolve(config, self.dataset, self.tokenizer, self.start, context)
@@ -275,7 +279,7 @@ class _Run:
         for line in opening(self.config, self.plan, self.order, self.context.device, state.model, why):
             monitor.note(line)
         if self.resumed:
-            monitor.note(f"resuming {self.folder.path} at step {state.step:,} of {self.plan.steps:,}")
+            monitor.note(resumption(self.folder.path, state.step, self.config.train))
         for change in self.changes:
             monitor.note(f"changed: {change}")
 

@@ -1,0 +1,74 @@
+"""What a run says to the person who watches: its shape, the samples with their prompt, and where it goes on."""
+
+import pytest
+
+from bardling.checkpoint.runfolder import RunFolder
+from bardling.cli.main import main
+from bardling.errors import UserError
+from bardling.train.run import resume, train
+
+
+@pytest.mark.parametrize(("micro_batch", "says"), [(4, "(1 forward pass of 4)"), (2, "(2 forward passes of 2)")])
+def test_one_forward_pass_is_one(tiny, change, tmp_path, capsys, micro_batch, says):
+    train(change(tiny, train={"steps": 8, "micro_batch": micro_batch}), tmp_path / "run")
+    assert says in capsys.readouterr().out
+
+
+def test_samples_begin_with_their_prompt_as_the_verb_writes_them(tiny, change, tmp_path, capsys):
+    config = change(tiny, train={"steps": 8}, sample={"every": 8, "prompt": "the ", "max_new_tokens": 5})
+    run = train(config, tmp_path / "run").folder
+    told = capsys.readouterr().out.split("--- sample at step 8 ---\n")[1].split("\n---\n")[0]
+    assert told.startswith("the ")
+    argv = ["--prompt", "the ", "--max_new_tokens", "5", "--seed", str(config.seed + 8)]
+    main(["sample", str(run), *argv])
+    assert capsys.readouterr().out == told + "\n"
+
+
+def test_without_a_prompt_a_sample_is_what_the_model_wrote(tiny, change, tmp_path, capsys):
+    """Text of one document begins after a line break, which is no part of it."""
+    train(change(tiny, train={"steps": 8}, sample={"every": 8, "max_new_tokens": 5}), tmp_path / "run")
+    told = capsys.readouterr().out.split("--- sample at step 8 ---\n")[1].split("\n---\n")[0]
+    assert len(told) == 5
+
+
+def test_a_finished_run_says_so_and_how_to_go_on(tiny, change, tmp_path, capsys):
+    run = train(change(tiny, train={"steps": 8}), tmp_path / "run", quiet=True).folder
+    main(["resume", str(run)])
+    out = capsys.readouterr().out
+    assert f"{run} is finished: its 8 steps are done; raise --train.steps to go on with it" in out
+    assert "resuming" not in out
+    main(["resume", str(run), "--train.steps", "9"])
+    out = capsys.readouterr().out
+    assert f"resuming {run} at step 8 of 9" in out
+    assert "is finished" not in out
+
+
+def test_a_run_may_end_where_it_is_but_not_before(tiny, change, tmp_path, stopped_at):
+    config = change(tiny, train={"batch_start": 1})
+    run = stopped_at(20, train(config, tmp_path / "whole", quiet=True).folder, tmp_path / "run")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=r"train.steps = 19: .*run has done 20 steps already; set it to at least that"):
+        resume(run, change(config, train={"steps": 19}), quiet=True)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    assert resume(run, change(config, train={"steps": 20}), quiet=True).step == 20
+
+
+def test_the_steps_of_a_deadline_are_not_those_of_the_configuration(tiny, change, tmp_path, capsys):
+    config = change(tiny, train={"deadline": "3s", "steps": 3}, optim={"warmup_steps": 2}, sample={"every": 0})
+    done = train(config, tmp_path / "run", quiet=True)
+    assert done.step > 3
+    assert resume(done.folder).step >= done.step
+    assert f"resuming {done.folder} at step {done.step:,}\n" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"train.steps = 3: .*run has done \d+ steps already"):
+        resume(done.folder, change(RunFolder(done.folder).config(), train={"deadline": None}), quiet=True)
+
+
+def test_another_trainers_checkpoint_is_not_ended_before_where_it_is(tiny, change, tmp_path):
+    config = change(tiny, train={"steps": 8})
+    run = train(config, tmp_path / "run", quiet=True).folder
+    main(["export", str(run), "--format", "nanogpt", "--out", str(tmp_path / "a")])
+    with pytest.raises(UserError, match=r"train.steps = 7: .*ckpt.pt has done 8 steps already"):
+        train(change(config, train={"steps": 7}), tmp_path / "b", continue_from=str(tmp_path / "a" / "ckpt.pt"), quiet=True)
+    with pytest.raises(UserError, match=r"holds the state of AdamW, but this run uses Muon: set optim.name to"):
+        train(change(config, optim={"name": "muon"}), tmp_path / "b", continue_from=str(tmp_path / "a"), quiet=True)
+    assert not (tmp_path / "b").exists()
