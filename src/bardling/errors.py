@@ -10,11 +10,21 @@ class UserError(ValueError):
 
 
 def closest(word: str, names: list[str]) -> str:
-    """Return ` (did you mean 'x'?)` for the entry of `names` most like `word`, or nothing when none is close."""
+    """Return ` (did you mean 'x'?)` for the entry of `names` most like `word`, or nothing when none is close.
+
+    Case does not count, and what follows the first dash of a name may be missing: H1000 is more like H100-SXM than like A100.
+    """
     import difflib  # here, because most runs never make this mistake
 
-    match = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
-    return f" (did you mean {match[0]!r}?)" if match else ""
+    matcher = difflib.SequenceMatcher(b=word.lower())
+
+    def likeness(text: str) -> float:
+        matcher.set_seq1(text.lower())
+        return matcher.ratio()
+
+    ratios = [(max(likeness(name), likeness(name.split("-")[0])), likeness(name), -place) for place, name in enumerate(names)]
+    ratio, _, place = max(ratios, default=(0.0, 0.0, 0))
+    return f" (did you mean {names[-place]!r}?)" if ratio >= 0.6 else ""
 
 
 class JobLost(RuntimeError):  # noqa: N818  what happened, not what is wrong
