@@ -247,7 +247,7 @@ def _check(
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens = {max_new_tokens}: must be at least 1")
     if not 0 <= temperature < float("inf"):
-        raise UserError(f"temperature = {temperature}: must be at least 0 (0: greedy)")
+        raise UserError(f"temperature = {temperature}: must be at least 0 and finite (0: greedy)")
     if top_k is not None and top_k < 1:
         raise UserError(f"top_k = {top_k}: must be at least 1")
     if top_p is not None and not 0 < top_p <= 1:

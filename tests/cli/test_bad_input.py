@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
@@ -9,6 +10,7 @@ import subprocess
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from bardling.cli.main import main
 from bardling.configfile import config_to_toml
@@ -234,6 +236,19 @@ def resume_with_another_seed(place, run):
     return ["resume", run, "--seed", "2"], "seed = 2"
 
 
+def resume_with_fewer_steps_than_are_done(place, run):
+    return ["resume", run, "--train.steps", "7"], f"train.steps = 7: {run} has done 8 steps already; set it to at least that"
+
+
+def resume_with_another_optimizer(place, run):
+    return ["resume", run, "--optim.name", "muon"], "optim.name = 'muon': a run that has started keeps 'adamw'; start a new run"
+
+
+def resume_of_a_text(place, run):
+    (place.path / "notes.txt").write_text("not a checkpoint")
+    return ["resume", place.path / "notes.txt"], "is no checkpoint: name a run's folder, a checkpoint's folder, or a file"
+
+
 def resume_with_other_data(place, run):
     record = json.loads((run / "dataset.json").read_text())
     (run / "dataset.json").write_text(json.dumps({**record, "fingerprint": "0" * 16}))
@@ -253,20 +268,59 @@ def sample_of_another_architecture(place, run):
 
 
 def sample_of_unknown_characters(place, run):
-    return ["sample", run, "--prompt", "kingß"], "'ß'"
+    says = "character 'ß' (U+00DF) at line 1, column 5 is not in the vocabulary of"
+    return ["sample", run, "--prompt", "kingß"], says
 
 
 def sample_with_two_prompts(place, run):
     return ["sample", run, "--prompt", "a", "--prompt_file", "b"], "one of them"
 
 
+def sample_colder_than_allowed(place, run):
+    return ["sample", run, "--temperature", "-1"], "bardling: temperature = -1.0: must be at least 0"
+
+
 def sample_hotter_than_allowed(place, run):
-    return ["sample", run, "--temperature", "-1"], "temperature"
+    return ["sample", run, "--temperature", "inf"], "bardling: temperature = inf: must be at least 0 and finite"
+
+
+def sample_of_a_text(place, run):
+    (place.path / "notes.txt").write_text("not a checkpoint")
+    return ["sample", place.path / "notes.txt"], "is no checkpoint: name a run's folder, a checkpoint's folder, or a file"
 
 
 def eval_on_foreign_tokens(place, run):
     main(["prepare", str(place.path / "tiny.toml"), "--out", str(place.path / "bytes"), "--tokenizer", "byte"])
     return ["eval", run, "--data", place.path / "bytes"], "another tokenizer"
+
+
+def eval_of_unknown_characters(place, run):
+    (place.path / "foreign.txt").write_text("größer " * 1000)
+    says = "characters: remove it, or train with the tokenizer 'byte', which knows every text"
+    return ["eval", run, "--data", place.path / "foreign.txt"], says
+
+
+def export_of_a_diverged_model(place, run):
+    return ["export", diverged(run), "--out", place.path / "out"], "holds NaN or infinite numbers: the model is damaged"
+
+
+def export_of_a_diverged_model_for_nanogpt(place, run):
+    argv = ["export", diverged(run), "--format", "nanogpt", "--out", place.path / "out"]
+    return argv, "holds NaN or infinite numbers: the model is damaged"
+
+
+def diverged(run):
+    """A checkpoint of `run` with a weight that is no number."""
+    path = next((run / "checkpoints").iterdir())
+    tensors = load_file(path / "model.safetensors")
+    tensors["transformer.h.1.mlp.c_fc.weight"][3, 5] = math.nan
+    save_file(tensors, path / "model.safetensors")
+    return path
+
+
+def info_of_a_text(place, run):
+    (place.path / "notes.txt").write_text("not a checkpoint")
+    return ["info", place.path / "notes.txt"], "is no checkpoint: name a run's folder, a checkpoint's folder, or a file"
 
 
 def info_of_nothing(place, run):
@@ -288,16 +342,25 @@ def export_over_something(place, run):
         resume_of_no_run,
         resume_with_another_architecture,
         resume_with_another_seed,
+        resume_with_fewer_steps_than_are_done,
+        resume_with_another_optimizer,
+        resume_of_a_text,
         resume_with_other_data,
         resume_with_a_broken_config,
         sample_of_another_architecture,
         sample_of_unknown_characters,
         sample_with_two_prompts,
+        sample_colder_than_allowed,
         sample_hotter_than_allowed,
+        sample_of_a_text,
         eval_on_foreign_tokens,
+        eval_of_unknown_characters,
+        info_of_a_text,
         info_of_nothing,
         prepare_over_something,
         export_over_something,
+        export_of_a_diverged_model,
+        export_of_a_diverged_model_for_nanogpt,
     ],
     ids=lambda case: case.__name__,
 )

@@ -9,6 +9,7 @@ from bardling.checkpoint.state import write_model
 from bardling.config import RunConfig
 from bardling.errors import UserError
 from bardling.files import remove_abandoned, unfinished
+from bardling.interop.huggingface import refuse_diverged
 from bardling.interop.nanogpt_checkpoint import write_meta, write_nanogpt_checkpoint
 
 
@@ -16,13 +17,15 @@ def export_hf(spec: str, out: Path, *, best: bool = False) -> None:
     """Write `config.json`, `model.safetensors` and the tokenizer of the model `spec` into the new folder `out`.
 
     Raises:
-        UserError: `out` exists, there is no such model, or `transformers` has none that computes the same.
+        UserError: `out` exists, there is no such model, its weights are NaN or infinite, or `transformers` has none that
+            computes the same.
     """
     if out.exists():
         raise UserError(f"{out}: exists already: remove it, or choose another --out")
     loaded = load(spec, best=best)
     if loaded.config.architecture.opens_as is None:
         raise UserError(f"{spec}: cannot be written for transformers: {loaded.config.architecture.why_not}")
+    refuse_diverged(loaded.state, spec)
     remove_abandoned(out)
     beside = unfinished(out)
     try:
@@ -43,7 +46,7 @@ def export_nanogpt(spec: str, out: Path, *, best: bool = False, dataset: str = "
         What nanoGPT will do differently or needs besides, a sentence each.
 
     Raises:
-        UserError: there is no such model, one of the files exists, or the model is no GPT-2.
+        UserError: there is no such model, its weights are NaN or infinite, one of the files exists, or the model is no GPT-2.
     """
     for file in (out / "ckpt.pt", out / "meta.pkl"):
         if file.exists():
@@ -52,6 +55,7 @@ def export_nanogpt(spec: str, out: Path, *, best: bool = False, dataset: str = "
     beyond = loaded.config.architecture.beyond("gpt2")
     if beyond:
         raise UserError(f"{spec}: cannot be written for nanoGPT, which has no {', '.join(beyond)}")
+    refuse_diverged(loaded.state, spec)
     owner = run_of(Path(spec))
     config = dataclasses.replace(RunConfig() if owner is None else owner.config(), model=loaded.config)
     notes = write_nanogpt_checkpoint(

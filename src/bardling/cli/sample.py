@@ -55,14 +55,18 @@ def run(argv: Sequence[str]) -> None:
         options = sample_options(argv)
     else:
         options = parse(SampleOptions, argv, prog="bardling sample", description="Let a trained model write.")
-    config = SampleConfig(
-        prompt=_prompt(options),
-        num_samples=options.num_samples,
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-    )
+    prompt_text = _prompt(options)
+    try:
+        config = SampleConfig(
+            prompt=prompt_text,
+            num_samples=options.num_samples,
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+        )
+    except UserError as error:  # the options have no section here
+        raise UserError(str(error).removeprefix("sample.")) from None
     from bardling.checkpoint.load import load, run_of
     from bardling.data.tokenizer import StreamDecoder
     from bardling.distributed.device import choose_device, choose_precision

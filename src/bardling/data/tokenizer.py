@@ -167,7 +167,8 @@ class Tokenizer:
             line, column = text.count("\n", 0, place) + 1, place - (text.rfind("\n", 0, place) + 1) + 1
             raise UserError(
                 f"character {text[place]!r} (U+{ord(text[place]):04X}) at line {line}, column {column} is not in the "
-                f"vocabulary of {self.vocab_size} characters: remove it, or use --data.tokenizer byte, which knows every text"
+                f"vocabulary of {self.vocab_size} characters: remove it, or train with the tokenizer 'byte', which knows "
+                "every text"
             )
         return ids
 

@@ -286,13 +286,22 @@ def load_hf_folder(folder: str | Path, *, check_finite: bool = True) -> GPT:
     check_hf_shapes(shapes, config, str(folder))
     state = {name: tensor for file, names in files.items() for name, tensor in _read_tensors(file, names)}
     if check_finite:
-        for name, tensor in state.items():
-            if not bool(torch.isfinite(tensor).all()):
-                raise UserError(f"{folder}: {name} holds NaN or infinite numbers: the model is damaged")
+        refuse_diverged(state, folder)
     with torch.device("meta"):
         model = GPT(config, seed=None)
     model.load_state_dict(from_hf_state(state, config, str(folder)), assign=True)
     return model
+
+
+def refuse_diverged(state: Mapping[str, Tensor], where: str | Path) -> None:
+    """Refuse weights that are no numbers.
+
+    Raises:
+        UserError: one is NaN or infinite; the message names `where` and the tensor.
+    """
+    for name, tensor in state.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise UserError(f"{where}: {name} holds NaN or infinite numbers: the model is damaged")
 
 
 def _weight_files(folder: Path) -> dict[Path, list[str] | None]:

@@ -57,6 +57,12 @@ def _check(path: Path) -> None:
     try:
         size = path.stat().st_size
         if not zipfile.is_zipfile(path):
+            with path.open("rb") as file:
+                begin = file.read(2)
+            if not begin.startswith((b"PK", b"\x80")):  # neither a part of an archive nor a bare pickle
+                raise UserError(
+                    f"{path}: is no checkpoint: name a run's folder, a checkpoint's folder, or a file such as nanoGPT's ckpt.pt"
+                )
             raise UserError(
                 f"{path}: is not a checkpoint in PyTorch's zip format, or was cut; "
                 "if PyTorch before 1.6 wrote it, load and save it there with a newer one"
