@@ -1,5 +1,7 @@
 """What a run says to the person who watches: its shape, the samples with their prompt, and where it goes on."""
 
+import re
+
 import pytest
 
 from bardling.checkpoint.runfolder import RunFolder
@@ -59,6 +61,8 @@ def test_the_steps_of_a_deadline_are_not_those_of_the_configuration(tiny, change
     assert done.step > 3
     assert resume(done.folder).step >= done.step
     assert f"resuming {done.folder} at step {done.step:,}\n" in capsys.readouterr().out
+    main(["info", str(done.folder)])
+    assert re.search(r"progress +step \d+, finished", capsys.readouterr().out)
     with pytest.raises(UserError, match=r"train.steps = 3: .*run has done \d+ steps already"):
         resume(done.folder, change(RunFolder(done.folder).config(), train={"deadline": None}), quiet=True)
 

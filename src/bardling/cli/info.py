@@ -185,12 +185,13 @@ def _show_run(path: Path, verify: bool) -> None:
     ]
     if trained:
         last = trained[-1]
-        state = (
-            "finished"
-            if last["step"] >= config.train.steps
-            else f"{duration(last.get('seconds_left', math.nan))} left at its last speed"
-        )
-        rows.append(("progress", f"step {last['step']:,} of {config.train.steps:,}, {state}"))
+        left = last.get("seconds_left", math.nan)
+        if config.train.deadline is None:
+            finished, of = last["step"] >= config.train.steps, f" of {config.train.steps:,}"
+        else:  # how many steps there will be is planned while it runs; what is left, then too
+            finished, of = left == 0, ""
+        state = "finished" if finished else f"{duration(left)} left at its last speed"
+        rows.append(("progress", f"step {last['step']:,}{of}, {state}"))
         rows.append(("training loss", f"{last['loss']:.4f} nats a token"))
     if validated:
         best = min(validated, key=lambda record: record["loss"])
