@@ -10,6 +10,7 @@ cores between sessions first. The table has the medians over the rounds.
 `bardling/distributed/waiting.py` says what the turns are; 300,000 are OpenMP's own.
 """
 
+import os
 import statistics
 import subprocess
 import sys
@@ -26,7 +27,11 @@ from children import Child, Spec
 from tables import Table, publish, rounded, say, script
 from throughput import SETTINGS, TINY
 
-COUNTING = "while True: sum(range(1000))"
+COUNTING = """
+import os, sys
+while os.getppid() == int(sys.argv[1]):  # for as long as who started it lives
+    sum(range(1000))
+"""
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ def main(argv: Sequence[str]) -> None:
 @contextmanager
 def company() -> Iterator[None]:
     """A program that keeps a core busy."""
-    counting = subprocess.Popen([sys.executable, "-c", COUNTING], start_new_session=True)
+    counting = subprocess.Popen([sys.executable, "-c", COUNTING, str(os.getpid())], start_new_session=True)
     try:
         yield
     finally:

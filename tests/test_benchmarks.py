@@ -168,6 +168,14 @@ def test_scaling(tmp_path: Path) -> None:
         scaling.main(["--sizes", "height"])
 
 
+def test_company_leaves_with_its_host() -> None:
+    import company
+
+    host = f"import os, subprocess, sys; subprocess.Popen([sys.executable, '-c', {company.COUNTING!r}, str(os.getpid())])"
+    # The output is at its end when nobody is left who could write to it.
+    subprocess.run([sys.executable, "-c", host], stdout=subprocess.PIPE, timeout=120, check=True)
+
+
 def test_company(tmp_path: Path) -> None:
     import company
 
