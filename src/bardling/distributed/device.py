@@ -106,12 +106,12 @@ def choose_precision(
 def _narrow_speed(device: torch.device, seconds: float = 1.5) -> float:
     """How many times as fast as float32 bfloat16 is multiplied.
 
-    By turns, and each at its best, until neither has gained in three rounds: on a busy machine a single measurement of either
+    By turns, and each at its best, until neither has gained in two rounds: on a busy machine a single measurement of either
     may be many times too low.
     """
     speeds = dict.fromkeys((torch.float32, torch.bfloat16), 0.0)
     end, quiet = time.perf_counter() + seconds, 0
-    while quiet < 3 and time.perf_counter() < end:
+    while quiet < 2 and time.perf_counter() < end:
         found = {dtype: matmul_flops(device, dtype, seconds=0.03) for dtype in speeds}
         quiet = quiet + 1 if all(found[dtype] < 1.1 * best for dtype, best in speeds.items()) else 0
         speeds = {dtype: max(best, found[dtype]) for dtype, best in speeds.items()}
