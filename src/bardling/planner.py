@@ -263,9 +263,9 @@ def plan(
     if config.train.recompute == "blocks":
         compiled = config.compile == "on" or (config.compile == "auto" and device_type == "cuda")  # there it nearly always pays
         cost = partial(
-            recomputed_flops_per_token, precision=precision, device_type=device_type, fp8=config.fp8, compiled=compiled
+            recomputed_flops_per_token, model, precision=precision, device_type=device_type, fp8=config.fp8, compiled=compiled
         )
-        again = batch.cost(partial(cost, model))
+        again = batch.cost(cost)
     speed = None if peak_flops is None else peak_flops * mfu * world_size
     if budget_seconds is not None:
         if speed is None:

@@ -108,6 +108,16 @@ def test_files_of_a_start_that_was_killed_do_not_enter_the_next(tiny, change, tm
     assert load_tokenizer_of(str(run)).vocab_size < 100
 
 
+def test_a_tokenizer_of_the_users_own_is_no_remains(tiny, tmp_path):
+    out = tmp_path / "tokenizer"
+    out.mkdir()
+    (out / "tokenizer.json").write_text("mine")
+    with pytest.raises(UserError, match="is in the way"):
+        train(tiny, out, quiet=True)
+    assert (out / "tokenizer.json").read_text() == "mine"
+    assert [path.name for path in out.iterdir()] == ["tokenizer.json"]
+
+
 def test_what_a_killed_save_has_left_is_free_space(tiny, change, tmp_path, monkeypatch):
     run = tmp_path / "run"
     train(change(tiny, checkpoint={"every": 0, "keep_last": 1}), run, quiet=True)

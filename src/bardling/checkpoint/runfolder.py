@@ -22,7 +22,7 @@ from bardling.errors import UserError
 from bardling.files import remove_unfinished, write_whole
 
 _REMAINS = ("dataset.json", "environment.json", "tokenizer.json", "tokenizer_config.json")
-"""Files that a start writes before the folder is a run."""
+"""Files that a start writes before the folder is a run, in this order."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def create_run(path: Path, config: RunConfig, *, beside: bool = False, also: Cal
         raise UserError(f"{path}: is in the way (not an empty folder): choose another --out")
     run.checkpoints.mkdir(parents=True, exist_ok=True)
     remove_unfinished(path)
-    for name in () if beside else _REMAINS:
+    for name in () if beside else reversed(_REMAINS):  # the first one marks the others as ours until they are gone
         (path / name).unlink(missing_ok=True)
     also()
     run.write_config(config)
@@ -137,8 +137,9 @@ def _is_remains(entry: Path) -> bool:
     """Whether a start that was killed before the folder became a run may have left this."""
     if entry.name == "checkpoints":
         return entry.is_dir() and not any(entry.iterdir())
-    whole = entry.name in (".lock", *_REMAINS)
-    return whole or entry.name.startswith(tuple(f".{name}." for name in ("config.toml", *_REMAINS)))
+    if entry.name in _REMAINS:  # a tokenizer by itself is somebody's own
+        return (entry.parent / _REMAINS[0]).is_file()
+    return entry.name == ".lock" or entry.name.startswith(tuple(f".{name}." for name in ("config.toml", *_REMAINS)))
 
 
 def read_json(path: Path) -> dict[str, Any]:

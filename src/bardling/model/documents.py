@@ -12,6 +12,7 @@ Limits: the kernel knows no dropout, so with dropout CUDA takes the mask too.
 Shapes: B batch, T time, H query heads, K key and value heads, D channels of a head, w window, N documents.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -44,7 +45,7 @@ def pack(bounds: Tensor, batch: int, time: int, made: Architecture, dtype: torch
     """
     places = torch.arange(batch * time, device=bounds.device, dtype=torch.int32)
     numbers = torch.searchsorted(bounds, places, right=True) - 1  # int64 [B * T]
-    positions = (places - bounds.index_select(0, numbers)).view(batch, time).long()
+    positions = (places - bounds[numbers]).view(batch, time).long()
     if is_varlen(bounds.device.type, str(dtype).removeprefix("torch."), made.head_dim, dropout):
         return Packed(bounds, positions, None, None)
     numbers, slots = numbers.view(batch, time), torch.arange(time, device=bounds.device)
@@ -100,12 +101,10 @@ def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, window: int 
     queries, keys, values = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [B * T, H or K, D], no copies
     # Its window is what lies before a token, without the token. No document is longer than T, and the kernel needs no more.
     near = (-1 if window is None else window - 1, 0)
-    if heads == k.size(1):
-        y = varlen_attn(queries, keys, values, bounds, bounds, time, time, window_size=near)
-    elif _SHARES_HEADS:
-        y = varlen_attn(queries, keys, values, bounds, bounds, time, time, window_size=near, enable_gqa=True)
-    else:
+    if not _SHARES_HEADS:
         keys, values = expand_heads(keys, heads), expand_heads(values, heads)
-        y = varlen_attn(queries, keys, values, bounds, bounds, time, time, window_size=near)
+    # Older versions do not know the word for shared heads.
+    kernel = varlen_attn if keys.size(1) == heads else partial(varlen_attn, enable_gqa=True)
+    y = kernel(queries, keys, values, bounds, bounds, time, time, window_size=near)
     assert isinstance(y, Tensor)
     return y.view(batch, time, heads, width).transpose(1, 2)

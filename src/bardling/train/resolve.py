@@ -91,8 +91,8 @@ def resolve(
         plan = make_plan(config.train, model.block_size, context.world_size)
         flops = plan.cost(partial(flops_per_token, model))
         if config.train.recompute == "blocks":
-            cost = partial(recomputed_flops_per_token, precision=name, device_type=context.device.type, fp8=config.fp8)
-            flops += plan.cost(partial(cost, model))
+            kind = context.device.type
+            flops += plan.cost(partial(recomputed_flops_per_token, model, precision=name, device_type=kind, fp8=config.fp8))
         pays, compile_why = compile_pays(flops / context.world_size, peak, context.device, plan.shapes)
         compiled = context.broadcast(pays)
     optim = settle_muon_precision(config.optim, name)
