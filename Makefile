@@ -1,4 +1,4 @@
-# make install | demo | test — each works in a fresh clone; see README.md.
+# make install | demo | test: each works in a fresh clone; see README.md.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -17,12 +17,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: install
 	@rm -rf $(DEMO)
 	$(BIN)/bardling train quickstart --out $(DEMO)
-	@echo; echo "A function that it makes up, from '    def':"; echo
+	@echo; echo "A function generated from the prompt '    def':"; echo
 	@$(BIN)/bardling sample $(DEMO) --prompt '    def' --max_new_tokens 160 --seed 1
-	@echo; echo "How well it predicts files that it has never seen, beside what compressors make of them:"; echo
+	@echo; echo "Evaluation on files it has never seen, compared with compressors:"; echo
 	@$(BIN)/bardling eval $(DEMO)
 	@echo; echo "Try next:"
-	@echo "  $(BIN)/bardling resume $(DEMO) --train.steps 900     # train it further, from where it stands"
+	@echo "  $(BIN)/bardling resume $(DEMO) --train.steps 900     # continue training"
 	@echo "  $(BIN)/bardling sample $(DEMO) --prompt 'import ' --num_samples 3"
 	@echo "  $(BIN)/bardling train quickstart --data.source FOLDER_OR_FILE --out runs/mine   # your own text"
 
@@ -31,8 +31,9 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python scripts/house.py
 
-# One thread a process: the tests' tensors are tiny, and as many tests run at once as there are cores.
+# One thread per process: the tensors in tests are tiny, and pytest-xdist runs one process per core.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 

@@ -1,4 +1,4 @@
-"""The scripts in `benchmarks/` on tiny sizes: that they measure, agree with what they compare with, and write tables."""
+"""The scripts in `benchmarks/` with tiny sizes: they measure, agree with their baselines, and write tables."""
 
 import dataclasses
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bardling.config import ModelConfig
-from bardling.configfile import load_recipe
+from bardling.config.recipes import load_recipe
 from bardling.errors import UserError
 from bardling.interop.nanogpt_checkpoint import write_nanogpt_checkpoint
 from bardling.model.gpt import GPT
@@ -32,7 +32,7 @@ lr = 1e-2
 steps = 12
 batch_size = 4
 """
-# A train.py that takes nanoGPT's flags, looks at its data, and "trains" a checkpoint that is there already.
+# A train.py that accepts nanoGPT's flags, checks its data, and "trains" by copying an existing checkpoint.
 TRAINER = """
 import os, pickle, shutil, sys
 flags = dict(word[2:].split("=", 1) for word in sys.argv[1:] if word.startswith("--"))
@@ -85,7 +85,7 @@ def test_tables_are_aligned_and_appended(tmp_path: Path, capsys: pytest.CaptureF
     assert f"torch {torch.__version__}" in text
     lines = [line for line in text.splitlines() if line.startswith("|")][:4]
     assert {len(line) for line in lines} == {len(lines[0])}
-    assert lines[1].endswith(":|")  # figures to the right
+    assert lines[1].endswith(":|")  # numbers are right-aligned
     assert "| ours" in capsys.readouterr().out
     assert spread([3.0, 1.0, 2.0]) == "2.00 (1.00-3.00)"
     with pytest.raises(ValueError, match="cells"):
@@ -94,14 +94,14 @@ def test_tables_are_aligned_and_appended(tmp_path: Path, capsys: pytest.CaptureF
 
 @pytest.mark.parametrize(("bias", "gelu"), [(True, "tanh"), (False, "erf")])
 def test_the_plain_model_computes_what_ours_does(bias: bool, gelu: str) -> None:
-    from children import Spec
+    from implementations import RandomSequences, initial_weights
     from plain import PlainGPT
-    from sides import Windows, start_weights
+    from workers import Spec
 
     shape = {**SHAPE, "bias": bias, "gelu": gelu}
     ours, plain = GPT(ModelConfig(**shape), seed=0), PlainGPT(shape, 65)
-    plain.load_state_dict(start_weights(Spec("plain", shape, batch=3), 65))
-    batch = Windows(65, 16).batch(0, 3)
+    plain.load_state_dict(initial_weights(Spec("plain", shape, batch=3), 65))
+    batch = RandomSequences(65, 16).batch(0, 3)
     expected = plain(batch.inputs, batch.targets)
     found = ours(batch.inputs, batch.targets) / batch.targets.numel()
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
@@ -110,18 +110,18 @@ def test_the_plain_model_computes_what_ours_does(bias: bool, gelu: str) -> None:
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
 
 
-def test_without_optimisations_the_losses_stay() -> None:
-    from children import Child, Spec, closest_curves
+def test_losses_do_not_depend_on_optimisations() -> None:
+    from workers import Spec, Worker, closest_curves
 
     spec = Spec("ours", {**SHAPE, "bias": False, "gelu": "erf"}, batch=2, accumulation=2, precision="float32", compile="off")
     bare = dataclasses.replace(spec, without=("chunked-loss", "fused-optimizer", "prefetch", "flash"))
     plain = dataclasses.replace(spec, kind="plain")
     curves = []
     for one in (spec, bare, plain):
-        with Child(one, one.kind) as child:
-            block = child.steps(6)
+        with Worker(one, one.kind) as worker:
+            block = worker.steps(6)
             assert block.seconds > 0
-            memory = child.steps(1, memory=True).memory_above
+            memory = worker.steps(1, memory=True).memory_above
             assert memory is None or memory >= 0
             curves.append(block.losses)
     assert len(curves[0]) == 6
@@ -143,15 +143,15 @@ def test_throughput(tmp_path: Path) -> None:
     assert "within the tolerance for float32 of 0.0003 of a loss" in (tmp_path / "throughput.md").read_text()
 
 
-def test_a_side_that_cannot_be_measured_is_told_in_one_line(tmp_path: Path) -> None:
+def test_an_implementation_that_cannot_be_measured_is_reported_in_one_line(tmp_path: Path) -> None:
     import throughput
-    from children import Child, Spec
+    from workers import Spec, Worker
 
     with pytest.raises(UserError, match=r"no model\.py"):
-        Child(Spec("nanogpt", {**SHAPE, "bias": False, "gelu": "erf"}, batch=2, path=str(tmp_path)), "nanoGPT")
+        Worker(Spec("nanogpt", {**SHAPE, "bias": False, "gelu": "erf"}, batch=2, path=str(tmp_path)), "nanoGPT")
     (tmp_path / "model.py").write_text("raise RuntimeError('broken on purpose')")
     with pytest.raises(UserError, match="status 1: RuntimeError: broken on purpose"):
-        Child(Spec("nanogpt", {**SHAPE, "bias": False, "gelu": "erf"}, batch=2, path=str(tmp_path)), "nanoGPT")
+        Worker(Spec("nanogpt", {**SHAPE, "bias": False, "gelu": "erf"}, batch=2, path=str(tmp_path)), "nanoGPT")
     for arguments in (["--settings", "huge"], ["--rounds", "0"], ["--nonsense"]):
         with pytest.raises(UserError):
             throughput.main(arguments)
@@ -168,22 +168,24 @@ def test_scaling(tmp_path: Path) -> None:
         scaling.main(["--sizes", "height"])
 
 
-def test_company_leaves_with_its_host() -> None:
-    import company
+def test_the_busy_program_exits_with_its_parent() -> None:
+    import cpu_contention
 
-    host = f"import os, subprocess, sys; subprocess.Popen([sys.executable, '-c', {company.COUNTING!r}, str(os.getpid())])"
-    # The output is at its end when nobody is left who could write to it.
+    host = (
+        f"import os, subprocess, sys; subprocess.Popen([sys.executable, '-c', {cpu_contention.BUSY_LOOP!r}, str(os.getpid())])"
+    )
+    # The output ends when no process is left that could write to it.
     subprocess.run([sys.executable, "-c", host], stdout=subprocess.PIPE, timeout=120, check=True)
 
 
-def test_company(tmp_path: Path) -> None:
-    import company
+def test_cpu_contention(tmp_path: Path) -> None:
+    import cpu_contention
 
-    company.main(["--tiny", "--turns", "300000", "1000", "--rounds", "1", "--block", "2", "--results", str(tmp_path)])
-    rows = rows_of(tmp_path / "company.md")
+    cpu_contention.main(["--tiny", "--turns", "300000", "1000", "--rounds", "1", "--block", "2", "--results", str(tmp_path)])
+    rows = rows_of(tmp_path / "cpu_contention.md")
     assert [row[0] for row in rows[1:]] == ["300,000", "1,000"]
     with pytest.raises(UserError, match="--rounds 0"):
-        company.main(["--rounds", "0"])
+        cpu_contention.main(["--rounds", "0"])
 
 
 def test_step_profile(tmp_path: Path) -> None:
@@ -198,7 +200,7 @@ def test_step_profile(tmp_path: Path) -> None:
         step_profile.main(["--settings", "bert"])
 
 
-def test_gpu_says_that_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_reports_a_missing_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import gpu
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -239,7 +241,7 @@ def test_time_to_loss(tmp_path: Path, text: Path, recipe: Path) -> None:
         checkout / "made.pt",
         config=config,
         weights=model.state_dict(),
-        optimizer=None,
+        optimizer={},
         step=7,
         best_val_loss=None,
         dataset="shakespeare_char",

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from bardling.checkpoint.runfolder import RunFolder
+from bardling.checkpoint.run_folder import RunFolder
 from bardling.errors import UserError
-from bardling.train.run import train
+from bardling.training.run import train
 
 PROJECT = Path(__file__).parents[1]
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the faults come from the Linux kernel")
@@ -87,7 +87,7 @@ def test_a_start_that_was_killed_is_no_obstacle_to_the_next(tiny, change, tmp_pa
     assert train(short, run, quiet=True).finished
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("x")
-    with pytest.raises(UserError, match="in the way"):
+    with pytest.raises(UserError, match="is not an empty folder"):
         train(short, tmp_path / "mine", quiet=True)
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from bardling.errors import closest
-from bardling.model.peaks import ACCELERATORS
+from bardling.planning.devices import ACCELERATORS
 
 GPUS = [device.key for device in ACCELERATORS]
 

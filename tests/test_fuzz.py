@@ -25,12 +25,12 @@ def fuzz(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_a_thousand_hostile_files_raise_our_error_and_do_nothing_else():
     done = fuzz("--cases", "1000", "--seed", "1234")
     assert done.returncode == 0, done.stdout + done.stderr
-    caught, controls = re.search(r"controls: (\d+) of (\d+) caught", done.stdout).groups()
-    assert caught == controls != "0"
+    caught, self_tests = re.search(r"self-tests: (\d+) of (\d+) caught", done.stdout).groups()
+    assert caught == self_tests != "0"
     cases, refused, loaded = (
         int(number.replace(",", "")) for number in re.search(r"\| all \| (.+?) \| (.+?) \| (.+?) \|", done.stdout).groups()
     )
     assert cases >= 1000
     assert refused + loaded == cases
-    assert refused > 500, "the files must be hostile"
+    assert refused > 500, "the files must be malformed"
     assert loaded > 100, "and not so broken that no loader looks into them"

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
+from bardling.checkpoint.contents import read_checkpoint
 from bardling.checkpoint.export import export_hf, export_nanogpt
 from bardling.checkpoint.load import load
-from bardling.checkpoint.runfolder import RunFolder
-from bardling.checkpoint.state import read_checkpoint
+from bardling.checkpoint.run_folder import RunFolder
 from bardling.cli.main import main
 from bardling.config import RunConfig
-from bardling.interop.safepickle import load_plain_pickle
-from bardling.train.run import resume, train
+from bardling.files.safe_pickle import load_plain_pickle
+from bardling.training.run import resume, train
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def test_another_tokenizer_gets_no_meta_but_a_note(tiny, change, tmp_path):
     train(change(tiny, train={"steps": 1}, data={"tokenizer": "byte"}), tmp_path / "run", quiet=True)
     notes = export_nanogpt(str(tmp_path / "run"), tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["ckpt.pt"]
-    assert any("not write with it" in note for note in notes)
+    assert any("not sample from it" in note for note in notes)
 
 
 @pytest.mark.parametrize(("bias", "block_size"), [(True, 24), (False, 40)])
@@ -146,10 +146,10 @@ def test_exports_overwrite_nothing(tiny, change, tmp_path, capsys):
         out = tmp_path / kind
         main(["export", str(run), "--format", kind, "--out", str(out)])
         before = {path: path.read_bytes() for path in out.iterdir()}
-        assert "exists already" in refused(capsys, "export", run, "--format", kind, "--out", out)
+        assert "already exists" in refused(capsys, "export", run, "--format", kind, "--out", out)
         assert {path: path.read_bytes() for path in out.iterdir()} == before
     (tmp_path / "nanogpt" / "ckpt.pt").unlink()
-    assert "meta.pkl: exists already" in refused(capsys, "export", run, "--format", "nanogpt", "--out", tmp_path / "nanogpt")
+    assert "meta.pkl: already exists" in refused(capsys, "export", run, "--format", "nanogpt", "--out", tmp_path / "nanogpt")
     assert not (tmp_path / "nanogpt" / "ckpt.pt").exists()
 
 

@@ -1,4 +1,4 @@
-"""Bardling trains GPTs: from raw text to a model that other software opens.
+"""Bardling trains GPTs from raw text to a model that loads in standard tools.
 
     import bardling
 
@@ -6,10 +6,10 @@
     bardling.train(config, "runs/first")
     model, tokenizer = bardling.load_model("runs/first"), bardling.load_tokenizer("runs/first")
     prompt = tokenizer.encode("    def").tolist()
-    made = [row[0] for row in bardling.generate(model, [prompt], max_new_tokens=100)]
-    print(tokenizer.decode(made))
+    completion = [row[0] for row in bardling.generate(model, [prompt], max_new_tokens=100)]
+    print(tokenizer.decode(completion))
 
-The names below are loaded when they are first used, so that `import bardling` costs nothing.
+The names below are imported when they are first used, so that `import bardling` is cheap.
 """
 
 import importlib
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from bardling.checkpoint.load import load_tokenizer_of as load_tokenizer  # noqa: F401
     from bardling.config import ModelConfig as ModelConfig
     from bardling.config import RunConfig as RunConfig
-    from bardling.configfile import load_recipe as load_recipe
-    from bardling.data.prepare import prepare as prepare
+    from bardling.config.recipes import load_recipe as load_recipe
+    from bardling.data.tokens.prepare import prepare as prepare
     from bardling.errors import UserError as UserError
-    from bardling.generate import generate as generate
+    from bardling.generation.generate import generate as generate
     from bardling.model.gpt import GPT as GPT
-    from bardling.train.library import fit_batches as fit_batches
-    from bardling.train.run import resume as resume
-    from bardling.train.run import train as train
+    from bardling.training.library import fit_batches as fit_batches
+    from bardling.training.run import resume as resume
+    from bardling.training.run import train as train
 
 __version__ = version("bardling")
 
@@ -38,14 +38,14 @@ _PUBLIC = {
     "ModelConfig": ("bardling.config", "ModelConfig"),
     "RunConfig": ("bardling.config", "RunConfig"),
     "UserError": ("bardling.errors", "UserError"),
-    "fit_batches": ("bardling.train.library", "fit_batches"),
-    "generate": ("bardling.generate", "generate"),
+    "fit_batches": ("bardling.training.library", "fit_batches"),
+    "generate": ("bardling.generation.generate", "generate"),
     "load_model": ("bardling.checkpoint.load", "load_model"),
-    "load_recipe": ("bardling.configfile", "load_recipe"),
+    "load_recipe": ("bardling.config.recipes", "load_recipe"),
     "load_tokenizer": ("bardling.checkpoint.load", "load_tokenizer_of"),
-    "prepare": ("bardling.data.prepare", "prepare"),
-    "resume": ("bardling.train.run", "resume"),
-    "train": ("bardling.train.run", "train"),
+    "prepare": ("bardling.data.tokens.prepare", "prepare"),
+    "resume": ("bardling.training.run", "resume"),
+    "train": ("bardling.training.run", "train"),
 }
 
 __all__ = sorted(_PUBLIC)

@@ -1,38 +1,37 @@
-"""The one exception for what a user can cause and put right.
+"""Exceptions shared by the whole package, and suggestions for misspelt names.
 
-The command line prints its message as one line and exits with status 2; a library user sees an ordinary `ValueError`.
-A good message names the file or key, the value that was found, and the remedy.
+`UserError` is for everything a user can cause and fix: the command line prints its message as one line and exits with status
+2; library users see a `ValueError`. A good message names the file or key, the value found and the remedy. Any function that
+reads a file or checks a value may raise it; docstrings mention it only where the reason is not obvious.
 """
 
 
 class UserError(ValueError):
-    """Something in a configuration, a file or the environment that the user can change."""
+    """A problem in a configuration, a file or the environment that the user can fix."""
 
 
 def closest(word: str, names: list[str]) -> str:
-    """Return ` (did you mean 'x'?)` for the entry of `names` most like `word`, or nothing when none is close.
+    """Return ` (did you mean 'x'?)` for the name most similar to `word`, or an empty string if none is similar.
 
-    Case does not count, and what follows the first dash of a name may be missing: H1000 is more like H100-SXM than like A100.
+    Case is ignored, and so is what follows the first dash of a name: H1000 is closer to H100-SXM than to A100.
     """
-    import difflib  # here, because most runs never make this mistake
+    import difflib  # imported here because most runs never need it
 
-    matcher = difflib.SequenceMatcher(b=word.lower())
+    def similarity(name: str) -> tuple[float, float]:
+        texts = (name.lower(), name.split("-")[0].lower())
+        whole, start = (difflib.SequenceMatcher(None, text, word.lower()).ratio() for text in texts)
+        return max(whole, start), whole
 
-    def likeness(text: str) -> float:
-        matcher.set_seq1(text.lower())
-        return matcher.ratio()
-
-    ratios = [(max(likeness(name), likeness(name.split("-")[0])), likeness(name), -place) for place, name in enumerate(names)]
-    ratio, _, place = max(ratios, default=(0.0, 0.0, 0))
-    return f" (did you mean {names[-place]!r}?)" if ratio >= 0.6 else ""
+    nearest = max(names, key=similarity, default="")
+    return f" (did you mean {nearest!r}?)" if names and similarity(nearest)[0] >= 0.6 else ""
 
 
-class JobLost(RuntimeError):  # noqa: N818  what happened, not what is wrong
-    """Another process of the run has died or hangs; the message names it, and the run can be resumed."""
+class JobLost(RuntimeError):  # noqa: N818  names the event, not an error
+    """Another process of the run died or hangs; the message names it. The run can be resumed."""
 
 
 class Terminated(KeyboardInterrupt):
-    """A signal other than Ctrl-C has asked the command to end; `status` is what it exits with: 128 + the signal's number."""
+    """A signal other than Ctrl-C ended the command; `status` is its exit status, 128 + the signal's number."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)

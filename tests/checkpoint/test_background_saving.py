@@ -1,16 +1,14 @@
-"""The parts of saving in the background: copies in host memory, one job at a time, and room on the disk."""
+"""The parts of saving in the background: copies in host memory, and space on the disk."""
 
-import threading
 from collections import namedtuple
 from pathlib import Path
 
 import pytest
 import torch
 
-from bardling.checkpoint import space
-from bardling.checkpoint.background import Background
-from bardling.checkpoint.snapshot import HostCopy
-from bardling.checkpoint.space import check_space
+from bardling.checkpoint import disk_space as space
+from bardling.checkpoint.disk_space import check_space
+from bardling.checkpoint.host_copy import HostCopy
 from bardling.config import CheckpointConfig
 from bardling.errors import UserError
 
@@ -64,39 +62,7 @@ def test_preparing_again_leaves_copies_as_they_are() -> None:
     assert torch.equal(copies["matrix"], originals["matrix"])
 
 
-# --- the thread -----------------------------------------------------------------------------------------------------------
-
-
-def test_one_job_at_a_time() -> None:
-    background, gate, order = Background("writer"), threading.Event(), []
-    background.start(lambda: (gate.wait(300), order.append("first")))
-    assert background.busy
-    threading.Timer(0.05, gate.set).start()
-    background.start(lambda: order.append("second"))
-    background.wait()
-    assert order == ["first", "second"]
-    assert not background.busy
-
-
-def test_a_failure_is_told_once_and_only_when_the_job_is_over() -> None:
-    background, gate = Background("writer"), threading.Event()
-
-    def fail() -> None:
-        gate.wait(300)
-        raise OSError("no")
-
-    background.start(fail)
-    assert background.take_failure() is None
-    gate.set()
-    background.wait()
-    assert str(background.take_failure()) == "no"
-    assert background.take_failure() is None
-    background.start(lambda: None)
-    background.wait()
-    assert background.take_failure() is None
-
-
-# --- room -----------------------------------------------------------------------------------------------------------------
+# --- space ----------------------------------------------------------------------------------------------------------------
 
 MB = 1_000_000
 
@@ -134,7 +100,7 @@ def test_too_little_for_what_is_kept_is_a_warning(tmp_path: Path, disk) -> None:
 def test_too_little_for_two_is_refused(tmp_path: Path, disk, every: int | str) -> None:
     disk(19 * MB)
     with pytest.raises(
-        UserError, match=r"19.0 MB are free, but .* takes 10.0 MB and two are needed .*\(20.0 MB\): make room"
+        UserError, match=r"19.0 MB are free, but .* takes 10.0 MB and two are needed .*\(20.0 MB\): free some space"
     ) as e:
         ask(tmp_path, every=every)
     assert "\n" not in str(e.value)

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from bardling.checkpoint.export import export_hf, export_nanogpt
-from bardling.train.run import train
+from bardling.training.run import train
 
 
 @pytest.fixture

@@ -81,24 +81,24 @@ def test_nothing_is_deleted_when_the_new_one_is_not_what_was_written(tmp_path: P
     """A file system that loses what it has taken: the last good checkpoint stays."""
     store = CheckpointStore(tmp_path, keep_last=1)
     store.save(10, writer("10"))
-    retain = CheckpointStore._retain
+    retain = CheckpointStore._delete_old_checkpoints
 
     def lose(self: CheckpointStore, saved: int) -> None:
         os.truncate(self.path(saved) / "model.bin", 1)
         retain(self, saved)
 
-    monkeypatch.setattr(CheckpointStore, "_retain", lose)
+    monkeypatch.setattr(CheckpointStore, "_delete_old_checkpoints", lose)
     store.save(20, writer("20"))
     assert latest(store)[0] == 10
 
 
-def test_the_sound_ones_are_found_one_after_the_other(tmp_path: Path) -> None:
+def test_valid_checkpoints_are_yielded_lazily_latest_first(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, keep_last=4)
     for step in (10, 20, 30, 40):
         store.save(step, writer(str(step)))
     flip(store.path(30))
     reports: list[str] = []
-    assert [path.name for path in store.sound(reports.append)] == ["step-000040", "step-000020", "step-000010"]
+    assert [path.name for path in store.valid_checkpoints(reports.append)] == ["step-000040", "step-000020", "step-000010"]
     assert len(reports) == 1
     assert "step-000030: is damaged" in reports[0]
 
@@ -188,14 +188,14 @@ DAMAGE: list[tuple[Callable[[Path], object], str]] = [
     (lambda f: os.truncate(f / "part" / "more.bin", 3), "part/more.bin has 3 bytes instead of 6"),
     (lambda f: (f / "model.bin").unlink(), "model.bin is missing"),
     (lambda f: shutil.rmtree(f / "part"), "part/more.bin is missing"),
-    (lambda f: (f / "extra").write_text(""), "extra does not belong here"),
+    (lambda f: (f / "extra").write_text(""), "extra is not part of the checkpoint"),
     (lambda f: (f / "manifest.json").unlink(), "manifest.json is missing"),
-    (lambda f: (f / "manifest.json").write_text("{"), "manifest.json is not valid JSON"),
-    (lambda f: (f / "manifest.json").write_text("[" * 100_000), "manifest.json is not valid JSON"),
-    (lambda f: (f / "manifest.json").write_bytes(b"\xff"), "manifest.json is not valid JSON"),
+    (lambda f: (f / "manifest.json").write_text("{"), "manifest.json: is not valid JSON"),
+    (lambda f: (f / "manifest.json").write_text("[" * 100_000), "manifest.json: is not valid JSON"),
+    (lambda f: (f / "manifest.json").write_bytes(b"\xff"), "manifest.json: is not valid JSON"),
     (lambda f: (f / "manifest.json").write_text(" " * (1 << 21)), "manifest.json is too large"),
     (edit(lambda m: m.update(format=99)), "unknown format"),
-    (edit(lambda m: m.update(step=21)), "holds step 21"),
+    (edit(lambda m: m.update(step=21)), "contains step 21"),
     (edit(lambda m: m.update(step=-1)), "malformed"),
     (edit(lambda m: m.update(files=[])), "malformed"),
     (edit(lambda m: m["files"]["model.bin"].update(size="2")), "malformed at 'model.bin'"),
@@ -210,7 +210,7 @@ DAMAGE: list[tuple[Callable[[Path], object], str]] = [
 
 
 @pytest.mark.parametrize(("damage", "message"), DAMAGE)
-def test_damage_is_named_and_passed_over(tmp_path: Path, damage: Callable[[Path], object], message: str) -> None:
+def test_damage_is_reported_and_skipped(tmp_path: Path, damage: Callable[[Path], object], message: str) -> None:
     store = CheckpointStore(tmp_path, keep_last=3)
     store.save(10, writer("10"), best=True)
     store.save(20, writer("20"), best=True)
@@ -226,13 +226,13 @@ def test_damage_is_named_and_passed_over(tmp_path: Path, damage: Callable[[Path]
     assert latest(store) == (20, [])
 
 
-def test_a_folder_that_is_a_link_is_no_checkpoint(tmp_path: Path) -> None:
+def test_a_link_to_a_folder_is_not_a_checkpoint(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path / "a", keep_last=1)
     store.save(10, writer("10"))
     (tmp_path / "a" / "step-000010").rename(tmp_path / "step-000010")
     (tmp_path / "a" / "step-000010").symlink_to(tmp_path / "step-000010")
     assert store.steps() == []
-    assert store.verify(store.path(10)) == ["it is no folder"]
+    assert store.verify(store.path(10)) == ["it is not a folder"]
 
 
 def test_damaged_ones_take_no_place_among_the_kept(tmp_path: Path) -> None:
@@ -269,7 +269,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path: Path) -> None:
 
 def test_a_file_in_the_way_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("")
-    with pytest.raises(UserError, match=r"checkpoints: the checkpoint cannot be written \("):
+    with pytest.raises(UserError, match=r"checkpoints: cannot write the checkpoint \("):
         CheckpointStore(tmp_path / "checkpoints", 1).save(10, writer("x"))
 
 
@@ -288,6 +288,179 @@ def test_errors_of_the_writer_itself_pass_through(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         CheckpointStore(tmp_path, 1).save(10, write)
     assert list(tmp_path.iterdir()) == []
+
+
+# --- paths, reports and leftovers -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("counts", [(0, 1, 0), (1, -1, 0), (1, 0, -1)])
+def test_counts_below_their_minimum_are_rejected(tmp_path: Path, counts: tuple[int, int, int]) -> None:
+    last, best, every = counts
+    with pytest.raises(ValueError, match=f"keep_last = {last} must be at least 1; keep_best = {best} and keep_every = {every}"):
+        CheckpointStore(tmp_path, last, keep_best=best, keep_every=every)
+
+
+def test_path_of_a_step_that_was_never_saved(tmp_path: Path) -> None:
+    assert CheckpointStore(tmp_path, 1).path(99) == tmp_path / "step-000099"
+
+
+def test_only_folders_count_as_steps(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, 1)
+    store.save(5, writer("x"))
+    (tmp_path / "step-000006").write_text("a file")
+    (tmp_path / "step-000007").symlink_to(tmp_path / "step-000005")
+    (tmp_path / "step-8").mkdir()
+    assert store.steps() == [5]
+
+
+def move_aside(store: CheckpointStore, step: int) -> Path:
+    """Put a checkpoint where a save that was killed leaves the one it replaces."""
+    return store.path(step).rename(store.folder / f".old-step-{step:06d}")
+
+
+def test_a_checkpoint_moved_aside_stands_in_until_its_replacement_exists(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep_last=1)
+    store.save(10, writer("old"))
+    aside = move_aside(store, 10)
+    assert store.steps() == [10]
+    assert store.path(10) == aside
+    assert store.verify(aside) == []
+    assert store.latest(silent) == aside
+    store.tidy()
+    assert names(tmp_path) == ["step-000010"]
+    assert latest(store) == (10, [])
+
+
+def test_a_valid_replacement_wins_over_the_checkpoint_moved_aside(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep_last=1)
+    store.save(10, writer("old"))
+    shutil.copytree(store.path(10), tmp_path / "copy")
+    store.save(10, writer("new"))
+    (tmp_path / "copy").rename(tmp_path / ".old-step-000010")
+    assert store.path(10) == tmp_path / "step-000010"
+    store.tidy()
+    assert names(tmp_path) == ["step-000010"]
+    assert (store.path(10) / "model.bin").read_text() == "new"
+
+
+def test_a_damaged_replacement_gives_way_to_the_checkpoint_moved_aside(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep_last=1)
+    store.save(10, writer("old"))
+    aside = move_aside(store, 10)
+    shutil.copytree(aside, tmp_path / "step-000010")
+    flip(tmp_path / "step-000010")
+    store.tidy()
+    assert names(tmp_path) == ["step-000010"]
+    assert latest(store) == (10, [])
+    assert (store.path(10) / "model.bin").read_text() == "old"
+
+
+def test_tidy_leaves_other_names_alone(tmp_path: Path) -> None:
+    others = {".old-mine", ".tmp-mine", ".old-step-1", ".tmp-step-000001"}
+    for name in others:
+        (tmp_path / name).mkdir()
+    CheckpointStore(tmp_path, 1).tidy(exclusive=True)
+    assert set(names(tmp_path)) == others
+
+
+@pytest.mark.parametrize("exclusive", [False, True])
+def test_who_saves_alone_also_removes_what_seems_to_belong_to_a_living_process(tmp_path: Path, exclusive: bool) -> None:
+    (tmp_path / f".tmp-step-000005-{os.getppid()}").mkdir()
+    CheckpointStore(tmp_path, 1).tidy(exclusive=exclusive)
+    assert bool(names(tmp_path)) is not exclusive
+
+
+def test_a_report_gives_the_first_problem_and_the_number_of_the_others(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep_last=1)
+    store.save(10, writer("10"))
+    path = store.path(10)
+    ends = []
+    for damage in (flip, lambda f: (f / "a").touch(), lambda f: (f / "b").touch()):
+        damage(path)
+        _, (report,) = latest(store)
+        assert report.startswith(f"{path}: ")
+        assert store.verify(path)[0] in report
+        ends.append(report.partition(store.verify(path)[0])[2])
+    assert ends == ["", ", and 1 more problems", ", and 2 more problems"]
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_read_error_is_reported_with_the_file_if_known(tmp_path: Path, named: bool) -> None:
+    store = CheckpointStore(tmp_path, keep_last=1)
+    store.save(10, writer("10"), best=True)
+    model = store.path(10) / "model.bin"
+
+    def fail(name: str, args: tuple[Any, ...]) -> None:
+        if name == "io.open" and Path(args[0]) == model:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), *([str(model)] if named else []))
+
+    with operations(fail):
+        what = "model.bin" if named else "step-000010"
+        assert store.verify(store.path(10)) == [f"{what} cannot be read ({os.strerror(errno.EIO)})"]
+        assert store.latest(lambda message: None) is None
+        assert store.best() is None
+    assert store.best() == store.path(10)
+
+
+def test_a_write_error_is_reported_with_the_file_if_known(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path / "checkpoints", keep_last=1)
+
+    def failing(*filename: str) -> Callable[[Path], None]:
+        def write(folder: Path) -> None:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), *filename)
+
+        return write
+
+    for filename, where in ((("/some/file",), "/some/file"), ((), str(store.folder))):
+        with pytest.raises(UserError) as caught:
+            store.save(10, failing(*filename))
+        assert str(caught.value).startswith(f"{where}: ")
+        assert os.strerror(errno.EIO) in str(caught.value)
+        assert names(store.folder) == []
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_reported_with_the_size_of_the_newest_checkpoint(tmp_path: Path, number: int) -> None:
+    def write(folder: Path) -> None:
+        raise OSError(number, os.strerror(number), str(folder))
+
+    store = CheckpointStore(tmp_path, keep_last=2)
+    store.save(10, writer("x" * 1_000_000))
+    store.save(20, writer("x" * 100_000))
+    with pytest.raises(UserError, match=r"the disk is full: a checkpoint takes about 40\d kB, [\d.]+ .B are free"):
+        store.save(30, write)
+    assert store.steps() == [10, 20]
+
+
+def test_a_failed_replacement_puts_the_old_checkpoint_back(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep_last=1)
+    store.save(10, writer("old"))
+
+    def fail(name: str, args: tuple[Any, ...]) -> None:
+        if name == "rename" and ".tmp-" in str(args[0]):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(args[0]))
+
+    with operations(fail), pytest.raises(UserError, match="unchanged"):
+        store.save(10, writer("new"))
+    assert names(tmp_path) == ["step-000010"]
+    assert (tmp_path / "step-000010" / "model.bin").read_text() == "old"
+    assert latest(store) == (10, [])
+
+
+def test_files_are_complete_when_they_are_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: dict[int, int] = {}  # inode -> size when it was synced
+    real_fsync = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        real_fsync(descriptor)
+        synced[os.fstat(descriptor).st_ino] = os.fstat(descriptor).st_size
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    path = CheckpointStore(tmp_path, keep_last=1).save(10, writer("text"))
+    files = [file for file in path.rglob("*") if file.is_file()]
+    assert {file.name for file in files} == {"model.bin", "more.bin", "manifest.json"}
+    for file in files:
+        assert synced.get(file.stat().st_ino) == file.stat().st_size, file
 
 
 # --- kills and failures at every operation --------------------------------------------------------------------------------
@@ -402,7 +575,7 @@ def test_one_failing_operation(tmp_path: Path, step: int, number: int) -> None:
             failures += 1
             message = str(error)
         if message:
-            assert "untouched" in message
+            assert "unchanged" in message
             assert "\n" not in message
             assert {10, 20, 30} <= set(store.steps())
             assert not [name for name in names(store.folder) if name.startswith(".tmp")]
@@ -453,7 +626,7 @@ def test_any_history(
             is_best = action == "best" or (action == "again" and step in best)
             before = store.steps()
             if action == "fail":
-                with pytest.raises(UserError, match="older checkpoints are untouched"):
+                with pytest.raises(UserError, match="older checkpoints are unchanged"):
                     store.save(step, full_disk)
                 assert store.steps() == before
                 continue

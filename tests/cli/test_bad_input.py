@@ -1,4 +1,4 @@
-"""What users get wrong, in one table: each ends in one line with the remedy, status 2, and nothing lost or left behind."""
+"""User errors, in one table: each prints one line with the remedy, exits with status 2, and leaves all files unchanged."""
 
 import contextlib
 import json
@@ -13,14 +13,14 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from bardling.cli.main import main
-from bardling.configfile import config_to_toml
+from bardling.config.recipes import config_to_toml
 from bardling.monitor.jsonl import read_jsonl
-from bardling.train.run import train
+from bardling.training.run import train
 
 
 @pytest.fixture
 def place(tiny, tmp_path, change):
-    """A folder with a recipe, a prepared dataset, a finished run and some broken things; `place.fail(...)` runs a command."""
+    """A folder with a recipe, in which a dataset and a finished run can be made."""
 
     class Place:
         path = tmp_path
@@ -39,7 +39,7 @@ def place(tiny, tmp_path, change):
 
 
 def fail(capsys, *argv):
-    """Run a command that must fail; return its one line."""
+    """Run a command that must fail; returns its one-line message."""
     with pytest.raises(SystemExit) as stop:
         main([str(word) for word in argv])
     error = capsys.readouterr().err
@@ -225,7 +225,7 @@ def resume_of_nothing(place, run):
 
 def resume_of_no_run(place, run):
     (place.path / "stuff").mkdir()
-    return ["resume", place.path / "stuff"], "no run folder"
+    return ["resume", place.path / "stuff"], "is not a run folder"
 
 
 def resume_with_another_architecture(place, run):
@@ -237,7 +237,12 @@ def resume_with_another_seed(place, run):
 
 
 def resume_with_fewer_steps_than_are_done(place, run):
-    return ["resume", run, "--train.steps", "7"], f"train.steps = 7: {run} has done 8 steps already; set it to at least that"
+    return [
+        "resume",
+        run,
+        "--train.steps",
+        "7",
+    ], f"train.steps = 7: {run} has already completed 8 steps; set it to at least that"
 
 
 def resume_with_another_optimizer(place, run):
@@ -246,7 +251,7 @@ def resume_with_another_optimizer(place, run):
 
 def resume_of_a_text(place, run):
     (place.path / "notes.txt").write_text("not a checkpoint")
-    return ["resume", place.path / "notes.txt"], "is no checkpoint: name a run's folder, a checkpoint's folder, or a file"
+    return ["resume", place.path / "notes.txt"], "is not a checkpoint: give a run folder, a checkpoint folder, or a file"
 
 
 def resume_with_other_data(place, run):
@@ -286,7 +291,7 @@ def sample_hotter_than_allowed(place, run):
 
 def sample_of_a_text(place, run):
     (place.path / "notes.txt").write_text("not a checkpoint")
-    return ["sample", place.path / "notes.txt"], "is no checkpoint: name a run's folder, a checkpoint's folder, or a file"
+    return ["sample", place.path / "notes.txt"], "is not a checkpoint: give a run folder, a checkpoint folder, or a file"
 
 
 def eval_on_foreign_tokens(place, run):
@@ -296,21 +301,21 @@ def eval_on_foreign_tokens(place, run):
 
 def eval_of_unknown_characters(place, run):
     (place.path / "foreign.txt").write_text("größer " * 1000)
-    says = "characters: remove it, or train with the tokenizer 'byte', which knows every text"
+    says = "characters: remove it, or use the tokenizer 'byte', which can encode any text"
     return ["eval", run, "--data", place.path / "foreign.txt"], says
 
 
 def export_of_a_diverged_model(place, run):
-    return ["export", diverged(run), "--out", place.path / "out"], "holds NaN or infinite numbers: the model is damaged"
+    return ["export", diverged(run), "--out", place.path / "out"], "contains NaN or infinity: the model is damaged"
 
 
 def export_of_a_diverged_model_for_nanogpt(place, run):
     argv = ["export", diverged(run), "--format", "nanogpt", "--out", place.path / "out"]
-    return argv, "holds NaN or infinite numbers: the model is damaged"
+    return argv, "contains NaN or infinity: the model is damaged"
 
 
 def diverged(run):
-    """A checkpoint of `run` with a weight that is no number."""
+    """A checkpoint of `run` with a NaN weight."""
     path = next((run / "checkpoints").iterdir())
     tensors = load_file(path / "model.safetensors")
     tensors["transformer.h.1.mlp.c_fc.weight"][3, 5] = math.nan
@@ -320,7 +325,7 @@ def diverged(run):
 
 def info_of_a_text(place, run):
     (place.path / "notes.txt").write_text("not a checkpoint")
-    return ["info", place.path / "notes.txt"], "is no checkpoint: name a run's folder, a checkpoint's folder, or a file"
+    return ["info", place.path / "notes.txt"], "is not a checkpoint: give a run folder, a checkpoint folder, or a file"
 
 
 def info_of_nothing(place, run):
@@ -332,7 +337,7 @@ def prepare_over_something(place, run):
 
 
 def export_over_something(place, run):
-    return ["export", run, "--out", run], "exists already"
+    return ["export", run, "--out", run], "already exists"
 
 
 @pytest.mark.parametrize(
@@ -364,7 +369,7 @@ def export_over_something(place, run):
     ],
     ids=lambda case: case.__name__,
 )
-def test_other_verbs_refuse(case, place, capsys):
+def test_other_commands_refuse(case, place, capsys):
     run = place.run()
     argv, says = case(place, run)
     capsys.readouterr()
@@ -373,7 +378,7 @@ def test_other_verbs_refuse(case, place, capsys):
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(tiny, tmp_path, capsys):
+def test_a_damaged_checkpoint_is_reported_and_the_previous_one_used(tiny, tmp_path, capsys):
     run = train(tiny, tmp_path / "run", quiet=True).folder
     newest = run / "checkpoints" / "step-000030" / "model.safetensors"
     data = bytearray(newest.read_bytes())
@@ -406,7 +411,7 @@ def checkpoints_and_steps(run):
     return sorted(int(path.name[5:]) for path in (run / "checkpoints").glob("step-*")), steps
 
 
-def test_a_full_disk_stops_no_training_and_only_an_unsaved_end_is_an_error(tiny, change, tmp_path, bardling, small_disk):
+def test_a_full_disk_does_not_stop_training_and_only_an_unsaved_end_is_an_error(tiny, change, tmp_path, bardling, small_disk):
     config = change(tiny, model={"n_embd": 32}, train={"steps": 60}, checkpoint={"every": 5, "keep_last": 20})
     (tmp_path / "tiny.toml").write_text(config_to_toml(config))
     run = small_disk / "run"
@@ -417,27 +422,29 @@ def test_a_full_disk_stops_no_training_and_only_an_unsaved_end_is_an_error(tiny,
     assert "was NOT saved" in done.stderr
     assert "WARNING: the checkpoint of step" in done.stdout
     last = done.stderr.splitlines()[-1]
-    assert re.search(r"the state at step 60 could not be saved \(.*(the disk is full|No space left).*make room\)", last)
+    assert re.search(
+        r"the state at step 60 could not be saved \(.*(the disk is full|No space left).*(make room|free some space)\)", last
+    )
     assert f"bardling resume {run}" in last
     saved, steps = checkpoints_and_steps(run)
     assert steps == list(range(1, 61)), "training went on to its end"
     assert saved
     assert max(saved) < 60
     checked = bardling("info", run, "--verify")
-    assert "every file is as its checksum says" in checked.stdout
+    assert "all checksums match" in checked.stdout
     shutil.copytree(run, tmp_path / "moved")  # to where there is room
     assert bardling("resume", tmp_path / "moved").returncode == 0
     assert checkpoints_and_steps(tmp_path / "moved")[0][-1] == 60
 
 
-def test_a_disk_that_has_room_again_is_written_to_at_the_next_interval(tiny, change, tmp_path, monkeypatch, small_disk, capsys):
-    from bardling.train import saving
-    from bardling.train.run import train
+def test_a_disk_with_space_again_is_used_at_the_next_interval(tiny, change, tmp_path, monkeypatch, small_disk, capsys):
+    from bardling.checkpoint import saver
+    from bardling.training.run import train
 
     config = change(
         tiny, model={"n_embd": 32}, train={"steps": 60}, checkpoint={"every": 10, "keep_last": 1, "save_best": False}
     )
-    real = saving.Saver.save
+    real = saver.Saver.save
     ballast = small_disk / "ballast"
 
     def save(self, state, *, last=False):
@@ -450,21 +457,22 @@ def test_a_disk_that_has_room_again_is_written_to_at_the_next_interval(tiny, cha
         self.wait()
         ballast.unlink(missing_ok=True)
 
-    monkeypatch.setattr(saving.Saver, "save", save)
+    monkeypatch.setattr(saver.Saver, "save", save)
     assert train(config, small_disk / "run", quiet=True).finished
     assert "the checkpoint of step 20 was NOT saved" in capsys.readouterr().err
     saved, steps = checkpoints_and_steps(small_disk / "run")
     assert (saved, steps) == ([60], list(range(1, 61)))
 
 
-def test_a_disk_that_cannot_hold_two_checkpoints_is_refused_before_anything_is_written(
+def test_a_disk_too_small_for_two_checkpoints_is_an_error_before_anything_is_written(
     tiny, change, tmp_path, bardling, small_disk
 ):
     config = change(tiny, model={"n_embd": 64}, checkpoint={"every": 10, "keep_last": 1})
     (tmp_path / "tiny.toml").write_text(config_to_toml(config))
     done = bardling("train", tmp_path / "tiny.toml", "--out", small_disk / "run", check=2)
     message = (
-        r"1\.\d\d MB are free, but a checkpoint of this model takes 1\.\d\d MB and two are needed .*\(2\.\d\d MB\): make room"
+        r"1\.\d\d MB are free, but a checkpoint of this model takes 1\.\d\d MB "
+        r"and two are needed .*\(2\.\d\d MB\): free some space"
     )
     assert re.search(message, done.stderr)
     assert list(small_disk.iterdir()) == []

@@ -1,4 +1,4 @@
-"""nanoGPT's own command lines, behind our verb, in a folder laid out as its users have it."""
+"""nanoGPT's command lines, run with Bardling's commands in a folder laid out like a nanoGPT checkout."""
 
 import dataclasses
 import json
@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from bardling.checkpoint.load import load, load_model
+from bardling.cli.bench import nanogpt_options
 from bardling.cli.main import main
-from bardling.cli.nanogpt import bench_options
 from bardling.config import ModelConfig
-from bardling.data.tokenizer import build_tokenizer
+from bardling.data.tokens.tokenizer import build_tokenizer
 from bardling.model.gpt import GPT
 
 # Written for these tests, with the constructs that nanoGPT's own files use: comments, arithmetic, an import of time.
@@ -175,7 +175,7 @@ def test_the_readmes_cpu_command_then_sample_resume_and_evaluate(workplace, caps
     model = loaded.config
     assert (model.n_layer, model.n_head, model.n_embd, model.block_size, model.dropout) == (4, 4, 128, 64, 0.0)
     assert (model.bias, model.gelu, model.vocab_size) == (False, "erf", len(set(TEXT)))
-    assert "updates are run, and the last one is saved" in capsys.readouterr().err
+    assert "steps are done, and the last one is saved" in capsys.readouterr().err
     assert [record["step"] for record in records(run, "val")] == [4]
 
     # Evaluation only: with resume nanoGPT would train and save here.
@@ -187,7 +187,7 @@ def test_the_readmes_cpu_command_then_sample_resume_and_evaluate(workplace, caps
     # Resumed with more iterations, and with nothing said of the model: its shape is the run's.
     short = [*SHORTER, "--batch_size=12", "--log_interval=1", "--device=cpu", "--compile=False", "--dropout=0.1"]
     main(["train", "config/train_shakespeare_char.py", *short, "--init_from=resume", "--max_iters=6"])
-    assert "the run keeps its own n_layer = 4, n_head = 4, n_embd = 128, block_size = 64" in capsys.readouterr().err
+    assert "the run keeps n_layer = 4, n_head = 4, n_embd = 128, block_size = 64" in capsys.readouterr().err
     assert [record["step"] for record in records(run, "train")] == [1, 2, 3, 4, 5, 6]
     assert load(run, training=True).step == 6
     message = refused(capsys, "train", "config/train_shakespeare_char.py", *short, "--init_from=resume", "--block_size=32")
@@ -206,15 +206,15 @@ def test_the_readmes_cpu_command_then_sample_resume_and_evaluate(workplace, caps
     main(["sample", "--out_dir=out-shakespeare-char", "--start='A rose'", "--num_samples=2", *rest])
     captured = capsys.readouterr()
     assert captured.out.count("\nA rose") == 2
-    assert "compile = True: sampling is not compiled" in captured.err
+    assert "compile = True: ignored; sampling is not compiled" in captured.err
 
 
-def test_a_new_run_refuses_an_old_runs_folder(workplace, capsys):
+def test_a_new_run_does_not_overwrite_an_existing_run(workplace, capsys):
     argv = ["train", *README_CPU, *SHORTER, "--n_layer=1", "--n_embd=8", "--n_head=1", "--max_iters=2"]
     main(argv)
     before = snapshot(workplace / "out-shakespeare-char")
     capsys.readouterr()
-    assert "a run is there already" in refused(capsys, *argv)
+    assert "already contains a run" in refused(capsys, *argv)
     assert snapshot(workplace / "out-shakespeare-char") == before
 
 
@@ -238,13 +238,13 @@ def test_values_with_equal_signs_and_numbers_as_text(workplace, capsys):
         ("from os import system", "config/mine.py:1: from os import system: is not a setting"),
     ],
 )
-def test_what_is_not_a_setting_is_shown_with_its_line(workplace, capsys, line, words):
+def test_code_that_is_not_a_setting_is_reported_with_its_line(workplace, capsys, line, words):
     (workplace / "config" / "mine.py").write_text(line + "\n")
     assert words in refused(capsys, "train", "config/mine.py")
     assert not (workplace / "made").exists()
 
 
-def test_unknown_flags_and_starting_points_are_named(workplace, capsys):
+def test_unknown_flags_and_init_from_are_reported(workplace, capsys):
     assert "did you mean 'max_iters'?" in refused(capsys, "train", *README_CPU, "--max_iter=5")
     assert "init_from = 'gpt3': choose" in refused(capsys, "train", *README_CPU, "--init_from=gpt3")
     assert "--out_dir" in refused(capsys, "train", *README_CPU, "--init_from=resume", "--out_dir=nowhere")
@@ -255,7 +255,7 @@ def test_unknown_flags_and_starting_points_are_named(workplace, capsys):
 def hub(tmp_path_factory, monkeypatch) -> Path:
     """A small model in place of the hub's GPT-2s."""
     from bardling.checkpoint import load as loading
-    from bardling.checkpoint.state import write_model
+    from bardling.checkpoint.contents import write_model
 
     folder = tmp_path_factory.mktemp("hub")
     tokenizer = build_tokenizer("char", [TEXT])
@@ -289,8 +289,8 @@ def test_the_gpt2_configurations(workplace, hub, capsys):
 
 
 def test_finetuning_gpt2_on_tokens_that_name_no_vocabulary(workplace, hub, capsys, monkeypatch):
-    from bardling.checkpoint.state import write_model
-    from bardling.interop import tokenfiles
+    from bardling.checkpoint.contents import write_model
+    from bardling.data.tokens import token_files as tokenfiles
 
     monkeypatch.setattr(tokenfiles, "gpt2_tokenizer", lambda: None)  # as on a machine that has never fetched GPT-2
     filler = "".join(map(chr, range(0x100, 0x100 + 50257 - len(set(TEXT)))))
@@ -330,16 +330,16 @@ def test_the_benchmark(workplace, capsys, monkeypatch):
     monkeypatch.undo()
     monkeypatch.chdir(workplace)
 
-    from bardling.bench import bench
+    from bardling.tools.bench import bench
 
     config = dataclasses.replace(first.config, model=dataclasses.replace(model, n_layer=1, n_head=1, n_embd=8))
     assert bench(config, steps=1, warmup=1, data="real").tokens_per_second > 0
     (workplace / "data" / "openwebtext" / "train.bin").unlink()
-    assert bench_options(["--device=cpu"]).data == "random"
-    assert "random tokens instead" in capsys.readouterr().err
+    assert nanogpt_options(["--device=cpu"]).data == "random"
+    assert "using random tokens instead" in capsys.readouterr().err
 
 
-def test_the_multi_gpu_command_translates_whole(workplace, capsys):
+def test_the_multi_gpu_command_translates_completely(workplace, capsys):
     main(["migrate", "config/train_gpt2.py", "--wandb_log=False"])
     recipe = capsys.readouterr().out
     for line in ("batch_size = 480", "micro_batch = 12", "steps = 600000", "block_size = 1024", "every = 1000"):
@@ -357,7 +357,7 @@ def test_torchrun_with_two_processes(workplace):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, *argv, "--out_dir=two"], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("updates are run") == 1, "one process speaks"
+    assert done.stderr.count("steps are done") == 1, "one process prints"
     main(["train", *argv, "--out_dir=one"])
     for kind in ("train", "val"):
         one, two = records(workplace / "one", kind), records(workplace / "two", kind)

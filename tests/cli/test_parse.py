@@ -1,4 +1,4 @@
-"""Command line errors: one line, with the nearest name."""
+"""Command line parsing: options override the recipe, and errors are one line that suggests the closest name."""
 
 import os
 import subprocess
@@ -8,12 +8,13 @@ import pytest
 
 from bardling.cli.main import main
 from bardling.cli.parse import parse
-from bardling.cli.train import TrainOptions, parse_recipe_and_options
+from bardling.cli.recipe import parse_recipe_command
+from bardling.cli.train import TrainOptions
 from bardling.errors import UserError
 
 
 def options(*argv):
-    return parse_recipe_and_options("train", ["quickstart", *argv], "Train.")[1]
+    return parse_recipe_command("train", TrainOptions, ["quickstart", *argv], "Train.")[2]
 
 
 def test_dotted_options_override_the_recipe_and_leave_the_rest():
@@ -36,7 +37,7 @@ def test_dotted_options_override_the_recipe_and_leave_the_rest():
     [
         (["--model.n_laye", "3"], "--model.n_laye (did you mean '--model.n_layer'?)"),
         (["--n_layer", "3"], "unknown option --n_layer"),
-        (["--model.n_layer", "3.5"], "expected a whole number, not '3.5'"),
+        (["--model.n_layer", "3.5"], "expected an integer, not '3.5'"),
         (["--compile", "maybe"], "'auto', 'on', 'off'"),
         (["--model.n_embd", "102"], "not divisible"),
         (["stray"], "unexpected argument 'stray'"),
@@ -50,10 +51,10 @@ def test_wrong_options_are_one_line(argv, says):
     assert "\n" not in str(error.value)
 
 
-def test_unknown_verbs_and_missing_recipes_exit_with_two(capsys):
+def test_unknown_commands_and_missing_recipes_exit_with_status_2(capsys):
     for argv, says in (
         (["trian"], "did you mean 'train'"),
-        (["train"], "name a recipe first"),
+        (["train"], "no recipe given"),
         (["train", "nosuch"], "no shipped recipe"),
     ):
         with pytest.raises(SystemExit) as stop:
@@ -69,7 +70,7 @@ def test_help_shows_units_defaults_and_the_recipes_values(capsys):
         main(["train", "quickstart", "--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    assert "Longest context (tokens)" in text
+    assert "Maximum context length (tokens)" in text
     assert "bpe:2048" in text
 
 
@@ -89,25 +90,25 @@ def test_parse_takes_plain_defaults():
     assert parse(TrainOptions, ["--seed", "5"], prog="x", description="x").config.seed == 5
 
 
-def test_an_option_may_mend_what_the_recipe_lacks(tmp_path, bardling):
+def test_an_option_can_fix_an_incomplete_recipe(tmp_path, bardling):
     recipe = tmp_path / "short.toml"
     recipe.write_text("[train]\nsteps = 12\n[model]\nn_layer = 1\nn_embd = 12\n")
     bardling("plan", recipe, "--optim.warmup_steps", "2")
     refused = "optim.warmup_steps = 100 leaves no step for the decay, which ends at step 12: lower it to at most 11"
-    for verb in ("train", "plan", "bench", "verify"):
-        assert f"short.toml: {refused}" in bardling(verb, recipe, check=2).stderr
-        assert f"bardling: {refused}" in bardling(verb, recipe, "--seed", "1", check=2).stderr
+    for command in ("train", "plan", "bench", "verify"):
+        assert f"short.toml: {refused}" in bardling(command, recipe, check=2).stderr
+        assert f"bardling: {refused}" in bardling(command, recipe, "--seed", "1", check=2).stderr
     assert "did you mean '--train.steps'" in bardling("plan", recipe, "--train.stps", "3", check=2).stderr
 
 
-def test_every_verb_takes_booleans_alike(tmp_path, bardling):
+def test_every_command_parses_booleans_alike(tmp_path, bardling):
     recipe = tmp_path / "small.toml"
     recipe.write_text("[model]\nn_layer = 1\nn_embd = 12\nblock_size = 8\n[train]\nbatch_size = 2\n")
     bardling("plan", recipe, "--model.bias", "False")
     bardling("bench", recipe, "--model.bias", "False", "--steps", "1", "--warmup", "1", "--compile", "off")
 
 
-# An import that a signal interrupts: PyTorch's of NumPy, which would lose what is raised in it.
+# Interrupts PyTorch's import of NumPy, which would lose an exception raised in it.
 INTERRUPTS = """
 import os, signal, sys
 seen = []
@@ -119,7 +120,7 @@ sys.addaudithook(hook)
 
 
 @pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
-def test_a_signal_within_an_import_ends_the_command_after_it(tmp_path, bardling, corpus, name, status):
+def test_a_signal_during_an_import_stops_the_command_after_it(tmp_path, bardling, corpus, name, status):
     (tmp_path / "sitecustomize.py").write_text(INTERRUPTS.format(name=name))
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     options = ("--data.source", corpus, "--data.tokenizer", "char", "--out", tmp_path / "run", "--train.steps", "100000")

@@ -1,4 +1,4 @@
-"""One of two processes is killed or stopped: a line names it, torchrun starts both again, and nothing is lost."""
+"""One of two processes is killed or stopped: one line names it, torchrun restarts both, and no step is lost."""
 
 import importlib.util
 import re
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from bardling.errors import UserError
-from bardling.train.run import train
+from bardling.training.run import train
 
 STEPS = 200  # the signal goes out at the tenth: a second or more are left for who sends it
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "ranks.py"
@@ -41,7 +41,7 @@ def calm(ranks, recipe):
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_with_restarts_the_run_ends_as_if_nothing_had_happened(ranks, recipe, calm, tmp_path, number):
+def test_with_restarts_the_run_gives_the_same_result(ranks, recipe, calm, tmp_path, number):
     outcome = ranks.disturbed(recipe, tmp_path / "run", number=number, rank=1, lines=9, restarts=2)
     assert outcome.status == 0, outcome.output
     assert ranks.losses(tmp_path / "run") == ranks.losses(calm)
@@ -51,7 +51,7 @@ def test_with_restarts_the_run_ends_as_if_nothing_had_happened(ranks, recipe, ca
     assert outcome.seconds < 60
 
 
-def test_without_restarts_it_ends_at_once(ranks, recipe, tmp_path):
+def test_without_restarts_the_job_ends_at_once(ranks, recipe, tmp_path):
     outcome = ranks.disturbed(recipe, tmp_path / "run", number=signal.SIGKILL, rank=0, lines=9, restarts=0)
     assert outcome.status == 1
     assert re.search(r"^bardling: rank 0 \(.*last in: ", outcome.output, re.MULTILINE), outcome.output
@@ -70,7 +70,7 @@ def test_without_restarts_it_ends_at_once(ranks, recipe, tmp_path):
         ({}, {}, False),
     ],
 )
-def test_only_the_job_that_began_a_run_goes_on_with_it(tiny, change, tmp_path, monkeypatch, first, again, goes_on):
+def test_only_the_job_that_started_a_run_continues_it(tiny, change, tmp_path, monkeypatch, first, again, goes_on):
     for name in ("TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "SLURM_RESTART_COUNT"):
         monkeypatch.delenv(name, raising=False)
     for name, value in first.items():
@@ -81,10 +81,10 @@ def test_only_the_job_that_began_a_run_goes_on_with_it(tiny, change, tmp_path, m
         monkeypatch.setenv(name, value)
     if goes_on:
         assert train(tiny, tmp_path / "run", quiet=True).finished
-        with pytest.raises(UserError, match="a run is there already"):
+        with pytest.raises(UserError, match="already contains a run"):
             train(change(tiny, train={"steps": 7}), tmp_path / "run", quiet=True)
     else:
-        with pytest.raises(UserError, match="a run is there already"):
+        with pytest.raises(UserError, match="already contains a run"):
             train(tiny, tmp_path / "run", quiet=True)
 
 

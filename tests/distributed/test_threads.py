@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bardling.distributed.threads import cpu_quota, settle_threads
+from bardling.distributed.threads import cpu_quota, limit_threads
 
 
 @pytest.mark.parametrize(
@@ -43,9 +43,9 @@ def test_threads_are_lowered_never_raised_and_the_variable_is_obeyed(monkeypatch
     monkeypatch.setattr(torch, "get_num_threads", lambda: chosen[-1] if chosen else 64)
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert settle_threads(None) == 64
-    assert settle_threads(128) == 64
-    assert settle_threads(2) == 2
+    assert limit_threads(None) == 64
+    assert limit_threads(128) == 64
+    assert limit_threads(2) == 2
     assert chosen == [2]
     monkeypatch.setenv("OMP_NUM_THREADS", "8")
-    assert settle_threads(1) == 2
+    assert limit_threads(1) == 2

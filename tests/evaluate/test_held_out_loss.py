@@ -1,12 +1,13 @@
 """Loss on held-out text, against a plain computation."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from bardling.config import ModelConfig
-from bardling.data.loader import Batch
+from bardling.data.batches.loader import Batch
 from bardling.distributed.device import Precision
 from bardling.evaluate.loss import Interrupted, LossResult, evaluate_loss
 from bardling.model.gpt import GPT
@@ -50,7 +51,26 @@ def test_it_is_the_mean_over_target_tokens_whatever_the_batch_size(model, batch_
     assert result.perplexity == pytest.approx(math.exp(result.loss))
 
 
-def test_progress_is_told_and_a_stop_is_obeyed(model):
+@pytest.mark.parametrize("processes", [2, 3, 5])
+def test_every_process_makes_the_same_forward_passes(model, processes):
+    """Also where some have no sequences: of five processes, four have the 7 sequences in batches of 2."""
+    table, passes, totals = torch.arange(11), [], []
+    for rank in range(processes):
+        context = SimpleNamespace(data_rank=rank, data_size=processes, device=torch.device("cpu"), any=bool)
+        context.sum = lambda found: totals.append(found.clone()) or torch.ones_like(found)
+        made = []
+        with model.register_forward_pre_hook(lambda _, inputs, made=made: made.append(inputs[0].shape)):
+            evaluate_loss(model, Windows(), batch_size=2, precision=FLOAT32, context=context, bytes_per_token=table)
+        passes.append(len(made))
+        assert all(shape[1] == 12 for shape in made)
+    assert passes == [math.ceil(7 / (2 * processes))] * processes
+    loss, tokens, size_in_bytes = sum(totals).tolist()
+    alone = evaluate_loss(model, Windows(), batch_size=2, precision=FLOAT32, bytes_per_token=table)
+    assert (tokens, size_in_bytes) == (alone.tokens, alone.bytes)
+    assert loss / tokens == pytest.approx(alone.loss, rel=1e-6)
+
+
+def test_progress_is_reported_and_a_stop_request_is_obeyed(model):
     seen = []
     evaluate_loss(model, Windows(), batch_size=3, precision=FLOAT32, progress=lambda done, total: seen.append((done, total)))
     assert seen == [(3, 7), (6, 7), (7, 7)]

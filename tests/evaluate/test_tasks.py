@@ -62,40 +62,28 @@ def test_a_context_in_two_parts(tmp_path):
     assert second.context == "[header] How to sit [title] Sit down."
 
 
-def test_the_style_of_the_evaluation_harness(tmp_path):
-    path = tmp_path / "parts.jsonl"
-    path.write_bytes(lines(PARTS))
-    item = read_items(path, style="harness")[0]
-    # worked by hand: capitalize() lowers the rest, " [title]" becomes ". ", brackets vanish, double spaces become single
-    assert item.context == "Roofing: How to sit. Sit down. The man"
-    assert item.endings == (" x. y", "b")
-    path.write_bytes(lines(ROW))
-    with pytest.raises(UserError, match=r"line 1: ctx_a = nothing: must be a text .*style 'plain' only ctx"):
-        read_items(path, style="harness")
-
-
 BAD = {
-    "empty": (b"", "holds no items"),
-    "blank": (b"\n  \n", "holds no items"),
-    "cut": (lines(ROW) + lines(ROW)[:40], "line 2: is not JSON, or cut off"),
+    "empty": (b"", "contains no items"),
+    "blank": (b"\n  \n", "contains no items"),
+    "cut": (lines(ROW) + lines(ROW)[:40], "line 2: is not valid JSON"),
     "array": (b"[1, 2]\n", "line 1: is not a JSON object"),
-    "nested": (b"[" * 100_000 + b"\n", "line 1: is not JSON"),
+    "nested": (b"[" * 100_000 + b"\n", "line 1: is not valid JSON"),
     "binary": (b"PK\x03\x04\xff\xfe\x00", "line 1: is not UTF-8"),
-    "digits": (b'{"label": ' + b"9" * 10_000 + b"}", "line 1: is not JSON"),
+    "digits": (b'{"label": ' + b"9" * 10_000 + b"}", "line 1: is not valid JSON"),
     "one line": (b"x" * ((1 << 20) + 1), "line 1: is longer than 1 MiB"),
-    "gzip cut": (gzip.compress(lines(*[ROW] * 50))[:-20], "gzip data is damaged or cut off"),
-    "gzip damaged": (gzip.compress(lines(ROW))[:12] + b"\xff" * 40, "gzip data is damaged or cut off"),
+    "gzip cut": (gzip.compress(lines(*[ROW] * 50))[:-20], "gzip data is corrupt or truncated"),
+    "gzip damaged": (gzip.compress(lines(ROW))[:12] + b"\xff" * 40, "gzip data is corrupt or truncated"),
     "gzip bomb": (gzip.compress(b" " * (1 << 24)), "line 1: is longer than 1 MiB"),
-    "no context": (lines({k: v for k, v in ROW.items() if k != "ctx"}), "line 1: ctx = nothing: must be a text"),
+    "no context": (lines({k: v for k, v in ROW.items() if k != "ctx"}), "line 1: ctx = nothing: must be a string"),
     "context of spaces": (lines({**ROW, "ctx": "  "}), "line 1: ctx is empty"),
-    "context a number": (lines({**ROW, "ctx": 3}), "line 1: ctx = 3: must be a text"),
+    "context a number": (lines({**ROW, "ctx": 3}), "line 1: ctx = 3: must be a string"),
     "no endings": (lines(ROW, {**ROW, "endings": None}), "line 2: endings = nothing: must be a list"),
-    "one ending": (lines({**ROW, "endings": ["a"]}), "line 1: endings = .*2 to 64 texts"),
-    "many endings": (lines({**ROW, "endings": ["a"] * 65}), "line 1: endings = .*2 to 64 texts"),
-    "empty ending": (lines({**ROW, "endings": ["a", " "]}), r"line 1: endings\[1\] = ' ': must be a text"),
+    "one ending": (lines({**ROW, "endings": ["a"]}), "line 1: endings = .*2 to 64 strings"),
+    "many endings": (lines({**ROW, "endings": ["a"] * 65}), "line 1: endings = .*2 to 64 strings"),
+    "empty ending": (lines({**ROW, "endings": ["a", " "]}), r"line 1: endings\[1\] = ' ': must be a non-empty string"),
     "ending a list": (lines({**ROW, "endings": ["a", ["b"]]}), r"line 1: endings\[1\] = \['b'\]"),
     "no answer": (lines({**ROW, "label": ""}), "line 1: label is empty: .*use the validation split"),
-    "label too large": (lines({**ROW, "label": "4"}), "line 1: label = '4': must be the right ending's index, 0 to 3"),
+    "label too large": (lines({**ROW, "label": "4"}), "line 1: label = '4': must be the index of the right ending, 0 to 3"),
     "label negative": (lines({**ROW, "label": -1}), "line 1: label = -1"),
     "label a boolean": (lines({**ROW, "label": True}), "line 1: label = True"),
     "label a fraction": (lines({**ROW, "label": 1.0}), "line 1: label = 1.0"),
@@ -104,7 +92,7 @@ BAD = {
 
 
 @pytest.mark.parametrize(("content", "message"), BAD.values(), ids=BAD)
-def test_a_faulty_file_is_named_with_line_and_field(tmp_path, content, message):
+def test_errors_name_the_file_line_and_field(tmp_path, content, message):
     path = tmp_path / "bad.jsonl"
     path.write_bytes(content)
     with pytest.raises(UserError, match=message) as caught:
@@ -236,7 +224,7 @@ def test_items_come_from_the_hub_once(hub):
 
 def test_another_file_than_the_pinned_one_is_refused(hub):
     hub.content += b"more"
-    with pytest.raises(UserError, match=r"is damaged \(its SHA-256 is"):
+    with pytest.raises(UserError, match=r"is corrupt \(its SHA-256 is"):
         read_hub_items(hub.file, endpoint=hub.address)
 
 

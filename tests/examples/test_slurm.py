@@ -1,4 +1,4 @@
-"""The Slurm script with stand-ins for Slurm's commands: warned, it lets the run save and puts itself back into the queue."""
+"""The Slurm script with fake Slurm commands: when signalled, it lets the run save and requeues the job."""
 
 import os
 import shutil
@@ -23,7 +23,7 @@ if [ "$1" = show ]; then echo node7; echo node8; else echo "$@" >> "$LOGS/scontr
 
 @pytest.fixture
 def job(tmp_path):
-    """Start the script as Slurm would, with `srun` and `scontrol` that note what they are asked."""
+    """Start the script as Slurm would, with `srun` and `scontrol` that record their arguments."""
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
@@ -47,7 +47,7 @@ def job(tmp_path):
     return start
 
 
-def test_warned_it_waits_for_the_run_to_save_and_requeues(job, tmp_path):
+def test_on_a_signal_it_waits_for_the_run_to_save_and_requeues(job, tmp_path):
     process = job("quickstart", "runs/a b", "--train.steps", "7")
     process.send_signal(signal.SIGUSR1)
     assert process.wait(120) == 0
@@ -56,7 +56,7 @@ def test_warned_it_waits_for_the_run_to_save_and_requeues(job, tmp_path):
     asked = (tmp_path / "srun.log").read_text()
     assert "--rdzv-endpoint=node7:20031" in asked
     assert asked.strip().endswith("-m bardling train quickstart --out runs/a b --train.steps 7")
-    assert "SIGUSR1" in asked, "torchrun hands on only the signals that it is told to handle"
+    assert "SIGUSR1" in asked, "torchrun forwards only the signals listed in --signals-to-handle"
 
 
 @pytest.mark.parametrize("status", [0, 1])
@@ -68,7 +68,7 @@ def test_a_run_that_ends_by_itself_is_not_requeued(job, tmp_path, status):
     assert not (tmp_path / "scontrol.log").exists()
 
 
-def test_without_arguments_it_says_what_it_needs(job):
+def test_without_arguments_it_prints_its_usage(job):
     assert job().wait(120) == 2
 
 

@@ -9,21 +9,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from bardling.checkpoint.contents import read_model, write_model
 from bardling.checkpoint.export import export_hf, export_nanogpt
-from bardling.checkpoint.state import read_model, write_model
 from bardling.config import ModelConfig
 from bardling.errors import UserError
 from bardling.interop.huggingface import (
-    METADATA,
     from_hf_state,
     hf_config,
     hf_shapes,
     hf_state,
     load_hf_folder,
     model_config_from_hf,
-    parameter_shapes,
 )
+from bardling.interop.tensor_file import METADATA
 from bardling.model.gpt import GPT
+from bardling.planning.parameter_shapes import parameter_shapes
 
 TINY = ModelConfig(n_layer=3, n_head=4, n_embd=32, block_size=48, vocab_size=75, vocab_multiple=50, dropout=0.0)
 
@@ -169,10 +169,10 @@ def test_what_transformers_does_not_know_says_so(tmp_path: Path, name: str) -> N
     values = json.loads((folder / "config.json").read_text())
     assert values["model_type"] == "bardling"
     assert "transformers does not" in values["note"]
-    with pytest.raises(UserError, match=r"cannot be written for transformers: model\.") as caught:
+    with pytest.raises(UserError, match=r"cannot be exported for transformers: model\.") as caught:
         export_hf(str(folder), tmp_path / "out")
     assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match="cannot be written for nanoGPT"):
+    with pytest.raises(UserError, match="cannot be exported for nanoGPT"):
         export_nanogpt(str(folder), tmp_path / "out")
     assert not (tmp_path / "out").exists()
     transformers = pytest.importorskip("transformers")
@@ -207,8 +207,8 @@ def test_published_configurations_are_understood() -> None:
         "use_cache": True,
         "vocab_size": 49152,
     }
-    made = model_config_from_hf(smol).architecture
-    assert (made.n_kv_head, made.head_dim, made.mlp_hidden, made.rope_theta, made.tied) == (3, 64, 1536, 100_000.0, True)
+    arch = model_config_from_hf(smol).architecture
+    assert (arch.n_kv_head, arch.head_dim, arch.mlp_hidden, arch.rope_theta, arch.tied) == (3, 64, 1536, 100_000.0, True)
     qwen = {  # Qwen3-0.6B
         "architectures": ["Qwen3ForCausalLM"],
         "attention_bias": False,
@@ -232,7 +232,7 @@ def test_published_configurations_are_understood() -> None:
         "vocab_size": 151936,
     }
     config = model_config_from_hf(qwen)
-    assert config.architecture.opens_as == "qwen3"
+    assert config.architecture.transformers_family == "qwen3"
     assert config.architecture.query_width == 2048
     with torch.device("meta"):
         count = sum(value.numel() for value in GPT(config).parameters())
@@ -286,15 +286,15 @@ def test_weights_that_do_not_fit_are_refused_by_name(tmp_path: Path, name: str) 
     config = option(name)
     state = hf_state(perturbed(config).state_dict(), config)
     for key in state:
-        with pytest.raises(UserError, match=r"is missing|holds 3 layers"):
+        with pytest.raises(UserError, match=r"is missing|has 3 layers"):
             from_hf_state({other: value for other, value in state.items() if other != key}, config)
         with pytest.raises(UserError, match="has shape"):
             from_hf_state({**state, key: torch.zeros(3, 3, 3)}, config)
-    with pytest.raises(UserError, match="is not a part of"):
+    with pytest.raises(UserError, match="is not part of"):
         from_hf_state({**state, "model.layers.0.extra.weight": torch.zeros(3)}, config)
 
 
-def test_old_buffers_and_an_equal_head_are_passed_over() -> None:
+def test_old_buffers_and_an_equal_head_are_dropped() -> None:
     config = option("llama_tied")
     model = perturbed(config)
     state = hf_state(model.state_dict(), config)
@@ -303,5 +303,5 @@ def test_old_buffers_and_an_equal_head_are_passed_over() -> None:
     for key, value in from_hf_state(state, config).items():
         assert torch.equal(value, model.state_dict()[key])
     state["lm_head.weight"][0, 0] += 1
-    with pytest.raises(UserError, match="untied"):
+    with pytest.raises(UserError, match="ties the head"):
         from_hf_state(state, config)

@@ -13,7 +13,7 @@ import torch
 from bardling.checkpoint.export import export_hf
 from bardling.checkpoint.load import load
 from bardling.errors import UserError
-from bardling.train.run import train
+from bardling.training.run import train
 
 constants = pytest.importorskip("huggingface_hub.constants")
 COMMIT = "c" * 40
@@ -104,7 +104,7 @@ def test_names_that_the_hub_does_not_have_are_one_line(hub):
 def test_without_network_the_error_names_the_remedy(hub, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("time.sleep", lambda _: None)
-    with pytest.raises(UserError, match="gpt2-medium: could not be fetched") as error:
+    with pytest.raises(UserError, match="gpt2-medium: download failed") as error:
         load("gpt2-medium")
     assert "\n" not in str(error.value)
 
@@ -112,5 +112,5 @@ def test_without_network_the_error_names_the_remedy(hub, monkeypatch):
 def test_a_folder_that_exists_is_never_taken_for_a_name(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("user/model").mkdir(parents=True)
-    with pytest.raises(UserError, match="user/model: is no run folder"):
+    with pytest.raises(UserError, match="user/model: is not a run folder"):
         load("user/model")

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 
 from bardling.config import RunConfig
-from bardling.configfile import parse_recipe
+from bardling.config.recipes import parse_recipe
 from bardling.errors import UserError
 from bardling.interop.nanogpt import NanoGPTRun, nanogpt_settings, recipe_toml, run_config_from_nanogpt, sample_from_nanogpt
 from bardling.interop.nanogpt_keys import BENCH_KEYS, PLACES, SAMPLE_KEYS, TRAIN_DEFAULTS, TRAIN_KEYS
-from bardling.interop.pyconfig import parse_flat_flags, read_nanogpt_arguments
+from bardling.interop.python_config import parse_flat_flags, read_nanogpt_arguments
 
 CHAR_CONFIG = """# a small character model, as people keep it beside nanoGPT
 out_dir = 'out-char'
@@ -110,7 +110,7 @@ def test_accumulation_counts_all_processes() -> None:
     for world_size in (1, 2, 4, 8):
         config = run_config_from_nanogpt({}, world_size).config
         assert (config.train.batch_size, config.train.micro_batch) == (480, 12)
-    with pytest.raises(UserError, match=r"does not divide by 3 .*--gradient_accumulation_steps=39"):
+    with pytest.raises(UserError, match=r"not divisible by 3: try --gradient_accumulation_steps=39"):
         run_config_from_nanogpt({}, 3)
 
 
@@ -119,7 +119,7 @@ def test_a_dataset_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     folder = tmp_path / "old" / "data" / "plays"
     folder.mkdir(parents=True)
     (folder / "train.bin").write_bytes(b"\0\0")
-    config = run_config_from_nanogpt({"dataset": "plays"}, near=[tmp_path / "old"]).config
+    config = run_config_from_nanogpt({"dataset": "plays"}, data_parents=[tmp_path / "old"]).config
     assert config.data.source == str(folder)
     config = run_config_from_nanogpt({"dataset": "shakespeare_char"}).config
     assert (config.data.source, config.data.tokenizer) == ("shakespeare-char", "char")
@@ -131,7 +131,7 @@ def test_a_dataset_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ("--n_embd=100", "n_embd = 100 is not divisible by n_head = 12: try --n_embd=96 or 108"),
         ("--init_from=gpt3", "init_from = 'gpt3'"),
         ("--learning_rate=1e-5", "min_lr = 6e-05 is above learning_rate = 1e-05"),
-        ("--lr_decay_iters=2000", "warmup_iters = 2000 leaves nothing to decay"),
+        ("--lr_decay_iters=2000", "warmup_iters = 2000 leaves no steps for the decay"),
         ("--batch_size=0", "batch_size = 0"),
         ("--eval_iters=-1", "eval_iters = -1"),
         ("--dtype=bf16", "choose float32, bfloat16 or float16"),
@@ -149,7 +149,7 @@ def test_values_that_do_not_fit(flag: str, words: str) -> None:
 
 
 def test_a_gpt2_knows_no_more_than_its_positions() -> None:
-    with pytest.raises(UserError, match="block_size = 2048: gpt2 knows 1024"):
+    with pytest.raises(UserError, match="block_size = 2048: gpt2 has 1024"):
         run_config_from_nanogpt({"init_from": "gpt2", "block_size": 2048})
     assert run_config_from_nanogpt({"init_from": "gpt2", "block_size": 512}).config.model.block_size == 512
 
@@ -158,7 +158,7 @@ def test_precision_follows_the_device() -> None:
     assert run_config_from_nanogpt({"dtype": "float16", "device": "cuda:1"}).config.precision == "float16"
     run = run_config_from_nanogpt({"dtype": "float16", "device": "mps"})
     assert run.config.precision == "float32"
-    assert any("no effect off CUDA" in note for note in run.notes)
+    assert any("only takes effect on CUDA" in note for note in run.notes)
 
 
 @pytest.mark.parametrize(
@@ -195,8 +195,10 @@ def test_sampling(tmp_path: Path) -> None:
     prompt.write_text("O Romeo", encoding="utf-8")
     flags = [f"--start=FILE:{prompt}", "--num_samples=5", "--max_new_tokens=100", "--out_dir=out-x", "--device=cpu"]
     sample = sample_from_nanogpt(parse_flat_flags(flags, SAMPLE_KEYS))
-    assert (sample.prompt, sample.num_samples, sample.max_new_tokens, sample.model) == ("O Romeo", 5, 100, "out-x")
-    assert (sample.temperature, sample.top_k, sample.seed, sample.precision) == (0.8, 200, 1337, "float32")
-    assert sample_from_nanogpt({"init_from": "gpt2-xl", "start": "What?"}).model == "gpt2-xl"
+    assert sample == {
+        **{"prompt": "O Romeo", "num_samples": 5, "max_new_tokens": 100, "model": "out-x", "device": "cpu"},
+        **{"temperature": 0.8, "top_k": 200, "seed": 1337, "precision": "float32", "compile": False},
+    }
+    assert sample_from_nanogpt({"init_from": "gpt2-xl", "start": "What?"})["model"] == "gpt2-xl"
     with pytest.raises(UserError, match="no such file"):
         sample_from_nanogpt({"start": f"FILE:{tmp_path / 'none'}"})

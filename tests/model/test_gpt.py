@@ -12,7 +12,7 @@ from bardling.interop.huggingface import hf_config, hf_state
 from bardling.model.cache import KVCache
 from bardling.model.gpt import GPT
 from bardling.model.init import crop_block_size
-from bardling.model.sizes import SIZES, size
+from bardling.planning.presets import SIZES, size
 
 TINY = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=24, vocab_size=75)
 
@@ -62,8 +62,9 @@ def test_logits_loss_and_gradients_equal_those_of_transformers(bias: bool, gelu:
     expected.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     theirs = {name: parameter.grad for name, parameter in reference.named_parameters()}
-    for name, gradient in hf_state(gradients, config, fill_biases=False).items():
-        assert relative(gradient, theirs[name]) < 1e-5, name
+    converted = hf_state(gradients, config)
+    for name in gradients:
+        assert relative(converted[name], theirs[name]) < 1e-5, name
 
 
 def test_loss_of_each_token_is_zero_where_ignored_and_sums_to_the_sum() -> None:
@@ -79,18 +80,13 @@ def test_loss_of_each_token_is_zero_where_ignored_and_sums_to_the_sum() -> None:
 
 
 def test_too_long_an_input_is_refused_with_the_numbers() -> None:
-    with pytest.raises(ValueError, match=r"25 tokens are more than model\.block_size = 24"):
+    with pytest.raises(ValueError, match=r"25 tokens exceed model\.block_size = 24"):
         GPT(TINY)(tokens(time=25))
 
 
 def test_unknown_vocabulary_is_refused() -> None:
     with pytest.raises(ValueError, match="vocab_size"):
         GPT(ModelConfig())
-
-
-def test_last_only_gives_the_last_logits() -> None:
-    model = GPT(TINY)
-    torch.testing.assert_close(model(tokens(), last_only=True), model(tokens())[:, -1:])
 
 
 @torch.no_grad()
@@ -184,15 +180,13 @@ def test_cropped_positions_change_nothing_else() -> None:
     model = perturbed(TINY)
     expected = model(tokens(time=8))
     state = crop_block_size(model.state_dict(), 8)
-    model.crop_block_size(8)
-    assert model.config.block_size == 8
+    model = GPT(dataclasses.replace(TINY, block_size=8))
+    model.load_state_dict(state)
     assert torch.equal(model(tokens(time=8)), expected)
-    for name, value in model.state_dict().items():
-        assert torch.equal(state[name], value)
     with pytest.raises(ValueError, match="block_size = 8"):
         model(tokens(time=9))
     with pytest.raises(UserError, match="9"):
-        model.crop_block_size(9)
+        crop_block_size(state, 9)
 
 
 @pytest.mark.parametrize(
@@ -229,3 +223,43 @@ def test_compiles_without_a_graph_break() -> None:
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None
         assert relative(parameter.grad, expected[name]) < 1e-4, name
+
+
+def test_a_forward_pass_returns_what_is_asked_for() -> None:
+    model, inputs = perturbed(TINY), tokens()
+    targets, logits = inputs.roll(1, 1), model(inputs)
+    hidden = model(inputs, targets, output="hidden")
+    assert torch.equal(model(inputs, output="hidden"), hidden)
+    assert torch.equal(model.head(hidden), logits)
+    assert torch.equal(model(inputs, targets, output="logits"), logits)
+    assert torch.equal(model(inputs, targets, output="loss"), model(inputs, targets))
+    with pytest.raises(ValueError, match="needs targets"):
+        model(inputs, output="loss")
+    calls = []
+    replaced = model(inputs, targets, transformer=lambda *arguments: calls.append(1) or model.transformer(*arguments))
+    assert torch.equal(replaced, model(inputs, targets))
+    assert calls == [1]
+
+
+def test_only_the_selection_of_kernels_looks_at_devices() -> None:
+    from pathlib import Path
+
+    import bardling.model
+
+    folder = Path(bardling.model.__file__).parent
+    allowed = {"select.py", "flash_attention.py"}
+    for file in folder.rglob("*.py"):
+        source = file.read_text(encoding="utf-8")
+        assert file.name in allowed or not any(word in source for word in ("device.type ==", "device.type !=", "is_cuda")), file
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen3"])
+def test_a_cropped_model_computes_the_same_in_its_shorter_context(family: str) -> None:
+    model = GPT(dataclasses.replace(TINY, family=family)).eval()
+    inputs = tokens()[:, :8]
+    before = model(inputs)
+    model.crop_block_size(8)
+    assert model.config.block_size == 8
+    torch.testing.assert_close(model(inputs), before)
+    with pytest.raises(UserError, match=r"model\.block_size = 9: the model has 8"):
+        model.crop_block_size(9)

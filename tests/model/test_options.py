@@ -12,14 +12,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bardling.config import ModelConfig
 from bardling.errors import UserError
-from bardling.generate import generate
-from bardling.model import loss as loss_module
-from bardling.model.attend import attend_window
+from bardling.generation.generate import generate
 from bardling.model.cache import KVCache
 from bardling.model.gpt import GPT
 from bardling.model.init import init_weights
-from bardling.model.layers import Linear, rms_norm, swiglu, tie
-from bardling.model.loss import head_loss, soft_cap
+from bardling.model.kernels import head_loss as loss_module
+from bardling.model.kernels.attention import attention
+from bardling.model.kernels.elementwise import rms_norm, swiglu
+from bardling.model.kernels.head_loss import head_loss, soft_cap
+from bardling.model.kernels.linear import tied_views
+from bardling.model.layers import Linear
 from bardling.model.rotary import rotate, rotation
 
 TINY = ModelConfig(n_layer=3, n_head=4, n_embd=32, block_size=24, vocab_size=75, vocab_multiple=50)
@@ -121,7 +123,7 @@ def test_each_option_changes_the_logits_and_only_the_future_is_hidden(name: str)
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", OPTIONS)
-@pytest.mark.parametrize("portions", [[24], [1] * 24, [7, 1, 1, 15]])
+@pytest.mark.parametrize("portions", [[24], [1] * 24, [7, 1, 1, 15], [1, 2, 21], [2, 22]])
 def test_cached_equals_full(name: str, portions: list[int]) -> None:
     config = option(name)
     model = perturbed(config)
@@ -149,6 +151,116 @@ def test_cached_rows_of_different_lengths_equal_full(name: str) -> None:
             assert relative(logits[row], model(inputs[row : row + 1, : lengths[row] + step + 1])[0, -1]) < 1e-5
 
 
+def filled(model: GPT, inputs: Tensor, lengths: list[int]) -> KVCache:
+    """A cache with the first `lengths[row]` tokens of each row of `inputs`, and stale values in the slots after them."""
+    cache = KVCache(model.config, len(lengths))
+    model(inputs[:, : max(lengths)], cache=cache)
+    cache.lengths = list(lengths)
+    return cache
+
+
+def assert_continues(model: GPT, cache: KVCache, texts: list[Tensor], time: int) -> None:
+    """The last `time` tokens of each text, fed to a cache that holds the others, get the logits of a full forward pass."""
+    assert cache.lengths == [len(text) - time for text in texts]
+    logits = model(torch.stack([text[-time:] for text in texts]), cache=cache)
+    assert cache.lengths == [len(text) for text in texts]
+    for row, text in zip(logits, texts, strict=True):
+        assert relative(row, model(text[None])[0, -time:]) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", OPTIONS)
+def test_cached_rows_of_different_lengths_take_several_tokens_at_once(name: str) -> None:
+    model, inputs, lengths = perturbed(option(name)), tokens(), [9, 2, 13]
+    cache = filled(model, inputs, lengths)
+    for time in (4, 1, 6):
+        lengths = [length + time for length in lengths]
+        assert_continues(model, cache, [inputs[row, :length] for row, length in enumerate(lengths)], time)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("first", [0, 1, 2])
+@pytest.mark.parametrize("name", ["gqa", "mqa", "all"])
+def test_rows_dropped_from_a_cache_leave_the_others_intact(name: str, first: int) -> None:
+    model, inputs, lengths = perturbed(option(name)), tokens(), [9, 2, 13]
+    cache, rows = filled(model, inputs, lengths), [0, 1, 2]
+    for place in (first, 0, 0):
+        cache.drop(place)
+        rows[place] = rows[-1]
+        rows.pop()
+        lengths = [length + 1 for length in lengths]
+        if rows:
+            assert_continues(model, cache, [inputs[row, : lengths[row]] for row in rows], 1)
+    assert cache.lengths == []
+    assert cache.length == 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("name", ["gqa", "mqa", "all"])
+def test_one_row_of_a_cache_can_be_refilled(name: str, place: int) -> None:
+    model, inputs, lengths = perturbed(option(name)), tokens(), [9, 2, 13]
+    cache = filled(model, inputs, lengths)
+    texts = [inputs[row, : length + 1] for row, length in enumerate(lengths)]
+    texts[place] = tokens(seed=1)[0, :6]
+    view = cache.row(place)
+    assert view.lengths == [lengths[place]]
+    view.lengths = [0]
+    model(texts[place][None, :5], cache=view)
+    assert view.length == 5
+    assert cache.lengths == lengths  # the view has lengths of its own
+    cache.lengths[place] = 5
+    assert_continues(model, cache, texts, 1)
+
+
+@torch.no_grad()
+def test_one_row_of_an_unused_cache_is_an_empty_cache() -> None:
+    model, inputs = perturbed(TINY), tokens(batch=1)[0]
+    assert_continues(model, KVCache(TINY, 3).row(1), [inputs], 24)
+
+
+@torch.no_grad()
+def test_a_cache_has_room_for_its_capacity_but_never_for_more_than_the_context() -> None:
+    model, inputs = perturbed(TINY), tokens()
+    for asked, room in ((8, 8), (24, 24), (25, 24), (1000, 24), (None, 24)):
+        cache = KVCache(TINY, 3, capacity=asked)
+        logits = torch.cat([model(part, cache=cache) for part in inputs[:, :room].split([5, room - 5], dim=1)], dim=1)
+        assert relative(logits, model(inputs[:, :room])) < 1e-5
+        assert cache.keys is not None
+        assert cache.keys.size(3) == room  # memory for what fits, no more
+        with pytest.raises(ValueError, match=f"capacity of {room}"):
+            model(inputs[:, :1], cache=cache)
+    with pytest.raises(ValueError, match="2 rows of tokens for a cache of 3 rows"):
+        model(inputs[:2, :1], cache=KVCache(TINY, 3))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("window", "portions", "masked"),
+    [
+        (None, [6, 1, 1, 2, 1], [False, False, False, True, False]),
+        (5, [4, 1, 1, 2], [False, False, True, True]),
+        (5, [5, 1], [False, True]),
+        (5, [6], [True]),
+    ],
+)
+def test_caches_mask_only_where_a_query_may_not_see_every_key(
+    window: int | None, portions: list[int], masked: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of equal length usually need no mask, and fused attention kernels are available only without one."""
+    config = dataclasses.replace(TINY, n_layer=1, sliding_window=window, global_every=0)
+    model, cache, attention, found = GPT(config), KVCache(config, 3), F.scaled_dot_product_attention, []
+
+    def record(*inputs: Tensor, attn_mask: Tensor | None = None, **settings: Any) -> Tensor:
+        found.append(attn_mask is not None)
+        return attention(*inputs, attn_mask=attn_mask, **settings)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", record)
+    for part in tokens()[:, : sum(portions)].split(portions, dim=1):
+        model(part, cache=cache)
+    assert found == masked
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["rotary", "window", "llama", "qwen3", "all"])
 def test_generation_slides_as_a_fresh_context_would(name: str) -> None:
@@ -159,7 +271,7 @@ def test_generation_slides_as_a_fresh_context_would(name: str) -> None:
     made = [step[0] for step in generate(model, [prompt], max_new_tokens=40, temperature=0)]
     seen, expected = list(prompt), []
     for _ in range(40):
-        expected.append(int(model(torch.tensor([seen]), last_only=True)[0, -1].argmax()))
+        expected.append(int(model(torch.tensor([seen]))[0, -1].argmax()))
         if len(seen) == config.block_size:
             seen = seen[-(config.block_size // 2) :]
         seen.append(expected[-1])
@@ -213,8 +325,8 @@ def test_families_fill_what_is_unset_and_explicit_options_win() -> None:
 )
 def test_what_transformers_opens_is_read_off_the_architecture(options: dict[str, Any], opens: str | None) -> None:
     made = ModelConfig(**options).architecture
-    assert made.opens_as == opens
-    assert bool(made.why_not) == (opens is None)
+    assert made.transformers_family == opens
+    assert bool(made.transformers_mismatch) == (opens is None)
 
 
 @pytest.mark.parametrize(
@@ -300,7 +412,7 @@ def test_windows_equal_a_masked_softmax(window: int, shared: int) -> None:
     distance = torch.arange(24)[:, None] - torch.arange(24)
     scores = (q @ keys.mT / math.sqrt(8)).masked_fill((distance < 0) | (distance >= window), -math.inf)
     expected = scores.softmax(-1) @ values
-    ours = attend_window(q, k, v, window)
+    ours = attention(q, k, v, window=window)
     torch.testing.assert_close(ours, expected)
     above = torch.randn(ours.shape, generator=generator, dtype=torch.float64)
     for mine, theirs in zip(
@@ -315,7 +427,7 @@ def test_windows_equal_a_masked_softmax(window: int, shared: int) -> None:
 def test_soft_capped_loss_and_gradients(ignored: bool, reduction: str, padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss_module, "CHUNK_BYTES", {"cpu": 16 * 75 * 4})
     if padded:  # the path of accelerators
-        monkeypatch.setattr(loss_module, "_used_rows", lambda weight, vocab_size: weight.size(0))
+        monkeypatch.setattr(loss_module, "head_rows", lambda weight, vocab_size: weight.size(0))
     generator = torch.Generator().manual_seed(5)
     hidden = torch.randn(2, 25, 24, generator=generator, dtype=torch.float64).requires_grad_()
     weight = torch.randn(128, 24, generator=generator, dtype=torch.float64)
@@ -422,14 +534,14 @@ def test_large_matrices_under_autocast_give_what_small_ones_do(bias: bool, monke
         torch.nn.init.normal_(parameter)
     found = []
     for entries in (10**9, 1):
-        monkeypatch.setattr("bardling.model.layers.CAST_AGAIN_ENTRIES", entries)
+        monkeypatch.setattr("bardling.model.kernels.select.RECAST_MIN_ELEMENTS", entries)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             product = layer(x)
         found.append((product, *torch.autograd.grad(product.float(), (x, *layer.parameters()), above)))
     for usual, lean in zip(*found, strict=True):
         assert usual.dtype == lean.dtype
         torch.testing.assert_close(lean, usual, rtol=2e-2, atol=2e-2)
-    assert type(found[1][0].grad_fn).__name__ == "_LeanLinearBackward"
+    assert type(found[1][0].grad_fn).__name__ == "_RecastLinearBackward"
 
 
 def test_a_tied_table_gets_the_sum_of_both_gradients() -> None:
@@ -438,12 +550,13 @@ def test_a_tied_table_gets_the_sum_of_both_gradients() -> None:
     tokens = torch.tensor([[1, 1, 4, 19], [0, 3, 3, 3]])
     weight = model.transformer.wte.weight
     (ours,) = torch.autograd.grad(model(tokens, tokens.roll(1, 1)), weight)
-    logits = F.linear(model.hidden(tokens), weight)
+    logits = F.linear(model(tokens, output="hidden"), weight)
     (expected,) = torch.autograd.grad(
         F.cross_entropy(logits.flatten(0, 1), tokens.roll(1, 1).flatten(), reduction="sum"), weight
     )
     assert not ours.is_sparse
     torch.testing.assert_close(ours, expected)
-    lookups, head = tie(weight)
+    lookups, head = tied_views(weight)
+    assert lookups is not None
     for one in (lookups[tokens].sum(), F.embedding(tokens, lookups, sparse=True).sum(), head.square().sum()):
         assert not torch.autograd.grad(one, weight, retain_graph=True)[0].is_sparse

@@ -13,11 +13,10 @@ from torch import Tensor
 from torch.nn.attention import varlen
 
 from bardling.config import ModelConfig
-from bardling.data.packing import document_bounds
-from bardling.model import documents as documents_module
-from bardling.model.activations import activation_bytes
+from bardling.data.batches.packing import document_bounds
 from bardling.model.cache import KVCache
 from bardling.model.gpt import GPT
+from bardling.planning.activations import activation_bytes
 
 START = 3
 NAMES = ["gpt2", *OPTIONS]
@@ -69,7 +68,7 @@ def test_the_loss_of_packed_documents_is_that_of_each_alone(name: str) -> None:
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["gpt2", "qwen3", "qwen3_window", "window_blocks"])
-def test_in_narrower_numbers_it_is_so_but_for_rounding(name: str, precision: str) -> None:
+def test_in_lower_precision_they_agree_to_rounding(name: str, precision: str) -> None:
     model = perturbed(config(name))
     inputs, targets, bounds = packed()
     narrow = torch.autocast("cpu", dtype=torch.bfloat16) if precision == "bfloat16" else contextlib.nullcontext()
@@ -99,19 +98,19 @@ def plain_varlen(q, k, v, cu_q, cu_k, max_q, max_k, *, window_size=(-1, -1), ena
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_kernel_for_varying_lengths_is_told_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_varlen_kernel_gets_equivalent_arguments(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = perturbed(config(name)).double()
     inputs, targets, bounds = packed()
     expected = model(inputs, targets, reduction="none", documents=bounds)
-    monkeypatch.setattr(documents_module, "is_varlen", lambda *of: True)
+    monkeypatch.setattr("bardling.model.document_masks.is_varlen", lambda *of: True)
     monkeypatch.setattr(varlen, "varlen_attn", plain_varlen)
     for shares in (True, False):  # PyTorch 2.11's takes as many heads of keys as of queries only
-        monkeypatch.setattr(documents_module, "_SHARES_HEADS", shares)
+        monkeypatch.setattr("bardling.model.kernels.attention._VARLEN_SHARES_HEADS", shares)
         assert relative(model(inputs, targets, reduction="none", documents=bounds), expected) < 1e-12
 
 
 def test_the_kernel_is_for_cuda_in_16_bits_without_dropout() -> None:
-    from bardling.model.arithmetic import is_varlen
+    from bardling.planning.costs import is_varlen
 
     assert is_varlen("cuda", "bfloat16", 64, 0.0)
     assert is_varlen("cuda", "float16", 128, 0.0)
@@ -121,7 +120,7 @@ def test_the_kernel_is_for_cuda_in_16_bits_without_dropout() -> None:
     assert not is_varlen("cuda", "bfloat16", 12, 0.0)
 
 
-def test_recomputed_blocks_keep_documents_apart_to_the_bit() -> None:
+def test_recomputation_with_documents_is_bitwise_equal() -> None:
     inputs, targets, bounds = packed()
     found = []
     for recompute in (False, True):
@@ -132,7 +131,7 @@ def test_recomputed_blocks_keep_documents_apart_to_the_bit() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-def test_compiled_it_needs_no_graph_break_and_more_documents_are_right_too() -> None:
+def test_it_compiles_without_a_graph_break_for_any_number_of_documents() -> None:
     model = perturbed(dataclasses.replace(config("qwen3_window"), n_layer=2, global_every=2))
     compiled = torch.compile(model, fullgraph=True)
     inputs, targets, bounds = packed()
@@ -141,7 +140,7 @@ def test_compiled_it_needs_no_graph_break_and_more_documents_are_right_too() -> 
         torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_cache_and_documents_do_not_go_together() -> None:
+def test_a_cache_with_documents_is_refused() -> None:
     model = perturbed(config("qwen3"))
     inputs, _, bounds = packed()
     with pytest.raises(ValueError, match="either a cache or documents"):
@@ -150,11 +149,11 @@ def test_a_cache_and_documents_do_not_go_together() -> None:
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["gpt2", "qwen3", "qwen3_window", "window_blocks"])
-def test_masks_are_kept_once_as_the_arithmetic_says(
+def test_memory_of_masks_is_that_of_the_plan(
     name: str, precision: str, monkeypatch: pytest.MonkeyPatch, held_bytes: Callable[..., int]
 ) -> None:
-    monkeypatch.setattr("bardling.model.explicit.EXPLICIT_LENGTH", 0)
-    monkeypatch.setattr("bardling.model.activations.EXPLICIT_LENGTH", 0)
+    monkeypatch.setattr("bardling.model.kernels.select.EXPLICIT_LENGTH", 0)
+    monkeypatch.setattr("bardling.planning.activations.EXPLICIT_LENGTH", 0)
     model = perturbed(config(name))
     inputs, targets, bounds = packed()
     held = held_bytes(model, precision, inputs, targets, documents=bounds)

@@ -1,4 +1,4 @@
-"""Activations computed again in the backward pass: the same numbers to the bit, from the memory that the arithmetic says."""
+"""Recomputed activations: bitwise equal results, with the memory and FLOPs of the plan."""
 
 import contextlib
 import dataclasses
@@ -18,10 +18,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from bardling.config import ModelConfig
-from bardling.model.activations import activation_bytes
-from bardling.model.arithmetic import recomputed_flops_per_token
 from bardling.model.gpt import GPT
 from bardling.model.layers import use_fp8
+from bardling.planning.activations import activation_bytes
+from bardling.planning.costs import recomputed_flops_per_token
 
 
 def autocast(precision: str) -> contextlib.AbstractContextManager[Any]:
@@ -45,7 +45,7 @@ def loss_and_gradients(
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("name", ["gqa", "values", "llama", "qwen3_window", "window_blocks", "all"])
-def test_loss_gradients_and_later_random_numbers_are_equal_to_the_bit(name: str, dropout: float, precision: str) -> None:
+def test_loss_gradients_and_later_random_numbers_are_bitwise_equal(name: str, dropout: float, precision: str) -> None:
     config = dataclasses.replace(option(name), dropout=dropout)
     kept, again = (loss_and_gradients(config, recompute, precision) for recompute in (False, True))
     assert len(kept) == len(again) > 10
@@ -55,14 +55,14 @@ def test_loss_gradients_and_later_random_numbers_are_equal_to_the_bit(name: str,
         assert not torch.equal(other[0], again[0]), "the masks play a part"
 
 
-def test_compiled_it_is_the_same_but_for_rounding() -> None:
+def test_compiled_recomputation_agrees_to_rounding() -> None:
     config = dataclasses.replace(option("gqa"), n_layer=1)
     kept, again = loss_and_gradients(config, False), loss_and_gradients(config, True, compiled=True)
     for a, b in zip(kept, again, strict=True):
         torch.testing.assert_close(b, a, rtol=2e-4, atol=1e-5)
 
 
-def test_inference_and_caches_are_as_ever() -> None:
+def test_inference_and_caches_are_unchanged() -> None:
     from bardling.model.cache import KVCache
 
     model = perturbed(option("qwen3")).eval()
@@ -94,7 +94,7 @@ LARGE = ModelConfig(n_layer=2, n_head=4, n_embd=256, block_size=24, vocab_size=7
 @pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("config", [option("gqa"), option("swiglu"), option("relu2"), LARGE])
-def test_a_last_product_that_saves_at_its_end_is_computed_again(config: ModelConfig, precision: str, fp8: bool) -> None:
+def test_a_last_product_that_saves_after_running_is_recomputed(config: ModelConfig, precision: str, fp8: bool) -> None:
     found = []
     for recompute in (False, True):
         model = GPT(config)
@@ -126,14 +126,13 @@ def compiled_flops(config: ModelConfig, fp8: bool, recompute: bool) -> int:
     model.recompute = recompute
     backend = aot_autograd(fw_compiler=count, bw_compiler=count, partition_fn=min_cut_rematerialization_partition)
     body = torch.compile(model.transformer, backend=backend, dynamic=False)
-    table, head = model.ends()
     with autocast("bfloat16"):
-        loss = model.loss(body(tokens(batch=2), None, None, table), tokens(batch=2, seed=1), head, "sum")
+        loss = model(tokens(batch=2), tokens(batch=2, seed=1), transformer=body)
     loss.backward()
     return sum(found)
 
 
-def test_compiled_code_computes_the_last_blocks_last_product_again() -> None:
+def test_compiled_code_recomputes_the_last_product_of_the_last_block() -> None:
     config = dataclasses.replace(option("gqa"), n_layer=2)
     found = compiled_flops(config, True, True) - compiled_flops(config, True, False)
     planned = recomputed_flops_per_token(config, device_type="cpu", fp8=True, compiled=True)
@@ -142,16 +141,14 @@ def test_compiled_code_computes_the_last_blocks_last_product_again() -> None:
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_what_waits_for_the_backward_pass_is_what_autograd_holds(
-    name: str, precision: str, held_bytes: Callable[..., int]
-) -> None:
+def test_saved_bytes_are_those_that_autograd_holds(name: str, precision: str, held_bytes: Callable[..., int]) -> None:
     model = perturbed(option(name))
     model.recompute = True
     inputs = tokens(batch=8)
     held = held_bytes(model, precision, inputs, inputs)
     saved = activation_bytes(option(name), 8, precision=precision, device_type="cpu", recompute="blocks").saved
-    if model.transformer.made.positions == "rotary":  # the tables are held as arguments, which the hooks do not see
-        held += 2 * 24 * model.transformer.made.head_dim * (4 if precision == "float32" else 2)
+    if model.transformer.architecture.positions == "rotary":  # the tables are held as arguments, which the hooks do not see
+        held += 2 * 24 * model.transformer.architecture.head_dim * (4 if precision == "float32" else 2)
     assert held == pytest.approx(saved, rel=0.01)
 
 
@@ -202,7 +199,7 @@ def peak(config: ModelConfig, batch: int, precision: str, recompute: bool) -> in
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", ["gpt2", "qwen3"])
-def test_the_peak_of_a_pass_is_near_the_figure_and_far_below_what_is_kept(family: str, precision: str) -> None:
+def test_peak_memory_is_near_the_estimate_and_far_below_that_without_recomputation(family: str, precision: str) -> None:
     config = ModelConfig(
         n_layer=8,
         n_head=4,

@@ -1,4 +1,4 @@
-"""The display, both ways: plain lines, and a terminal that is read back from its control codes."""
+"""The display in both forms: plain lines, and a terminal whose control codes are replayed."""
 
 import io
 import os
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from bardling.monitor import Sink
-from bardling.monitor.console import Console, figures_of, harmless
+from bardling.monitor.console import Console, escape_unprintable, format_metrics
 from bardling.monitor.format import count, duration, percent, size_bytes
 
 TRAIN: dict[str, Any] = {
@@ -77,7 +77,7 @@ def test_plain_lines() -> None:
     sink.log(TRAIN)
     sink.log(VAL)
     console.note("a message")
-    sink.sample(250, ["def f():\n    pass"])
+    sink.sample(250, "def", [" f():\n    pass"])
     sink.flush()
     sink.close()
     sink.close()
@@ -93,46 +93,36 @@ def test_plain_lines() -> None:
 def test_a_deadline_moves_the_last_step() -> None:
     for stream in (io.StringIO(), Terminal()):
         console = Console(1000, 0, stream=stream, width=80)
-        console.planned(20)
+        console.set_steps(20)
         console.log(VAL | {"step": 10})
         console.close()
         assert "10/20  validation" in stream.getvalue()
 
 
-def test_missing_and_strange_fields_are_no_error() -> None:
+def test_missing_and_unexpected_fields_are_not_an_error() -> None:
     console, stream = plain()
     console.log({})
     console.log({"kind": "train", "step": 3, "loss": float("nan"), "mfu": None, "lr": "high", "grad_norm": True})
     assert stream.getvalue().splitlines()[-1] == "step     3/1,000  loss nan"
-    assert figures_of({"loss": 1, "unknown": 2}) == {"loss": "loss 1.0000"}
+    assert format_metrics({"loss": 1, "unknown": 2}) == {"loss": "loss 1.0000"}
 
 
-def test_quiet_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    console = Console(10, 0, quiet=True)
-    console.log(TRAIN)
-    console.note("x")
-    console.sample(1, ["y"])
-    console.progress("z", 1, 2)
-    console.close()
-    assert capsys.readouterr() == ("", "")
-
-
-def test_what_a_model_writes_cannot_command_the_terminal() -> None:
-    assert harmless("a\x1b[2Jb\r\x07\x9bc\n\td\u202e") == "a\\x1b[2Jb\\r\\x07\\x9bc\n\td\\u202e"
-    assert harmless("größe → 日本") == "größe → 日本"
-    assert harmless("größe → 日本", "ascii") == "gr\\xf6\\xdfe \\u2192 \\u65e5\\u672c"
-    assert harmless("\ud800") == "\\ud800"
+def test_generated_text_cannot_control_the_terminal() -> None:
+    assert escape_unprintable("a\x1b[2Jb\r\x07\x9bc\n\td\u202e") == "a\\x1b[2Jb\\r\\x07\\x9bc\n\td\\u202e"
+    assert escape_unprintable("größe → 日本") == "größe → 日本"
+    assert escape_unprintable("größe → 日本", "ascii") == "gr\\xf6\\xdfe \\u2192 \\u65e5\\u672c"
+    assert escape_unprintable("\ud800") == "\\ud800"
     for terminal in (False, True):
         stream = Terminal() if terminal else io.StringIO()
         console = Console(10, 0, stream=stream, width=80)
-        console.sample(1, ["evil \x1b]0;title\x07 [bold]not markup[/bold] :smile:"])
+        console.sample(1, "", ["evil \x1b]0;title\x07 [bold]not markup[/bold] :smile:"])
         console.note("\x1b[31m")
         console.close()
         assert "\x1b]0" not in stream.getvalue()
         assert "[bold]not markup[/bold] :smile:" in stream.getvalue()
 
 
-def test_long_work_is_announced_and_short_work_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_of_long_work_is_shown_and_of_short_work_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     console, stream = plain()
     now = 100.0
     monkeypatch.setattr(console._work, "_clock", lambda: now)
@@ -187,7 +177,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
     return Terminal()
 
 
-def test_terminal_keeps_the_figures_below_and_the_rest_above(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_terminal_keeps_metrics_below_and_the_rest_above(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
     console = Console(1000, 100, stream=terminal, width=110)
     console.note("a message")
     console.log(TRAIN | {"step": 110})
@@ -199,7 +189,7 @@ def test_terminal_keeps_the_figures_below_and_the_rest_above(terminal: Terminal,
         now += 1.5
     assert any(line.startswith("validating") and line.endswith("2/4, 3.0s left") for line in _after_refresh(console, terminal))
     console.progress("validating", 4, 4)
-    console.sample(115, ["one", "two"])
+    console.sample(115, "", ["one", "two"])
     console.log(TRAIN)
     console.close()
     lines = [line for line in screen(terminal.getvalue()) if line]
@@ -217,8 +207,8 @@ def test_terminal_keeps_the_figures_below_and_the_rest_above(terminal: Terminal,
 
 
 def _after_refresh(console: Console, terminal: Terminal) -> list[str]:
-    assert console._live is not None
-    console._live.refresh()
+    assert console._display is not None
+    console._display.refresh()
     return screen(terminal.getvalue())
 
 
@@ -231,7 +221,7 @@ def test_a_dumb_terminal_gets_plain_lines(terminal: Terminal, monkeypatch: pytes
     assert "\x1b" not in terminal.getvalue()
 
 
-def test_a_reader_that_goes_away_does_not_end_the_training() -> None:
+def test_a_reader_that_exits_does_not_stop_training() -> None:
     code = (
         "import sys, time\n"
         "from bardling.monitor.console import Console\n"
@@ -239,7 +229,7 @@ def test_a_reader_that_goes_away_does_not_end_the_training() -> None:
         "console.note('first')\n"
         "sys.stdin.read()\n"  # until the reader has gone
         "for step in range(3): console.log({'kind': 'train', 'step': step, 'loss': 1.0})\n"
-        "console.sample(3, ['x']); console.close(); print('more')\n"
+        "console.sample(3, '', ['x']); console.close(); print('more')\n"
         "sys.stderr.write('trained to the end')\n"
     )
     process = subprocess.Popen(

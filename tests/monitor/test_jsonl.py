@@ -1,4 +1,4 @@
-"""JSON Lines: whatever is logged is valid JSON, and a kill at any byte loses the last line at most."""
+"""JSON Lines: everything logged is valid JSON, and a kill at any byte loses at most the last line."""
 
 import errno
 import json
@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bardling.errors import UserError
-from bardling.monitor import Sink
 from bardling.monitor.jsonl import JsonlSink, read_jsonl, truncate_after
 
 
@@ -21,9 +20,9 @@ def log(path: Path, *steps: int) -> None:
     sink.close()
 
 
-def test_lines_are_there_at_once_and_appended_later(tmp_path: Path) -> None:
+def test_lines_are_written_immediately_and_appended_later(tmp_path: Path) -> None:
     path = tmp_path / "new" / "metrics.jsonl"
-    sink: Sink = JsonlSink(path)
+    sink = JsonlSink(path)
     sink.log({"kind": "train", "step": 1, "loss": 2.5})
     assert path.read_text() == '{"kind": "train", "step": 1, "loss": 2.5}\n'
     sink.flush()
@@ -50,27 +49,27 @@ def test_numbers_that_json_lacks_become_strings(tmp_path: Path) -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.text(st.characters())))
-def test_any_text_comes_back_from_one_line(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> None:
+def test_any_text_round_trips_in_one_line(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> None:
     path = tmp_path_factory.mktemp("jsonl") / "samples.jsonl"
     sink = JsonlSink(path)
-    sink.sample(7, [*texts, "\ud800 alone", "a\nb\u2028c\x85"])
+    record = {"kind": "sample", "step": 7, "prompt": "", "texts": [*texts, "\ud800 alone", "a\nb\u2028c\x85"]}
+    sink.log(record)
     sink.close()
-    (record,) = read_jsonl(path)
-    assert record == {"kind": "sample", "step": 7, "texts": [*texts, "\ud800 alone", "a\nb\u2028c\x85"]}
+    assert read_jsonl(path) == [record]
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(0, 200), st.integers(0, 6))
-def test_cut_anywhere_it_goes_on(tmp_path_factory: pytest.TempPathFactory, size: int, step: int) -> None:
+def test_a_file_cut_anywhere_can_be_continued(tmp_path_factory: pytest.TempPathFactory, size: int, step: int) -> None:
     path = tmp_path_factory.mktemp("jsonl") / "metrics.jsonl"
     log(path, 1, 2, 3, 4, 5)
     data = path.read_bytes()[:size]
     path.write_bytes(data)
-    whole = data.count(b"\n")
-    assert [record["step"] for record in read_jsonl(path)] == list(range(1, whole + 1))
+    complete = data.count(b"\n")
+    assert [record["step"] for record in read_jsonl(path)] == list(range(1, complete + 1))
     truncate_after(path, step)
     log(path, step + 1)
-    assert [record["step"] for record in read_jsonl(path)] == [*range(1, min(whole, step) + 1), step + 1]
+    assert [record["step"] for record in read_jsonl(path)] == [*range(1, min(complete, step) + 1), step + 1]
 
 
 def test_truncating_removes_later_steps_wherever_they_are(tmp_path: Path) -> None:
@@ -81,7 +80,7 @@ def test_truncating_removes_later_steps_wherever_they_are(tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_file_that_is_right_is_not_touched(tmp_path: Path) -> None:
+def test_a_file_with_nothing_to_remove_is_not_touched(tmp_path: Path) -> None:
     path = tmp_path / "m"
     log(path, 1, 2)
     before = path.stat()
@@ -94,7 +93,7 @@ def test_a_file_that_is_right_is_not_touched(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "junk", [b"\0" * 50 + b"\n", b"{\n", b'{"kind": "train"}\n', b'{"step": "3"}\n', b"[3]\n", b"\xff\n", b"\n"]
 )
-def test_junk_after_the_kept_records_goes_and_before_them_is_named(tmp_path: Path, junk: bytes) -> None:
+def test_junk_after_the_kept_records_is_removed_and_before_them_is_an_error(tmp_path: Path, junk: bytes) -> None:
     path = tmp_path / "m"
     log(path, 1, 2)
     good = path.read_bytes()
@@ -108,14 +107,14 @@ def test_junk_after_the_kept_records_goes_and_before_them_is_named(tmp_path: Pat
 
 
 @pytest.mark.parametrize("line", ["{", "[1]", "nonsense", "[" * 100_000])
-def test_a_malformed_line_is_named(tmp_path: Path, line: str) -> None:
+def test_a_malformed_line_is_reported(tmp_path: Path, line: str) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n' + line + '\n{"step": 2}\n')
     with pytest.raises(UserError, match=r"metrics\.jsonl, line 2: is "):
         read_jsonl(path)
 
 
-def test_errors_of_the_system_are_one_line(tmp_path: Path) -> None:
+def test_system_errors_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read"):
         read_jsonl(tmp_path / "absent")
     with pytest.raises(UserError, match="cannot be written"):
@@ -126,12 +125,12 @@ def test_errors_of_the_system_are_one_line(tmp_path: Path) -> None:
         sink.flush()
 
 
-def test_a_full_disk_ends_no_run_and_loses_no_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The disk takes half a line, then nothing, and later everything again."""
+def test_a_full_disk_does_not_stop_the_run_and_loses_no_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk accepts half a line, then nothing, and later everything again."""
     sink = JsonlSink(tmp_path / "m")
     real = sink._file
 
-    class Crowded:
+    class NearlyFullFile:
         room = 30
 
         def write(self, data: bytes) -> int:
@@ -144,12 +143,12 @@ def test_a_full_disk_ends_no_run_and_loses_no_line(tmp_path: Path, monkeypatch: 
         def fileno(self) -> int:
             return real.fileno()
 
-    disk = Crowded()
+    disk = NearlyFullFile()
     monkeypatch.setattr(sink, "_file", disk)
     for step in (1, 2, 3):
         sink.log({"kind": "train", "step": step})
     assert (tmp_path / "m").stat().st_size == 30
-    with pytest.raises(UserError, match=r"m: cannot be written \(No space left on device\): make room"):
+    with pytest.raises(UserError, match=r"m: cannot be written \(No space left on device\): free some space"):
         sink.flush()
     disk.room = 10_000
     sink.log({"kind": "train", "step": 4})
@@ -157,7 +156,7 @@ def test_a_full_disk_ends_no_run_and_loses_no_line(tmp_path: Path, monkeypatch: 
     sink.flush()
 
 
-def test_other_errors_are_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_errors_are_raised_immediately(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Broken:
         def write(self, data: bytes) -> int:
             raise OSError(errno.EIO, "Input/output error")

@@ -1,5 +1,6 @@
-"""Figures that TensorBoard and Weights & Biases received are read back from what these wrote themselves."""
+"""Metrics logged to TensorBoard and Weights & Biases, read back from the files that these libraries write."""
 
+import functools
 import json
 import math
 import os
@@ -11,16 +12,23 @@ import time
 import pytest
 
 from bardling.config import MonitorConfig, RunConfig
+from bardling.config.recipes import config_to_dict, config_to_toml
 from bardling.errors import UserError
+from bardling.monitor import RunInfo
 from bardling.monitor import services as services_module
 from bardling.monitor.records import TrainRecord, ValRecord
 from bardling.monitor.services import Services, check_services
-from bardling.monitor.tensorboard import TensorBoardSink, flat
+from bardling.monitor.tensorboard import TensorBoardSink, flatten
 from bardling.monitor.wandb import WandbSink
 
 
+def run_info(folder, step=0, report=lambda text: None, **monitor):
+    config = RunConfig(monitor=MonitorConfig(**monitor))
+    return RunInfo(folder, step, config.monitor, config_to_dict(config), config_to_toml(config), report)
+
+
 def train_record(step, loss=None):
-    """A record of a step, whose loss tells which step it is."""
+    """A record whose loss identifies the step."""
     return TrainRecord(
         step=step,
         loss=1.0 / step if loss is None else loss,
@@ -57,8 +65,8 @@ def read_events():
     return read
 
 
-def test_tensorboard_has_every_figure_at_its_step(tmp_path, read_events):
-    sink = TensorBoardSink(tmp_path / "tensorboard", RunConfig(), 0)
+def test_tensorboard_has_every_metric_at_its_step(tmp_path, read_events):
+    sink = TensorBoardSink(run_info(tmp_path))
     for step in (1, 2, 3):
         sink.log(train_record(step))
     sink.log(val_record(3))
@@ -82,41 +90,41 @@ def test_tensorboard_has_every_figure_at_its_step(tmp_path, read_events):
 def test_tensorboard_shows_the_config_as_hyperparameters(tmp_path, read_events):
     from tensorboard.plugins.hparams import plugin_data_pb2
 
-    TensorBoardSink(tmp_path, RunConfig(), 0).close()
-    data = read_events(tmp_path).SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    TensorBoardSink(run_info(tmp_path)).close()
+    data = read_events(tmp_path / "tensorboard").SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     found = plugin_data_pb2.HParamsPluginData.FromString(data).session_start_info.hparams
     assert found["optim.lr"].number_value == RunConfig().optim.lr
     assert found["device"].string_value == "auto"
 
 
-def test_tensorboard_takes_undone_steps_back_on_resume(tmp_path, read_events):
-    first = TensorBoardSink(tmp_path, RunConfig(), 0)
+def test_tensorboard_drops_steps_after_the_checkpoint_on_resume(tmp_path, read_events):
+    first = TensorBoardSink(run_info(tmp_path))
     for step in range(1, 8):
         first.log(train_record(step, loss=100.0 + step))
     first.close()
-    again = TensorBoardSink(tmp_path, RunConfig(), 4)  # the newest checkpoint was of step 4
+    resumed = TensorBoardSink(run_info(tmp_path, step=4))  # from the checkpoint of step 4
     for step in range(5, 10):
-        again.log(train_record(step, loss=200.0 + step))
-    again.close()
-    losses = [(event.step, event.value) for event in read_events(tmp_path).Scalars("train/loss")]
+        resumed.log(train_record(step, loss=200.0 + step))
+    resumed.close()
+    losses = [(event.step, event.value) for event in read_events(tmp_path / "tensorboard").Scalars("train/loss")]
     assert losses == [(s, 100.0 + s) for s in range(1, 5)] + [(s, 200.0 + s) for s in range(5, 10)]
 
 
 def test_hyperparameters_are_flat_and_plain():
-    assert flat({"a": {"b": None, "c": (1, 2)}, "d": True}) == {"a.b": "None", "a.c": "(1, 2)", "d": True}
+    assert flatten({"a": {"b": None, "c": (1, 2)}, "d": True}) == {"a.b": "None", "a.c": "(1, 2)", "d": True}
 
 
 # --- Weights & Biases
 
 
 def wandb_rows(folder):
-    """Rows of all offline records of a run folder in order, from the binary logs: [{name: value}], and the headers.
+    """Rows of all offline logs of a run folder, in order: [{name: value}], and the header records.
 
-    A service process writes them, which on a busy machine still does when the client has left: waits for their last record.
+    A service process writes the logs, on a busy machine even after the client has finished: waits for their last record.
     """
     pb = pytest.importorskip("wandb.proto.wandb_internal_pb2")
     logs, end = list(folder.glob("wandb/offline-run-*/*.wandb")), time.monotonic() + 60
-    while time.monotonic() < end and not all(_whole(path.read_bytes(), pb) for path in logs):
+    while time.monotonic() < end and not all(_complete(path.read_bytes(), pb) for path in logs):
         time.sleep(0.1)
     rows, runs = [], []
     for path in sorted(logs, key=lambda path: path.stat().st_mtime_ns):
@@ -129,8 +137,8 @@ def wandb_rows(folder):
     return rows, runs
 
 
-def _whole(data, pb):
-    """Whether a log ends as it does once the run has been closed."""
+def _complete(data, pb):
+    """Whether a log ends with the record that closes the run."""
     from google.protobuf.message import DecodeError
 
     try:
@@ -140,7 +148,7 @@ def _whole(data, pb):
 
 
 def _records(data, pb):
-    """Protocol buffers in a log of LevelDB's form: blocks of 32 KiB, chunks of (checksum, length, kind)."""
+    """The protocol buffers in a log in LevelDB's format: 32 KiB blocks of chunks (checksum, length, kind)."""
     assert data[:4] == b":W&B"
     position, parts = 7, b""
     while position + 7 <= len(data):
@@ -153,28 +161,28 @@ def _records(data, pb):
             return
         parts += data[position + 7 : position + 7 + length]
         position += 7 + length
-        if kind in (1, 4):  # a whole record, or the last part of one
+        if kind in (1, 4):  # a complete record, or the last part of one
             yield pb.Record.FromString(parts)
             parts = b""
 
 
 @pytest.fixture
 def offline(tmp_path, monkeypatch):
-    """A run folder and a config that logs offline; the working directory is another, empty folder."""
+    """A function that makes the `RunInfo` of an offline run; the working directory is another folder and stays empty."""
     pytest.importorskip("wandb")
     run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     run.mkdir()
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
     monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "cache"))
-    yield run, RunConfig(monitor=MonitorConfig(wandb="offline", wandb_project="plays"))
+    yield functools.partial(run_info, run, wandb="offline", wandb_project="plays")
     assert list(elsewhere.iterdir()) == []
 
 
-def test_wandb_has_every_figure_at_its_step(offline):
-    run, config = offline
-    told = []
-    sink = WandbSink(run, config, told.append)
+def test_wandb_has_every_metric_at_its_step(offline):
+    messages = []
+    info = offline(report=messages.append)
+    run, sink = info.folder, WandbSink(info)
     for step in (1, 2):
         sink.log(train_record(step))
     sink.log(val_record(2))
@@ -192,42 +200,42 @@ def test_wandb_has_every_figure_at_its_step(offline):
     assert table["data"] == [[2, "To be", " or not"]]
     assert (header.project, header.display_name) == ("plays", "run")
     settings = {item.key: json.loads(item.value_json) for item in header.config.update}
-    assert settings["model"]["n_layer"] == config.model.n_layer
-    assert len(told) == 1
-    assert "wandb sync" in told[0]
+    assert settings["model"]["n_layer"] == RunConfig().model.n_layer
+    assert len(messages) == 1
+    assert "wandb sync" in messages[0]
 
 
 def test_wandb_resumes_the_same_record_and_sends_nothing_twice(offline):
-    run, config = offline
-    first = WandbSink(run, config, lambda text: None)
+    info = offline()
+    first = WandbSink(info)
     for step in range(1, 8):
         first.log(train_record(step))
     first.log(val_record(5))
     first.close()
-    again = WandbSink(run, config, lambda text: None)  # from the checkpoint of step 4
+    resumed = WandbSink(info)  # from the checkpoint of step 4
     for step in range(5, 10):
-        again.log(train_record(step))
+        resumed.log(train_record(step))
     for step in (5, 10):
-        again.log(val_record(step))
-    again.close()
-    rows, headers = wandb_rows(run)
+        resumed.log(val_record(step))
+    resumed.close()
+    rows, headers = wandb_rows(info.folder)
     assert len(headers) == 2
     assert len({header.run_id for header in headers}) == 1
     assert [row["step"] for row in rows if "train/loss" in row] == list(range(1, 10))
     assert [row["step"] for row in rows if "val/loss" in row] == [5, 10]
-    assert [row["_step"] for row in rows] == list(range(len(rows)))  # the service takes rows in rising order only
+    assert [row["_step"] for row in rows] == list(range(len(rows)))  # W&B accepts rows in increasing order only
 
 
 def test_a_damaged_record_of_the_run_id_is_named(offline):
-    run, config = offline
+    info = offline()
     for text in ("{", '{"id": "../x", "rows": 0, "done": {}}', '{"id": "abc", "rows": "1", "done": {}}', "[]"):
-        (run / "wandb.json").write_text(text)
+        (info.folder / "wandb.json").write_text(text)
         with pytest.raises(UserError, match=r"wandb\.json: is damaged: remove it"):
-            WandbSink(run, config, lambda text: None)
+            WandbSink(info)
 
 
 def in_a_fresh_process(code, tmp_path, **env):
-    """Run code in a process without the user's keys, its input closed."""
+    """Run code in a process without the user's API keys and with empty standard input."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     clean |= {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc"), **env}
     return subprocess.run(
@@ -256,20 +264,21 @@ def test_online_without_a_key_is_one_line_and_no_prompt(tmp_path):
     assert "--monitor.wandb offline" in done.stdout
 
 
-def test_a_server_out_of_reach_leaves_the_record_in_the_run_folder(tmp_path):
+def test_an_unreachable_server_keeps_the_record_in_the_run_folder(tmp_path):
     pytest.importorskip("wandb")
     (tmp_path / "run").mkdir()
     code = (
         "from pathlib import Path\n"
-        "from bardling.config import MonitorConfig, RunConfig\n"
+        "from bardling.config import MonitorConfig\n"
         "import bardling.monitor.wandb as module\n"
+        "from bardling.monitor import RunInfo\n"
         "from bardling.monitor.services import Services\n"
         "module.INIT_SECONDS = 2.0\n"
-        "services = Services(Path('run'), RunConfig(monitor=MonitorConfig(wandb='online')), 0, print)\n"
+        "services = Services(RunInfo(Path('run'), 0, MonitorConfig(wandb='online'), {}, '', print))\n"
         "services.log({'kind': 'train', 'step': 1, 'loss': 2.5})\n"
         "services.close()\n"
     )
-    # A port of this machine where nobody listens.
+    # A local port on which nothing listens.
     done = in_a_fresh_process(code, tmp_path, WANDB_API_KEY="a" * 40, WANDB_BASE_URL="http://127.0.0.1:9")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("cannot be reached") == 1
@@ -295,45 +304,52 @@ def test_a_missing_package_names_the_extra(package, config, monkeypatch):
 class _Failing:
     """A service whose calls fail from the second one on."""
 
-    name = "TensorBoard"
+    title = "TensorBoard"
 
-    def __init__(self, *arguments):
-        self.taken = []
+    def __init__(self, run):
+        self.records = []
 
-    def log(self, values):
-        if self.taken:
+    @staticmethod
+    def enabled(config):
+        return config.tensorboard
+
+    @staticmethod
+    def check(config):
+        pass
+
+    def log(self, record):
+        if self.records:
             raise OSError("network\nis down")
-        self.taken.append(values)
+        self.records.append(record)
 
     def close(self):
-        raise AssertionError("a service that failed is left alone")
+        raise AssertionError("a service that failed must not be used again")
 
 
-def test_a_service_that_fails_is_named_once_and_left_out(tmp_path, monkeypatch):
-    pytest.importorskip("tensorboard")
-    monkeypatch.setattr(services_module, "TensorBoardSink", _Failing)
-    told = []
-    services = Services(tmp_path, RunConfig(monitor=MonitorConfig(tensorboard=True)), 0, told.append)
+def test_a_service_that_fails_is_reported_once_and_dropped(tmp_path, monkeypatch):
+    monkeypatch.setattr(services_module, "SERVICES", (_Failing,))
+    messages = []
+    services = Services(run_info(tmp_path, report=messages.append, tensorboard=True))
     for step in (1, 2, 3):
         services.log(train_record(step))
     services.close()
-    assert len(told) == 1
-    assert "TensorBoard failed" in told[0]
-    assert "network is down" in told[0]
+    assert len(messages) == 1
+    assert "TensorBoard failed" in messages[0]
+    assert "network is down" in messages[0]
 
 
-def test_a_service_that_cannot_start_does_not_end_the_run(tmp_path):
+def test_a_service_that_cannot_start_does_not_stop_the_run(tmp_path):
     pytest.importorskip("tensorboard")
     (tmp_path / "tensorboard").write_text("a file is in the way")
-    told = []
-    services = Services(tmp_path, RunConfig(monitor=MonitorConfig(tensorboard=True)), 0, told.append)
+    messages = []
+    services = Services(run_info(tmp_path, report=messages.append, tensorboard=True))
     services.log(train_record(1))
     services.close()
-    assert len(told) == 1
+    assert len(messages) == 1
 
 
 def test_without_services_nothing_is_made(tmp_path):
-    services = Services(tmp_path, RunConfig(), 0)
+    services = Services(run_info(tmp_path))
     services.log(train_record(1))
     services.sample(1, "", ["text"])
     services.flush()

@@ -10,7 +10,7 @@ from torch import nn
 from bardling.config import OptimConfig
 from bardling.errors import UserError
 from bardling.optim.build import build_optimizer, set_learning_rate
-from bardling.optim.state import load_optimizer_tensors, optimizer_tensors
+from bardling.optim.serialization import load_optimizer_tensors, optimizer_tensors
 
 CPU = torch.device("cpu")
 CONFIG = OptimConfig(lr=1e-2, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)

@@ -1,4 +1,4 @@
-"""The running mean of weights against the recurrence in float64, and its way through files."""
+"""The EMA of the weights: the recurrence in float64, saving and loading."""
 
 import pytest
 import torch
@@ -68,7 +68,7 @@ def test_weights_come_back_to_the_bit_even_after_an_error():
     assert not torch.equal(before["0.weight"], ema.tensors()["0.weight"])
 
 
-def test_small_steps_of_narrow_weights_are_not_lost():
+def test_small_steps_of_bfloat16_weights_are_not_lost():
     parameter = nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
     ema = Ema({"w": parameter}, 0.999)
     with torch.no_grad():
@@ -83,7 +83,7 @@ def test_means_of_another_model_are_refused_and_change_nothing():
     model = net()
     ema = Ema(dict(model.named_parameters()), 0.9)
     good = {name: mean.clone() for name, mean in ema.tensors().items()}
-    with pytest.raises(UserError, match="'extra' is only in one"):
+    with pytest.raises(UserError, match="only one of them has the parameter 'extra'"):
         ema.load_tensors({**good, "extra": torch.zeros(1)})
     with pytest.raises(UserError, match=r"'0.weight' is float32\[5\].*\[4, 3\]"):
         ema.load_tensors({**{name: mean + 1 for name, mean in good.items()}, "0.weight": torch.zeros(5)})

@@ -16,10 +16,10 @@ from torch import nn
 from bardling.config import ModelConfig, OptimConfig
 from bardling.errors import UserError
 from bardling.model.gpt import GPT
-from bardling.optim.build import build_optimizer, row_splits, set_learning_rate, settle_muon_precision
+from bardling.optim.build import build_optimizer, resolve_muon_precision, row_splits, set_learning_rate
 from bardling.optim.muon import Muon
 from bardling.optim.polar import SAFETY, coefficients, orthogonalize, quintic
-from bardling.optim.state import load_optimizer_tensors, optimizer_tensors
+from bardling.optim.serialization import load_optimizer_tensors, optimizer_tensors
 
 CPU = torch.device("cpu")
 MODEL = ModelConfig(n_layer=2, n_head=4, n_embd=16, block_size=8, vocab_size=20, vocab_multiple=4)
@@ -264,12 +264,12 @@ def test_state_of_another_optimizer_or_incomplete_is_refused():
 
 def test_precision_follows_the_run():
     auto = OptimConfig(name="muon")
-    assert [settle_muon_precision(auto, name).muon_precision for name in ("float32", "bfloat16", "float16")] == [
+    assert [resolve_muon_precision(auto, name).muon_precision for name in ("float32", "bfloat16", "float16")] == [
         "float32",
         "bfloat16",
         "float32",
     ]
-    assert settle_muon_precision(CONFIG, "bfloat16") is CONFIG
+    assert resolve_muon_precision(CONFIG, "bfloat16") is CONFIG
 
 
 @pytest.mark.slow

@@ -1,20 +1,20 @@
-"""The curve's picture: written whole or not at all, drawn again over itself, and over nothing else."""
+"""The image of training curves: written atomically; redrawing replaces it, and no other file is overwritten."""
 
 import importlib.util
 
 import pytest
 
 from bardling.cli.main import main
-from bardling.configfile import config_to_toml
+from bardling.config.recipes import config_to_toml
 from bardling.errors import UserError
-from bardling.report.curve import check_picture, draw_curves
+from bardling.report.curve import check_image_path, draw_curves
 
-drawn = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs the plot extra")
+needs_matplotlib = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs the plot extra")
 
 
 @pytest.fixture
 def run(tiny, tmp_path):
-    """A run's folder with a few figures."""
+    """A run folder with a few metrics."""
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "config.toml").write_text(config_to_toml(tiny))
@@ -32,9 +32,9 @@ def refused(capsys, *argv):
     return error
 
 
-@drawn
+@needs_matplotlib
 @pytest.mark.parametrize(("kind", "begin"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF-"), ("PNG", b"\x89PNG")])
-def test_a_curve_is_drawn_again_over_itself(run, tmp_path, capsys, kind, begin):
+def test_redrawing_replaces_the_image(run, tmp_path, capsys, kind, begin):
     out = tmp_path / f"curve.{kind}"
     main(["report", str(run), "--out", str(out)])
     first = out.stat().st_ino
@@ -46,19 +46,19 @@ def test_a_curve_is_drawn_again_over_itself(run, tmp_path, capsys, kind, begin):
     assert {path.name for path in tmp_path.iterdir()} == {"run", out.name}
 
 
-@drawn
-def test_what_cannot_be_finished_leaves_the_old_picture(run, tmp_path, monkeypatch):
+@needs_matplotlib
+def test_a_failed_write_leaves_the_old_image(run, tmp_path, monkeypatch):
     from matplotlib.figure import Figure
 
     out = tmp_path / "curve.png"
     draw_curves([run], out)
     before = out.read_bytes()
 
-    def torn(self, file, **_):
+    def partial_write(self, file, **_):
         (file.write if hasattr(file, "write") else file.write_bytes)(b"\x89PNG half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Figure, "savefig", torn)
+    monkeypatch.setattr(Figure, "savefig", partial_write)
     with pytest.raises(UserError, match="cannot write: no space left on device"):
         draw_curves([run], out)
     assert out.read_bytes() == before
@@ -66,7 +66,7 @@ def test_what_cannot_be_finished_leaves_the_old_picture(run, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("content", [b"", b"steps = 3\n", b"\x89PNG\r\n\x1a\n of a holiday", b"notes on bardling report\n"])
-def test_a_file_that_was_not_drawn_here_is_left(run, tmp_path, capsys, content):
+def test_a_file_from_elsewhere_is_not_overwritten(run, tmp_path, capsys, content):
     out = tmp_path / "mine.png"
     out.write_bytes(content)
     assert "remove it, or choose another --out" in refused(capsys, run, "--out", out)
@@ -74,13 +74,13 @@ def test_a_file_that_was_not_drawn_here_is_left(run, tmp_path, capsys, content):
 
 
 @pytest.mark.parametrize("name", ["config.toml", "metrics.jsonl", "config", "new.txt"])
-def test_only_pictures_are_written(run, capsys, name):
+def test_only_image_names_are_accepted(run, capsys, name):
     before = {path.name: path.read_bytes() for path in run.iterdir()}
-    assert "let --out end in .png, .svg, .pdf" in refused(capsys, run, "--out", run / name)
+    assert "use a name that ends in .png, .svg, .pdf" in refused(capsys, run, "--out", run / name)
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
 
 
-def test_a_folder_is_in_the_way(tmp_path):
+def test_a_folder_is_not_overwritten(tmp_path):
     (tmp_path / "a.png").mkdir()
-    with pytest.raises(UserError, match="exists already"):
-        check_picture(tmp_path / "a.png")
+    with pytest.raises(UserError, match="already exists"):
+        check_image_path(tmp_path / "a.png")

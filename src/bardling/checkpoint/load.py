@@ -1,138 +1,117 @@
-"""Open what a user points at, whoever wrote it: a run, one of its checkpoints, a `transformers` folder, a model on the hub, a
-checkpoint of nanoGPT (`ckpt.pt`, or the folder it lies in) or of nano-gpt (`checkpoint_005000.bin`).
+"""Open any model a user points at: a run, one of its checkpoints, a `transformers` folder, a model on the hub, a checkpoint of
+nanoGPT (`ckpt.pt` or its folder) or of nano-gpt (`checkpoint_005000.bin`); and what a resumed run continues from.
 """
 
 import dataclasses
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from bardling.checkpoint.runfolder import RunFolder, open_run
-from bardling.checkpoint.state import read_checkpoint, read_model
+from bardling.checkpoint.contents import Checkpoint, read_checkpoint, read_model
+from bardling.checkpoint.run_folder import RunFolder, open_run
 from bardling.config import ModelConfig
-from bardling.data.tokenizer import Tokenizer, load_tokenizer
+from bardling.config.architecture import GPT2_VOCAB_SIZE
+from bardling.data.tokens.token_files import gpt2_tokenizer, read_meta
+from bardling.data.tokens.tokenizer import Tokenizer, load_tokenizer
+from bardling.distributed.context import Context
 from bardling.errors import UserError
-from bardling.interop.hub import fetch_model, is_hub_name
 from bardling.interop.huggingface import load_hf_folder
 from bardling.interop.imported import ImportedCheckpoint
 from bardling.interop.nano_gpt import read_nano_gpt_checkpoint
 from bardling.interop.nanogpt_checkpoint import read_nanogpt_checkpoint
-from bardling.interop.tokenfiles import gpt2_tokenizer, read_meta
+from bardling.interop.pretrained import fetch_model, is_hub_name
 from bardling.model.gpt import GPT
-from bardling.model.init import POSITIONS, crop_block_size, crop_positions
-
-GPT2_VOCAB = 50257
+from bardling.model.init import crop_block_size
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model with what is known of it; the state of its training is there only when it was asked for and exists."""
+    """A model and what is known about it; its training state is present only if requested and available."""
 
     config: ModelConfig
-    state: dict[str, Tensor]  # as GPT.state_dict()
+    state: dict[str, Tensor]  # GPT.state_dict()
     tokenizer: Tokenizer | None = None
     optimizer_tensors: dict[str, Tensor] = field(default_factory=dict)
-    optimizer_meta: dict[str, Any] = field(default_factory=dict)
+    optimizer_meta: Mapping[str, Any] = field(default_factory=dict)
     step: int = 0
     best_val_loss: float | None = None
-    foreign: ImportedCheckpoint | None = None  # what another trainer's file said
+    imported: ImportedCheckpoint | None = None  # the content of another trainer's file
 
     def cropped(self, block_size: int) -> "Loaded":
-        """The same with at most `block_size` positions, in the weights and in the optimizer's state."""
+        """A copy with at most `block_size` positions, in the weights and in the optimizer state."""
         if block_size >= self.config.block_size:
             return self
-        tensors = {
-            name: crop_positions(tensor, block_size) if name.startswith(POSITIONS) and tensor.ndim else tensor
-            for name, tensor in self.optimizer_tensors.items()
-        }
-        config = dataclasses.replace(self.config, block_size=block_size)
         return dataclasses.replace(
-            self, config=config, state=crop_block_size(self.state, block_size), optimizer_tensors=tensors
+            self,
+            config=dataclasses.replace(self.config, block_size=block_size),
+            state=crop_block_size(self.state, block_size),
+            optimizer_tensors=crop_block_size(self.optimizer_tensors, block_size),
         )
 
     def build(self) -> GPT:
-        """The model, in host memory and evaluation mode."""
+        """Build the model in host memory and evaluation mode."""
         model = GPT(self.config, seed=None)
         model.load_state_dict(self.state)
         return model.eval()
 
 
 def load(spec: str | Path, *, best: bool = False, training: bool = False) -> Loaded:
-    """Open a model.
+    """Open a model; raises a `UserError` if there is no such model, or it is damaged or unsafe.
 
     Args:
         spec: a run, a checkpoint, a folder or file of another trainer, or a name on the hub.
-        best: of a run, the checkpoint with the best validation loss instead of the newest.
-        training: also read the optimizer's state, where there is one.
-
-    Raises:
-        UserError: there is nothing of the kind, or it is damaged or unsafe.
+        best: of a run, the checkpoint with the best validation loss instead of the latest.
+        training: also read the optimizer state, if there is one.
     """
     path = Path(spec)
     if path.is_file():
-        return _foreign(path)
+        return _load_imported(path)
     if not path.exists() and is_hub_name(str(spec)):
-        return _folder(fetch_model(str(spec)))
+        return _load_hf(fetch_model(str(spec)))
     if path.is_dir() and not (path / "config.toml").is_file() and (path / "ckpt.pt").is_file():
-        return _foreign(path / "ckpt.pt")
+        return _load_imported(path / "ckpt.pt")
     folder = find_checkpoint(path, best=best)
     if not (folder / "training.json").is_file():
-        return _folder(folder)
+        return _load_hf(folder)
     if not training:
         config, state = read_model(folder)
         return Loaded(config, state, _tokenizer(folder))
-    whole = read_checkpoint(folder)
-    return Loaded(
-        whole.model_config,
-        whole.model_state,
-        _tokenizer(folder),
-        whole.optimizer_tensors,
-        whole.optimizer_meta,
-        whole.training["step"],
-        whole.training["best_val_loss"],
-    )
+    found = read_checkpoint(folder)
+    tokenizer, step, loss = _tokenizer(folder), found.training["step"], found.training["best_val_loss"]
+    return Loaded(found.model_config, found.model_state, tokenizer, found.optimizer_tensors, found.optimizer_meta, step, loss)
 
 
 def load_model(spec: Path | str, *, best: bool = False) -> GPT:
-    """The model that `spec` means (see `load`), in host memory and evaluation mode."""
+    """Load the model `spec` (see `load`) in host memory and evaluation mode."""
     return load(spec, best=best).build()
 
 
-def _folder(folder: Path) -> Loaded:
+def _load_hf(folder: Path) -> Loaded:
     model = load_hf_folder(folder)
     return Loaded(model.config, model.state_dict(), _tokenizer(folder))
 
 
-def _foreign(path: Path) -> Loaded:
-    """A checkpoint file of nanoGPT or nano-gpt, told apart by their names' endings."""
+def _load_imported(path: Path) -> Loaded:
+    """Load a checkpoint file of nano-gpt (`.bin`) or nanoGPT (any other name)."""
     found = read_nano_gpt_checkpoint(path) if path.suffix == ".bin" else read_nanogpt_checkpoint(path)
-    meta = found.optimizer_meta if found.optimizer else {}
-    return Loaded(
-        found.config,
-        found.weights,
-        _tokenizer(path.parent) or _foreign_tokenizer(path, found),
-        found.optimizer or {},
-        meta,
-        found.step,
-        found.best_val_loss,
-        found,
-    )
+    tokenizer, optimizer = _tokenizer(path.parent) or _imported_tokenizer(path, found), found.optimizer or {}
+    meta = found.optimizer_meta if optimizer else {}
+    return Loaded(found.config, found.weights, tokenizer, optimizer, meta, found.step, found.best_val_loss, found)
 
 
-def _foreign_tokenizer(path: Path, found: ImportedCheckpoint) -> Tokenizer | None:
-    """The tokenizer of a nanoGPT checkpoint: of a meta.pkl beside it or in its dataset's folder, or else GPT-2's."""
-    if (path.parent / "meta.pkl").is_file():
-        return read_meta(path.parent / "meta.pkl")[1]
-    dataset = found.settings.get("dataset")
+def _imported_tokenizer(path: Path, found: ImportedCheckpoint) -> Tokenizer | None:
+    """The tokenizer of a nanoGPT checkpoint: from a meta.pkl beside it or in its dataset's folder, else GPT-2's."""
+    folders, dataset = [path.parent], found.settings.get("dataset")
     if isinstance(dataset, str):
-        for base in (Path(), path.parent, path.parent.parent):
-            meta = base / "data" / dataset / "meta.pkl"
-            if meta.is_file():
-                return read_meta(meta)[1]
-    return gpt2_tokenizer() if found.config.vocab_size >= GPT2_VOCAB else None
+        folders += [base / "data" / dataset for base in (Path(), path.parent, path.parent.parent)]
+    for folder in folders:
+        if (folder / "meta.pkl").is_file():
+            return read_meta(folder / "meta.pkl")[1]
+    return gpt2_tokenizer() if found.config.vocab_size >= GPT2_VOCAB_SIZE else None
 
 
 def _tokenizer(folder: Path) -> Tokenizer | None:
@@ -140,28 +119,19 @@ def _tokenizer(folder: Path) -> Tokenizer | None:
 
 
 def find_checkpoint(path: Path, *, best: bool = False) -> Path:
-    """The checkpoint folder that `path` means: itself, or the newest sound one (or the best one) of a run.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The checkpoint folder for `path`: itself, or the latest valid (or the best) checkpoint of a run."""
     if (path / "config.json").is_file():
         return path
     run = open_run(path)
-    found = run.store().best() if best else run.store().latest(lambda message: print(f"bardling: {message}", file=sys.stderr))
+    found = run.store().best() if best else run.store().latest(_report)
     if found is None:
-        raise UserError(
-            f"{path}: has no {'best ' if best else ''}checkpoint yet; `bardling resume {path}` goes on with the run"
-        )
+        kind = "best checkpoint" if best else "checkpoint"
+        raise UserError(f"{path}: has no {kind} yet; continue the run with `bardling resume {path}`")
     return found
 
 
 def load_tokenizer_of(spec: Path | str) -> Tokenizer:
-    """The tokenizer of a run, a checkpoint or a model's folder.
-
-    Raises:
-        UserError: it has none.
-    """
+    """Load the tokenizer of a run, a checkpoint or a model folder."""
     folder = fetch_model(str(spec)) if is_hub_name(str(spec)) else Path(spec)
     if not (folder / "tokenizer.json").is_file() and not (folder / "ckpt.pt").is_file() and folder.is_dir():
         folder = find_checkpoint(folder)
@@ -171,8 +141,42 @@ def load_tokenizer_of(spec: Path | str) -> Tokenizer:
 
 
 def run_of(path: Path) -> RunFolder | None:
-    """The run that `path` is, or that it is a checkpoint of."""
+    """The run at `path`, or the run that the checkpoint `path` belongs to."""
     for folder in (path, path.absolute().parent.parent):
         if (folder / "config.toml").is_file():
             return RunFolder(folder)
     return None
+
+
+def latest_checkpoint(folder: RunFolder, context: Context) -> Checkpoint | None:
+    """The latest valid checkpoint of a run; None if there are none, a `UserError` if all are damaged."""
+    checkpoint, error = None, None
+    if context.is_primary:
+        try:
+            checkpoint = _latest(folder)
+        except UserError as failure:
+            error = str(failure)
+    # As the primary found it: processes must not start with different checkpoints.
+    step, error = context.broadcast((None if checkpoint is None else checkpoint.training["step"], error))
+    if error is not None:
+        raise UserError(error)
+    return checkpoint if context.is_primary or step is None else read_checkpoint(folder.store().path(step))
+
+
+def _latest(folder: RunFolder) -> Checkpoint | None:
+    store = folder.store()
+    for path in store.valid_checkpoints(_report):
+        try:
+            return read_checkpoint(path)
+        except UserError as unreadable:  # all checksums match, and yet the content is not usable
+            _report(f"{path}: cannot be used and is skipped: {unreadable}")
+    if store.steps():
+        raise UserError(
+            f"{store.path(store.steps()[-1])}: every checkpoint of this run is damaged (see above): restore one from a copy, "
+            "or start a new run"
+        )
+    return None
+
+
+def _report(message: str) -> None:
+    print(f"bardling: {message}", file=sys.stderr)

@@ -1,7 +1,7 @@
-"""The state of every random number generator of this process, as named tensors.
+"""The state of this process's random number generators, as named tensors.
 
-Python's `random`, NumPy's global generator, PyTorch's on the CPU and on each CUDA device. They are kept as tensors so that a
-checkpoint needs no pickle. On CUDA dropout draws from the device's generator, hence one entry per device.
+Covers Python's `random`, NumPy's global generator, and PyTorch's on the CPU and on each CUDA device (which dropout uses). The
+states are tensors, so that a checkpoint needs no pickle.
 """
 
 import random
@@ -15,7 +15,7 @@ from bardling.errors import UserError
 
 
 def rng_state() -> dict[str, Tensor]:
-    """Capture the generators.
+    """Capture the state of all generators.
 
     Entries: `python` int64[626] (version, 625 words), `python.gauss` float64[0 or 1], `numpy` int64[626] (624 words,
     position, has_gauss), `numpy.gauss` float64[1], `torch` uint8[...], `cuda.N` uint8[...].
@@ -37,11 +37,7 @@ def rng_state() -> dict[str, Tensor]:
 
 
 def restore_rng(state: Mapping[str, Tensor]) -> None:
-    """Put the generators back; entries of CUDA devices that are not here are left out.
-
-    Raises:
-        UserError: an entry is missing or malformed.
-    """
+    """Restore the generators; entries for CUDA devices that this machine lacks are ignored."""
     try:
         version, *words = state["python"].tolist()
         [*gauss] = state["python.gauss"].tolist()
@@ -55,4 +51,6 @@ def restore_rng(state: Mapping[str, Tensor]) -> None:
             if f"cuda.{index}" in state:
                 torch.cuda.set_rng_state(state[f"cuda.{index}"], index)
     except (KeyError, ValueError, TypeError, OverflowError, RuntimeError) as error:
-        raise UserError(f"the checkpoint's random number states are malformed ({error}): take another checkpoint") from None
+        raise UserError(
+            f"the checkpoint's random number generator states are malformed ({error}): use another checkpoint"
+        ) from None

@@ -1,12 +1,10 @@
-"""A folder of checkpoints, each of which appears whole or not at all.
+"""A folder of checkpoints, each of which appears complete or not at all.
 
-A checkpoint is written into a hidden folder beside the others, every file is flushed to the disk, a manifest with checksums
-is added, and one rename makes it visible. Nothing older is deleted before that rename is durable. A process may be killed
-between any two operations: what it leaves is either invisible (and removed by the next save) or whole. The store knows
-files, not tensors.
-
-Names: `step-000500` is a checkpoint; `.tmp-step-000500-PID` is being written or deleted; `.old-step-000500` is a checkpoint
-that makes room for a new one of the same step, and stands in for it until that is there.
+A checkpoint is written into a hidden folder. Every file is synced to disk, a manifest with checksums is added, and one rename
+makes it visible. Nothing older is deleted before that is durable. A process may be killed between any two operations: what it
+leaves is either complete or invisible, and the next save removes it. Names: `step-000500` is a checkpoint;
+`.tmp-step-000500-PID` is being written or deleted; `.old-step-000500` is being replaced by a new checkpoint of the same step,
+and stands in for it until that is there.
 """
 
 import contextlib
@@ -17,9 +15,9 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from bardling.checkpoint import manifest as manifests
+from bardling.checkpoint.checksums import MANIFEST_NAME, build_manifest, find_problems, read_manifest
 from bardling.errors import UserError
-from bardling.files import another_lives, sync_folder
+from bardling.files.atomic import other_process_alive, sync_folder
 from bardling.monitor.format import size_bytes
 
 _STEP = re.compile(r"(?:\.old-)?step-(\d{6,18})")
@@ -31,83 +29,73 @@ class CheckpointStore:
 
     Args:
         folder: usually `RUN/checkpoints`.
-        keep_last: newest checkpoints that `save` keeps; besides these
-        keep_best: the newest of those that were the best when they were saved;
-        keep_every: those whose step is divisible by this, for good (0: none).
+        keep_last: how many of the latest checkpoints `save` keeps.
+        keep_best: also keep this many of the latest checkpoints that were the best when saved.
+        keep_every: also keep, permanently, those whose step is divisible by this (0: none).
     """
 
     def __init__(self, folder: Path, keep_last: int, *, keep_best: int = 1, keep_every: int = 0) -> None:
         if keep_last < 1 or keep_best < 0 or keep_every < 0:
             raise ValueError(
-                f"keep_last = {keep_last} must be at least 1, keep_best = {keep_best}, keep_every = {keep_every} 0"
+                f"keep_last = {keep_last} must be at least 1; keep_best = {keep_best} and keep_every = {keep_every} at least 0"
             )
         self.folder = folder
         self.keep_last, self.keep_best, self.keep_every = keep_last, keep_best, keep_every
 
     def steps(self) -> list[int]:
-        """Steps of all checkpoints, rising; damaged ones too."""
+        """Steps of all checkpoints in ascending order, including damaged ones."""
         try:
-            entries = [entry for entry in self.folder.iterdir() if entry.is_dir() and not entry.is_symlink()]
+            names = [entry.name for entry in self.folder.iterdir() if entry.is_dir() and not entry.is_symlink()]
         except FileNotFoundError:
             return []
         except OSError as error:
             raise UserError(f"{self.folder}: cannot be read ({_reason(error)})") from None
-        return sorted({int(match[1]) for match in (_STEP.fullmatch(entry.name) for entry in entries) if match})
+        return sorted({int(match[1]) for match in map(_STEP.fullmatch, names) if match})
 
     def path(self, step: int) -> Path:
         """Folder of a step's checkpoint, whether it exists or not."""
-        path, old = self._place(step), self._old(step)
+        path, old = self._visible(step), self._old(step)
         return old if not path.exists() and old.exists() else path
 
     def verify(self, path: Path, progress: Callable[[int], None] | None = None) -> list[str]:
-        """Read a whole checkpoint and return what is wrong with it: empty when it is sound.
-
-        Args:
-            progress: called now and then with the bytes read since the last call.
-        """
+        """Read every file of a checkpoint and list its problems; `progress` gets the number of bytes of each read."""
         try:
             return self._check(path, checksums=True, progress=progress)
         except OSError as error:
             return [f"{Path(error.filename or path).name} cannot be read ({_reason(error)})"]
 
     def latest(self, report: Callable[[str], None]) -> Path | None:
-        """The newest sound checkpoint, or None. Each damaged one before it is named, with the reason, through `report`."""
-        return next(self.sound(report), None)
+        """The latest valid checkpoint, or None. Later, damaged ones are reported as by `valid_checkpoints`."""
+        return next(self.valid_checkpoints(report), None)
 
-    def sound(self, report: Callable[[str], None]) -> Iterator[Path]:
-        """The sound checkpoints, newest first, each verified when its turn comes; damaged ones are named as by `latest`."""
+    def valid_checkpoints(self, report: Callable[[str], None]) -> Iterator[Path]:
+        """Yield the valid checkpoints, latest first, checking each one lazily; `report` gets a line for each damaged one."""
         for step in reversed(self.steps()):
             path = self.path(step)
-            found = self.verify(path)
-            if not found:
+            if problems := self.verify(path):
+                more = f", and {len(problems) - 1} more problems" if len(problems) > 1 else ""
+                report(f"{path}: is damaged and skipped: {problems[0]}{more}")
+            else:
                 yield path
-                continue
-            more = f", and {len(found) - 1} more problems" if len(found) > 1 else ""
-            report(f"{path}: is damaged and passed over: {found[0]}{more}")
 
     def best(self) -> Path | None:
-        """The sound checkpoint with the best validation loss, or None."""
+        """The valid checkpoint with the best validation loss, or None."""
         for path in map(self.path, reversed(self.steps())):
-            try:
+            with contextlib.suppress(OSError):  # for a reader, an unreadable checkpoint is as good as damaged
                 if self._is_best(path) and not self.verify(path):
                     return path
-            except OSError:
-                continue  # as good as damaged, for who only reads
         return None
 
     def save(self, step: int, write: Callable[[Path], None], *, best: bool = False) -> Path:
-        """Save a checkpoint, then delete those that are no longer kept.
+        """Save a checkpoint, replacing one of the same step, then delete those that are no longer kept.
 
-        A checkpoint of the same step is replaced.
+        If the disk is full or the folder cannot be written, a `UserError` says so, and all older checkpoints are unchanged.
 
         Args:
-            write: puts the files into the empty folder that it is given.
+            write: writes the files into the empty folder it receives.
             best: the validation loss at this step is the lowest so far.
-
-        Raises:
-            UserError: the disk is full or the folder cannot be written; every older checkpoint is still there.
         """
-        place, old = self._place(step), self._old(step)
+        path, old = self._visible(step), self._old(step)
         temporary = self._temporary(step)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -115,119 +103,111 @@ class CheckpointStore:
             temporary.mkdir()
             write(temporary)
             self._seal(temporary, step, best)
-            if place.exists():
-                place.rename(old)
-            temporary.rename(place)
+            if path.exists():
+                path.rename(old)
+            temporary.rename(path)
             sync_folder(self.folder)
         except BaseException as error:
             shutil.rmtree(temporary, ignore_errors=True)
-            if old.exists() and not place.exists():
-                with contextlib.suppress(OSError):  # if this fails too, readers still find the old one under its other name
-                    old.rename(place)
+            if old.exists() and not path.exists():
+                with contextlib.suppress(OSError):  # if this fails too, readers still find it under its other name
+                    old.rename(path)
             if isinstance(error, OSError):
-                raise UserError(self._explain(error)) from error
+                raise UserError(self._save_error(error)) from error
             raise
-        # The new one is durable. Should deleting fail, the next save tries again.
+        # The new checkpoint is durable. If deleting fails, the next save tries again.
         with contextlib.suppress(OSError, UserError):
-            self._discard(old)
-            self._retain(step)
-        return place
+            self._delete(old, step)
+            self._delete_old_checkpoints(step)
+        return path
 
     def _seal(self, folder: Path, step: int, best: bool) -> None:
-        """Make a folder's files durable and add the manifest."""
-        manifest = manifests.describe(folder, step, best)
+        """Sync a folder's files to disk and add the manifest."""
+        manifest = build_manifest(folder, step, best)
         for name in manifest.files:
-            _sync_file(folder / name)
-        with (folder / manifests.NAME).open("w", encoding="utf-8") as file:
-            file.write(manifest.to_json())
-            file.flush()
-            os.fsync(file.fileno())
+            with (folder / name).open("rb") as file:
+                os.fsync(file.fileno())
+        with (folder / MANIFEST_NAME).open("w", encoding="utf-8") as text:
+            text.write(manifest.to_json())
+            text.flush()
+            os.fsync(text.fileno())
         for root, _, _ in os.walk(folder, topdown=False):
             sync_folder(Path(root))
 
-    def _retain(self, saved: int) -> None:
-        """Delete what is older than the checkpoint just saved and no longer kept.
+    def _delete_old_checkpoints(self, saved: int) -> None:
+        """Delete the checkpoints older than step `saved`, which was just saved, that are no longer kept.
 
-        Only checkpoints whose files are all there in full size count, the one just saved included; what is newer than `saved`
-        stays, since it can only be a damaged one that was passed over or someone's own choice.
-
-        Raises:
-            OSError: something cannot be read just now; then nothing more is deleted.
+        Only complete checkpoints (all files present with the right size) count toward the limits. Newer ones than `saved` stay:
+        they are damaged ones that were skipped, or the user's own choice. If something cannot be read, nothing more is deleted.
         """
         if self._check(self.path(saved), checksums=False):
             return
         older = [step for step in reversed(self.steps()) if step < saved]
-        whole = [step for step in older if not self._check(self.path(step), checksums=False)]
-        best = [step for step in [saved, *whole] if self._is_best(self.path(step))]
-        keep = {*whole[: self.keep_last - 1], *best[: self.keep_best]}
-        keep.update(step for step in whole if self.keep_every and step % self.keep_every == 0)
+        complete = [step for step in older if not self._check(self.path(step), checksums=False)]
+        best = [step for step in [saved, *complete] if self._is_best(self.path(step))]
+        keep = {*complete[: self.keep_last - 1], *best[: self.keep_best]}
+        keep.update(step for step in complete if self.keep_every and step % self.keep_every == 0)
         for step in older:
             if step not in keep:
-                self._discard(self.path(step))
+                self._delete(self.path(step), step)
 
-    def tidy(self, *, alone: bool = False) -> None:
-        """Remove what killed processes left, and finish what they began.
+    def tidy(self, *, exclusive: bool = False) -> None:
+        """Remove what killed processes left behind, and finish their replacements.
 
         Args:
-            alone: no other process saves here, whatever the numbers of processes say; they come again in containers.
+            exclusive: no other process saves here, so temporary folders whose process seems to be alive are removed too:
+                process ids repeat in containers.
         """
         for entry in self.folder.glob(".tmp-*"):
             match = _TEMPORARY.fullmatch(entry.name)
-            if match and (alone or not another_lives(int(match[1]))):
+            if match and (exclusive or not other_process_alive(int(match[1]))):
                 shutil.rmtree(entry)
         for entry in self.folder.glob(".old-*"):
-            match = _STEP.fullmatch(entry.name)
-            if match is None:
-                continue
-            place = self._place(int(match[1]))
-            if place.exists() and not self.verify(place):
-                self._discard(entry)
-            else:
-                self._discard(place)
-                entry.rename(place)
+            if match := _STEP.fullmatch(entry.name):
+                path = self._visible(int(match[1]))
+                if path.exists() and not self.verify(path):
+                    self._delete(entry, int(match[1]))
+                else:
+                    self._delete(path, int(match[1]))
+                    entry.rename(path)
 
-    def _discard(self, path: Path) -> None:
-        """Delete a checkpoint; it vanishes at once, so that no part of it is ever seen."""
-        match = _STEP.fullmatch(path.name)
-        if match is None or not path.exists():
-            return
-        temporary = self._temporary(int(match[1]))
-        path.rename(temporary)
-        shutil.rmtree(temporary)
+    def _delete(self, path: Path, step: int) -> None:
+        """Delete the checkpoint of a step, if it exists. A rename hides it first, so that no part of it is ever visible."""
+        if path.exists():
+            shutil.rmtree(path.rename(self._temporary(step)))
 
     def _check(self, path: Path, *, checksums: bool, progress: Callable[[int], None] | None = None) -> list[str]:
         if path.is_symlink() or not path.is_dir():
-            return ["it is no folder"]
+            return ["it is not a folder"]
         try:
-            manifest = manifests.read_manifest(path)
+            manifest = read_manifest(path)
         except ValueError as error:
             return [str(error)]
-        name = _STEP.fullmatch(path.name)
-        if name and int(name[1]) != manifest.step:
-            return [f"it holds step {manifest.step}, not what its name says"]
-        return manifests.problems(path, manifest, checksums=checksums, progress=progress)
+        if (name := _STEP.fullmatch(path.name)) and int(name[1]) != manifest.step:
+            return [f"it contains step {manifest.step}, unlike its name"]
+        return find_problems(path, manifest, checksums=checksums, progress=progress)
 
     def _is_best(self, path: Path) -> bool:
-        """Whether the checkpoint was the best when it was saved; the newest such one is the best of all."""
+        """Whether the checkpoint was the best when it was saved; the latest such checkpoint is the best of all."""
         try:
-            return manifests.read_manifest(path).best
+            return read_manifest(path).best
         except ValueError:
             return False
 
-    def _explain(self, error: OSError) -> str:
-        """One line for a checkpoint that could not be saved."""
+    def _save_error(self, error: OSError) -> str:
+        """A one-line message for a checkpoint that could not be saved."""
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            where = error.filename or self.folder
-            return f"{where}: the checkpoint cannot be written ({_reason(error)}); older ones are untouched"
-        room = ""
+            path = error.filename or self.folder
+            return f"{path}: cannot write the checkpoint ({_reason(error)}); older checkpoints are unchanged"
+        details = ""
         with contextlib.suppress(OSError):
-            room = f", {size_bytes(shutil.disk_usage(self.folder).free)} are free"
+            details = f", {size_bytes(shutil.disk_usage(self.folder).free)} are free"
             if steps := self.steps():
                 size = sum(file.lstat().st_size for file in self.path(steps[-1]).rglob("*"))
-                room = f": a checkpoint takes about {size_bytes(size)}{room}"
-        return f"{self.folder}: the disk is full{room}; older checkpoints are untouched: make room"
+                details = f": a checkpoint takes about {size_bytes(size)}{details}"
+        return f"{self.folder}: the disk is full{details}; older checkpoints are unchanged: free some space"
 
-    def _place(self, step: int) -> Path:
+    def _visible(self, step: int) -> Path:
         return self.folder / f"step-{step:06d}"
 
     def _old(self, step: int) -> Path:
@@ -235,11 +215,6 @@ class CheckpointStore:
 
     def _temporary(self, step: int) -> Path:
         return self.folder / f".tmp-step-{step:06d}-{os.getpid()}"
-
-
-def _sync_file(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def _reason(error: OSError) -> str:

@@ -1,78 +1,95 @@
-"""`bardling bench RECIPE`: how fast a recipe trains on this machine."""
+"""`bardling bench RECIPE`: measure training speed on this machine."""
 
 import dataclasses
 import os
 import statistics
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
-import tyro
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
-from bardling.cli.dial import turned
-from bardling.cli.parse import parse
-from bardling.cli.progress import Progress
+from bardling.cli.recipe import Config, parse_recipe_command, with_depth
+from bardling.cli.tables import columns, facts, shape
 from bardling.config import RunConfig
-from bardling.configfile import load_recipe, recipe_names
-from bardling.errors import UserError
 from bardling.monitor.format import count, percent, size_bytes
+from bardling.monitor.progress import ProgressBar
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from bardling.bench import BenchResult
+    from bardling.tools.bench import BenchResult
 
 TOP_OPERATORS = 10
 
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """Options of `bardling bench`."""
-
     steps: int = 20
     """Optimizer steps to time."""
     warmup: int = 5
-    """Steps before these, which pay for compilation and memory."""
+    """Untimed steps before these, which include compilation and memory allocation."""
     data: Literal["random", "real"] = "random"
-    """Random tokens, or the recipe's own data (prepared first if need be)."""
+    """Random tokens, or the recipe's data (prepared first if necessary)."""
     profile: Path | None = None
-    """Folder for a trace of three more steps, which Perfetto, chrome://tracing and TensorBoard open."""
-    config: Annotated[RunConfig, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff] = field(default_factory=RunConfig)
+    """Folder for a profiler trace of three more steps, for Perfetto, chrome://tracing or TensorBoard."""
+    config: Config = field(default_factory=RunConfig)
 
 
 def run(argv: Sequence[str]) -> None:
-    """Parse, measure, print."""
-    from bardling.cli.nanogpt import bench_options, is_nanogpt
+    from bardling.cli.nanogpt import is_nanogpt
     from bardling.interop.nanogpt_keys import BENCH_KEYS
 
     if is_nanogpt(argv, BENCH_KEYS):
-        main(bench_options(argv))
+        main(nanogpt_options(argv))
         return
-    recipe, rest = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("", argv)
-    if not recipe and not any(word in ("-h", "--help") for word in rest):
-        raise UserError(f"bardling bench RECIPE [options]: name a recipe first: {', '.join(recipe_names())}, or a TOML file")
-    options = parse(
+    recipe, rest, options = parse_recipe_command(
+        "bench",
         BenchOptions,
-        rest,
-        prog=f"bardling bench {recipe or 'RECIPE'}",
-        description=(
-            "Measure step time, tokens a second, MFU and memory of a recipe on this machine; nothing is saved. RECIPE is a "
-            f"shipped name ({', '.join(recipe_names())}) or a TOML file; options override its values."
-        ),
-        default=BenchOptions(config=load_recipe(recipe, whole=not rest) if recipe else RunConfig()),
+        argv,
+        "Measure step time, tokens per second, MFU and memory of a recipe on this machine. Nothing is saved.",
     )
-    main(dataclasses.replace(options, config=turned(options.config, recipe, rest)))
+    main(dataclasses.replace(options, config=with_depth(options.config, recipe, rest)))
+
+
+def nanogpt_options(argv: Sequence[str]) -> BenchOptions:
+    """Translate a nanoGPT benchmark command: GPT-2 124M, 10 warm-up steps, then 20 timed steps."""
+    from bardling.data.tokens.token_files import NANOGPT_VOCAB
+    from bardling.interop.nanogpt import run_config_from_nanogpt
+    from bardling.interop.nanogpt_keys import BENCH_DEFAULTS, BENCH_KEYS
+    from bardling.interop.python_config import read_nanogpt_arguments
+
+    settings = read_nanogpt_arguments(argv, BENCH_KEYS, BENCH_DEFAULTS)
+    values = {**BENCH_DEFAULTS, **settings}
+    shared = settings.keys() & {"batch_size", "block_size", "bias", "device", "dtype", "compile"}
+    fixed = {"gradient_accumulation_steps": 1, "dataset": "openwebtext", "learning_rate": 1e-4}
+    run = run_config_from_nanogpt({key: settings[key] for key in shared} | fixed)
+    real = values["real_data"] and Path(run.config.data.source).is_dir()
+    if values["real_data"] and not real:
+        print(
+            "bardling: real_data = True, but data/openwebtext/train.bin does not exist: using random tokens instead",
+            file=sys.stderr,
+        )
+    config = dataclasses.replace(
+        run.config,
+        seed=values["seed"],
+        model=dataclasses.replace(run.config.model, vocab_size=NANOGPT_VOCAB),
+        optim=dataclasses.replace(run.config.optim, weight_decay=1e-2),
+    )
+    folder = Path("bench_log") if values["profile"] else None
+    return BenchOptions(steps=20, warmup=10, data="real" if real else "random", profile=folder, config=config)
 
 
 def main(options: BenchOptions) -> None:
-    """Measure `options.config` and print the figures."""
+    """Measure `options.config` and print the result."""
     if options.profile is not None:
-        # PyTorch's profiler reads this when torch is imported; below 6 it reports its own start and stop.
+        # The profiler reads this when torch is imported; at levels below 6 it logs its own start and stop.
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-    from bardling.bench import bench  # here, so that help answers without importing torch
+    from bardling.tools.bench import bench  # imports torch
 
-    with Progress("measuring") as progress:
+    with ProgressBar("measuring") as progress:
         result = bench(
             options.config,
             steps=options.steps,
@@ -85,16 +102,11 @@ def main(options: BenchOptions) -> None:
 
 
 def show(result: "BenchResult", data: str) -> None:
-    """Print a result as tables that fit into 80 columns."""
-    from rich import box
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
+    """Print a result as tables of at most 80 columns."""
     console = Console(highlight=False)
-    model, plan = result.model, result.plan
+    model = result.model
     console.print(
-        f"[bold]{count(result.parameters)} parameters[/]; {model.n_layer} layers, {model.n_head} heads, width {model.n_embd}, "
+        f"[bold]{count(result.parameters)} parameters[/]; {shape(model)}, "
         f"context {model.block_size:,}, vocabulary {model.vocab_size:,}"
     )
     console.print(f"{escape(result.device)}; {data} tokens")
@@ -103,26 +115,31 @@ def show(result: "BenchResult", data: str) -> None:
     for note in result.notes:
         console.print(f"[yellow]note:[/] {escape(note)}")
     console.print()
+    console.print(_measurements(result))
+    if result.trace is not None:
+        console.print()
+        console.print(_operators(result))
+        console.print(f"trace: {escape(str(result.trace))}", soft_wrap=True)
 
-    table = Table(box=box.SIMPLE, show_header=False, show_edge=False, pad_edge=False)
-    table.add_column(no_wrap=True)
-    table.add_column(justify="right", no_wrap=True)
-    table.add_column(style="dim")
+
+def _measurements(result: "BenchResult") -> Table:
+    model, plan = result.model, result.plan
+    table = facts()
     seconds = sorted(result.step_seconds)
-    passes = f"{plan.accumulation} x {plan.micro_batch} sequences of {model.block_size:,}"
-    table.add_row("tokens a step", f"{plan.tokens_per_step:,}", f"passes x micro-batch: {passes}")
+    micro_batches = f"{plan.accumulation} x {plan.micro_batch} sequences of {model.block_size:,}"
+    table.add_row("tokens per step", f"{plan.tokens_per_step:,}", f"accumulation x micro-batch: {micro_batches}")
     table.add_row("[bold]step time", f"[bold]{ms(statistics.median(seconds))}", _spread(seconds))
     table.add_row("first step", ms(result.first_step_seconds), "with set-up" + (" and compilation" if result.compiled else ""))
-    table.add_row("[bold]tokens a second", f"[bold]{count(result.tokens_per_second)}")
-    table.add_row("FLOPs a token", f"{count(result.flops_per_token)}", "forward and backward, matrix products")
+    table.add_row("[bold]tokens per second", f"[bold]{count(result.tokens_per_second)}")
+    table.add_row("FLOPs per token", f"{count(result.flops_per_token)}", "forward and backward, matrix multiplications")
     table.add_row("speed", tflops(result.flops_per_second))
     if result.peak_flops is None or result.mfu is None:
-        table.add_row("MFU by data sheet", "unknown", "no figure for this device")
+        table.add_row("MFU (vendor peak)", "unknown", "no vendor spec for this device")
     else:
-        table.add_row("[bold]MFU by data sheet", f"[bold]{percent(result.mfu)}", f"of {tflops(result.peak_flops)}")
-    products = f"of {tflops(result.matmul_flops)}, which matrix products reach"
-    table.add_row("MFU as measured", percent(result.mfu_of_matmul), products)
-    memory = "peak on the device" if result.precision.device_type == "cuda" else "of the whole process"
+        table.add_row("[bold]MFU (vendor peak)", f"[bold]{percent(result.mfu)}", f"of {tflops(result.peak_flops)}")
+    measured = f"of {tflops(result.matmul_flops)}, measured for matmul"
+    table.add_row("MFU (measured peak)", percent(result.mfu_of_matmul), measured)
+    memory = "peak on the device" if result.precision.device_type == "cuda" else "peak of the whole process"
     table.add_row("memory", size_bytes(result.memory_bytes), memory)
     table.add_section()
     parts = {
@@ -131,34 +148,24 @@ def show(result: "BenchResult", data: str) -> None:
         "backward": (result.backward_seconds, "and clipping"),
         "optimizer": (result.optimizer_seconds, ""),
     }
-    whole = sum(part for part, _ in parts.values()) or 1.0
-    for name, (part, what) in parts.items():
-        table.add_row(name, ms(part), f"{percent(part / whole):>6}" + (f"  {what}" if what else ""))
-    console.print(table)
-    if result.trace is not None:
-        _operators(console, result)
-        console.print(f"trace: {escape(str(result.trace))}", soft_wrap=True)
+    total = sum(part for part, _ in parts.values()) or 1.0
+    for name, (part, note) in parts.items():
+        table.add_row(name, ms(part), f"{percent(part / total):>6}" + (f"  {note}" if note else ""))
+    return table
 
 
-def _operators(console: "Console", result: "BenchResult") -> None:
-    """Print the operators that take the most time."""
-    from rich import box
-    from rich.markup import escape
-    from rich.table import Table
-
-    console.print()
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    table.add_column("operator, on its own", no_wrap=True, max_width=44)
-    for column in ("calls a step", "ms a step", "share"):
-        table.add_column(column, justify="right", no_wrap=True)
-    whole = sum(row.seconds for row in result.operators) or 1.0
+def _operators(result: "BenchResult") -> Table:
+    """The operators that take the most time."""
+    table = columns("operator (self time)", "calls per step", "ms per step", "fraction")
+    table.columns[0].no_wrap, table.columns[0].max_width = True, 44
+    total = sum(row.seconds for row in result.operators) or 1.0
     for row in result.operators[:TOP_OPERATORS]:
-        table.add_row(escape(row.name), f"{row.calls:,.0f}", f"{row.seconds * 1e3:,.2f}", percent(row.seconds / whole))
-    console.print(table)
+        table.add_row(escape(row.name), f"{row.calls:,.0f}", f"{row.seconds * 1e3:,.2f}", percent(row.seconds / total))
+    return table
 
 
 def _spread(seconds: Sequence[float]) -> str:
-    """The range of the steps' times, without the extremes where there are enough steps for that."""
+    """The range of step times; with 10 or more steps, the 10th to 90th percentile."""
     if len(seconds) < 10:
         return f"median; {len(seconds)} steps from {ms(seconds[0])} to {ms(seconds[-1])}"
     tenths = statistics.quantiles(seconds, n=10)

@@ -1,42 +1,39 @@
-"""`bardling export RUN --format hf|nanogpt --out PATH`: a model in the form that other software opens."""
+"""`bardling export RUN --format hf|nanogpt --out PATH`: write a model in a format that other software loads."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING
 
 import tyro
 
 from bardling.cli.parse import parse
+from bardling.extensions import EXPORT_FORMATS
+
+if TYPE_CHECKING:
+    from bardling.checkpoint.export import ExportFormat
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """Options of `bardling export`."""
-
     model: tyro.conf.Positional[str]
-    """A run, a checkpoint, or another trainer's checkpoint file."""
+    """A run, a checkpoint, or a nanoGPT or nano-gpt checkpoint file."""
     out: Path
-    """What to write: a new folder (hf), or a new folder for its ckpt.pt (nanogpt)."""
-    format: Literal["hf", "nanogpt"] = "hf"
-    """'hf': config.json, model.safetensors and tokenizer, for transformers and vLLM. 'nanogpt': a ckpt.pt."""
+    """Folder to create."""
+    format: str = "hf"
+    """'hf': config.json, model.safetensors and the tokenizer, for transformers and vLLM. 'nanogpt': a ckpt.pt.
+    Installed extensions may add others."""
     best: bool = False
-    """Of a run, the checkpoint with the best validation loss instead of the newest."""
+    """For a run: use the checkpoint with the lowest validation loss instead of the latest."""
     dataset: str = "bardling"
-    """For nanogpt: the folder below its data/ that holds the tokenizer's meta.pkl."""
+    """For nanogpt: the folder under its data/ in which sample.py finds the tokenizer's meta.pkl."""
 
 
 def run(argv: Sequence[str]) -> None:
-    """Parse, export, and say what was written."""
     options = parse(
-        ExportOptions, argv, prog="bardling export", description="Write a model in the form that other software opens."
+        ExportOptions, argv, prog="bardling export", description="Write a model in a format that other software loads."
     )
-    from bardling.checkpoint.export import export_hf, export_nanogpt
-
-    if options.format == "hf":
-        export_hf(options.model, options.out, best=options.best)
-        print(f"{options.out}: open it with transformers' AutoModelForCausalLM.from_pretrained({str(options.out)!r})")
-        return
-    for note in export_nanogpt(options.model, options.out, best=options.best, dataset=options.dataset):
+    target: ExportFormat = EXPORT_FORMATS.get("--format", options.format)
+    for note in target.write(options.model, options.out, best=options.best, dataset=options.dataset):
         print(f"note: {note}")
-    print(f"{options.out / 'ckpt.pt'}: sample from it with nanoGPT's sample.py --out_dir={options.out}")
+    print(target.usage.format(out=str(options.out)))

@@ -1,21 +1,22 @@
-"""`bardling migrate CONFIG.py [--key=value ...]`: the recipe that a nanoGPT configuration amounts to, printed as TOML."""
+"""`bardling migrate CONFIG.py [--key=value ...]`: print the recipe equivalent to a nanoGPT training command, as TOML."""
 
 from collections.abc import Sequence
 
+from bardling.cli.recipe import wants_help
 from bardling.errors import UserError
 
 HELP = """usage: bardling migrate CONFIG.py [CONFIG.py ...] [--key=value ...] > my-recipe.toml
 
-Prints the recipe that a nanoGPT training command amounts to. The files are parsed, never executed."""
+Prints the recipe equivalent to a nanoGPT training command. The files are parsed, never executed."""
 
 
 def run(argv: Sequence[str]) -> None:
-    """Translate and print."""
-    if any(word in ("-h", "--help") for word in argv):
+    if wants_help(argv):
         print(HELP)
         return
     if not argv:
-        raise UserError("bardling migrate CONFIG.py [--key=value ...]: name a nanoGPT configuration file, or give its flags")
-    from bardling.cli.nanogpt import migrated
+        raise UserError("migrate: no configuration given; name a nanoGPT CONFIG.py or give --key=value flags")
+    from bardling.cli.nanogpt import read_run
+    from bardling.interop.nanogpt import recipe_toml
 
-    print(migrated(argv), end="")
+    print(recipe_toml(read_run(argv), " ".join(argv)), end="")

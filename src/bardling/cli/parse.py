@@ -1,12 +1,13 @@
-"""Arguments through `tyro`: dataclasses in, help and checked values out, errors in one line.
+"""Command line parsing with `tyro`: options are dataclasses, and errors are one line.
 
-`tyro` draws its errors as boxes of several lines. Here they become a `UserError`: unknown options are compared with the valid
-ones, and the first sentence of any other complaint is kept.
+`tyro` prints errors as boxes of several lines. Here they become a `UserError`: for an unknown option it suggests the closest
+valid one; of any other error it keeps the first section.
 """
 
 import contextlib
 import dataclasses
 import io
+import itertools
 import re
 import typing
 from collections.abc import Sequence
@@ -23,13 +24,13 @@ def parse(cls: type[T], argv: Sequence[str], *, prog: str, description: str, def
     """Parse `argv` into the dataclass `cls`; `--help` prints and exits with status 0.
 
     Raises:
-        UserError: an unknown option, or a value that does not fit.
+        UserError: an option is unknown, or a value is invalid.
     """
-    complaint = io.StringIO()
+    message = io.StringIO()
     options: dict[str, Any] = {} if default is None else {"default": default}
     try:
-        with contextlib.redirect_stderr(complaint):
-            answer: tuple[T, list[str]] = tyro.cli(
+        with contextlib.redirect_stderr(message):
+            parsed: tuple[T, list[str]] = tyro.cli(
                 cls,
                 args=list(argv),
                 prog=prog,
@@ -42,28 +43,26 @@ def parse(cls: type[T], argv: Sequence[str], *, prog: str, description: str, def
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        raise UserError(_one_line(complaint.getvalue())) from None
-    value, unknown = answer
+        raise UserError(_one_line(message.getvalue())) from None
+    value, unknown = parsed
+    for wrong in unknown:
+        if wrong.startswith("-"):
+            option = wrong.split("=", 1)[0]
+            advice = closest(option.replace("-", "_"), option_names(cls)).replace("'__", "'--")
+            raise UserError(f"unknown option {option}{advice or ' (see --help)'}")
     if unknown:
-        names = option_names(cls)
-        wrong = next((word for word in unknown if word.startswith("-")), unknown[0])
-        option = wrong.split("=", 1)[0]
-        if option.startswith("-"):
-            raise UserError(
-                f"unknown option {option}{closest(option.replace('-', '_'), names) or ' (see --help)'}".replace("'__", "'--")
-            )
-        raise UserError(f"unexpected argument {wrong!r} (see --help)")
+        raise UserError(f"unexpected argument {unknown[0]!r} (see --help)")
     return value
 
 
 def option_names(cls: Any, prefix: str = "") -> list[str]:
-    """Options of a dataclass, dotted, with underscores also for the leading dashes (so that spellings compare evenly)."""
+    """The dotted option names of a dataclass, with underscores in place of leading dashes (for `closest`)."""
     names = []
     hints = typing.get_type_hints(cls)
     for item in dataclasses.fields(cls):
         hint = hints[item.name]
         if dataclasses.is_dataclass(hint):
-            # `config` is the run's configuration, whose sections are spelled without it.
+            # `config` is the run's configuration; its sections are named without it: --train.steps.
             names += option_names(hint, prefix if item.name == "config" else f"{prefix}{item.name}.")
         else:
             names.append(f"__{prefix}{item.name}")
@@ -71,15 +70,9 @@ def option_names(cls: Any, prefix: str = "") -> list[str]:
 
 
 def _one_line(box: str) -> str:
-    """The message inside one of tyro's boxes: its text up to the first rule, on one line."""
-    lines = []
-    for line in box.splitlines():
-        if line.startswith(("╭", "╰")):
-            continue
-        text = line.strip("│ ").strip()
-        if set(text) == {"─"}:
-            break
-        lines.append(text)
-    message = re.sub(r"\s+", " ", " ".join(lines)).strip().removeprefix("Error parsing ")
-    message = re.sub(r"^config(\.\w+)?: ", "", message)  # the field that holds the configuration is no part of its keys
-    return message.replace("invalid literal for int() with base 10:", "expected a whole number, not") or "invalid arguments"
+    """The message in one of tyro's boxes: its text up to the first horizontal rule, on one line."""
+    lines = [line.strip("│ ") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
+    text = itertools.takewhile(lambda line: set(line) != {"─"}, lines)
+    message = " ".join(" ".join(text).split()).removeprefix("Error parsing ")
+    message = re.sub(r"^config(\.\w+)?: ", "", message)  # keys are named without the field that holds the configuration
+    return message.replace("invalid literal for int() with base 10:", "expected an integer, not") or "invalid arguments"

@@ -1,4 +1,4 @@
-"""`bardling prepare SOURCE --out DIR`: turn text into a dataset of tokens."""
+"""`bardling prepare SOURCE --out DIR`: tokenize text into a dataset folder."""
 
 import sys
 from collections.abc import Sequence
@@ -13,29 +13,26 @@ from bardling.config import DataConfig
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """Options of `bardling prepare`."""
-
     source: tyro.conf.Positional[str]
     """'stdlib', 'shakespeare', 'shakespeare-char', 'openwebtext', 'fineweb-edu', hf:NAME[:CONFIG][:SPLIT][:FIELD], a text
     file, a folder, a glob, or FILE.jsonl[:FIELD]."""
     out: Path
-    """Folder to make; it must not exist."""
+    """Folder to create; it must not exist."""
     tokenizer: str | None = None
-    """'byte', 'char', 'bpe:SIZE' (trained on the source), 'gpt2', or the path of a tokenizer.json; unset takes what is usual
-    for a dataset by name, else 'byte'."""
+    """'byte', 'char', 'bpe:SIZE' (trained on the source), 'gpt2', or the path of a tokenizer.json; default: the usual one for a
+    named dataset, else 'byte'."""
     val_fraction: float | None = None
-    """Part of the text that is held out for validation; unset takes what is usual for a dataset by name, else 0.05."""
+    """Fraction of the text to use for validation; default: the usual one for a named dataset, else 0.05."""
     workers: int | None = None
-    """Processes that tokenise; unset takes one per core where that pays. The dataset is the same for every number."""
+    """Tokenizer processes; default: one per core if the text is long enough. The result does not depend on it."""
 
 
 def run(argv: Sequence[str]) -> None:
-    """Parse, prepare, and say what was made."""
-    options = parse(PrepareOptions, argv, prog="bardling prepare", description="Turn text into a dataset of tokens.")
+    options = parse(PrepareOptions, argv, prog="bardling prepare", description="Tokenize text into a dataset folder.")
     from bardling.cli.info import show_dataset
-    from bardling.data.datasets import DEFAULTS
-    from bardling.data.journal import work_folder
-    from bardling.data.prepare import prepare
+    from bardling.data.text.named_datasets import DEFAULTS
+    from bardling.data.tokens.journal import work_folder
+    from bardling.data.tokens.prepare import prepare
 
     tokenizer, val_fraction = DEFAULTS.get(options.source, (DataConfig.tokenizer, DataConfig.val_fraction))
     config = DataConfig(
@@ -44,11 +41,10 @@ def run(argv: Sequence[str]) -> None:
         val_fraction=val_fraction if options.val_fraction is None else options.val_fraction,
     )
     try:
-        dataset = prepare(
-            config.source, options.out, config.tokenizer, val_fraction=config.val_fraction, workers=options.workers
-        )
+        fraction = config.val_fraction
+        dataset = prepare(config.source, options.out, config.tokenizer, val_fraction=fraction, workers=options.workers)
     except KeyboardInterrupt:
         if work_folder(options.out).exists():
-            print(f"what was done is kept in {work_folder(options.out)}: the same command goes on with it", file=sys.stderr)
+            print(f"partial work is kept in {work_folder(options.out)}: run the same command to continue", file=sys.stderr)
         raise
     show_dataset(dataset)

@@ -1,4 +1,4 @@
-"""`bardling report RUN...`: draw the training curve of runs."""
+"""`bardling report RUN...`: draw training curves."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,33 +11,30 @@ from bardling.cli.parse import parse
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """Options of `bardling report`."""
-
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Run folders, drawn in one figure."""
     out: Path | None = None
-    """Picture to write (.png, .svg, .pdf); unset takes curve.png in the first run's folder. A picture that this command
-    has drawn before is replaced; any other file is left as it is, and the command says so."""
+    """Image to write (.png, .svg, .pdf); default: curve.png in the first run's folder. Replaces an image that this command
+    drew earlier, and refuses to overwrite any other file."""
     compressors: bool = False
-    """Also show what gzip -9 and xz -9 reach on the first run's held-out text."""
+    """Also draw lines for what gzip -9 and xz -9 reach on the first run's validation text."""
 
 
 def run(argv: Sequence[str]) -> None:
-    """Parse, draw, and say where the picture is."""
-    options = parse(ReportOptions, argv, prog="bardling report", description="Draw the training curve of runs.")
+    options = parse(ReportOptions, argv, prog="bardling report", description="Draw the training curves of one or more runs.")
     from bardling.errors import UserError
-    from bardling.report.curve import check_picture, draw_curves
+    from bardling.report.curve import check_image_path, draw_curves
 
     if not options.runs:
-        raise UserError("bardling report RUN [RUN ...]: name the folder of at least one run")
+        raise UserError("report: no run given; name at least one run folder")
     out = options.out or options.runs[0] / "curve.png"
-    check_picture(out)  # before anything that takes time
+    check_image_path(out)  # before anything slow
     marks = {}
     if options.compressors:
-        from bardling.checkpoint.runfolder import open_run
-        from bardling.cli.eval import compressors
-        from bardling.interop.dataset import open_data
+        from bardling.checkpoint.run_folder import open_run
+        from bardling.data.tokens.dataset import open_data
+        from bardling.report.compression import compressor_bits_per_byte
 
-        marks = compressors(open_data(open_run(options.runs[0]).config().data))
+        marks = compressor_bits_per_byte(open_data(open_run(options.runs[0]).config().data))
     draw_curves(options.runs, out, marks=marks)
     print(out)

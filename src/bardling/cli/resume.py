@@ -1,15 +1,13 @@
-"""`bardling resume RUN`: go on with a run, or in a new one with the training of a nanoGPT or nano-gpt checkpoint."""
+"""`bardling resume RUN`: continue a run, or continue training a nanoGPT or nano-gpt checkpoint in a new run."""
 
 import dataclasses
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
-
-import tyro
 
 from bardling.cli.parse import parse
+from bardling.cli.recipe import Config, split_first, wants_help
 from bardling.cli.train import default_folder
 from bardling.config import RunConfig
 from bardling.errors import UserError
@@ -17,41 +15,37 @@ from bardling.errors import UserError
 
 @dataclass(frozen=True)
 class ResumeOptions:
-    """Options of `bardling resume`."""
-
     out: Path | None = None
-    """Folder of the run that goes on from another trainer's checkpoint; unset takes runs/NAME-DATE-PROCESS."""
-    config: Annotated[RunConfig, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff] = field(default_factory=RunConfig)
+    """Run folder to create when continuing a nanoGPT or nano-gpt checkpoint; default: runs/NAME-DATE-PROCESS."""
+    config: Config = field(default_factory=RunConfig)
 
 
 def run(argv: Sequence[str]) -> None:
-    """Parse, resume, and leave with the run's exit status."""
-    folder, rest = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("", argv)
-    wants_help = any(word in ("-h", "--help") for word in rest)
-    if not folder and not wants_help:
-        raise UserError("bardling resume RUN [--section.field VALUE ...]: name the run's folder first")
+    folder, rest = split_first(argv)
+    if not folder and not wants_help(rest):
+        raise UserError("resume: no run given; name a run folder")
     config, foreign = RunConfig(), bool(folder) and is_foreign(Path(folder))
     if foreign:
         config = foreign_config(Path(folder))
     elif folder:
-        from bardling.checkpoint.runfolder import open_run
+        from bardling.checkpoint.run_folder import open_run
 
         config = open_run(Path(folder)).config()
     options = parse(
         ResumeOptions,
         rest,
         prog=f"bardling resume {folder or 'RUN'}",
-        description="Go on with a run from its newest sound checkpoint, exactly. Options change its configuration; "
-        "--train.steps may be raised.",
+        description="Continue a run exactly, from its latest valid checkpoint. Options change its configuration: for example, "
+        "--train.steps can be raised.",
         default=ResumeOptions(config=config),
     )
-    from bardling.train.run import resume, train  # here, so that help answers without importing torch
+    from bardling.training.run import resume, train  # imports torch
 
     if foreign:
         out = options.out or default_folder(folder)
         result = train(options.config, out, continue_from=folder)
     elif options.out is not None:
-        raise UserError(f"--out {options.out}: a run is resumed where it is; leave it out")
+        raise UserError(f"--out {options.out}: a run is resumed in its own folder: remove this option")
     else:
         result = resume(folder, options.config)
     if result.exit_status:
@@ -59,26 +53,26 @@ def run(argv: Sequence[str]) -> None:
 
 
 def is_foreign(path: Path) -> bool:
-    """Whether `path` is another trainer's checkpoint: a file, or nanoGPT's output folder."""
+    """Whether `path` is a checkpoint of another trainer: a file, or a nanoGPT output folder."""
     return path.is_file() or (path.is_dir() and not (path / "config.toml").is_file() and (path / "ckpt.pt").is_file())
 
 
 def foreign_config(path: Path) -> RunConfig:
-    """The run that another trainer's checkpoint belongs to, as far as its settings tell."""
+    """The configuration of the run that wrote another trainer's checkpoint, as far as the checkpoint records it."""
     from bardling.checkpoint.load import load
     from bardling.interop.nano_gpt import run_config_from_nano_gpt
     from bardling.interop.nanogpt import run_config_from_nanogpt
     from bardling.interop.nanogpt_keys import TRAIN_DEFAULTS
 
-    found = load(path).foreign
+    found = load(path).imported
     if found is None:
-        raise UserError(f"{path}: is no checkpoint of nanoGPT or nano-gpt")
+        raise UserError(f"{path}: is not a nanoGPT or nano-gpt checkpoint; name a run folder or a checkpoint file")
     if found.origin == "nano-gpt":
         config, data = run_config_from_nano_gpt(found), found.settings.get("dataset_config", {})
-        # Its shards, by folder and name; where they are missing, the error says so, and no other text is trained on.
+        # The path of its shards. If they are missing, the run fails with an error instead of training on other text.
         tokens = Path(str(data.get("dataset_dir", "dataset_cache"))) / str(data.get("dataset_name", "tinyshakespeare"))
         return dataclasses.replace(config, data=dataclasses.replace(config.data, source=str(tokens)))
-    # What belongs to the machine or the command that wrote the file is left open, and so is what is not of its key's type.
+    # Settings specific to the original machine or command are dropped, and so are values of the wrong type.
     elsewhere = ("device", "dtype", "compile", "init_from", "eval_only")
     settings = {
         key: value
@@ -86,5 +80,5 @@ def foreign_config(path: Path) -> RunConfig:
         if key in TRAIN_DEFAULTS and key not in elsewhere and isinstance(value, type(TRAIN_DEFAULTS[key]))
     }
     folder = path.absolute().parent
-    config = run_config_from_nanogpt(settings, near=[folder, folder.parent]).config
+    config = run_config_from_nanogpt(settings, data_parents=[folder, folder.parent]).config
     return dataclasses.replace(config, model=dataclasses.replace(found.config, vocab_multiple=config.model.vocab_multiple))

@@ -1,112 +1,154 @@
-"""One value that says who this process is among the others, passed to whatever needs it and never global.
+"""The identity of this process among the processes of a run, passed as a value and never global.
 
-`torchrun` describes the processes in environment variables; they are read here, once. Collectives run over gloo for
-tensors in host memory and over NCCL for those on a GPU, so that small decisions (has anyone been asked to stop?) never
-wait for the GPU. With a `rank_timeout` a heartbeat (`watch.py`) ends the job when a process dies or hangs.
+`torchrun` describes the processes in environment variables, which are read only here. The processes form a device mesh with the
+axes of `planning/layout.py`. The data axes decide which samples a process trains on and seed its dropout; the
+global rank is for logging and launching only. Collectives on tensors in host memory run over gloo, those on GPU tensors over
+NCCL, so that small decisions (has any process been asked to stop?) never wait for the GPU. With a `rank_timeout`, a heartbeat
+(`heartbeat.py`) ends the job when a process dies or hangs.
 """
 
 import contextlib
+import math
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, TCPStore
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from bardling.distributed.device import choose_device
-from bardling.distributed.threads import cpu_quota, settle_threads
-from bardling.distributed.watch import Watch, lost_connection
+from bardling.distributed.heartbeat import Heartbeat, lost_connection
+from bardling.distributed.threads import cpu_quota, limit_threads
 from bardling.errors import Terminated, UserError
+from bardling.planning.layout import AXES, DATA_AXES, Layout
 
 T = TypeVar("T")
 
-# A collective that waits longer than this for the others fails. The heartbeat notices dead and stuck processes earlier; this is
-# what is left without it, so it only has to be longer than any work that one process does while the others wait.
+# Maximum wait for other processes in a collective. The heartbeat detects lost processes earlier; without it, this only has to
+# exceed any work that one process does while the others wait.
 TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
 class Context:
-    """A process among `world_size`, and the device it computes on."""
+    """One process of a run and the device it computes on."""
 
-    rank: int
+    rank: int  # global: for logging and launching
     world_size: int
     device: torch.device
-    watch: Watch | None = field(default=None, compare=False, repr=False)  # the heartbeat, where there are several processes
+    heartbeat: Heartbeat | None = field(default=None, compare=False, repr=False)  # with several processes only
+    mesh: DeviceMesh | None = field(default=None, compare=False, repr=False)  # None: a plain data-parallel layout
 
     @property
     def is_primary(self) -> bool:
-        """Whether this process does what only one may do: log, print, save."""
+        """Whether this process does what only one process may do: log, print, save."""
         return self.rank == 0
 
-    def doing(self, activity: str, patience: float | None = None) -> None:
-        """Say what begins now, for the message should this process die or hang in it.
+    @property
+    def data_size(self) -> int:
+        """Number of processes that train on different samples."""
+        return self.world_size if self.mesh is None else self._size(DATA_AXES)
+
+    @property
+    def data_rank(self) -> int:
+        """Which share of the samples this process trains on: 0 to `data_size` - 1."""
+        if self.mesh is None:
+            return self.rank
+        return self.mesh.get_local_rank("replicate") * self._size(["shard"]) + self.mesh.get_local_rank("shard")
+
+    def _size(self, axes: Sequence[str]) -> int:
+        assert self.mesh is not None
+        sizes = dict(zip(AXES, self.mesh.shape, strict=True))
+        return math.prod(sizes[axis] for axis in axes)
+
+    def arranged(self, layout: Layout) -> "Context":
+        """The same process in a device mesh with the given layout. All processes must call this together.
+
+        Raises:
+            ValueError: the layout is for another number of processes.
+        """
+        if layout.world_size != self.world_size:
+            raise ValueError(f"the layout {layout.sizes} is for {layout.world_size} processes, but there are {self.world_size}")
+        if self.world_size == 1:
+            return self  # a mesh needs a process group, which a single process does not have
+        return replace(self, mesh=init_device_mesh(self.device.type, layout.sizes, mesh_dim_names=AXES))
+
+    def group(self, axes: Sequence[str] = DATA_AXES) -> dist.ProcessGroup | None:
+        """The processes that differ from this one along `axes` only; None for all processes."""
+        if self.mesh is None or self._size(axes) == self.world_size:
+            return None
+        used = tuple(axis for axis in axes if self._size([axis]) > 1) or tuple(axes[:1])
+        return self.mesh.get_group(used[0]) if len(used) == 1 else self.mesh[used]._flatten().get_group()
+
+    def activity(self, name: str, patience: float | None = None) -> None:
+        """Record the activity that this process starts, for the message in case it dies or hangs.
 
         Args:
-            patience: seconds that it may take; unset takes `train.rank_timeout`.
+            patience: seconds that the activity may take without progress; None for `train.rank_timeout`.
         """
-        if self.watch is not None:
-            self.watch.doing(activity, patience)
+        if self.heartbeat is not None:
+            self.heartbeat.activity(name, patience)
 
-    def moved(self) -> None:
-        """Say that the activity goes on."""
-        if self.watch is not None:
-            self.watch.moved()
+    def progressed(self) -> None:
+        """Record progress of the activity."""
+        if self.heartbeat is not None:
+            self.heartbeat.progressed()
 
-    def steady(self) -> None:
-        """Say that a step has been done, with all that is slow the first time."""
-        if self.watch is not None:
-            self.watch.steady()
+    def warmed_up(self) -> None:
+        """Record that a step has completed, so the next ones include no compilation or other first-time work."""
+        if self.heartbeat is not None:
+            self.heartbeat.warmed_up()
 
-    def unsteady(self) -> None:
-        """Say that the next step may be as slow as the first one: compiled for another shape, say."""
-        if self.watch is not None:
-            self.watch.unsteady()
+    def warming_up(self) -> None:
+        """Record that the next step may be as slow as the first one, because it compiles a new shape."""
+        if self.heartbeat is not None:
+            self.heartbeat.warming_up()
 
     @contextlib.contextmanager
-    def _together(self) -> Iterator[None]:
-        """Tell the heartbeat that this process waits for the others."""
-        if self.watch is None:
+    def _collective(self) -> Iterator[None]:
+        """Record that this process waits for the others."""
+        if self.heartbeat is None:
             yield
             return
-        self.watch.enter()
-        yield  # after a failure this process still counts as waiting, which it was
-        self.watch.left()
+        self.heartbeat.enter_collective()
+        yield  # after an exception, this process still counts as waiting
+        self.heartbeat.leave_collective()
 
-    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum `tensor` over all processes, in place; returns it."""
-        if self.world_size > 1:
-            with self._together():
-                dist.all_reduce(tensor)
+    def sum(self, tensor: torch.Tensor, axes: Sequence[str] = DATA_AXES) -> torch.Tensor:
+        """Sum `tensor` over the processes along `axes`, in place; returns it. Collective."""
+        if self.world_size > 1 and (self.mesh is None or self._size(axes) > 1):
+            with self._collective():
+                dist.all_reduce(tensor, group=self.group(axes))
         return tensor
 
     def largest(self, value: int) -> int:
-        """The largest `value` of all processes (each at most 2**31 - 1); all must ask."""
+        """The maximum of `value`, at most 2**31 - 1, over all processes. Collective."""
         if self.world_size == 1:
             return value
-        votes = torch.tensor([value], dtype=torch.int32)  # in host memory: does not wait for the GPU
-        with self._together():
+        votes = torch.tensor([value], dtype=torch.int32)  # in host memory, to avoid a CPU-GPU sync
+        with self._collective():
             dist.all_reduce(votes, op=dist.ReduceOp.MAX)
         return int(votes.item())
 
     def any(self, flag: bool) -> bool:
-        """Whether `flag` is set in at least one process; all processes must ask."""
+        """Whether `flag` is true in any process. Collective."""
         return bool(self.largest(int(flag)))
 
     def broadcast(self, value: T) -> T:
-        """The primary's `value`, in all processes."""
+        """The `value` of rank 0, in all processes. Collective."""
         if self.world_size == 1:
             return value
         box: list[T] = [value]
-        with self._together():
+        with self._collective():
             dist.broadcast_object_list(box, src=0)
         return box[0]
 
     def barrier(self) -> None:
-        """Wait until all processes are here."""
+        """Wait for all processes. Collective."""
         self.any(False)
 
 
@@ -115,13 +157,13 @@ SINGLE = Context(rank=0, world_size=1, device=torch.device("cpu"))
 
 @contextlib.contextmanager
 def distributed(device: str, *, rank_timeout: float = 0.0) -> Iterator[Context]:
-    """Join the processes that `torchrun` started (or be the only one); leaves them in order at the end. On a CPU, threads are
-    from then on no more than the cores that this process may use.
+    """Join the processes started by `torchrun`, or run as a single process, and shut down cleanly at the end. On a CPU, this
+    also limits the number of threads to the cores that the process may use.
 
     Args:
         device: as `RunConfig.device`.
-        rank_timeout: seconds of silence, or without progress, after which a process counts as dead and the job is ended; 0:
-            never.
+        rank_timeout: seconds without heartbeat or progress after which a process counts as lost and the job ends (0 disables
+            this).
 
     Raises:
         JobLost: another process has died; the message names it.
@@ -129,56 +171,61 @@ def distributed(device: str, *, rank_timeout: float = 0.0) -> Iterator[Context]:
     try:
         rank, local_rank, world_size = (int(os.environ.get(name, default)) for name, default in _VARIABLES)
     except ValueError:
-        raise UserError("RANK, LOCAL_RANK and WORLD_SIZE must be whole numbers: start with torchrun, or unset them") from None
+        raise UserError("RANK, LOCAL_RANK and WORLD_SIZE must be integers: start with torchrun, or unset them") from None
     own = choose_device(device, local_rank)
     if own.type == "cuda":
         torch.cuda.set_device(own)
     elif own.type == "cpu":
-        settle_threads(cpu_quota())
+        limit_threads(cpu_quota())
     if world_size == 1:
         yield Context(0, 1, own)
         return
     if own.type == "mps":
         raise UserError("device = 'mps' cannot be shared by several processes: start one, or use --device cpu")
     if own.type == "cuda" and device not in ("auto", "cuda"):
-        raise UserError(f"device = {device!r} with {world_size} processes: use 'cuda', so that each process takes its own GPU")
-    backend = "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo"
+        raise UserError(f"device = {device!r} with {world_size} processes: use 'cuda', so that each process uses its own GPU")
+    with _process_group(own, rank, world_size, rank_timeout) as context:
+        yield context
+
+
+@contextlib.contextmanager
+def _process_group(device: torch.device, rank: int, world_size: int, rank_timeout: float) -> Iterator[Context]:
+    """Initialize the process group and start the heartbeat."""
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     store: Any = _store(rank, world_size)  # Any: the stubs lack `clone`
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
-    watch = Watch(store.clone(), rank, world_size, rank_timeout) if rank_timeout else None
-    ended = "done"
+    heartbeat = Heartbeat(store.clone(), rank, world_size, rank_timeout) if rank_timeout else None
+    outcome = "done"
     try:
-        if watch is not None:
-            watch.start()
-        context = Context(rank, world_size, own, watch)
+        if heartbeat is not None:
+            heartbeat.start()
+        context = Context(rank, world_size, device, heartbeat)
         yield context
-        context.doing("leaving")
+        context.activity("leaving")
         context.barrier()  # no process leaves while another still needs it
     except BaseException as error:
-        ended = type(error).__name__
-        # torchrun answers the death of one process by asking the others to end: then, too, that death is what there is to say.
-        if watch is not None and (lost_connection(error) or (isinstance(error, Terminated) and watch.missing())):
-            watch.explain(error)
+        outcome = type(error).__name__
+        # After the death of one process, torchrun terminates the others: report that death in this case, too.
+        if heartbeat is not None and (lost_connection(error) or (isinstance(error, Terminated) and heartbeat.missing())):
+            heartbeat.explain(error)
         raise
     finally:
-        if watch is not None:
-            watch.close(ended)
+        if heartbeat is not None:
+            heartbeat.close(outcome)
         dist.destroy_process_group()
 
 
 def _attempt() -> str:
-    """A name that no earlier attempt of the same job had.
-
-    torchrun may keep one store over its restarts: without a name of its own, a new attempt would find the dead one's addresses.
-    """
+    """Store prefix of this attempt of the job. torchrun may keep one store across restarts, and without a new prefix, processes
+    would connect to the addresses of dead ones."""
     return f"bardling/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
 
 def _store(rank: int, world_size: int) -> PrefixStore:
-    """The store where the processes find each other: torchrun's, or the first process's, at MASTER_ADDR:MASTER_PORT."""
+    """The store for rendezvous at MASTER_ADDR:MASTER_PORT, hosted by torchrun or by rank 0."""
     host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
     if not host or not port.isdecimal():
-        raise UserError("MASTER_ADDR and MASTER_PORT must say where the first process is: start with torchrun, or set them")
+        raise UserError("MASTER_ADDR and MASTER_PORT must be the address of rank 0: start with torchrun, or set them")
     hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = TCPStore(host, int(port), world_size, is_master=rank == 0 and not hosted, timeout=TIMEOUT, multi_tenant=not hosted)
     return PrefixStore(_attempt(), store)

@@ -1,8 +1,7 @@
-"""The device and the number format: what the user asked for, or the best that is there, with the reason.
+"""Device and dtype: the configured ones, or the best available, with the reason.
 
-`auto` precision on a CPU is decided by a short measurement, since whether bfloat16 pays depends on the chip: with
-AVX-512-BF16 or AMX its matrix products are two and more times faster, without them slower. The choice is recorded with
-the run, and a resumed run keeps it.
+On a CPU, `auto` precision is decided by a short measurement, because bfloat16 matmuls are at least twice as fast with
+AVX-512-BF16 or AMX, and slower without. The choice is stored with the run, and a resumed run keeps it.
 """
 
 import contextlib
@@ -17,109 +16,115 @@ from typing import Literal
 
 import torch
 
-from bardling.distributed.flash import use_attention
 from bardling.errors import UserError
+from bardling.model.kernels.flash_attention import use_attention
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Precision:
-    """A number format for matrix products, and how to compute in it."""
+    """The dtype of matmuls, and how to use it."""
 
     name: Literal["float32", "bfloat16", "float16"]
     why: str
     device_type: str  # 'cpu', 'cuda' or 'mps'
 
     def autocast(self) -> AbstractContextManager[object]:
-        """A context in which matrix products are computed in this format."""
+        """A context in which matmuls use this dtype."""
         if self.name == "float32":
             return contextlib.nullcontext()
         return torch.autocast(self.device_type, dtype=DTYPES[self.name])
 
     @property
     def needs_scaler(self) -> bool:
-        """Whether gradients need scaling: float16 has too few exponent bits for them."""
+        """Whether gradients need scaling, because float16 has too few exponent bits."""
         return self.name == "float16"
 
 
 def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
-    """Return the device that `wanted` ('auto', 'cpu', 'cuda', 'cuda:N', 'mps') means for this process.
+    """Return the device of this process for `wanted`: 'auto', 'cpu', 'cuda', 'cuda:N' or 'mps'.
 
     Raises:
-        UserError: the device does not exist here.
+        UserError: the device does not exist.
     """
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if wanted == "auto":
         wanted = "cuda" if cuda else "mps" if mps else "cpu"
     try:
         device = torch.device(wanted)
+        known = device.type in ("cpu", "cuda", "mps")
     except RuntimeError:
-        raise UserError(f"device = {wanted!r}: use auto, cpu, cuda, cuda:N or mps") from None
-    if device.type not in ("cpu", "cuda", "mps"):
+        known = False
+    if not known:
         raise UserError(f"device = {wanted!r}: use auto, cpu, cuda, cuda:N or mps")
     if device.type == "cuda":
         if not cuda:
-            raise UserError(f"device = {wanted!r}: this machine (or this build of PyTorch) has no CUDA; try --device auto")
+            raise UserError(f"device = {wanted!r}: CUDA is not available (or PyTorch is built without it); try --device auto")
         device = torch.device("cuda", local_rank if device.index is None else device.index)
         if (device.index or 0) >= torch.cuda.device_count():
             raise UserError(f"device = {str(device)!r}: there are {torch.cuda.device_count()} CUDA devices, numbered from 0")
     if device.type == "mps" and not mps:
-        raise UserError("device = 'mps': this machine has no Apple GPU that PyTorch can use; try --device auto")
+        raise UserError("device = 'mps': PyTorch finds no Apple GPU on this machine; try --device auto")
     return device
 
 
 def choose_precision(
-    wanted: Literal["auto", "float32", "bfloat16", "float16"], device: torch.device, *, fp8_but: Sequence[str] | None = None
+    wanted: Literal["auto", "float32", "bfloat16", "float16"],
+    device: torch.device,
+    *,
+    fp8_excluded: Sequence[str] | None = None,
+    measure: Callable[[torch.device], float] | None = None,
 ) -> Precision:
-    """Return the number format that `wanted` means on `device`, with the reason for the choice.
+    """Return the dtype for `wanted` on `device`, with the reason.
 
     Args:
-        fp8_but: float8 is wanted for the linear layers of blocks but for these, whose sizes do not allow it; absent: for none.
+        fp8_excluded: with fp8, the linear layers whose sizes do not allow it; None without fp8.
+        measure: replaces `bfloat16_speedup`.
 
     Raises:
-        UserError: the device cannot compute in the format.
+        UserError: the device does not support the dtype.
     """
-    if fp8_but is not None:
+    if fp8_excluded is not None:
         _require_fp8(device)
-        but = f" but for {', '.join(fp8_but)}, whose sizes are no multiples of 16" if fp8_but else ""
-        chosen = choose_precision(wanted, device)
-        return replace(chosen, why=f"{chosen.why}; linear layers of blocks in float8{but}")
+        exception = f", except {', '.join(fp8_excluded)}, whose sizes are not multiples of 16" if fp8_excluded else ""
+        chosen = choose_precision(wanted, device, measure=measure)
+        return replace(chosen, why=f"{chosen.why}; linear layers of blocks in float8{exception}")
     if wanted != "auto":
         if wanted == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-            raise UserError("precision = 'bfloat16': this GPU has no bfloat16 arithmetic; use float16 or float32")
+            raise UserError("precision = 'bfloat16': this GPU does not support bfloat16; use float16 or float32")
         if wanted == "float16" and device.type == "cpu":
-            raise UserError("precision = 'float16': CPUs train in float32 or bfloat16; choose one of these")
-        return Precision(wanted, "as asked", device.type)
+            raise UserError("precision = 'float16': CPUs train in float32 or bfloat16; use one of them")
+        return Precision(wanted, "as configured", device.type)
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
-            return Precision("bfloat16", "this GPU multiplies bfloat16 natively", device.type)
-        return Precision("float16", "this GPU has no bfloat16 arithmetic", device.type)
+            return Precision("bfloat16", "this GPU supports bfloat16", device.type)
+        return Precision("float16", "this GPU does not support bfloat16", device.type)
     if device.type == "mps":
-        return Precision("float32", "on Apple GPUs lower precision is not reliable enough to be a default", device.type)
-    ratio = _narrow_speed(device)
+        return Precision("float32", "lower precision is not reliable enough on Apple GPUs to be the default", device.type)
+    ratio = (measure or bfloat16_speedup)(device)
     if ratio > 1.3:
-        return Precision("bfloat16", f"this CPU multiplies it {ratio:.1f} times as fast as float32", device.type)
-    return Precision("float32", f"bfloat16 runs at {ratio:.1f} times float32's speed on this CPU", device.type)
+        return Precision("bfloat16", f"bf16 matmul is {ratio:.1f}x faster on this CPU", device.type)
+    return Precision("float32", f"bf16 matmul has {ratio:.1f}x the speed of float32 on this CPU", device.type)
 
 
-def _narrow_speed(device: torch.device, seconds: float = 1.5) -> float:
-    """How many times as fast as float32 bfloat16 is multiplied.
+def bfloat16_speedup(device: torch.device, seconds: float = 1.5) -> float:
+    """Measure the speed of bfloat16 matmuls relative to float32.
 
-    By turns, and each at its best, until neither has gained in two rounds: on a busy machine a single measurement of either
-    may be many times too low.
+    The two are measured alternately and the best of each counts, until neither improves in two rounds: on a busy machine, a
+    single measurement may be many times too low.
     """
     speeds = dict.fromkeys((torch.float32, torch.bfloat16), 0.0)
-    end, quiet = time.perf_counter() + seconds, 0
-    while quiet < 2 and time.perf_counter() < end:
+    end, stable_rounds = time.perf_counter() + seconds, 0
+    while stable_rounds < 2 and time.perf_counter() < end:
         found = {dtype: matmul_flops(device, dtype, seconds=0.03) for dtype in speeds}
-        quiet = quiet + 1 if all(found[dtype] < 1.1 * best for dtype, best in speeds.items()) else 0
+        stable_rounds = stable_rounds + 1 if all(found[dtype] < 1.1 * best for dtype, best in speeds.items()) else 0
         speeds = {dtype: max(best, found[dtype]) for dtype, best in speeds.items()}
     return speeds[torch.bfloat16] / speeds[torch.float32]
 
 
 def _require_fp8(device: torch.device) -> None:
-    instead = "leave fp8 out: --precision bfloat16 or auto is the fastest here"
+    instead = "leave fp8 out; --precision bfloat16 or auto is the fastest here"
     if device.type != "cuda" or torch.version.hip is not None:
         raise UserError(f"fp8 = True on {device.type}: needs an NVIDIA GPU of compute capability 8.9 or newer; {instead}")
     major, minor = torch.cuda.get_device_capability(device)
@@ -129,24 +134,26 @@ def _require_fp8(device: torch.device) -> None:
         )
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has finished all queued work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
 def matmul_flops(device: torch.device, dtype: torch.dtype, *, size: int = 768, seconds: float = 0.05) -> float:
-    """Measure the speed of square matrix products (FLOP/s): the best of the repetitions that fit into `seconds`."""
+    """Measure the speed of square matmuls (FLOP/s): the best repetition within `seconds`."""
     a = torch.randn(size, size, device=device).to(dtype)
     b = torch.randn(size, size, device=device).to(dtype)
 
-    def synchronize() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        elif device.type == "mps":
-            torch.mps.synchronize()
-
-    a @ b  # the first product pays for set-up
-    synchronize()
+    a @ b  # warmup
+    synchronize(device)
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end or best == float("inf"):
         start = time.perf_counter()
         a @ b
-        synchronize()
+        synchronize(device)
         best = min(best, time.perf_counter() - start)
     return 2.0 * size**3 / best
 
@@ -154,17 +161,16 @@ def matmul_flops(device: torch.device, dtype: torch.dtype, *, size: int = 768, s
 def prepare_backend(
     device: torch.device, *, deterministic: bool, attention: Literal["auto", "fa3", "fa4"] = "auto"
 ) -> Callable[[], None]:
-    """Switch on TF32 for float32 products where the device has it, repeatable kernels and those of attention if asked; returns
-    an undo.
+    """Configure TF32 for float32 matmuls, deterministic kernels and attention kernels; returns a function that undoes it.
 
-    On a CPU, memory that a step frees is kept for the next one; that stays so.
+    On a CPU, this also keeps freed memory for the next step, which is not undone.
 
     Raises:
-        UserError: the kernels of attention are not installed, or not for this device.
+        UserError: the attention kernels are not installed or do not support this device.
     """
     if device.type == "cpu":
         _keep_freed_memory()
-    leave_attention = use_attention(attention, device)
+    restore_attention = use_attention(attention, device)
     if device.type != "cuda":
         return lambda: None
     precision = torch.get_float32_matmul_precision()
@@ -175,25 +181,25 @@ def prepare_backend(
     def undo() -> None:
         torch.set_float32_matmul_precision(precision)
         torch.use_deterministic_algorithms(algorithms)
-        leave_attention()
+        restore_attention()
 
     return undo
 
 
 def _keep_freed_memory() -> None:
-    """Tell glibc to hand freed memory out again rather than back to the system, which would have to clear each page anew: in
-    a step of a small model that was a twentieth of the time. Other C libraries are left as they are."""
+    """Tell glibc to reuse freed memory instead of returning it to the system, which has to clear each page again: this took 5%
+    of a step of a small model. Other C libraries are not changed."""
     if not sys.platform.startswith("linux"):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
     if mallopt is not None:
         trim_threshold, mmap_threshold = -1, -3  # <malloc.h>
-        mallopt(mmap_threshold, 32 << 20)  # the largest that glibc takes: larger tensors keep coming from the system
+        mallopt(mmap_threshold, 32 << 20)  # the maximum of glibc; larger tensors still come from the system
         mallopt(trim_threshold, 2**31 - 1)
 
 
 def device_name(device: torch.device) -> str:
-    """The maker's name of the device, as far as the system tells it."""
+    """Vendor name of the device, as reported by the system."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "mps":
@@ -206,12 +212,12 @@ def device_name(device: torch.device) -> str:
                 if line.startswith("model name"):
                     return line.split(":", 1)[1].strip()
     except OSError:
-        pass  # not Linux: the platform module knows the processor's name
+        pass  # not Linux
     return platform.processor() or platform.machine()
 
 
 def memory_used(device: torch.device) -> int:
-    """Largest memory (bytes) this process has held so far: on the GPU, or of the process itself on a CPU."""
+    """Peak memory of this process so far (bytes): on the GPU, or resident memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if device.type == "mps":

@@ -1,11 +1,11 @@
-"""How many threads compute on a CPU: one for each core that this process may really use.
+"""Number of CPU threads: one per core that this process is allowed to use.
 
-PyTorch counts the cores that it sees. A container with a quota of two cores on a machine of 64 sees 64: sixty-four threads then
-wait for each other at the end of every operator, and a step takes many times as long. The quota is in the control group's files
+PyTorch uses all visible cores. A container with a quota of 2 cores on a machine with 64 sees 64: 64 threads then wait for each
+other at the end of every operator, and a step takes many times as long. The quota is in the files of the control group
 (cgroups(7): `cpu.max` in version 2, `cpu.cfs_quota_us` and `cpu.cfs_period_us` in version 1).
 
-Limits: Linux only; quotas of groups above the container's own are not seen in it. `OMP_NUM_THREADS`, which launchers set too,
-is left as it is.
+Limits: Linux only; quotas of parent groups are not visible in a container. `OMP_NUM_THREADS`, which launchers also set, takes
+precedence.
 """
 
 import math
@@ -16,7 +16,7 @@ import torch
 
 
 def cpu_quota(folder: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Cores that the control group in `folder` grants, rounded up; None without a limit, or where none can be read."""
+    """Cores granted by the control group in `folder`, rounded up; None without a readable limit."""
     try:
         quota, period = (folder / "cpu.max").read_text(encoding="ascii").split()
     except (OSError, ValueError):
@@ -33,8 +33,8 @@ def cpu_quota(folder: Path = Path("/sys/fs/cgroup")) -> int | None:
     return math.ceil(cores) if cores > 0 else None
 
 
-def settle_threads(quota: int | None) -> int:
-    """Have PyTorch use no more threads than the quota allows; returns how many it uses."""
+def limit_threads(quota: int | None) -> int:
+    """Limit PyTorch's threads to the quota; returns the number of threads in use."""
     if quota is not None and "OMP_NUM_THREADS" not in os.environ and quota < torch.get_num_threads():
         torch.set_num_threads(quota)
     return torch.get_num_threads()

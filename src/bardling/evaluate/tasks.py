@@ -1,16 +1,12 @@
-"""Multiple-choice tasks: where their items come from, and what a model is shown of them.
+"""Multiple-choice tasks: where their items come from, and how they become text.
 
 A task is 'hellaswag' (Zellers et al. 2019, the 10,042 validation items, from the hub) or the path of a file in HellaSwag's
-form: JSON Lines, plain or gzip, each line an object with `ctx` (or `ctx_a` and `ctx_b`), `endings` and `label`, and perhaps
-`ind` and `activity_label`. An ending is scored as the text " " + ending after the context; what the context is depends on the
-style:
+format: JSON Lines, plain or gzip, each line an object with `ctx` (or `ctx_a` and `ctx_b`), `endings` and `label`, and
+optionally `ind`. An ending is scored as the text " " + ending after the context. Texts are used as they are, including marks
+such as `[header]`: GPT-2 124M then reaches the 0.294 of completion-normalised accuracy that small GPTs are compared with. The
+language model evaluation harness edits the texts, so its scores are not comparable.
 
-- 'plain' (the default) takes the texts as they are written, `[header]` and the like included. This is how GPT-2 124M gets the
-  0.294 of completion-normalised accuracy that small GPTs are compared with.
-- 'harness' prepares them as the language model evaluation harness does: the activity's name before the context, the second
-  part of the context capitalised, bracketed marks taken out. Figures in the two styles are not to be compared.
-
-A file is somebody else's: every line is checked, and read within limits (1 MiB a line, 1 GiB and a million items in all).
+Files are untrusted: every line is checked, and read within limits (1 MiB per line, 1 GiB and a million items in all).
 """
 
 import gzip
@@ -22,11 +18,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any
 
 from bardling.errors import UserError, closest
-
-Style = Literal["plain", "harness"]
 
 _MAX_LINE = 1 << 20  # bytes
 _MAX_BYTES = 1 << 30
@@ -36,17 +30,22 @@ _MAX_ENDINGS = 64
 
 @dataclass(frozen=True)
 class ChoiceItem:
-    """A context, several ways to go on from it, and which of them is right."""
+    """A context, several endings, and which of them is right."""
 
     context: str
     endings: tuple[str, ...]
     label: int  # index of the right ending
-    id: str  # for people: HellaSwag's own ids repeat
+    id: str  # for messages: HellaSwag's own ids repeat
+
+    @property
+    def texts(self) -> list[str]:
+        """What is encoded: the context, then each ending."""
+        return [self.context, *(" " + ending for ending in self.endings)]
 
 
 @dataclass(frozen=True)
 class HubFile:
-    """A file of a data set on the hub, pinned so that everybody measures on the same items."""
+    """A file of a dataset on the hub, pinned so that everyone measures on the same items."""
 
     repo: str
     revision: str
@@ -54,17 +53,18 @@ class HubFile:
     sha256: str
 
 
-HELLASWAG = HubFile(
-    repo="Rowan/hellaswag",
-    revision="218ec52e09a7e7462a5400043bb9a69a41d06b76",
-    path="data/validation-00000-of-00001.parquet",
-    sha256="899813071e1e95efafec90f856e1987d2150fa4d020fc005df6962c259f660cd",
-)
-HUB_TASKS = {"hellaswag": HELLASWAG}
+HUB_TASKS = {
+    "hellaswag": HubFile(
+        repo="Rowan/hellaswag",
+        revision="218ec52e09a7e7462a5400043bb9a69a41d06b76",
+        path="data/validation-00000-of-00001.parquet",
+        sha256="899813071e1e95efafec90f856e1987d2150fa4d020fc005df6962c259f660cd",
+    )
+}
 
 
 def check_task(task: str) -> None:
-    """Find out at once, without reading or downloading, whether `task` can be one.
+    """Check, without reading or downloading, that `task` can be a task.
 
     Raises:
         UserError: it is neither a known name nor a file.
@@ -72,114 +72,99 @@ def check_task(task: str) -> None:
     if task in HUB_TASKS or Path(task).is_file():
         return
     hint = closest(task, list(HUB_TASKS))
-    raise UserError(f"task {task!r}{hint}: is neither {', '.join(HUB_TASKS)} nor a file of JSON Lines in HellaSwag's form")
+    raise UserError(f"task {task!r}{hint}: is neither {', '.join(HUB_TASKS)} nor a JSON Lines file in HellaSwag's format")
 
 
 def task_name(task: str) -> str:
-    """What to call a task in logs: 'hellaswag' as it is, a file without its folder and endings."""
+    """The name of a task in logs: 'hellaswag', or a file's name without its extensions."""
     return task if task in HUB_TASKS else re.sub(r"(\.jsonl?)?(\.gz)?$", "", Path(task).name) or task
 
 
-def load_items(task: str, *, style: Style = "plain") -> tuple[ChoiceItem, ...]:
-    """All items of a task, in the order of its file.
-
-    Args:
-        task: 'hellaswag' (downloaded once, then taken from the hub's own cache) or the path of a file in its form.
-        style: how contexts and endings are prepared; see the module.
+def load_items(task: str) -> tuple[ChoiceItem, ...]:
+    """All items of 'hellaswag' (downloaded once, then read from the hub client's cache) or of a file, in the order of the file.
 
     Raises:
-        UserError: the task is unknown, cannot be downloaded, or a line of it is faulty; the message names line and field.
+        UserError: the task is unknown, cannot be downloaded, or has an invalid line; the message names line and field.
     """
     check_task(task)
-    return read_hub_items(HUB_TASKS[task], style=style) if task in HUB_TASKS else read_items(task, style=style)
+    return read_hub_items(HUB_TASKS[task]) if task in HUB_TASKS else read_items(Path(task))
 
 
-def read_items(path: Path | str, *, style: Style = "plain") -> tuple[ChoiceItem, ...]:
-    """The items of a local file, plain or gzip.
-
-    Raises:
-        UserError: as `load_items`.
-    """
-    path = Path(path)
+def read_items(path: Path) -> tuple[ChoiceItem, ...]:
+    """Read the items of a local file, plain or gzip; errors as in `load_items`."""
     try:
         with path.open("rb") as file:
             packed = file.read(2) == b"\x1f\x8b"
             file.seek(0)
-            if packed:
-                with gzip.open(file) as unpacked:
-                    return _items(_lines(unpacked, path), path, style)
-            return _items(_lines(file, path), path, style)
+            return _items(_lines(gzip.GzipFile(fileobj=file) if packed else file, path), path)
     except (EOFError, zlib.error, gzip.BadGzipFile):
-        raise UserError(f"{path}: the gzip data is damaged or cut off: fetch the file again") from None
+        raise UserError(f"{path}: the gzip data is corrupt or truncated: download the file again") from None
     except OSError as error:
         raise UserError(f"{path}: cannot read: {(error.strerror or str(error)).lower()}") from error
 
 
 def _lines(file: IO[bytes] | gzip.GzipFile, path: Path) -> Iterator[tuple[str, Any]]:
-    """The place and the parsed content of every line that is not blank."""
+    """The place and the parsed content of every non-blank line."""
     total = number = 0
     while line := file.readline(_MAX_LINE + 1):
         number, total = number + 1, total + len(line)
         place = f"{path}, line {number}"
         if len(line) > _MAX_LINE:
-            raise UserError(f"{place}: is longer than {_MAX_LINE >> 20} MiB: is this a file of JSON Lines?")
+            raise UserError(f"{place}: is longer than {_MAX_LINE >> 20} MiB: is this a JSON Lines file?")
         if total > _MAX_BYTES:
-            raise UserError(f"{place}: the file is over {_MAX_BYTES >> 30} GiB, the most that is read")
+            raise UserError(f"{place}: the file exceeds the limit of {_MAX_BYTES >> 30} GiB")
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
             if text:
                 yield place, json.loads(text)
         except UnicodeDecodeError:
-            raise UserError(f"{place}: is not UTF-8: is this a file of JSON Lines?") from None
+            raise UserError(f"{place}: is not UTF-8: is this a JSON Lines file?") from None
         except (ValueError, RecursionError):
-            raise UserError(f"{place}: is not JSON, or cut off: give one object a line, as HellaSwag's files do") from None
+            raise UserError(f"{place}: is not valid JSON: write one object per line, as in HellaSwag's files") from None
 
 
-def _items(rows: Iterable[tuple[str, Any]], path: Path | str, style: Style) -> tuple[ChoiceItem, ...]:
-    items = tuple(_item(row, place, style) for place, row in islice(rows, _MAX_ITEMS + 1))
+def _items(rows: Iterable[tuple[str, Any]], path: Path | str) -> tuple[ChoiceItem, ...]:
+    items = tuple(_item(row, place) for place, row in islice(rows, _MAX_ITEMS + 1))
     if len(items) > _MAX_ITEMS:
-        raise UserError(f"{path}: has more than {_MAX_ITEMS:,} items, the most that is read")
+        raise UserError(f"{path}: exceeds the limit of {_MAX_ITEMS:,} items")
     if not items:
-        raise UserError(f"{path}: holds no items: give a file with one JSON object a line")
+        raise UserError(f"{path}: contains no items: give a file with one JSON object per line")
     return items
 
 
-def _item(row: Any, place: str, style: Style) -> ChoiceItem:
+def _item(row: Any, place: str) -> ChoiceItem:
     if not isinstance(row, dict):
         raise UserError(f"{place}: is not a JSON object with ctx, endings and label")
     endings = row.get("endings")
     if not isinstance(endings, list) or not 2 <= len(endings) <= _MAX_ENDINGS:
-        raise UserError(f"{place}: endings = {_short(endings)}: must be a list of 2 to {_MAX_ENDINGS} texts")
+        raise UserError(f"{place}: endings = {_short(endings)}: must be a list of 2 to {_MAX_ENDINGS} strings")
     for index, ending in enumerate(endings):
         if not isinstance(ending, str) or not ending.strip():
-            raise UserError(f"{place}: endings[{index}] = {_short(ending)}: must be a text that is not empty")
+            raise UserError(f"{place}: endings[{index}] = {_short(ending)}: must be a non-empty string")
     label = _label(row.get("label"), len(endings), place)
-    context = _harness_context(row, place) if style == "harness" else _plain_context(row, place)
-    if style == "harness":
-        endings = [_without_marks(ending) for ending in endings]
     name = row.get("ind")
     named = isinstance(name, str | int) and not isinstance(name, bool) and len(str(name)) <= 100
-    return ChoiceItem(context, tuple(endings), label, str(name) if named else place.rpartition(", ")[2])
+    return ChoiceItem(_context(row, place), tuple(endings), label, str(name) if named else place.rpartition(", ")[2])
 
 
 def _label(value: Any, count: int, place: str) -> int:
-    """An index, written as a number (as the first files have it) or as digits (as the hub's do)."""
+    """An index, written as a number (as in the original files) or as digits (as in the hub's)."""
     if value == "":
-        raise UserError(f"{place}: label is empty: test splits come without answers; use the validation split")
+        raise UserError(f"{place}: label is empty: test splits have no labels; use the validation split")
     label = int(value) if isinstance(value, str) and re.fullmatch(r"[0-9]{1,4}", value) else value
     if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < count:
-        raise UserError(f"{place}: label = {_short(value)}: must be the right ending's index, 0 to {count - 1}")
+        raise UserError(f"{place}: label = {_short(value)}: must be the index of the right ending, 0 to {count - 1}")
     return label
 
 
-def _text(row: dict[str, Any], field: str, place: str, *, why: str = "") -> str:
+def _text(row: dict[str, Any], field: str, place: str) -> str:
     value = row.get(field)
     if not isinstance(value, str):
-        raise UserError(f"{place}: {field} = {_short(value)}: must be a text{why}")
+        raise UserError(f"{place}: {field} = {_short(value)}: must be a string")
     return value
 
 
-def _plain_context(row: dict[str, Any], place: str) -> str:
+def _context(row: dict[str, Any], place: str) -> str:
     if "ctx" in row or "ctx_a" not in row:
         field, context = "ctx", _text(row, "ctx", place)
     else:
@@ -190,37 +175,21 @@ def _plain_context(row: dict[str, Any], place: str) -> str:
     return context
 
 
-def _harness_context(row: dict[str, Any], place: str) -> str:
-    why = " (style 'harness' needs activity_label, ctx_a and ctx_b; style 'plain' only ctx)"
-    label, first, second = (_text(row, field, place, why=why) for field in ("activity_label", "ctx_a", "ctx_b"))
-    return _without_marks(f"{label}: {first} {second.capitalize()}")
-
-
-def _without_marks(text: str) -> str:
-    """WikiHow's marks taken out as the evaluation harness does it: a title ends a sentence, other brackets vanish."""
-    text = text.strip().replace(" [title]", ". ")
-    return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
-
-
 def _short(value: Any) -> str:
     if value is None:
         return "nothing"
     return text if len(text := repr(value)) <= 60 else text[:57] + "..."
 
 
-def read_hub_items(source: HubFile, *, style: Style = "plain", endpoint: str | None = None) -> tuple[ChoiceItem, ...]:
-    """The items of a parquet file on the hub.
+def read_hub_items(source: HubFile, *, endpoint: str | None = None) -> tuple[ChoiceItem, ...]:
+    """Download and read the items of a parquet file on the hub at `endpoint` (None for the default).
 
-    The download goes through `huggingface_hub` and its cache, so HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE mean what they always
-    mean; the file's checksum is compared with the pinned one.
-
-    Args:
-        endpoint: the hub's address, unset for the usual one.
+    The download uses `huggingface_hub` and its cache, so HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE apply.
 
     Raises:
-        UserError: a package is missing, the download failed, or the file is not the pinned one.
+        UserError: a package is missing, the download failed, or the file differs from the pinned one.
     """
-    otherwise = "or give the path of a HellaSwag file (JSON Lines) in place of the name"
+    otherwise = "or give the path of a HellaSwag file (JSON Lines) instead of the name"
     try:
         import pyarrow.parquet as parquet  # type: ignore[import-not-found,import-untyped,unused-ignore]
         from huggingface_hub import hf_hub_download
@@ -231,30 +200,23 @@ def read_hub_items(source: HubFile, *, style: Style = "plain", endpoint: str | N
     try:
         path = Path(hf_hub_download(source.repo, source.path, repo_type="dataset", revision=source.revision, endpoint=endpoint))
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    except Exception as error:  # the hub's client and its transport fail in many ways that have no common base
-        first = error.__cause__ or error  # the hub's client wraps what happened into advice
+    except Exception as error:  # the errors of the hub's client and its transport have no common base
+        first = error.__cause__ or error  # the hub's client wraps the original error in advice
         reason = " ".join(str(first).split())[:200] or type(first).__name__
         raise UserError(f"{source.repo}: cannot download ({reason}): check the network and try again, {otherwise}") from error
     if digest != source.sha256:
         raise UserError(
-            f"{path}: is damaged (its SHA-256 is {digest[:12]}..., not {source.sha256[:12]}...): delete it and try again"
+            f"{path}: is corrupt (its SHA-256 is {digest[:12]}..., not {source.sha256[:12]}...): delete it and try again"
         )
     rows = parquet.read_table(path).to_pylist()
-    return _items(((f"{source.repo}, row {number}", row) for number, row in enumerate(rows, 1)), source.repo, style)
+    return _items(((f"{source.repo}, row {number}", row) for number, row in enumerate(rows, 1)), source.repo)
 
 
 def draw_items(items: Sequence[ChoiceItem], count: int | None, seed: int = 0) -> tuple[ChoiceItem, ...]:
-    """`count` of the items, drawn at random without replacement; the same ones every time.
+    """Draw `count` of the items without replacement, in their given order; all of them for None or a larger count.
 
-    Each item is ranked by a keyed hash of its content, so that a draw depends neither on the order of the items nor on a random
-    number generator's version, and a larger draw contains the smaller one.
-
-    Args:
-        count: how many; None, or more than there are, takes all.
-        seed: another seed gives another draw.
-
-    Returns:
-        The drawn items in their given order.
+    Each item is ranked by a keyed hash of its content, so that a draw depends neither on the order of the items nor on the
+    version of a random number generator, and a larger draw contains the smaller one.
     """
     if count is None or count >= len(items):
         return tuple(items)

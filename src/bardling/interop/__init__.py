@@ -1,1 +1,4 @@
-"""Other systems' formats: reading them as hostile input, writing them so that their own tools open the result."""
+"""Other systems' formats: readers that treat files as untrusted input, and writers whose output those systems open.
+
+Does not belong here: our own checkpoints and the choice of a reader (`checkpoint/`).
+"""

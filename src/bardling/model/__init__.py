@@ -1,1 +1,5 @@
-"""Networks: the GPT-2 model and its parts; nothing here knows of data, optimizers or processes."""
+"""The network: one file that reads like the paper (`gpt.py`), its layers, rotary positions, the KV cache and the initial
+weights.
+
+Fast implementations belong in `kernels/`. Nothing here knows about processes, optimizers, files or tokenizers.
+"""

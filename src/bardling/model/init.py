@@ -1,13 +1,13 @@
 """Initial weights: GPT-2's, with a few settings; the same however and wherever the model is built.
 
-Every parameter is drawn from its own generator, seeded by a hash of (seed, parameter name), on the CPU in float32. A model
-therefore starts alike whole or sharded, made directly or on the meta device first, whatever order its parameters are visited
-in, and whatever the padding of its vocabulary.
+Every parameter is drawn from its own generator, seeded by a hash of (seed, parameter name), on the CPU in float32. The initial
+weights therefore do not depend on sharding, on the device (the meta device included), on the order of the parameters or on the
+padding of the vocabulary.
 
-Method (Radford et al. 2019 and the released code): N(0, 0.02) for matrices and embeddings; the projections back into the
-residual stream N(0, 0.02 / sqrt(2 n_layer)), since 2 n_layer of them add up; biases 0, norms 1. `init_std` replaces 0.02, and
-`zero_init` makes these projections 0. Value embeddings are drawn as large as the values that they are mixed with, half and
-half.
+Method (Radford et al. 2019 and the released code): N(0, 0.02) for matrices and embeddings; N(0, 0.02 / sqrt(2 n_layer)) for the
+projections back into the residual stream, since 2 n_layer of them add up; biases 0, norms 1. `init_std` replaces 0.02, and
+`zero_init` sets these projections to 0. Value embeddings have the standard deviation of the values that they are mixed with in
+equal parts.
 """
 
 import hashlib
@@ -21,19 +21,15 @@ from bardling.config import ModelConfig
 from bardling.errors import UserError
 
 
-def is_value_table(name: str) -> bool:
-    """Whether a parameter is a table of value embeddings."""
-    return name.startswith("transformer.wve.")
-
-
 def has_vocabulary_rows(name: str) -> bool:
-    """Whether a parameter has a row for each token, and rows of padding."""
-    return name in ("transformer.wte.weight", "lm_head.weight") or is_value_table(name)
+    """Whether a parameter has a row for each id of the padded vocabulary."""
+    return name in ("transformer.wte.weight", "lm_head.weight") or name.startswith("transformer.wve.")
 
 
-def parameter_seed(seed: int, name: str) -> int:
-    """Seed of one parameter's generator: 63 bits of a hash of (seed, name)."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "little") >> 1
+def named_generator(seed: int, name: str) -> torch.Generator:
+    """A generator on the CPU, seeded by 63 bits of a hash of (seed, name)."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor:
@@ -49,14 +45,11 @@ def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) 
     if name.endswith(".value_mix"):
         return torch.full(shape, 0.5, device="cpu")
     std = config.init_std / math.sqrt(2 * config.n_layer) if projection else config.init_std
-    if is_value_table(name):
-        std *= math.sqrt(config.n_embd)  # the spread of a product of c_attn with a normed input
-    generator = torch.Generator("cpu").manual_seed(parameter_seed(seed, name))
-    if has_vocabulary_rows(name):
-        value = torch.zeros(shape, device="cpu")
-        value[: config.vocab_size] = torch.normal(0.0, std, (config.vocab_size, shape[1]), generator=generator, device="cpu")
-        return value
-    return torch.normal(0.0, std, tuple(shape), generator=generator, device="cpu")
+    if name.startswith("transformer.wve."):
+        std *= math.sqrt(config.n_embd)  # standard deviation of c_attn's product with a normed input
+    value, rows = torch.zeros(shape, device="cpu"), config.vocab_size if has_vocabulary_rows(name) else shape[0]
+    value[:rows] = torch.normal(0.0, std, (rows, *shape[1:]), generator=named_generator(seed, name), device="cpu")
+    return value
 
 
 @torch.no_grad()
@@ -68,33 +61,20 @@ def init_weights(model: nn.Module, seed: int) -> None:
         parameter.copy_(initial_value(name, parameter.shape, config, seed))
 
 
-POSITIONS = "transformer.wpe.weight"
-"""Name of the learned positions [block_size, n_embd]."""
-
-
-def crop_positions(positions: Tensor, block_size: int) -> Tensor:
-    """The first `block_size` rows of learned positions, or of an optimizer's moments of them, as a tensor of its own.
+def crop_block_size(tensors: Mapping[str, Tensor], block_size: int) -> dict[str, Tensor]:
+    """Copy the first `block_size` learned positions of a state dict, or their moments in an optimizer's tensors by parameter.
 
     Raises:
-        UserError: there are fewer rows.
+        UserError: there are fewer.
     """
-    require_positions(block_size, positions.size(0))
-    return positions[:block_size].clone()
 
+    def crop(positions: Tensor) -> Tensor:
+        have = positions.size(0)
+        if not 1 <= block_size <= have:
+            raise UserError(
+                f"model.block_size = {block_size}: the weights have {have} positions; set it to a value from 1 to {have}"
+            )
+        return positions[:block_size].clone()
 
-def require_positions(block_size: int, have: int) -> None:
-    """Raise a UserError unless a model of `have` positions can be cropped to `block_size`."""
-    if not 1 <= block_size <= have:
-        raise UserError(
-            f"model.block_size = {block_size}: the weights have {have} positions; choose a block_size from 1 to {have}"
-        )
-
-
-def crop_block_size(state: Mapping[str, Tensor], block_size: int) -> dict[str, Tensor]:
-    """A state dict (weights, or one kind of moments, by parameter name) with its positions cropped to `block_size`; rest as it
-    is.
-
-    Raises:
-        UserError: the state has fewer positions.
-    """
-    return {name: crop_positions(value, block_size) if name == POSITIONS else value for name, value in state.items()}
+    learned = "transformer.wpe.weight"  # [block_size, n_embd]
+    return {name: crop(value) if name.startswith(learned) and value.ndim else value for name, value in tensors.items()}

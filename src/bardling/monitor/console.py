@@ -1,11 +1,12 @@
-"""What a person sees while a run goes on.
+"""The terminal display of a run.
 
-On a terminal: a bar of the steps with the latest figures, which stays at the bottom while validations, samples and messages
-scroll by above it. Anywhere else (a file, a pipe, a notebook's log): one plain line for each record. A reader that goes away
-(`| head`) ends the display, never the training.
+On a terminal: a progress bar and the latest metrics at the bottom, while validation results, samples and messages scroll above.
+Elsewhere (a file, a pipe, a notebook): one plain line per record. If the reader of a pipe exits (`| head`), the display stops
+and training continues.
 """
 
 import contextlib
+import math
 import os
 import sys
 import time
@@ -13,19 +14,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TextIO
 
 import rich.console
-from rich.live import Live
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.rule import Rule
-from rich.table import Table
 from rich.text import Text
 
 from bardling.monitor.format import count, duration, percent, size_bytes
 
-PATIENCE = 2.0  # seconds of work without a sign of life that a person takes for normal
-PLAIN_INTERVAL = 10.0  # seconds between lines of progress where nothing can be overwritten
+PATIENCE = 2.0  # seconds before the progress of work between steps is shown
+PLAIN_INTERVAL = 10.0  # seconds between progress lines where there is no terminal
 
-# How each figure of a record is written; the order here is the order on the line.
-_FIGURES: tuple[tuple[str, Callable[[float], str]], ...] = (
+# How each metric is displayed, in the order of the line.
+_FORMATS: tuple[tuple[str, Callable[[float], str]], ...] = (
     ("loss", lambda value: f"loss {value:.4f}"),
     ("bits_per_byte", lambda value: f"{value:.4f} bits/byte"),
     ("perplexity", lambda value: f"perplexity {value:.4g}"),
@@ -42,210 +41,162 @@ _FIGURES: tuple[tuple[str, Callable[[float], str]], ...] = (
 
 
 class Console:
-    """Shows records, messages and samples on a stream.
+    """A sink that shows records, messages and samples.
 
     Args:
         steps: the run's last step.
-        first_step: the step it starts or resumes at.
-        quiet: show nothing.
-        stream: where to; standard output when absent.
-        width: columns of the terminal, where they cannot be asked for.
+        first_step: the step at which it starts or resumes.
+        stream: destination; default: standard output.
+        width: terminal width in columns, if it cannot be detected.
     """
 
-    def __init__(
-        self, steps: int, first_step: int, quiet: bool = False, *, stream: TextIO | None = None, width: int | None = None
-    ) -> None:
+    def __init__(self, steps: int, first_step: int, *, stream: TextIO | None = None, width: int | None = None) -> None:
         self._steps = steps
-        self._stream: TextIO | None = None if quiet else stream or sys.stdout
+        self._stream: TextIO | None = stream or sys.stdout
         self._work = _Work()
-        self._live: Live | None = None
+        self._display: _Display | None = None
         screen = rich.console.Console(file=self._stream, width=width, highlight=False, markup=False, emoji=False)
-        if self._stream is not None and screen.is_terminal and not (screen.is_dumb_terminal or screen.is_jupyter):
-            self._display = _Display(steps, first_step)
-            self._live = Live(self._display.renderable(), console=screen, refresh_per_second=4)
+        if screen.is_terminal and not (screen.is_dumb_terminal or screen.is_jupyter):
+            self._display = _Display(screen, steps, first_step)
             with self._guard():
-                self._live.start()
+                self._display.start()
 
     def log(self, record: Mapping[str, object]) -> None:
-        """Show a record's figures; those that are missing or no numbers are left out."""
+        """Show the metrics of a record; values that are missing or not numbers are left out."""
         kind, step = str(record.get("kind", "")), record.get("step")
-        figures = figures_of(record)
+        metrics = format_metrics(record)
         best = ["best so far"] if record.get("best") is True else []
-        if self._live is not None and kind == "train":
-            self._display.update(step if isinstance(step, int) else 0, figures)
-            with self._guard():
-                self._live.update(self._display.renderable())
+        if self._display is not None and kind == "train" and isinstance(step, int):
+            left = f", {metrics.pop('seconds_left')}" if "seconds_left" in metrics else ""
+            self._display.update(self._display.training, completed=step, rest=f" steps{left}")
+            self._display.metrics = Text("  ".join(metrics.values()))
             return
         place = f"step {step:>{len(f'{self._steps:,}')},}/{self._steps:,}" if isinstance(step, int) else ""
         name = {"train": "", "val": "validation", "task": str(record.get("task", ""))}.get(kind, kind)
-        line = "  ".join(part for part in [place, name, *figures.values(), *best] if part)
-        self._print(Text(line, style="bold green" if best else "bold") if self._live else line)
+        line = "  ".join(part for part in [place, name, *metrics.values(), *best] if part)
+        self._print(Text(line, style="bold green" if best else "bold") if self._display else line)
 
     def note(self, text: str) -> None:
-        """Show a message."""
         self._print(self._text(text))
 
-    def sample(self, step: int, texts: Sequence[str]) -> None:
-        """Show texts that the model wrote."""
+    def sample(self, step: int, prompt: str, texts: Sequence[str]) -> None:
         for number, text in enumerate(texts, 1):
             title = f"sample {number} of {len(texts)} at step {step:,}" if len(texts) > 1 else f"sample at step {step:,}"
-            if self._live:
-                self._print(Rule(title, align="left", style="dim"))
-            else:
-                self._print(f"--- {title} ---")
-            self._print(self._text(text))
+            self._print(Rule(title, align="left", style="dim") if self._display else f"--- {title} ---")
+            self._print(self._text(prompt + text))
         if texts:
-            self._print(Rule(style="dim") if self._live else "---")
+            self._print(Rule(style="dim") if self._display else "---")
 
-    def planned(self, steps: int) -> None:
-        """Take another last step: a deadline has moved it."""
+    def set_steps(self, steps: int) -> None:
+        """Change the last step: a deadline has moved it."""
         self._steps = steps
-        if self._live is not None:
-            self._display.planned(steps)
+        if self._display is not None:
+            self._display.update(self._display.training, total=steps)
 
     def progress(self, label: str, done: int, total: int) -> None:
-        """Show how far some work between steps has come, once it takes longer than a person waits without wondering."""
-        seconds = self._work.advance(label, done, total)
-        if self._live is not None:
-            self._display.work(label if seconds is not None and done < total else "", done, total, self._work.left(done, total))
-            with self._guard():
-                self._live.update(self._display.renderable())
-        elif seconds is not None and self._work.due(done, total):
-            self._print(f"{label}: {done:,}/{total:,}, {duration(self._work.left(done, total))} left")
+        """Show the progress of work between steps, once it has taken `PATIENCE` seconds."""
+        shown = self._work.advance(label, done, total)
+        left = f", {duration(self._work.seconds_left(done, total))} left"
+        if self._display is not None:
+            bar = self._display.work
+            self._display.update(bar, visible=shown, description=label, total=total, completed=done, rest=left)
+        elif shown and self._work.line_due():
+            self._print(f"{label}: {done:,}/{total:,}{left}")
 
     def flush(self) -> None:
-        """Show everything taken so far."""
         if self._stream is not None:
             with self._guard():
                 self._stream.flush()
 
     def close(self) -> None:
-        """Leave the last figures standing and give the terminal back; closing twice is no error."""
-        if self._live is not None:
+        """Leave the last metrics on screen and restore the terminal; closing twice is not an error."""
+        if self._display is not None:
             with self._guard():
-                self._live.stop()
+                self._display.stop()
         self.flush()
-        self._live, self._stream = None, None
+        self._display, self._stream = None, None
 
-    def _print(self, what: str | Text | Rule) -> None:
+    def _print(self, item: str | Text | Rule) -> None:
         if self._stream is None:
             return
         with self._guard():
-            if self._live is not None:
-                self._live.console.print(what)
+            if self._display is not None:
+                self._display.console.print(item)
             else:
-                self._stream.write(f"{what}\n")
+                self._stream.write(f"{item}\n")
                 self._stream.flush()
 
     def _text(self, text: str) -> str | Text:
-        shown = harmless(text, getattr(self._stream, "encoding", None) or "utf-8")
-        return Text(shown) if self._live else shown
+        shown = escape_unprintable(text, getattr(self._stream, "encoding", None) or "utf-8")
+        return Text(shown) if self._display else shown
 
     @contextlib.contextmanager
     def _guard(self) -> Iterator[None]:
-        """Go silent when nobody reads any more."""
+        """Stop displaying once the reader of the stream has exited."""
         try:
             yield
         except BrokenPipeError:
-            self._live, stream, self._stream = None, self._stream, None
-            if stream is sys.stdout:  # or Python complains about it once more at its own end
+            self._display, stream, self._stream = None, self._stream, None
+            if stream is sys.stdout:  # otherwise Python reports the broken pipe again at exit
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-class _Display:
-    """The part of the terminal that stays: the bar, and the latest figures under it."""
+class _Display(Progress):
+    """The part of the terminal that stays in place: the progress bars, and the latest metrics below them."""
 
-    def __init__(self, steps: int, first_step: int) -> None:
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            TextColumn("{task.fields[place]}"),
-            expand=True,
-        )
-        self._steps = steps
-        self._task = self._bar.add_task("training", total=steps, completed=first_step, place=self._place(first_step, ""))
-        self._work: TaskID | None = None
-        self._figures = Text("waiting for the first step", style="dim")
+    def __init__(self, screen: rich.console.Console, steps: int, first_step: int) -> None:
+        self.metrics = Text("waiting for the first step", style="dim")
+        place = TextColumn("{task.completed:,}/{task.total:,}{task.fields[rest]}")
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), place)
+        super().__init__(*columns, expand=True, console=screen, refresh_per_second=4)
+        self.training = self.add_task("training", total=steps, completed=first_step, rest=" steps")
+        self.work = self.add_task("", visible=False, rest="")  # between steps
 
-    def _place(self, step: int, left: str) -> str:
-        return f"{step:,}/{self._steps:,} steps" + (f", {left}" if left else "")
-
-    def planned(self, steps: int) -> None:
-        """Take another last step."""
-        self._steps = steps
-        self._bar.update(self._task, total=steps)
-
-    def update(self, step: int, figures: Mapping[str, str]) -> None:
-        """Take the figures of a step."""
-        rest = dict(figures)
-        self._bar.update(self._task, completed=step, place=self._place(step, rest.pop("seconds_left", "")))
-        self._figures = Text("  ".join(rest.values()))
-
-    def work(self, label: str, done: int, total: int, left: float) -> None:
-        """Show a second bar for work between steps, or none without a label."""
-        if self._work is not None and not label:
-            self._bar.remove_task(self._work)
-            self._work = None
-        elif label:
-            if self._work is None:
-                self._work = self._bar.add_task(label, total=total, place="")
-            self._bar.update(
-                self._work, description=label, total=total, completed=done, place=f"{done:,}/{total:,}, {duration(left)} left"
-            )
-
-    def renderable(self) -> Table:
-        """What is drawn now."""
-        table = Table.grid(expand=True)
-        table.add_row(self._bar.get_renderable())
-        table.add_row(self._figures)
-        return table
+    def get_renderables(self) -> Iterator[rich.console.RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        yield self.metrics
 
 
 class _Work:
-    """Times the work between steps, and decides when it is worth a word."""
+    """Times the work between steps and decides when to report its progress."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+    def __init__(self) -> None:
+        self._clock = time.monotonic
         self._key: tuple[str, int] | None = None
-        self._begin = self._said = 0.0
+        self._begin = self._last_line = 0.0
         self._from = self._last = 0
 
-    def advance(self, label: str, done: int, total: int) -> float | None:
-        """Seconds since the work began, or None while that is too short to speak of."""
+    def advance(self, label: str, done: int, total: int) -> bool:
+        """Whether to show the work's progress: once it has taken `PATIENCE` seconds, and until it is done."""
         if self._key != (label, total) or done < self._last:
-            self._key, self._begin, self._from = (label, total), self._clock(), done
-            self._said = self._begin
+            self._key, self._begin, self._from, self._last_line = (label, total), self._clock(), done, -math.inf
         self._last = done
         if done >= total:
             self._key = None
-        seconds = self._clock() - self._begin
-        return seconds if seconds >= PATIENCE else None
+        return done < total and self._clock() - self._begin >= PATIENCE
 
-    def left(self, done: int, total: int) -> float:
-        """Seconds that the rest takes at the speed so far."""
+    def seconds_left(self, done: int, total: int) -> float:
+        """Remaining seconds at the average speed so far."""
         progress = done - self._from
-        return (self._clock() - self._begin) / progress * (total - done) if progress > 0 else float("inf")
+        return (self._clock() - self._begin) / progress * (total - done) if progress > 0 else math.inf
 
-    def due(self, done: int, total: int) -> bool:
-        """Whether a plain line is due: soon after the start, then seldom, never at the end."""
-        now = self._clock()
-        if done >= total or (self._said > self._begin and now - self._said < PLAIN_INTERVAL):
-            return False
-        self._said = now
-        return True
-
-
-def figures_of(record: Mapping[str, object]) -> dict[str, str]:
-    """A record's known figures by field, each with its name or unit."""
-    found = {}
-    for name, write in _FIGURES:
-        value = record.get(name)
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            found[name] = write(value)
-    return found
+    def line_due(self) -> bool:
+        """Whether `PLAIN_INTERVAL` has passed since the last plain line."""
+        due = self._clock() - self._last_line >= PLAIN_INTERVAL
+        if due:
+            self._last_line = self._clock()
+        return due
 
 
-def harmless(text: str, encoding: str = "utf-8") -> str:
-    """`text` with spelled out what would command the terminal (what a model wrote must not) or cannot be encoded for it."""
+def format_metrics(record: Mapping[str, object]) -> dict[str, str]:
+    """The metrics of a record as text with name or unit, by field."""
+    values = ((name, write, record.get(name)) for name, write in _FORMATS)
+    return {
+        name: write(value) for name, write, value in values if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+
+
+def escape_unprintable(text: str, encoding: str = "utf-8") -> str:
+    """Escape control characters (generated text must not control the terminal) and characters that `encoding` lacks."""
     shown = "".join(c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return shown.encode(encoding, "backslashreplace").decode(encoding)

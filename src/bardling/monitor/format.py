@@ -1,4 +1,4 @@
-"""Numbers as people read them: short, with a unit."""
+"""Numbers for display: three digits and a unit."""
 
 import math
 
@@ -30,17 +30,17 @@ def duration(seconds: float) -> str:
     return f"{whole}s"
 
 
-def percent(part: float) -> str:
+def percent(fraction: float) -> str:
     """`0.4217` -> `42.2%`."""
-    return f"{100 * part:.1f}%"
+    return f"{100 * fraction:.1f}%"
 
 
 def _short(number: float, units: tuple[str, ...]) -> str:
-    """Three digits and the unit that leaves the number between 1 and 1000."""
+    """Three digits, in the unit in which the number lies between 1 and 1000."""
     if not math.isfinite(number):
         return f"{number}{units[0]}"
     size, unit = abs(number), 0
-    # 999.5 rounds to 1000, which belongs to the next unit.
+    # 999.5 rounds to 1000, which is 1 of the next unit.
     while size >= 999.5 and unit < len(units) - 1:
         size /= 1000
         unit += 1

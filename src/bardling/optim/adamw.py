@@ -1,8 +1,8 @@
-"""PyTorch's AdamW, without the second that its first use takes.
+"""PyTorch's AdamW without importing PyTorch's compiler, which takes over a second of a short run.
 
-`torch.optim` marks methods of its optimizers as never to be compiled, and imports PyTorch's compiler to do so: over a second,
-which is a good part of a short run. Here the methods go unmarked unless the compiler was imported before. That matters to
-nobody who does not call them within a compiled function. Where a version of PyTorch does this another way, nothing changes.
+`torch.optim` disables compilation of several optimizer methods, and imports the compiler to do so. Here these methods stay as
+they are unless the compiler has already been imported, which matters only to code that calls them in a compiled function. With
+PyTorch versions that do this differently, this module has no effect.
 """
 
 import inspect
@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 
-def spare_compiler() -> None:
-    """Keep the methods that all optimizers share from importing the compiler."""
+def avoid_compiler_import() -> None:
+    """Keep the methods shared by all optimizers from importing the compiler."""
     if "torch._dynamo" in sys.modules:
         return
     for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict"):
@@ -24,10 +24,10 @@ def spare_compiler() -> None:
 
 
 class AdamW(torch.optim.AdamW):
-    """`torch.optim.AdamW`, whose `step` does not import the compiler. The update cannot be differentiated."""
+    """`torch.optim.AdamW` whose `step` does not import the compiler. Differentiable updates are not supported."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
-        spare_compiler()
+        avoid_compiler_import()
         super().__init__(*args, **settings)
 
     @torch.no_grad()

@@ -1,25 +1,41 @@
-"""The optimizer of a model's parameters: which rule, learning rate and decay each of them gets.
+"""Builds the optimizer: update rule, learning rate and weight decay of each parameter.
 
-`adamw`: AdamW for everything (Loshchilov and Hutter 2019, arXiv:1711.05101). `muon`: Muon for the matrices inside blocks, AdamW
-for embeddings, the head, norms and biases (`optim/muon.py`). Only tensors of two or more dimensions decay; biases and norm
-gains do not. The learning rate is set by the training loop before every update, so the rates given here never take effect:
-a group's `lr_scale` says how its own is related to `optim.lr`.
+`adamw`: AdamW for all parameters (Loshchilov and Hutter 2019, arXiv:1711.05101). `muon`: Muon for the matrices inside blocks,
+AdamW for embeddings, the head, norms and biases (`optim/muon.py`). Weight decay applies to tensors of two or more dimensions,
+not to biases and norm weights. The training loop sets the learning rate before every update, so the rates given here never take
+effect; `lr_scale` of a group is its rate relative to `optim.lr`.
 """
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from bardling.config import ModelConfig, OptimConfig
+from bardling.extensions import OPTIMIZERS
 from bardling.optim.adamw import AdamW
-from bardling.optim.kinds import kind_of
 from bardling.optim.muon import Muon
+from bardling.planning.parameter_shapes import parameter_kind
 
-# Devices for which PyTorch has a kernel that updates all tensors of a group at once.
-FUSED_DEVICES = ("cpu", "cuda", "mps")
+FUSED_DEVICES = ("cpu", "cuda", "mps")  # with a PyTorch kernel that updates all tensors of a group at once
+
+Parameters = Sequence[tuple[str, nn.Parameter]]
+
+
+@dataclass(frozen=True)
+class OptimizerOptions:
+    """What an optimizer may need in addition to its settings."""
+
+    device: torch.device  # of the parameters
+    splits: Mapping[str, Sequence[int]] = field(default_factory=dict)  # rows of the parts of fused matrices, by name suffix
+    rank: int = 0  # among the processes that share the optimizer's work
+    world_size: int = 1  # number of these processes
+    process_group: dist.ProcessGroup | None = None  # these processes; None for all
+    compiled: bool = False
 
 
 def build_optimizer(
@@ -30,34 +46,43 @@ def build_optimizer(
     splits: Mapping[str, Sequence[int]] | None = None,
     rank: int = 0,
     world_size: int = 1,
+    process_group: dist.ProcessGroup | None = None,
     compiled: bool = False,
 ) -> torch.optim.Optimizer:
-    """Return the optimizer that `config.name` asks for.
+    """Return the optimizer selected by `config.name`.
 
     Args:
-        named_parameters: as `module.named_parameters()` gives them, already on `device`; frozen ones are left out.
-        device: where the parameters are.
-        splits: with Muon, rows of each part of matrices that hold several, by the end of their names (`row_splits`).
-        rank, world_size: with Muon, this process among those that share its work.
-        compiled: with Muon, compile its Newton-Schulz steps.
+        named_parameters: from `module.named_parameters()`, already on `device`; frozen parameters are ignored.
+        device: device of the parameters.
+        splits: with Muon, rows of each part of fused matrices, by name suffix (`row_splits`).
+        rank, world_size, process_group: with Muon, the processes that share its work.
+        compiled: with Muon, compile the Newton-Schulz steps.
 
     Raises:
-        ValueError: there is nothing to train.
+        ValueError: no parameter requires a gradient.
     """
     trained = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
     if not trained:
         raise ValueError("no parameter requires a gradient: there is nothing to optimize")
-    if config.name == "adamw":
-        groups = [_adamw_group(config, [p for _, p in trained if (p.dim() >= 2) == decays], decays) for decays in (True, False)]
-        fused = device.type in FUSED_DEVICES
-        return AdamW(
-            [group for group in groups if group["params"]], lr=config.lr, betas=config.betas, eps=config.eps, fused=fused
-        )
+    options = OptimizerOptions(device, splits or {}, rank, world_size, process_group, compiled)
+    optimizer: torch.optim.Optimizer = OPTIMIZERS.get("optim.name", config.name)(trained, config, options)
+    return optimizer
+
+
+def build_adamw(trained: Parameters, config: OptimConfig, options: OptimizerOptions) -> torch.optim.Optimizer:
+    """AdamW for all parameters."""
+    groups = [_adamw_group(config, [p for _, p in trained if (p.dim() >= 2) == decays], decays) for decays in (True, False)]
+    fused = options.device.type in FUSED_DEVICES
+    return AdamW([group for group in groups if group["params"]], lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
+
+
+def build_muon(trained: Parameters, config: OptimConfig, options: OptimizerOptions) -> torch.optim.Optimizer:
+    """Muon for the matrices inside blocks, AdamW for the rest."""
     kinds: dict[str, list[nn.Parameter]] = {"matrix": [], "embedding": [], "head": [], "other": [], "vector": []}
     for name, parameter in trained:
-        kinds[kind_of(name, parameter.dim())].append(parameter)
+        kinds[parameter_kind(name, parameter.dim())].append(parameter)
     rates = {"embedding": config.embed_lr, "head": config.head_lr}
-    common = {"betas": config.betas, "eps": config.eps, "fused": device.type in FUSED_DEVICES, "muon": False}
+    common = {"betas": config.betas, "eps": config.eps, "fused": options.device.type in FUSED_DEVICES, "muon": False}
     muon = {"muon": True, "params": kinds["matrix"], "weight_decay": config.weight_decay, "momentum": config.momentum}
     groups = [{**muon, "lr": config.muon_lr, "lr_scale": config.muon_lr / config.lr}]
     for kind in ("embedding", "head", "other", "vector"):
@@ -65,13 +90,14 @@ def build_optimizer(
         groups.append({**_adamw_group(config, kinds[kind], kind != "vector"), **common, "lr": lr, "lr_scale": lr / config.lr})
     return Muon(
         [group for group in groups if group["params"]],
-        splits={p: rows for name, p in trained for end, rows in (splits or {}).items() if f".{name}".endswith(f".{end}")},
+        splits={p: rows for name, p in trained for suffix, rows in options.splits.items() if f".{name}".endswith(f".{suffix}")},
         steps=config.muon_steps,
-        dtype=_muon_dtype(config, device),
+        dtype=_muon_dtype(config, options.device),
         cautious=config.cautious_decay,
-        rank=rank,
-        world_size=world_size,
-        compiled=compiled,
+        rank=options.rank,
+        world_size=options.world_size,
+        process_group=options.process_group,
+        compiled=options.compiled,
     )
 
 
@@ -80,33 +106,28 @@ def _adamw_group(config: OptimConfig, parameters: list[nn.Parameter], decays: bo
 
 
 def row_splits(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Rows of each part of the fused matrices of `model`, by the end of their names: queries, keys, values; gate, gated."""
-    made = model.architecture
-    splits: dict[str, tuple[int, ...]] = {"attn.c_attn.weight": (made.query_width, made.kv_width, made.kv_width)}
-    if made.mlp == "swiglu":
-        splits["mlp.c_fc.weight"] = (made.mlp_hidden, made.mlp_hidden)
+    """Rows of each part of the fused matrices of `model`, by name suffix: queries, keys, values; SwiGLU gate and values."""
+    arch = model.architecture
+    splits: dict[str, tuple[int, ...]] = {"attn.c_attn.weight": (arch.query_width, arch.kv_width, arch.kv_width)}
+    if arch.mlp == "swiglu":
+        splits["mlp.c_fc.weight"] = (arch.mlp_hidden, arch.mlp_hidden)
     return splits
 
 
-def settle_muon_precision(config: OptimConfig, precision: str) -> OptimConfig:
-    """`config` with `muon_precision` decided: bfloat16 in a run whose matrix products are computed in it, else float32.
-
-    Args:
-        precision: the run's, decided: 'float32', 'bfloat16' or 'float16'.
-    """
+def resolve_muon_precision(config: OptimConfig, precision: str) -> OptimConfig:
+    """`config` with `muon_precision` = 'auto' resolved: bfloat16 if the run's `precision` is bfloat16, else float32."""
     if config.muon_precision != "auto":
         return config
     return dataclasses.replace(config, muon_precision="bfloat16" if precision == "bfloat16" else "float32")
 
 
 def _muon_dtype(config: OptimConfig, device: torch.device) -> torch.dtype:
-    """The decided format; where nobody decided, one that is right on every device of a kind."""
-    if config.muon_precision == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return torch.bfloat16 if config.muon_precision == "bfloat16" else torch.float32
+    """Dtype of the Newton-Schulz steps; an unresolved 'auto' depends on the device type only."""
+    use_bfloat16 = device.type == "cuda" if config.muon_precision == "auto" else config.muon_precision == "bfloat16"
+    return torch.bfloat16 if use_bfloat16 else torch.float32
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the rate of the next update; a group's `lr_scale` (1 when absent) multiplies it."""
+    """Set the learning rate of the next update, multiplied by each group's `lr_scale` (default 1)."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)

@@ -1,27 +1,28 @@
 """Muon for matrices and AdamW for everything else, as one optimizer.
 
-Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) keeps a running mean of each matrix's gradient and moves
-the matrix by the mean's polar factor (`optim/polar.py`), an update whose singular values are all 1:
+Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) keeps the momentum of each matrix's gradient and updates
+the matrix with its polar factor (`optim/polar.py`), whose singular values are all 1:
 
-    mean   <- momentum mean + (1 - momentum) gradient
-    update <- polar(momentum mean + (1 - momentum) gradient)            (Nesterov's form)
-    weight <- weight (1 - lr decay) - lr sqrt(max(1, rows / columns)) update
+    momentum <- mu momentum + (1 - mu) gradient
+    update   <- polar(mu momentum + (1 - mu) gradient)            (Nesterov)
+    weight   <- weight (1 - lr decay) - lr sqrt(max(1, rows / columns)) update
 
-The factor is Jordan's. With it the spectral norm of an update follows its shape so that features change as much at any width
-(Yang, Simon and Bernstein 2023, arXiv:2310.17813): a learning rate found on a narrow model serves a wide one.
-Decay is decoupled; the cautious kind decays only entries whose update points towards zero (Chen et al. 2025, arXiv:2510.12402).
+The scale factor is Jordan's. With it the spectral norm of an update follows its shape so that features change equally at any
+width (Yang, Simon and Bernstein 2023, arXiv:2310.17813): a learning rate tuned on a narrow model works for a wide one. Weight
+decay is decoupled; cautious decay applies only to entries whose update points towards zero (Chen et al. 2025,
+arXiv:2510.12402).
 
-A matrix that is several on top of each other (queries, keys and values) is orthogonalised part by part. Parts of equal shape
-are stacked and computed together. With several processes, each computes its share of every stack and all gather the updates
-in the format in which they were computed; momenta are whole in every process, so that any of them can save them. Under FSDP2
-momenta are sharded as the weights are; a stack's gradients are gathered, and each process keeps its rows of the updates.
+A fused matrix (queries, keys and values) is orthogonalized part by part. Parts of equal shape are stacked and processed
+together. With several processes, each computes its share of every stack and all-gathers the updates in their own dtype; every
+process holds all momenta, so any of them can save a checkpoint. Under FSDP2, momenta are sharded like the weights; the
+gradients of a stack are gathered, and each process keeps its shard of the updates.
 
-An update can be left out by a flag on the device, `found_inf`, as with PyTorch's fused kernels: nobody waits for its value.
-Where it is 1, each gradient is taken to be the mean itself, which leaves the mean as it is to the bit, weights keep their whole
-size and updates become zeros. What was NaN or infinite in a gradient is never computed with.
+A device flag, `found_inf`, can skip an update, as in PyTorch's fused kernels, without a CPU-GPU sync. If it is 1, each gradient
+is replaced by the momentum, which leaves the momentum unchanged bit for bit; weights do not decay and updates become zero. NaN
+or infinite gradients never enter a computation.
 
-Limits: gradients must be alike in all processes (as DDP leaves them) or DTensors. Under FSDP2 every process holds the
-gathered gradients of all matrices for a moment. Where an update is left out, matrices' gradients are overwritten.
+Limits: gradients must be equal in all processes (as after DDP) or DTensors. Under FSDP2 every process temporarily holds the
+gathered gradients of all matrices. A skipped update overwrites the gradients of matrices.
 """
 
 import functools
@@ -37,25 +38,26 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-from bardling.optim.adamw import AdamW, spare_compiler
+from bardling.optim.adamw import AdamW, avoid_compiler_import
 from bardling.optim.polar import coefficients, newton_schulz
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon over the groups with `"muon": True`, `torch.optim.AdamW` over the others.
+    """Muon for the groups with `"muon": True`, `torch.optim.AdamW` for the others.
 
     State: `momentum` for a matrix, AdamW's `step`, `exp_avg` and `exp_avg_sq` for the rest.
 
     Args:
-        groups: as for any optimizer. Muon's have `lr`, `weight_decay`, `momentum`; the others take AdamW's keys.
-        splits: by parameter, the rows of each of its parts; absent: one part.
-        dtype: of the Newton-Schulz steps.
+        groups: parameter groups. Muon's have `lr`, `weight_decay` and `momentum`; the others have AdamW's keys.
+        splits: rows of each part of a parameter; one part if absent.
+        steps: Newton-Schulz steps.
+        dtype: dtype of the Newton-Schulz steps.
         cautious: decay matrices only where weight and update have the same sign.
-        rank, world_size: this process among those that share the work; `process_group` None is the default group.
+        rank, world_size, process_group: the processes that share the work; `process_group` None for the default group.
         compiled: compile the Newton-Schulz steps.
 
     Raises:
-        ValueError: a matrix that is none, or parts that do not fill it.
+        ValueError: a Muon parameter is not a matrix, or its parts do not add up to it.
     """
 
     def __init__(
@@ -72,23 +74,25 @@ class Muon(torch.optim.Optimizer):
         compiled: bool = False,
     ) -> None:
         rest = [group for group in groups if not group.get("muon")]
-        spare_compiler()
-        # It shares its groups (the dictionaries themselves) and its state with this optimizer: see `step`.
+        avoid_compiler_import()
+        # Shares its groups (the same dictionaries) and its state with this optimizer, see `step`.
         self._adamw = AdamW(rest) if rest else None
         super().__init__(groups, defaults={"lr": 0.0, "muon": False})
-        self._splits: dict[nn.Parameter, tuple[int, ...]] = {}
+        self._splits: dict[Tensor, tuple[int, ...]] = {}
         for group in self.param_groups:
             for parameter in group["params"] if group["muon"] else []:
                 rows = tuple((splits or {}).get(parameter, (parameter.size(0),)))
                 if parameter.dim() != 2 or sum(rows) != parameter.size(0) or min(rows) < 1:
-                    raise ValueError(f"Muon wants matrices in parts that fill them: {list(parameter.shape)}, parts {rows}")
+                    raise ValueError(
+                        f"Muon needs matrices whose parts add up to their rows: shape {list(parameter.shape)}, parts {rows}"
+                    )
                 self._splits[parameter] = rows
         self._dtype, self._cautious = dtype, cautious
         self._rank, self._world_size, self._process_group = rank, world_size, process_group
-        # The coefficients are computed here: a compiler would trace their computation.
+        # Compute the coefficients here, so that torch.compile does not trace their computation.
         polar = functools.partial(newton_schulz, steps=coefficients(steps))
         self._polar: Callable[[Tensor], Tensor] = torch.compile(polar, dynamic=False) if compiled else polar
-        # Tells GradScaler, and whoever else decides on the device, that `step` heeds `found_inf` and `grad_scale`.
+        # Tells GradScaler and the training step that `step` supports `found_inf` and `grad_scale`.
         self._step_supports_amp_scaling = all(group.get("fused") for group in rest)
 
     @overload
@@ -100,11 +104,11 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update every parameter that has a gradient.
 
-        The attributes that GradScaler sets are heeded, where AdamW's groups are fused: `found_inf`, a scalar on the device,
-        leaves the update out where it is 1; gradients are divided by `grad_scale`.
+        If AdamW's groups are fused, this supports the attributes that GradScaler sets: the update is skipped if `found_inf`, a
+        scalar on the device, is 1, and gradients are divided by `grad_scale`.
         """
         flags: dict[str, Tensor | None] = {name: getattr(self, name, None) for name in ("found_inf", "grad_scale")}
-        bad = None if flags["found_inf"] is None else flags["found_inf"] > 0
+        skip = None if flags["found_inf"] is None else flags["found_inf"] > 0
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -112,9 +116,9 @@ class Muon(torch.optim.Optimizer):
         with torch.no_grad():
             for group in self.param_groups:
                 if group["muon"]:
-                    self._update_matrices(group, bad, flags["grad_scale"])
+                    self._update_matrices(group, skip, flags["grad_scale"])
         if self._adamw is not None:
-            # Loading a state replaces the dictionaries, so they are handed over anew.
+            # Loading a state replaces these dictionaries, so assign them again.
             self._adamw.state = self.state
             self._adamw.param_groups = [group for group in self.param_groups if not group["muon"]]
             for name, value in flags.items():
@@ -122,7 +126,7 @@ class Muon(torch.optim.Optimizer):
             self._adamw.step()
         return loss
 
-    def _update_matrices(self, group: dict[str, Any], bad: Tensor | None, grad_scale: Tensor | None) -> None:
+    def _update_matrices(self, group: dict[str, Any], skip: Tensor | None, grad_scale: Tensor | None) -> None:
         weights = [parameter for parameter in group["params"] if parameter.grad is not None]
         if not weights:
             return
@@ -130,124 +134,124 @@ class Muon(torch.optim.Optimizer):
             if not self.state[weight]:
                 self.state[weight]["momentum"] = torch.zeros_like(weight, memory_format=torch.preserve_format)
         gradients = [_local(weight.grad) for weight in weights]
-        means = [_local(self.state[weight]["momentum"]) for weight in weights]
+        momenta = [_local(self.state[weight]["momentum"]) for weight in weights]
         if grad_scale is not None:
             torch._foreach_div_(gradients, grad_scale)
-        if bad is not None:
-            for gradient, mean in zip(gradients, means, strict=True):
-                torch.where(bad, mean, gradient, out=gradient)
-        torch._foreach_lerp_(means, gradients, 1 - group["momentum"])
+        if skip is not None:
+            for gradient, momentum in zip(gradients, momenta, strict=True):
+                torch.where(skip, momentum, gradient, out=gradient)
+        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
 
         stacks: dict[torch.Size, list[_Part]] = {}
-        for number, (weight, gradient, mean) in enumerate(zip(weights, gradients, means, strict=True)):
-            rows = list(self._splits[weight])
-            if _is_sharded(weight):
-                gradient = _whole(torch.lerp(gradient, mean, group["momentum"]), weight)
-                parts = [_Part(number, place, part) for place, part in enumerate(torch.split(gradient, rows))]
-            else:
-                split = (torch.split(tensor, rows) for tensor in (gradient, mean, weight))
-                parts = [_Part(number, place, *views) for place, views in enumerate(zip(*split, strict=True))]
-            for part in parts:
+        for index, (weight, gradient, momentum) in enumerate(zip(weights, gradients, momenta, strict=True)):
+            for part in self._parts(index, weight, gradient, momentum, group["momentum"]):
                 stacks.setdefault(part.gradient.shape, []).append(part)
-        # Every stack is sent off before the first is waited for.
-        waiting = [(shape, parts, self._compute(parts, group["momentum"])) for shape, parts in stacks.items()]
-        sharded: dict[int, dict[int, Tensor]] = {}
-        for shape, parts, finish in waiting:
-            stack = finish()
-            if bad is not None:
-                stack.masked_fill_(bad, 0.0)
-            scale, factors = max(1.0, shape[0] / shape[1]) ** 0.5, stack.unbind()
-            own = [part.weight for part in parts if part.weight is not None]
-            if own:
-                self._move(own, factors, group, scale, bad)
+        # Start all stacks before waiting for the first.
+        started = [(shape, parts, self._start_polar(parts, group["momentum"])) for shape, parts in stacks.items()]
+        sharded_updates: dict[int, dict[int, Tensor]] = {}
+        for shape, parts, wait in started:
+            stack = wait()
+            if skip is not None:
+                stack.masked_fill_(skip, 0.0)
+            scale, updates = max(1.0, shape[0] / shape[1]) ** 0.5, stack.unbind()
+            views = [part.weight for part in parts if part.weight is not None]
+            if views:
+                self._apply(views, updates, group, scale, skip)
             else:
-                for part, factor in zip(parts, factors, strict=True):
-                    sharded.setdefault(part.number, {})[part.place] = factor * scale
-        for number, pieces in sharded.items():
-            weight = weights[number]
-            update = torch.cat([pieces[place] for place in sorted(pieces)])
-            self._move([_local(weight)], [_share(update, weight)], group, 1.0, bad)
+                for part, update in zip(parts, updates, strict=True):
+                    sharded_updates.setdefault(part.weight_index, {})[part.part_index] = update * scale
+        for index, by_part in sharded_updates.items():
+            full_update = torch.cat([by_part[part_index] for part_index in sorted(by_part)])
+            self._apply([_local(weights[index])], [_shard_like(full_update, weights[index])], group, 1.0, skip)
 
-    def _compute(self, parts: Sequence["_Part"], momentum: float) -> Callable[[], Tensor]:
-        """Start on the polar factors of k matrices [m, n]; the result waits for them and returns [k, m, n]."""
-        each = -(-len(parts) // self._world_size)  # the last processes may have less to do
+    def _parts(self, index: int, weight: Tensor, gradient: Tensor, momentum: Tensor, mu: float) -> list["_Part"]:
+        """The parts of a weight; `gradient` and `momentum` are local."""
+        rows = list(self._splits[weight])
+        if _is_sharded(weight):
+            gradient = _full(torch.lerp(gradient, momentum, mu), weight)
+            return [_Part(index, part_index, part) for part_index, part in enumerate(torch.split(gradient, rows))]
+        split = (torch.split(tensor, rows) for tensor in (gradient, momentum, weight))
+        return [_Part(index, part_index, *views) for part_index, views in enumerate(zip(*split, strict=True))]
+
+    def _start_polar(self, parts: Sequence["_Part"], mu: float) -> Callable[[], Tensor]:
+        """Start to compute the polar factors of k parts [m, n]; the result is a function that returns them as [k, m, n]."""
+        per_process = -(-len(parts) // self._world_size)  # the last processes may have fewer
         shape, device = parts[0].gradient.shape, parts[0].gradient.device
-        stack = torch.zeros((each, *shape), dtype=self._dtype, device=device)
-        own = parts[self._rank * each : (self._rank + 1) * each]
+        stack = torch.zeros((per_process, *shape), dtype=self._dtype, device=device)
+        own = parts[self._rank * per_process : (self._rank + 1) * per_process]
         updates = [part.gradient for part in own]
-        means = [part.mean for part in own if part.mean is not None]
-        if means:
-            updates = list(torch._foreach_lerp(updates, means, momentum))
-        if own:  # of a short stack the last processes have nothing
+        momenta = [part.momentum for part in own if part.momentum is not None]
+        if momenta:
+            updates = list(torch._foreach_lerp(updates, momenta, mu))
+        if own:  # the last processes may have none
             torch._foreach_copy_(list(stack[: len(own)].unbind()), updates)
         factors = self._polar(stack)
         if self._world_size == 1:
             return lambda: factors
-        gathered = factors.new_empty((each * self._world_size, *shape))
+        gathered = factors.new_empty((per_process * self._world_size, *shape))
         work = dist.all_gather_into_tensor(gathered, factors, group=self._process_group, async_op=True)
 
-        def finish() -> Tensor:
+        def wait() -> Tensor:
             if work is not None:
                 work.wait()
             return gathered[: len(parts)]
 
-        return finish
+        return wait
 
-    def _move(
-        self, weights: Sequence[Tensor], factors: Sequence[Tensor], group: dict[str, Any], scale: float, bad: Tensor | None
+    def _apply(
+        self, weights: Sequence[Tensor], updates: Sequence[Tensor], group: dict[str, Any], scale: float, skip: Tensor | None
     ) -> None:
-        """Decay `weights` and move them by their updates, which are zeros where `bad` is true."""
+        """Decay and update `weights`; if `skip` is true, `updates` are zero and the decay is skipped."""
         decay = group["lr"] * group["weight_decay"]
         if decay and self._cautious:
-            for weight, factor in zip(weights, factors, strict=True):
-                decays = weight * factor >= 0
-                weight.sub_(weight * (decays if bad is None else decays.logical_and_(~bad)), alpha=decay)
-        elif decay and bad is None:
+            for weight, update in zip(weights, updates, strict=True):
+                decays = weight * update >= 0
+                weight.sub_(weight * (decays if skip is None else decays.logical_and_(~skip)), alpha=decay)
+        elif decay and skip is None:
             torch._foreach_mul_(list(weights), 1 - decay)
-        elif decay and bad is not None:
-            # Filled on the device: a number that is made in host memory and copied would make the host wait.
-            wide = torch.promote_types(weights[0].dtype, torch.float32)
-            kept = torch.full((), 1 - decay, dtype=wide, device=bad.device).masked_fill_(bad, 1.0)
-            torch._foreach_mul_(list(weights), kept)
-        torch._foreach_add_(list(weights), list(factors), alpha=-group["lr"] * scale)
+        elif decay and skip is not None:
+            # Filled on the device: copying a number from host memory would be a CPU-GPU sync point.
+            dtype = torch.promote_types(weights[0].dtype, torch.float32)
+            factor = torch.full((), 1 - decay, dtype=dtype, device=skip.device).masked_fill_(skip, 1.0)
+            torch._foreach_mul_(list(weights), factor)
+        torch._foreach_add_(list(weights), list(updates), alpha=-group["lr"] * scale)
 
 
 @dataclass(frozen=True)
 class _Part:
-    """A matrix to orthogonalise: rows of a weight that belong together."""
+    """A matrix to orthogonalize: rows of a weight that belong together."""
 
-    number: int  # of its weight, within the group
-    place: int  # among the parts of its weight
+    weight_index: int  # in the parameter group
+    part_index: int  # in the weight
     gradient: Tensor  # [m, n]
-    mean: Tensor | None = None  # [m, n]; None where `gradient` is already the one to follow
-    weight: Tensor | None = None  # [m, n] view of the weight; None under FSDP2, which moves whole weights
+    momentum: Tensor | None = None  # [m, n]; None if `gradient` already includes it
+    weight: Tensor | None = None  # [m, n] view of the weight; None under FSDP2, which updates whole weights
 
 
 def _is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
-    """Whether a tensor is a DTensor. Importing that class takes a third of a second; where nobody did, there is none."""
+    """Whether a tensor is a DTensor. Importing that class takes a third of a second; without the import there are no
+    DTensors."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def _local(tensor: Tensor | None) -> Tensor:
-    """What this process holds of a tensor."""
+    """This process's shard of a tensor."""
     assert tensor is not None
     return tensor.to_local() if _is_sharded(tensor) else tensor
 
 
-def _whole(local: Tensor, like: Tensor) -> Tensor:
-    """The whole of a tensor of which this process holds `local`, laid out as `like`."""
-    if not _is_sharded(like):
-        return local
+def _full(local: Tensor, like: "DTensor") -> Tensor:
+    """The full tensor of which this process holds the shard `local`, with the layout of `like`."""
     sharded = type(like).from_local(local, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
     return sharded.full_tensor()
 
 
-def _share(whole: Tensor, like: Tensor) -> Tensor:
-    """This process's share of `whole`, which every process has, laid out as `like`; nothing is sent."""
+def _shard_like(full: Tensor, like: Tensor) -> Tensor:
+    """This process's shard of `full`, which every process holds, with the layout of `like`; needs no communication."""
     if not _is_sharded(like):
-        return whole
+        return full
     from torch.distributed.tensor import Replicate
 
-    everywhere = type(like).from_local(whole, like.device_mesh, [Replicate()] * like.device_mesh.ndim, run_check=False)
-    return everywhere.redistribute(placements=like.placements).to_local()
+    replicated = type(like).from_local(full, like.device_mesh, [Replicate()] * like.device_mesh.ndim, run_check=False)
+    return replicated.redistribute(placements=like.placements).to_local()

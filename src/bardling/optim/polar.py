@@ -1,16 +1,16 @@
-"""The orthogonal factor of many matrices at once, by matrix products alone.
+"""Polar factors of a batch of matrices, computed with matmuls only.
 
-For X = U S V^T the polar factor is U V^T: the same singular vectors, every singular value 1. An odd polynomial
-p(X) = a X + b (X X^T) X + c (X X^T)^2 X acts on the singular values alone, so that a few such steps bring all of them near 1
+The polar factor of X = U S V^T is U V^T: the same singular vectors with all singular values 1. An odd polynomial
+p(X) = a X + b (X X^T) X + c (X X^T)^2 X changes only the singular values, and a few such steps bring all of them close to 1
 (Newton-Schulz; in an optimizer: Jordan et al. 2024, "Muon", https://kellerjordan.github.io/posts/muon/).
 
-The coefficients follow the Polar Express (Amsel et al. 2025, arXiv:2505.16932): each step takes the odd quintic whose largest
-distance from 1 is least on the interval where the steps before it leave the singular values. No other sequence of as many
-quintics comes nearer to 1 in the worst case, wherever it is stopped. They are computed here, by Remez's exchange.
+The coefficients follow the Polar Express (Amsel et al. 2025, arXiv:2505.16932): each step uses the odd quintic with the
+smallest maximum distance from 1 on the interval of singular values that the previous steps leave. No other sequence of as many
+quintics has a smaller worst-case error, after any number of steps. They are computed here with the Remez exchange algorithm.
 
-Limits: made for singular values from 0.001 of the Frobenius norm up; smaller ones end below the rest. The largest distance
-from 1 is 0.14 after 5 steps (what Muon uses), 0.002 after 6 and 1e-9 after 8; bfloat16 adds about 0.01. Not for
-float16, which has too few exponent bits.
+Limits: designed for singular values of at least 0.001 of the Frobenius norm; smaller ones end up below 1. The maximum distance
+from 1 is 0.14 after 5 steps (Muon's default), 0.002 after 6 and 1e-9 after 8; bfloat16 adds about 0.01. Not for float16, which
+has too few exponent bits.
 """
 
 import functools
@@ -20,17 +20,17 @@ import torch
 from torch import Tensor
 
 LOWER = 1e-3
-"""Least singular value, as a part of the Frobenius norm, that the coefficients are made for."""
+"""Smallest singular value, as a fraction of the Frobenius norm, that the coefficients are designed for."""
 
 SAFETY = 1.02
-"""Each step is made for singular values up to this much above the expected ones, since rounding may push one higher."""
+"""Each step allows for singular values that exceed the expected maximum by this factor because of rounding."""
 
 
 def quintic(low: float, high: float) -> tuple[float, float, float]:
-    """Coefficients (a, b, c) of the odd quintic a x + b x^3 + c x^5 that is nearest to 1 on [low, high], 0 < low < high.
+    """Coefficients (a, b, c) of the odd quintic a x + b x^3 + c x^5 closest to 1 on [low, high], 0 < low < high.
 
-    Its error has the same size and alternating signs at low, the two extrema between, and high; Remez's exchange solves for
-    the polynomial at guesses of these points, and moves them to its extrema until they stay.
+    Its error has equal magnitude and alternating signs at low, the two extrema in between, and high. The Remez exchange solves
+    for the polynomial at estimates of these points and moves them to its extrema until they converge.
     """
     inner, outer = (3 * low + high) / 4, (low + 3 * high) / 4
     a = b = c = 0.0
@@ -49,32 +49,32 @@ def quintic(low: float, high: float) -> tuple[float, float, float]:
 
 @functools.cache
 def coefficients(steps: int, low: float = LOWER, safety: float = SAFETY) -> tuple[tuple[float, float, float], ...]:
-    """Coefficients of each of `steps` steps for singular values in [low, 1]; rounded, so that they are alike everywhere."""
+    """Coefficients of each step for singular values in [low, 1], rounded so that they are identical on all machines."""
     chosen = []
     high = 1.0
     for _ in range(steps):
         a, b, c = (round(value, 6) for value in quintic(low, safety * high))
         chosen.append((a, b, c))
         low = a * low + b * low**3 + c * low**5
-        high = 2 - low  # the error's signs alternate, its size is that at the lower end
+        high = 2 - low  # the error at the upper end is that at the lower end with opposite sign
     return tuple(chosen)
 
 
 def orthogonalize(x: Tensor, steps: int = 5) -> Tensor:
-    """Polar factors of the matrices in `x`, approximately.
+    """Approximate polar factors of the matrices in `x`.
 
     Args:
-        x: [k, m, n], float32 or bfloat16 (or float64, in tests); not changed.
+        x: [k, m, n], float32 or bfloat16 (float64 in tests); not modified.
         steps: Newton-Schulz steps.
 
     Returns:
-        [k, m, n] of the same dtype; a matrix of zeros stays zeros.
+        [k, m, n] of the same dtype; a zero matrix stays zero.
     """
     return newton_schulz(x, coefficients(steps))
 
 
 def newton_schulz(x: Tensor, steps: tuple[tuple[float, float, float], ...]) -> Tensor:
-    """`orthogonalize` with the coefficients of each step given: tensors only, so that it can be compiled whole."""
+    """`orthogonalize` with the coefficients of each step as argument, so that it compiles without graph breaks."""
     norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float32 if x.dtype == torch.bfloat16 else None)
     x = x * (1 / norm.clamp(min=1e-20)).to(x.dtype)
     tall = x.size(-2) > x.size(-1)

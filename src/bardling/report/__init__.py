@@ -1,1 +1,4 @@
-"""Figures of runs."""
+"""Pictures of finished and running runs, and the baselines drawn with them, computed from run folders alone.
+
+Writing metrics (`monitor/`) and measuring models (`evaluate/`) do not belong here.
+"""

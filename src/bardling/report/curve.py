@@ -1,7 +1,7 @@
-"""The training curve: losses of one or several runs over the tokens they have seen.
+"""Training curves: losses of one or more runs over the number of tokens seen.
 
-Drawn with `matplotlib` (the `plot` extra), without a display. A picture says within itself who drew it, so that drawing
-the same curve again replaces it, and nothing else is ever overwritten.
+Drawn with `matplotlib` (the `plot` extra), without a display. The image metadata names `bardling report` as the creator:
+drawing again replaces such an image, and no other file is ever overwritten.
 """
 
 import math
@@ -9,35 +9,33 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bardling.checkpoint.runfolder import open_run
+from bardling.checkpoint.run_folder import open_run
 from bardling.errors import UserError
-from bardling.files import remove_abandoned, replacing, told_plainly
-from bardling.monitor.jsonl import figures, read_jsonl
-from bardling.train.plan import make_plan
+from bardling.files.atomic import atomic_file, os_error_as_user_error, remove_stale_partials
+from bardling.monitor.jsonl import metrics, read_jsonl
+from bardling.planning.batching import make_plan
 
-_DRAWN_BY = "bardling report"  # in a picture's metadata
-_KINDS = {".png": ("Software", b"\x89PNG\r\n"), ".svg": ("Creator", b"<?xml"), ".pdf": ("Creator", b"%PDF-")}
-"""For each kind of picture the metadata's name for the program, and how a file begins."""
-_ENDS = 4096  # bytes at a picture's beginning or end in which matplotlib writes the metadata
+_CREATOR = "bardling report"  # in the image metadata
+_FORMATS = {".png": ("Software", b"\x89PNG\r\n"), ".svg": ("Creator", b"<?xml"), ".pdf": ("Creator", b"%PDF-")}
+"""File name suffix -> the metadata key for the creating program, and the file's first bytes."""
+_METADATA_RANGE = 4096  # bytes at the start or end of the file in which matplotlib writes the metadata
 
 
-def curve(
-    records: Sequence[dict[str, Any]], kind: str, tokens_before: Callable[[int], int]
-) -> tuple[list[float], list[float], str]:
-    """Points of one run: tokens (millions), values, and the values' unit (bits per byte where known, else nats a token).
+Curve = tuple[list[float], list[float], str]
+"""Tokens (millions), values, and their unit: bits per byte if known, else nats per token."""
 
-    Args:
-        tokens_before: tokens that so many steps have seen.
-    """
-    chosen = figures(records, kind)
+
+def curve(records: Sequence[dict[str, Any]], kind: str, tokens_before: Callable[[int], int]) -> Curve:
+    """The points of one run; `tokens_before` tells how many tokens it has seen before a step."""
+    chosen = metrics(records, kind)
     in_bits = bool(chosen) and all(record.get("bits_per_byte") is not None for record in chosen)
     tokens = [tokens_before(record["step"]) / 1e6 for record in chosen]
     values = [record["bits_per_byte"] if in_bits else record["loss"] for record in chosen]
-    return tokens, values, "bits per byte" if in_bits else "nats a token"
+    return tokens, values, "bits per byte" if in_bits else "nats per token"
 
 
 def smooth(values: Sequence[float], span: int = 10) -> list[float]:
-    """Exponential moving average over about `span` values, without the bias of its start; gaps (NaN) are stepped over."""
+    """Bias-corrected exponential moving average over about `span` values; non-finite values are skipped."""
     decay, average, weight, out = 1 - 1 / span, 0.0, 0.0, []
     for value in values:
         if math.isfinite(value):
@@ -50,42 +48,22 @@ def draw_curves(runs: Sequence[Path], out: Path, *, marks: dict[str, float] | No
     """Draw the training and validation curves of `runs` into `out` (.png, .svg or .pdf).
 
     Args:
-        marks: horizontal lines by name, in bits per byte: what a compressor reaches on the same text, say.
+        marks: named horizontal lines in bits per byte, such as what a compressor reaches on the same text.
 
     Raises:
-        UserError: no figures yet, matplotlib is missing, or `out` is no place for the picture (`check_picture`).
+        UserError: a run has no metrics yet, matplotlib is missing, or `out` cannot be used (see `check_image_path`).
     """
-    check_picture(out)
+    check_image_path(out)
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise UserError("figures need matplotlib: pip install 'bardling[plot]'") from None
+        raise UserError("drawing a figure needs the package matplotlib: pip install 'bardling[plot]'") from None
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     units = set()
     highest: list[float] = []
     for number, path in enumerate(runs):
-        run = open_run(path)
-        config = run.config()
-        records = list(read_jsonl(run.metrics_file)) if run.metrics_file.exists() else []
-        if not records:
-            raise UserError(f"{path}: has no figures yet")
-        plan = make_plan(config.train, config.model.block_size, 1)
-        colour = f"C{number}"
-        tokens, values, unit = curve(records, "train", plan.tokens_before)
-        axes.plot(tokens, values, color=colour, alpha=0.25, linewidth=0.8)
-        axes.plot(tokens, smooth(values), color=colour, linewidth=1.5, label=f"{path.name}: training")
-        seen, validation, _ = curve(records, "val", plan.tokens_before)
-        axes.plot(
-            seen,
-            validation,
-            "o-",
-            color=colour,
-            markersize=4,
-            linewidth=1,
-            markerfacecolor="white",
-            label=f"{path.name}: held out",
-        )
+        values, unit = _draw_run(axes, path, f"C{number}")
         units.add(unit)
         highest += values[len(values) // 20 :]
     for name, value in (marks or {}).items():
@@ -98,27 +76,44 @@ def draw_curves(runs: Sequence[Path], out: Path, *, marks: dict[str, float] | No
     axes.grid(alpha=0.2)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    kind = out.suffix.lower()
-    remove_abandoned(out)
-    with told_plainly(out, "write"), replacing(out) as file:
-        figure.savefig(file, format=kind[1:], dpi=120, metadata={_KINDS[kind][0]: _DRAWN_BY})
+    suffix = out.suffix.lower()
+    remove_stale_partials(out)
+    with os_error_as_user_error(out, "write"), atomic_file(out) as file:
+        figure.savefig(file, format=suffix[1:], dpi=120, metadata={_FORMATS[suffix][0]: _CREATOR})
 
 
-def check_picture(out: Path) -> None:
-    """Make sure that a picture can be written to `out` and overwrites at most one that was drawn here.
+def _draw_run(axes: Any, path: Path, colour: str) -> tuple[list[float], str]:
+    """Draw one run's curves; returns its training values and their unit."""
+    run = open_run(path)
+    config = run.config()
+    records = read_jsonl(run.metrics_file) if run.metrics_file.exists() else []
+    if not records:
+        raise UserError(f"{path}: has no metrics yet: train the run first")
+    plan = make_plan(config.train, config.model.block_size, 1)
+    tokens, values, unit = curve(records, "train", plan.tokens_before)
+    axes.plot(tokens, values, color=colour, alpha=0.25, linewidth=0.8)
+    axes.plot(tokens, smooth(values), color=colour, linewidth=1.5, label=f"{path.name}: training")
+    tokens, validation, _ = curve(records, "val", plan.tokens_before)
+    style = {"markersize": 4, "linewidth": 1, "markerfacecolor": "white"}
+    axes.plot(tokens, validation, "o-", color=colour, **style, label=f"{path.name}: validation")
+    return values, unit
+
+
+def check_image_path(out: Path) -> None:
+    """Check that an image can be written to `out` and would replace nothing but an image drawn by `bardling report`.
 
     Raises:
-        UserError: its name's ending is of no kind of picture, or what is there was not drawn by `bardling report`.
+        UserError: the suffix is not a known image format, or `out` exists and was not drawn by `bardling report`.
     """
-    kind = out.suffix.lower()
-    if kind not in _KINDS:
-        raise UserError(f"{out}: is no name for a picture: let --out end in {', '.join(_KINDS)}")
+    suffix = out.suffix.lower()
+    if suffix not in _FORMATS:
+        raise UserError(f"{out}: is not an image file name: use a name that ends in {', '.join(_FORMATS)}")
     if not out.exists():
         return
     if out.is_file():
-        with told_plainly(out, "read"), out.open("rb") as file:
-            begin = file.read(_ENDS)
-            file.seek(-min(_ENDS, out.stat().st_size), 2)
-            if begin.startswith(_KINDS[kind][1]) and _DRAWN_BY.encode() in begin + file.read():
+        with os_error_as_user_error(out, "read"), out.open("rb") as file:
+            start = file.read(_METADATA_RANGE)
+            file.seek(-min(_METADATA_RANGE, out.stat().st_size), 2)
+            if start.startswith(_FORMATS[suffix][1]) and _CREATOR.encode() in start + file.read():
                 return
-    raise UserError(f"{out}: exists already and was not drawn by `{_DRAWN_BY}`: remove it, or choose another --out")
+    raise UserError(f"{out}: already exists and was not drawn by `{_CREATOR}`: remove it, or choose another --out")

@@ -1,0 +1,116 @@
+"""What one checkpoint folder contains, and how it is written and read.
+
+    config.json, model.safetensors     the Hugging Face layout of GPT-2, Llama or Qwen3, which `transformers` opens as it is
+                                       (other models: model_type "bardling" and our own names, which only bardling opens)
+    tokenizer.json, tokenizer_config.json
+    optimizer.safetensors              the optimizer's tensors, by parameter name
+    rng.safetensors                    the random number generators
+    training.json                      step, samples, best loss, gradient scaler, the optimizer's other values
+    run_config.json                    the resolved configuration
+
+The weights are float32, without the rows that pad the vocabulary, which are always zero. Everything read is untrusted: JSON is
+limited in size and checked, tensors must have the shapes that the configuration requires, and nothing is unpickled.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from bardling.config import ModelConfig
+from bardling.data.tokens.tokenizer import Tokenizer
+from bardling.errors import UserError
+from bardling.files.reading import read_json_object
+from bardling.interop.huggingface import from_hf_state, hf_config, hf_state, model_config_from_hf
+from bardling.interop.tensor_file import read_tensors, write_tensors
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The parts of a checkpoint; `optimizer_tensors` and `rng` are empty unless requested."""
+
+    model_config: ModelConfig
+    model_state: dict[str, Tensor]  # GPT.state_dict(): float32, padded
+    optimizer_tensors: dict[str, Tensor]
+    optimizer_meta: Mapping[str, Any]
+    training: Mapping[str, Any]  # JSON values: step, samples, best_val_loss (inf: never validated), best_step, hooks_done, ...
+    rng: dict[str, Tensor]
+    run_config: Mapping[str, Any]
+
+
+def write_model(folder: Path, config: ModelConfig, state: Mapping[str, Tensor], tokenizer: Tokenizer | None) -> None:
+    """Write the files that `transformers` opens (configuration, weights, tokenizer if there is one) into an empty folder."""
+    _write_json(folder / "config.json", hf_config(config, eot_id=None if tokenizer is None else tokenizer.eot_id))
+    weights = hf_state(state, config)
+    write_tensors(folder / "model.safetensors", {name: tensor.float() for name, tensor in weights.items()})
+    if tokenizer is not None:
+        tokenizer.save(folder)
+
+
+def write_checkpoint(folder: Path, content: Checkpoint, tokenizer: Tokenizer | None) -> None:
+    """Write the files of a checkpoint into an existing, empty folder, which `CheckpointStore.save` then makes visible."""
+    write_model(folder, content.model_config, content.model_state, tokenizer)
+    write_tensors(folder / "optimizer.safetensors", content.optimizer_tensors)
+    write_tensors(folder / "rng.safetensors", content.rng)
+    best = content.training["best_val_loss"]
+    values = {**content.training, "best_val_loss": best if math.isfinite(best) else None}  # JSON has no infinity
+    _write_json(folder / "training.json", {"format": _FORMAT, **values, "optimizer": content.optimizer_meta})
+    _write_json(folder / "run_config.json", content.run_config)
+
+
+def read_checkpoint(folder: Path, *, optimizer: bool = True) -> Checkpoint:
+    """Read and check a checkpoint; with `optimizer`, also what only resuming needs: optimizer tensors and random numbers."""
+    model_config, model_state = read_model(folder)
+    training = read_training(folder / "training.json")
+    meta = training.pop("optimizer", {})
+    if not isinstance(meta, dict):
+        raise UserError(f"{folder / 'training.json'}: optimizer = {meta!r} must be an object")
+    optimizer_tensors, rng = (
+        read_tensors(folder / f"{name}.safetensors") if optimizer else {} for name in ("optimizer", "rng")
+    )
+    run_config = read_json_object(folder / "run_config.json")
+    return Checkpoint(model_config, model_state, optimizer_tensors, meta, training, rng, run_config)
+
+
+def read_model(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Read only the model: its configuration and `GPT.state_dict()`."""
+    config_file, weights_file = folder / "config.json", folder / "model.safetensors"
+    config = model_config_from_hf(read_json_object(config_file), str(config_file))
+    state = from_hf_state(read_tensors(weights_file), config, str(weights_file))
+    for name, tensor in state.items():
+        if not tensor.is_floating_point():
+            raise UserError(f"{weights_file}: {name} is {tensor.dtype}, but weights must have a floating-point dtype")
+    return config, {name: tensor.float() for name, tensor in state.items()}
+
+
+def read_training(path: Path) -> dict[str, Any]:
+    """Read and check `training.json`: step, samples, best_val_loss (inf: none yet), best_step, ..."""
+    data = read_json_object(path)
+    if data.pop("format", None) != _FORMAT:
+        raise UserError(f"{path}: unknown format; this version reads format {_FORMAT}")
+    data.setdefault("best_step", -1)
+    for key, minimum in (("step", 0), ("samples", 0), ("best_step", -1)):
+        value = data.get(key)
+        if type(value) is not int or value < minimum:
+            raise UserError(f"{path}: {key} = {value!r} must be an integer of at least {minimum}")
+    best = data.get("best_val_loss")
+    if best is not None and (type(best) not in (int, float) or not abs(best) < 1e300):
+        raise UserError(f"{path}: best_val_loss = {best!r} must be a number, or null before the first validation")
+    data["best_val_loss"] = math.inf if best is None else float(best)
+    done = data.setdefault("hooks_done", {})
+    if not isinstance(done, dict) or not all(type(step) is int for step in done.values()):
+        raise UserError(f"{path}: hooks_done = {done!r} must map names to steps")
+    scaler = data.setdefault("scaler", None)
+    if scaler is not None and not (isinstance(scaler, dict) and all(type(v) in (int, float) for v in scaler.values())):
+        raise UserError(f"{path}: scaler = {scaler!r} must be null or map names to numbers")
+    return data
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")

@@ -1,0 +1,138 @@
+"""The run folder: its layout, creating one, opening it again, and its lock.
+
+config.toml        the resolved configuration, itself a recipe
+environment.json   every start of the run: versions, device, choices
+dataset.json       the dataset it trains on, with its fingerprint
+tokenizer.json     and tokenizer_config.json
+metrics.jsonl      one record per line
+samples.jsonl      one set of samples per line
+checkpoints/       step-000500/ ...
+"""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from bardling.checkpoint.store import CheckpointStore
+from bardling.config import CheckpointConfig, RunConfig
+from bardling.config.recipes import parse_recipe
+from bardling.distributed.context import Context
+from bardling.errors import UserError
+from bardling.files.atomic import remove_partial_files, write_atomically
+from bardling.files.lock import locked
+from bardling.files.reading import read_json_object, read_small_text
+
+LOCK_TIMEOUT = 5.0  # seconds; a job that was just killed may take a moment to disappear
+_LEFTOVERS = ("dataset.json", "environment.json", "tokenizer.json", "tokenizer_config.json")
+"""Files written before config.toml makes the folder a run, in this order."""
+
+
+class RunFolder:
+    """The paths of one run, and access to its files."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config_file = path / "config.toml"
+        self.environment_file = path / "environment.json"
+        self.dataset_file = path / "dataset.json"
+        self.metrics_file = path / "metrics.jsonl"
+        self.samples_file = path / "samples.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.lock_file = path / ".lock"  # held by the process that trains the run
+
+    def store(self, config: CheckpointConfig | None = None) -> CheckpointStore:
+        """The run's checkpoints; `config` decides which ones saving keeps."""
+        config = config or CheckpointConfig(keep_last=1)
+        return CheckpointStore(self.checkpoints, config.keep_last, keep_best=config.keep_best, keep_every=config.keep_every)
+
+    def config(self) -> RunConfig:
+        """Read the resolved configuration."""
+        return parse_recipe(read_small_text(self.config_file), str(self.config_file))
+
+    def write_config(self, recipe: str) -> None:
+        """Write or replace the configuration, given as TOML."""
+        write_atomically(self.config_file, recipe.encode())
+
+    def dataset_record(self) -> dict[str, Any]:
+        """Read the description of the dataset that the run trains on."""
+        return read_json_object(self.dataset_file)
+
+    def add_environment(self, facts: dict[str, Any]) -> None:
+        """Append the facts of one more start of the run."""
+        starts = read_json_object(self.environment_file).get("starts", []) if self.environment_file.exists() else []
+        if not isinstance(starts, list):
+            raise UserError(f"{self.environment_file}: starts = {str(starts)[:80]!r} must be a list: remove the file")
+        write_atomically(self.environment_file, (json.dumps({"starts": [*starts, facts]}, indent=2) + "\n").encode())
+
+
+def open_run(path: Path) -> RunFolder:
+    """Open an existing run; raises a `UserError` if `path` is not a run folder."""
+    run = RunFolder(path)
+    if run.config_file.is_file():
+        return run
+    if path.exists():
+        raise UserError(f"{path}: is not a run folder (it has no config.toml); create a run with `bardling train`")
+    others = sorted(str(other.parent) for other in path.parent.glob("*/config.toml"))[-3:]
+    raise UserError(f"{path}: no such run{'; existing runs: ' + ', '.join(others) if others else ''}")
+
+
+def refuse_existing(path: Path) -> None:
+    """Raise a `UserError` early, before any work, if a new run's folder already contains a run."""
+    if RunFolder(path).config_file.exists():
+        raise UserError(f"{path}: already contains a run; continue it with `bardling resume {path}`, or choose another --out")
+
+
+def create_run(
+    path: Path, recipe: str, *, share_folder: bool = False, write_files: Callable[[], None] = lambda: None
+) -> RunFolder:
+    """Create the folder of a new run, which must not contain a run. What a killed start left there is removed.
+
+    Args:
+        share_folder: the folder may hold other files, such as the checkpoint of another trainer that the run continues.
+        write_files: writes the run's other files. The configuration is written last: it makes the folder a run.
+    """
+    run = RunFolder(path)
+    refuse_existing(path)
+    if path.exists() and (not path.is_dir() or not (share_folder or all(_is_leftover(entry) for entry in path.iterdir()))):
+        raise UserError(f"{path}: exists and is not an empty folder: choose another --out")
+    run.checkpoints.mkdir(parents=True, exist_ok=True)
+    remove_partial_files(path)
+    if not share_folder:
+        for name in reversed(_LEFTOVERS):  # the first file marks the others as ours until they are gone
+            (path / name).unlink(missing_ok=True)
+    write_files()
+    run.write_config(recipe)
+    return run
+
+
+def _is_leftover(entry: Path) -> bool:
+    """Whether a start that was killed before the folder became a run may have left this behind."""
+    if entry.name == "checkpoints":
+        return entry.is_dir() and not any(entry.iterdir())
+    if entry.name in _LEFTOVERS:  # a tokenizer without dataset.json is the user's own
+        return (entry.parent / _LEFTOVERS[0]).is_file()
+    return entry.name == ".lock" or entry.name.startswith(tuple(f".{name}." for name in ("config.toml", *_LEFTOVERS)))
+
+
+@contextlib.contextmanager
+def run_lock(folder: RunFolder, context: Context) -> Iterator[None]:
+    """Hold the run's lock on behalf of all processes of this job; if another job holds it, all raise a `UserError`."""
+    with contextlib.ExitStack() as stack:
+        refusal = None
+        if context.is_primary:
+            message = f"{folder.path}: another process is training this run: wait for it to finish, or stop it"
+            try:
+                stack.enter_context(locked(folder.lock_file, timeout=LOCK_TIMEOUT, message=message))
+            except UserError as error:
+                refusal = str(error)
+        refusal = context.broadcast(refusal)
+        if refusal is not None:
+            raise UserError(refusal)
+        try:
+            yield
+        finally:
+            if context.is_primary:
+                with contextlib.suppress(OSError):  # Windows keeps an open file; a leftover lock file blocks nobody
+                    folder.lock_file.unlink(missing_ok=True)

@@ -1,0 +1,187 @@
+"""Saving while training continues.
+
+A step waits only for a copy of the state to host memory (`checkpoint/host_copy.py`); the rest happens in a background thread,
+one save at a time. The last save of a run needs no copy, since nothing changes the state any more, and is waited for. Metrics
+are durable before the state is copied, hence before the checkpoint appears. A failed save (a full disk, say) never ends a run
+that can continue: it is reported at the next step, older checkpoints are untouched, and the next interval tries again. Only if
+the last save fails twice does the run end with an error.
+"""
+
+import sys
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from bardling.checkpoint.contents import Checkpoint, write_checkpoint
+from bardling.checkpoint.host_copy import HostCopy
+from bardling.checkpoint.rng import rng_state
+from bardling.checkpoint.run_folder import RunFolder
+from bardling.config import CheckpointConfig, ModelConfig
+from bardling.data.tokens.tokenizer import Tokenizer
+from bardling.distributed.context import Context
+from bardling.distributed.heartbeat import LONG_PATIENCE
+from bardling.errors import UserError
+
+_OPTIMIZER = "optimizer:"  # prefix of the optimizer's tensors, so that they and the model's can share one dictionary
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """What changes from checkpoint to checkpoint."""
+
+    step: int
+    best: bool  # whether the validation loss is the best so far
+    model: Mapping[str, Tensor]  # by the names of `GPT.state_dict()`
+    optimizer: Mapping[str, Tensor]
+    optimizer_meta: Mapping[str, Any]
+    training: Mapping[str, Any]  # the content of training.json
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors in one dictionary."""
+        return {**self.model, **{_OPTIMIZER + name: tensor for name, tensor in self.optimizer.items()}}
+
+
+class Savable(Protocol):
+    """A training state."""
+
+    step: int
+
+    def saved(self) -> SavedState:
+        """What a checkpoint of it holds."""
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """What all checkpoints of a run have in common."""
+
+    model: ModelConfig
+    tokenizer: Tokenizer | None
+    run_config: Mapping[str, Any]  # the resolved configuration
+
+
+class Saver:
+    """Saves a run's checkpoints. In all processes but the primary one it only takes part in `finish`.
+
+    Args:
+        identity: what all checkpoints contain.
+        note: prints a line for the user.
+        flush: makes the metrics logged so far durable.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        config: CheckpointConfig,
+        identity: RunIdentity,
+        context: Context,
+        *,
+        note: Callable[[str], None],
+        flush: Callable[[], None],
+    ) -> None:
+        self._run, self._identity, self._context = folder.path, identity, context
+        self._note, self._flush = note, flush
+        self._store = folder.store(config)
+        self._writer = ThreadPoolExecutor(1, "checkpoint-writer")  # Python waits for it at exit
+        self._job: Future[None] | None = None
+        self._memory = HostCopy()
+        self._asynchronous = config.asynchronous and context.is_primary
+        self._prepared = False
+        self._step, self._last = 0, False  # of the latest save; whether it is the run's last
+        self._training: Mapping[str, Any] | None = None  # its training.json; None when it failed
+        self._reason = ""  # why it failed
+
+    def prepare(self, state: Savable) -> None:
+        """Reserve the memory for copies in the background. Call it after a step, when the optimizer has its state."""
+        if self._asynchronous and not self._prepared:
+            self._prepared = True
+            self.wait()
+            self._job = self._writer.submit(self._memory.prepare, state.saved().tensors())
+
+    def save(self, state: Savable, *, last: bool = False) -> None:
+        """Begin to save `state`, which may change once this returns.
+
+        Args:
+            last: nothing will change the state any more: save it now, without a copy.
+        """
+        if not self._context.is_primary:
+            return
+        self._context.activity(f"saving step {state.step}", LONG_PATIENCE)  # may wait for the previous checkpoint to be written
+        self.wait()
+        saved = state.saved()
+        if saved.training == self._training:  # a signal came just after a save
+            return
+        self._step, self._training, self._last = state.step, saved.training, last
+        try:
+            self._flush()
+        except UserError as error:
+            self._failed(error)
+            return
+        tensors: Mapping[str, Tensor] = saved.tensors()
+        copied = self._asynchronous and not last
+        if copied:
+            try:
+                tensors = self._memory.take(tensors)
+            except (OSError, RuntimeError) as error:  # RuntimeError: how PyTorch reports that memory ran out
+                self._warn(f"no memory for copies of the state ({error}): training waits while checkpoints are written")
+                self._asynchronous = copied = False
+        self._job = self._writer.submit(self._write, saved, tensors, rng_state())
+        if not copied:
+            self.wait()
+
+    def report(self) -> None:
+        """Report a failure of the latest save, once it is over."""
+        if self._job is not None and self._job.done():
+            error, self._job = self._job.exception(), None
+            if error is not None:
+                self._failed(error)
+
+    def wait(self) -> None:
+        """Return when nothing is being written; a failure is reported."""
+        if self._job is not None:
+            wait([self._job])
+        self.report()
+
+    def finish(self, state: Savable) -> None:
+        """Wait for the last save, and try a failed one once more; raises a `UserError` in all processes if that fails too."""
+        message = None
+        if self._context.is_primary:
+            self._context.activity(f"saving step {state.step}", LONG_PATIENCE)
+            self.wait()
+            if self._training is None:
+                self.save(state, last=True)
+            if self._training is None:
+                message = (
+                    f"the state at step {state.step} could not be saved ({self._reason}); once that is fixed, continue from "
+                    f"the latest checkpoint with: bardling resume {self._run}"
+                )
+        if (message := self._context.broadcast(message)) is not None:
+            raise UserError(message)
+
+    def _write(self, saved: SavedState, tensors: Mapping[str, Tensor], rng: dict[str, Tensor]) -> None:
+        """What the writer's thread does; it touches nothing that training changes."""
+        content = Checkpoint(
+            model_config=self._identity.model,
+            model_state={name: tensors[name] for name in saved.model},
+            optimizer_tensors={name: tensors[_OPTIMIZER + name] for name in saved.optimizer},
+            optimizer_meta=saved.optimizer_meta,
+            training=saved.training,
+            rng=rng,
+            run_config=self._identity.run_config,
+        )
+        self._store.save(saved.step, lambda place: write_checkpoint(place, content, self._identity.tokenizer), best=saved.best)
+
+    def _failed(self, error: BaseException) -> None:
+        self._training = None
+        self._reason = " ".join(str(error).split()) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        if not self._last:  # otherwise `finish` reports it
+            self._warn(
+                f"the checkpoint of step {self._step} was NOT saved: {self._reason}; training continues, and the next "
+                "checkpoint will be tried"
+            )
+
+    def _warn(self, text: str) -> None:
+        self._note(f"WARNING: {text}")
+        print(f"bardling: warning: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,56 @@
+"""Checks and conversions shared by the sections of a configuration."""
+
+import re
+
+from bardling.errors import UserError
+
+INF = float("inf")
+
+
+def require(condition: bool, key: str, value: object, rule: str) -> None:
+    """Raise a `UserError` that names `key` and `value` unless `condition` holds."""
+    if not condition:
+        raise UserError(f"{key} = {value!r}: {rule}")
+
+
+def require_at_least(minimum: int, config: object, section: str, *names: str) -> None:
+    """Raise a `UserError` unless each named setting is unset, or at least `minimum` and finite."""
+    for name in names:
+        value = getattr(config, name)
+        rule = f"must be at least {minimum}" + (" and finite" if isinstance(value, float) else "")
+        require(value is None or minimum <= value < INF, f"{section}.{name}", value, rule)
+
+
+def require_positive(config: object, section: str, *names: str) -> None:
+    """Raise a `UserError` unless each named setting is unset, or above 0 and finite."""
+    for name in names:
+        value = getattr(config, name)
+        require(value is None or 0 < value < INF, f"{section}.{name}", value, "must be above 0 and finite")
+
+
+def duration_seconds(text: str, key: str) -> float:
+    """Convert a time such as 8h, 1h30m, 45m, 90s or 2d to seconds; a number without a unit is in seconds.
+
+    Raises:
+        UserError: `text` is not a time; the message names `key`.
+    """
+    found = re.fullmatch(r"(?:(\d{1,6})d)?(?:(\d{1,9})h)?(?:(\d{1,9})m)?(?:(\d{1,9}(?:\.\d{1,9})?)s?)?", text.strip())
+    if found is None or not any(found.groups()):
+        raise UserError(f"{key} = {text!r}: write a time as 8h, 1h30m, 45m, 90s or 2d")
+    days, hours, minutes, seconds = (float(part or 0) for part in found.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def doublings(start: int | None, full: int, key: str, full_key: str) -> int:
+    """How many times a size must double to grow from `start` to `full`; 0 if `start` is None.
+
+    Raises:
+        UserError: `full` cannot be reached by doubling; the message names `key` and the nearest valid size.
+    """
+    valid = [full]
+    while valid[-1] % 2 == 0:
+        valid.append(valid[-1] // 2)
+    if start is not None and start not in valid:
+        nearest = min(valid, key=lambda size: abs(size - start))
+        raise UserError(f"{key} = {start}: must become {full_key} = {full} by doubling: use {nearest}")
+    return 0 if start is None else valid.index(start)

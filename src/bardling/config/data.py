@@ -1,0 +1,29 @@
+"""The training text and its tokenizer."""
+
+from dataclasses import dataclass
+
+from bardling.config.checks import require
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The training text and its tokenizer."""
+
+    source: str = "stdlib"
+    """'stdlib' (Python's standard library sources), 'shakespeare', 'openwebtext', 'fineweb-edu', a dataset on the Hugging Face
+    Hub as hf:NAME[:CONFIG][:SPLIT][:FIELD], a text file, a folder, a glob, FILE.jsonl[:FIELD], a folder of prepared shards, or
+    token files of nanoGPT, nano-gpt or llm.c."""
+    tokenizer: str = "byte"
+    """'byte', 'char', 'bpe:SIZE' (trained on the source), 'gpt2', or the path of a tokenizer.json."""
+    val_fraction: float = 0.05
+    """Fraction of the text held out for validation."""
+    document_mask: bool = False
+    """Limit attention to the current document, in training and validation; documents end at the end-of-text token."""
+    cache: str = ""
+    """Folder for datasets prepared from a source; empty: $BARDLING_CACHE, or ~/.cache/bardling."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.source), "data.source", self.source, "must name a source")
+        rule = "the char tokenizer has no end-of-text token to separate documents; disable it or choose another data.tokenizer"
+        require(not (self.document_mask and self.tokenizer == "char"), "data.document_mask", self.document_mask, rule)
+        require(0.0 < self.val_fraction < 1.0, "data.val_fraction", self.val_fraction, "must be between 0 and 1")

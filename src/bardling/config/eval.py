@@ -1,0 +1,25 @@
+"""Validation loss and benchmark tasks during training."""
+
+from dataclasses import dataclass
+
+from bardling.config.checks import require_at_least
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Validation loss and benchmark tasks during training."""
+
+    every: int = 250
+    """Steps between validations; 0 validates only after the last step."""
+    windows: int = 64
+    """Validation sequences of block_size tokens, evenly spaced over the validation split and the same every time."""
+    tasks: tuple[str, ...] = ()
+    """Multiple-choice tasks to evaluate: 'hellaswag', or the path of a JSONL file in the same format."""
+    tasks_every: int | None = None
+    """Steps between task evaluations; unset: eval.every."""
+    task_items: int | None = None
+    """Number of items per task, a fixed random subset; unset: all items."""
+
+    def __post_init__(self) -> None:
+        require_at_least(0, self, "eval", "every", "tasks_every")
+        require_at_least(1, self, "eval", "windows", "task_items")

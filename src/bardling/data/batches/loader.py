@@ -1,0 +1,167 @@
+"""Batches of token sequences, prefetched to the device.
+
+A batch source is pure: `batch(first, size)` returns samples `first` to `first + size - 1`, whatever was requested before. The
+loader's whole state is therefore one integer, and a resumed run, or one with another number of processes, sees the same
+sequences. `TrainSequences` follows a data order, `EvalSequences` is a fixed, evenly spread set, and `Prefetcher` requests
+batches ahead of time in a background thread.
+
+Shapes: B sequences, T tokens of context. Targets are the inputs shifted by one.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bardling.data.batches.order import Int64s, SequenceOrder
+from bardling.data.batches.packing import document_bounds, shorten_bounds
+from bardling.data.tokens.shards import TokenSplit
+from bardling.errors import UserError
+
+IGNORE = -100
+"""Target excluded from every loss: PyTorch's default `ignore_index`."""
+
+
+class Batch(NamedTuple):
+    """Inputs and targets, int64 [B, T] both, and document bounds."""
+
+    inputs: Tensor
+    targets: Tensor
+    documents: Tensor | None = None
+    """int32 cumulative document lengths (`packing.py`); None if attention crosses documents."""
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on a device; the copy is asynchronous from pinned memory."""
+        return Batch._make(part if part is None else part.to(device, non_blocking=True) for part in self)
+
+    def pinned(self) -> "Batch":
+        """The batch in pinned host memory."""
+        return Batch._make(part if part is None else part.pin_memory() for part in self)
+
+
+def shorten_context(batch: Batch, context: int) -> Batch:
+    """[B, T] reshaped to [B * T / context, context]: the same tokens in the same order, with less context."""
+    if batch.inputs.size(1) == context:
+        return batch
+    documents = None if batch.documents is None else shorten_bounds(batch.documents, batch.inputs.numel(), context)
+    return Batch(batch.inputs.reshape(-1, context), batch.targets.reshape(-1, context), documents)
+
+
+class BatchSource(Protocol):
+    """A pure source of batches that can start anywhere."""
+
+    def batch(self, first_sample: int, size: int) -> Batch:
+        """Samples `first_sample` to `first_sample + size - 1`."""
+
+
+class TrainSequences:
+    """Sequences of a split in the order of a run; `document_start`, if set, is the id of the token that begins a document."""
+
+    def __init__(self, split: TokenSplit, order: SequenceOrder, document_start: int | None = None) -> None:
+        if order.n_tokens != len(split):
+            raise ValueError(f"the order is for {order.n_tokens} tokens, the split has {len(split)}")
+        self._split, self._order, self._document_start = split, order, document_start
+
+    def batch(self, first_sample: int, size: int) -> Batch:
+        """Samples `first_sample` to `first_sample + size - 1` of the run: [size, block_size]."""
+        time = self._order.block_size
+        tokens = np.empty((size, time + 1), np.int64)  # [B, T + 1]
+        for row, start in zip(tokens, self._order.starts(first_sample, size), strict=True):
+            row[:] = self._split.read(int(start), time + 1)
+        return _shifted(tokens, self._document_start)
+
+
+class EvalSequences:
+    """A fixed set of non-overlapping sequences, spread evenly over a split; `document_start` is as in `TrainSequences`.
+
+    Attributes:
+        n: sequences in the set: `windows`, or all in the split if that is None or more than there are. All of them together
+            have each token of the split except the first as a target exactly once; if the split ends within the last one, its
+            missing targets are `IGNORE`.
+
+    Raises:
+        UserError: if the split has fewer than two tokens.
+    """
+
+    def __init__(self, split: TokenSplit, block_size: int, windows: int | None, document_start: int | None = None) -> None:
+        if len(split) < 2:
+            fault = f"the {split.name} split has fewer than 2 tokens ({len(split)}), so there is nothing to predict"
+            raise UserError(f"{fault}: add text, or raise data.val_fraction")
+        self._split, self._block_size, self._document_start = split, block_size, document_start
+        self._available = -(-(len(split) - 1) // block_size)
+        self.n = self._available if windows is None else min(windows, self._available)
+
+    def batch(self, first_sample: int, size: int) -> Batch:
+        """Sequences `first_sample` to `first_sample + size - 1`, fewer at the end of the set: [up to size, block_size]."""
+        time, chosen = self._block_size, range(first_sample, min(first_sample + size, self.n))
+        tokens = np.full((len(chosen), time + 1), IGNORE, np.int64)  # [B, T + 1]
+        for row, sample in zip(tokens, chosen, strict=True):
+            start = sample * self._available // self.n * time
+            count = min(time + 1, len(self._split) - start)
+            row[:count] = self._split.read(start, count)
+        return _shifted(tokens, self._document_start)
+
+
+def _shifted(tokens: Int64s, document_start: int | None) -> Batch:
+    """Split [B, T + 1] into inputs and targets of [B, T]; padding, which is not a valid id, becomes token 0 in the inputs."""
+    inputs = torch.from_numpy(np.where(tokens[:, :-1] == IGNORE, 0, tokens[:, :-1]))
+    documents = None if document_start is None else document_bounds(inputs, document_start)
+    return Batch(inputs, torch.from_numpy(np.ascontiguousarray(tokens[:, 1:])), documents)
+
+
+class Prefetcher:
+    """Iterates over batches on a device, of which a background thread prepares up to `depth` ahead of time.
+
+    Its whole state is the next request; to continue elsewhere, start another one from there. An exception in the source or the
+    requests is raised in place of the batch. For CUDA, batches wait in pinned memory, so that the copy overlaps with compute.
+    The consumer issues the copy, so it runs on the stream that uses the batch and needs no further synchronization.
+
+    Args:
+        source: source of the batches; used only by the thread.
+        requests: (first sample, size) of each batch, in order; may be endless.
+    """
+
+    def __init__(self, source: BatchSource, requests: Iterator[tuple[int, int]], device: torch.device, depth: int = 4) -> None:
+        self._source, self._requests, self._device = source, requests, device
+        self._thread = ThreadPoolExecutor(1, "prefetch")
+        self._waiting = deque(self._thread.submit(self._load) for _ in range(depth))
+
+    def _load(self) -> Batch | None:
+        """The batch of the next request; None if there are no more."""
+        if (request := next(self._requests, None)) is None:
+            return None
+        batch = self._source.batch(*request)
+        if self._device.type != "cuda":
+            return batch
+        torch.cuda.set_device(self._device)  # per thread; otherwise pinning would initialize the first GPU
+        return batch.pinned()
+
+    def __iter__(self) -> "Prefetcher":
+        return self
+
+    def __next__(self) -> Batch:
+        try:
+            batch = self._waiting.popleft().result() if self._waiting else None
+        except BaseException:
+            self.close()
+            raise
+        if batch is None:
+            self.close()
+            raise StopIteration
+        self._waiting.append(self._thread.submit(self._load))
+        return batch.to(self._device)
+
+    def close(self) -> None:
+        """Stop the thread, wait for it to end, and drop waiting batches. Can be called repeatedly."""
+        self._waiting.clear()
+        self._thread.shutdown(cancel_futures=True)
+
+    def __enter__(self) -> "Prefetcher":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,243 @@
+"""Hugging Face hub: which files make up a dataset, and verified downloads of them.
+
+All requests go through `huggingface_hub`, so its cache, resumed downloads and environment variables (HF_ENDPOINT, HF_TOKEN,
+HF_HOME, HF_HUB_OFFLINE) apply. The files of a split are looked for in this order: those that the dataset card lists for the
+configuration and split; those with a conventional name (`data/train-*.parquet`); those of the hub's own Parquet conversion
+(branch `refs/convert/parquet`, folders CONFIG/SPLIT). The resulting list is stored with its commit under $BARDLING_CACHE/hub,
+so the same name always means the same text, and later runs need no network to resolve it.
+
+Dataset scripts are never run. Limits: Parquet and JSON Lines (optionally gzipped). The hub converts only the first part of
+large datasets in other formats; that part is used only if requested by its name, `partial-train`.
+"""
+
+import fnmatch
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NoReturn
+
+from bardling.data.text.download import cache_root, file_sha256
+from bardling.errors import UserError, closest
+from bardling.files.atomic import os_error_as_user_error, write_atomically
+from bardling.files.reading import read_json_object
+
+EXTRA = "pip install 'bardling[datasets]'"
+_SUFFIXES = (".parquet", ".jsonl", ".json", ".jsonl.gz", ".json.gz")
+_CONVERTED = "refs/convert/parquet"
+_CONVENTIONAL = [f"{folder}{{0}}{end}" for end in ("-*.parquet", ".parquet", "/*.parquet") for folder in ("data/", "")]
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """One file of a repository; `sha256` is empty if the hub does not give one."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The files of one split of a dataset at one commit."""
+
+    repository: str
+    revision: str
+    config: str
+    split: str
+    files: tuple[HubFile, ...]
+
+
+def listing(repository: str, config: str, split: str) -> Listing:
+    """The files of a split of NAME or OWNER/NAME: requested from the hub once, then read from the cache.
+
+    An empty `config` is the default one.
+
+    Raises:
+        UserError: if there is no such dataset, configuration or split, or the hub cannot be reached.
+    """
+    key = hashlib.sha256(json.dumps([_endpoint(), repository, config, split]).encode()).hexdigest()[:16]
+    cached = cache_root() / "hub" / f"{repository.replace('/', '--')}-{key}.json"
+    if cached.is_file():
+        try:
+            content = read_json_object(cached)
+            return Listing(**{**content, "files": tuple(HubFile(**file) for file in content["files"])})
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{cached}: is damaged: delete it to request the list from the hub again") from error
+    found = _request_listing(repository, config, split)
+    with os_error_as_user_error(cached, "write"):
+        cached.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(cached, json.dumps(asdict(found), indent=1).encode())
+    return found
+
+
+def fetch(found: Listing, file: HubFile) -> Path:
+    """Local path of a file, downloaded if it is not in the cache, and verified.
+
+    Raises:
+        UserError: if it cannot be downloaded, or differs from the hub's list (the wrong file is then removed).
+    """
+    path = hub_file(found.repository, file.path, found.revision, "dataset")
+    with os_error_as_user_error(path, "read"):
+        size, changed = path.stat().st_size, path.stat().st_mtime_ns
+        if size == file.size and (not file.sha256 or _checksum(path, size, changed) == file.sha256):
+            return path
+    with os_error_as_user_error(path, "remove"):
+        path.resolve().unlink()
+        path.unlink(missing_ok=True)
+    fault = f"{size:,} of {file.size:,} bytes, or a wrong checksum"
+    raise UserError(f"{found.repository}: {file.path} arrived damaged ({fault}) and was removed: try again")
+
+
+@lru_cache(maxsize=256)
+def _checksum(path: Path, size: int, changed: int) -> str:
+    """A file's SHA-256, cached until its size or modification time changes: gigabytes are opened several times."""
+    return file_sha256(path)
+
+
+def hub_library(name: str) -> Any:
+    """An attribute of `huggingface_hub`, or an error that names the extra to install."""
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise UserError(f"the Hugging Face hub needs the package huggingface_hub: {EXTRA}, or use local files") from error
+    return getattr(huggingface_hub, name)
+
+
+def _endpoint() -> str:
+    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+
+
+def _call_hub(what: str, call: Callable[[], Any]) -> Any:
+    """Call the library, turning its errors into one line about `what`."""
+    from huggingface_hub import errors
+
+    try:
+        return call()
+    except errors.GatedRepoError as error:
+        raise UserError(f"{what}: is gated: accept its terms at {_endpoint()}, then set HF_TOKEN") from error
+    except errors.RevisionNotFoundError:
+        raise
+    except errors.RepositoryNotFoundError as error:
+        raise UserError(f"{what}: does not exist on the hub, or is private: check the name, or set HF_TOKEN") from error
+    except errors.HFValidationError as error:
+        raise UserError(f"{what}: is not a valid repository name") from error
+    except Exception as error:  # the classes of its HTTP client differ between versions
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        remedy = "check the connection and retry, or use local files"
+        raise UserError(f"{what}: cannot be downloaded from {_endpoint()} ({reason}): {remedy}") from error
+
+
+def hub_file(repository: str, path: str, revision: str | None, kind: str) -> Path:
+    """Local path of one file of a repository, downloaded if it is not cached; `kind` is 'model' or 'dataset'."""
+    download = hub_library("hf_hub_download")
+    options = {"repo_type": kind, "revision": revision, "endpoint": _endpoint()}
+    return Path(_call_hub(f"{repository}/{path}", lambda: download(repository, path, **options)))
+
+
+def _request_listing(repository: str, config: str, split: str) -> Listing:
+    api = hub_library("HfApi")(endpoint=_endpoint())
+    info = _call_hub(f"hf:{repository}", lambda: api.dataset_info(repository))
+    files = _tree(api, repository, info.sha)
+    card = info.card_data.to_dict() if info.card_data is not None else {}
+    configs = [entry for entry in card.get("configs") or [] if isinstance(entry, dict) and entry.get("data_files")]
+    chosen = _listed_in_card(configs, config, split, files) if configs else _conventionally_named(config, split, files)
+    if chosen:
+        return Listing(repository, info.sha, config, split, tuple(chosen))
+    return _converted(api, repository, config, split, [str(entry.get("config_name")) for entry in configs])
+
+
+def _tree(api: Any, repository: str, revision: str) -> list[HubFile]:
+    def call() -> list[HubFile]:
+        entries = api.list_repo_tree(repository, repo_type="dataset", revision=revision, recursive=True)
+        files = [entry for entry in entries if hasattr(entry, "blob_id")]
+        return [HubFile(file.path, file.size, file.lfs.sha256 if file.lfs else "") for file in files]
+
+    return sorted(_call_hub(f"hf:{repository}", call), key=lambda file: file.path)
+
+
+def _listed_in_card(configs: list[dict[str, Any]], config: str, split: str, files: list[HubFile]) -> list[HubFile]:
+    """The files that the card lists; none if their format is not supported."""
+    if config:
+        matching = [entry for entry in configs if entry.get("config_name") == config]
+    else:
+        matching = [entry for entry in configs if entry.get("default") or entry.get("config_name") == "default"] or configs
+    if not matching:
+        return []
+    entry = matching[0]
+    folder = str(entry.get("data_dir") or "").strip("/")
+    patterns = [f"{folder}/{pattern}" if folder else pattern for pattern in _patterns(entry["data_files"], split)]
+    chosen = _matching(files, patterns)
+    return chosen if all(file.path.endswith(_SUFFIXES) for file in chosen) else []
+
+
+def _patterns(data_files: Any, split: str) -> list[str]:
+    """The patterns of one split in a card's `data_files`: a pattern, a list of patterns, or a list of {split, path}."""
+    entries = data_files if isinstance(data_files, list) else [data_files]
+    found: list[str] = []
+    for entry in entries:
+        path, of = (entry.get("path"), entry.get("split", "train")) if isinstance(entry, Mapping) else (entry, "train")
+        if of == split:
+            found += [str(one) for one in (path if isinstance(path, list) else [path])]
+    return [pattern.removeprefix("./") for pattern in found]
+
+
+def _conventionally_named(config: str, split: str, files: list[HubFile]) -> list[HubFile]:
+    prefix = f"{config}/" if config and config != "default" else ""
+    candidates = (_matching(files, [prefix + pattern.format(split)]) for pattern in _CONVENTIONAL)
+    return next(filter(None, candidates), [])
+
+
+def _matching(files: list[HubFile], patterns: list[str]) -> list[HubFile]:
+    regexes = [re.compile(_glob(pattern)) for pattern in patterns]
+    return [file for file in files if any(regex.fullmatch(file.path) for regex in regexes)]
+
+
+def _glob(pattern: str) -> str:
+    """A regular expression for a pattern in which `*` stays within a folder and `**` crosses folders."""
+    special = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+
+    def translate(part: str) -> str:
+        if part[:1] == "[" and part[-1:] == "]":
+            return fnmatch.translate(part)[4:-3]
+        return special.get(part) or re.escape(part)
+
+    return "".join(map(translate, re.split(r"(\*\*/|\*\*|\*|\?|\[[^\]]*\])", pattern)))
+
+
+def _converted(api: Any, repository: str, config: str, split: str, known: list[str]) -> Listing:
+    """The split in the hub's own Parquet conversion."""
+    from huggingface_hub import errors
+
+    try:
+        info = _call_hub(f"hf:{repository}", lambda: api.dataset_info(repository, revision=_CONVERTED))
+        files = _tree(api, repository, info.sha)
+    except errors.RevisionNotFoundError:
+        _raise_missing(repository, "configuration or split", f"{config or 'default'}:{split}", known)
+    configs = sorted({file.path.split("/")[0] for file in files if file.path.count("/") >= 2})
+    if not config:
+        config = "default" if "default" in configs else configs[0] if len(configs) == 1 else ""
+    if config not in configs:
+        _raise_missing(repository, "configuration", config or "default", configs)
+    inside = [file for file in files if file.path.startswith(f"{config}/") and file.path.endswith(".parquet")]
+    splits = sorted({file.path.split("/")[1] for file in inside})
+    if split not in splits and f"partial-{split}" in splits:
+        raise UserError(
+            f"hf:{repository}: the hub has converted only the first part to Parquet: use it with "
+            f"hf:{repository}:{config}:partial-{split}, or choose another copy of the dataset"
+        )
+    if split not in splits:
+        _raise_missing(repository, "split", split, splits)
+    chosen = tuple(file for file in inside if file.path.split("/")[1] == split)
+    return Listing(repository, info.sha, config, split, chosen)
+
+
+def _raise_missing(repository: str, what: str, name: str, names: list[str]) -> NoReturn:
+    available = f"; it has {', '.join(names[:12])}" if names else " in Parquet or JSON Lines"
+    raise UserError(
+        f"hf:{repository}: has no {what} {name!r}{closest(name, names)}{available}: specify one as hf:NAME:CONFIG:SPLIT:FIELD"
+    )

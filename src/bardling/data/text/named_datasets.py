@@ -1,0 +1,223 @@
+"""Named datasets, and any dataset on the Hugging Face hub, as sources of documents.
+
+`shakespeare` and `shakespeare-char` are the same text, the tiny Shakespeare of char-rnn, with different default tokenizers.
+`openwebtext`, `fineweb-edu` (its sample of ten billion GPT-2 tokens) and `hf:NAME[:CONFIG][:SPLIT][:FIELD]` come from the hub
+and are read file by file, so memory stays bounded; on disk the hub's cache holds every file (about 24 GB for openwebtext, 28 GB
+for fineweb-edu). Each row of a hub dataset is one document; rows without text are skipped.
+
+To use a local file or folder that has one of these names, write `./shakespeare`.
+"""
+
+import gzip
+import hashlib
+import itertools
+import json
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from bardling.data.text import hub
+from bardling.data.text.download import Remote, cache_root, download
+from bardling.data.text.sources import Document, Source, json_lines, open_source, slug
+from bardling.errors import UserError, closest
+from bardling.extensions import SOURCES
+from bardling.files.atomic import os_error_as_user_error
+
+TINY_SHAKESPEARE = Remote(
+    (
+        "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+        "https://cdn.jsdelivr.net/gh/karpathy/char-rnn@master/data/tinyshakespeare/input.txt",
+    ),
+    size=1_115_394,
+    sha256="86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+)
+DEFAULTS: dict[str, tuple[str, float]] = {
+    "shakespeare": ("gpt2", 0.1),
+    "shakespeare-char": ("char", 0.1),
+    "openwebtext": ("gpt2", 0.0005),
+    "fineweb-edu": ("gpt2", 0.0005),
+}
+"""Default tokenizer and validation fraction of each name."""
+_HUB_NAMES = {
+    "openwebtext": ("Skylion007/openwebtext", ""),
+    "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT"),
+}
+_FIELD_REMEDY = "specify the field that contains the text as hf:NAME:CONFIG:SPLIT:FIELD"
+_TEXT_TYPES = ("string", "large_string", "string_view")  # of Arrow
+_ROWS = 1024  # rows of a Parquet file converted to text at once
+
+
+@dataclass(frozen=True)
+class RemoteText:
+    """A text file on a server, as one document; it is downloaded when its text is first requested."""
+
+    name: str
+    remote: Remote
+
+    def documents(self) -> Iterator[Document]:
+        """The document; raises a `UserError` if the file cannot be downloaded."""
+        path = download(self.remote, cache_root() / "downloads" / f"{self.remote.sha256[:16]}.txt")
+        with os_error_as_user_error(path, "read"):
+            data = path.read_bytes()
+        yield Document(self.name, data.decode())
+
+    def identity(self) -> str:
+        """Digest of the content, which is known in advance."""
+        return self.remote.sha256
+
+    def size(self) -> int:
+        """Bytes of the file."""
+        return self.remote.size
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """A split of a dataset on the Hugging Face hub; see `hub.listing`."""
+
+    name: str
+    repository: str
+    config: str = ""
+    split: str = "train"
+    field: str = "text"
+    """The column that contains the text."""
+
+    def documents(self) -> Iterator[Document]:
+        """All rows with text, named FILE:ROW with rows counted from 0; a `UserError` if one cannot be downloaded or read."""
+        return self._from(0, 0)
+
+    def after(self, name: str) -> Iterator[Document]:
+        """The documents after the one with this name; earlier files are not opened."""
+        path, _, row = name.rpartition(":")
+        number = next(index for index, file in enumerate(self._listing().files) if file.path == path)
+        return self._from(number, int(row) + 1)
+
+    def _listing(self) -> hub.Listing:
+        return hub.listing(self.repository, self.config, self.split)
+
+    def _from(self, number: int, row: int) -> Iterator[Document]:
+        found = self._listing()
+        for file in found.files[number:]:
+            path = hub.fetch(found, file)
+            label = f"hf:{self.repository}/{file.path}"
+            rows = _parquet_rows if file.path.endswith(".parquet") else _json_rows
+            for index, text in rows(path, self.field, row, label):
+                if text:
+                    yield Document(f"{file.path}:{index}", text)
+            row = 0
+
+    def identity(self) -> str:
+        """Digest of the commit, the files and the field."""
+        found = self._listing()
+        files = [[file.path, file.size, file.sha256] for file in found.files]
+        return hashlib.sha256(json.dumps([found.repository, found.revision, files, self.field]).encode()).hexdigest()
+
+    def size(self) -> int:
+        """Approximate bytes of text, extrapolated from the first file; 0 if unknown."""
+        found = self._listing()
+        first = found.files[0]
+        if not first.path.endswith(".parquet"):
+            return 0
+        text = _text_bytes(hub.fetch(found, first), self.field, f"hf:{self.repository}/{first.path}")
+        return int(text / max(1, first.size) * sum(file.size for file in found.files))
+
+
+def _parquet(path: Path, field: str, label: str) -> Any:
+    """An open Parquet file, after checking that it has the field and that the field is text."""
+    try:
+        import pyarrow  # type: ignore[import-untyped]
+        import pyarrow.parquet  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise UserError(f"{label}: reading Parquet needs the package pyarrow: {hub.EXTRA}") from error
+    try:
+        opened = pyarrow.parquet.ParquetFile(path, memory_map=True)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{label}: cannot be read as Parquet ({_short(error)})") from error
+    names, fault = opened.schema_arrow.names, ""
+    if field not in names:
+        fault = f"has no field {field!r}{closest(field, names)}; it has {', '.join(names[:12])}"
+    elif (kind := opened.schema_arrow.field(field).type) not in [getattr(pyarrow, name)() for name in _TEXT_TYPES]:
+        fault = f"field {field!r} contains {kind}, not text"
+    if fault:
+        opened.close()
+        raise UserError(f"{label}: {fault}: {_FIELD_REMEDY}")
+    return opened
+
+
+def _parquet_rows(path: Path, field: str, first: int, label: str) -> Iterator[tuple[int, str | None]]:
+    """Number and text of each row from row `first` on."""
+    with _parquet(path, field, label) as opened:
+        sizes = [opened.metadata.row_group(group).num_rows for group in range(opened.metadata.num_row_groups)]
+        bounds = list(itertools.accumulate(sizes, initial=0))
+        groups = [group for group in range(len(sizes)) if bounds[group + 1] > first]
+        if not groups:
+            return
+        row = bounds[groups[0]]
+        try:
+            for batch in opened.iter_batches(_ROWS, row_groups=groups, columns=[field]):
+                texts = batch.column(0).to_pylist() if row + batch.num_rows > first else []
+                yield from ((number, text) for number, text in enumerate(texts, row) if number >= first)
+                row += batch.num_rows
+        except (OSError, ValueError) as error:  # pyarrow's exceptions derive from these
+            raise UserError(f"{label}: is damaged near row {row:,} ({_short(error)})") from error
+
+
+def _text_bytes(path: Path, field: str, label: str) -> int:
+    """Uncompressed bytes of one column."""
+    with _parquet(path, field, label) as opened:
+        metadata = opened.metadata
+        column = metadata.schema.names.index(field)
+        groups = range(metadata.num_row_groups)
+        return sum(metadata.row_group(group).column(column).total_uncompressed_size for group in groups)
+
+
+def _json_rows(path: Path, field: str, first: int, label: str) -> Iterator[tuple[int, str | None]]:
+    """The same for JSON Lines, perhaps gzipped: a row is a line."""
+    try:
+        with gzip.open(path) if label.endswith(".gz") else path.open("rb") as file:
+            for number, text in json_lines(file, field, label, _FIELD_REMEDY, skip=first):
+                yield number - 1, text
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{label}: cannot be read as JSON Lines ({_short(error)})") from error
+
+
+def source_for(spec: str) -> Source:
+    """The source that a spec names: a named dataset, one on the hub, or files (`open_source`); a `UserError` if none."""
+    if spec in ("shakespeare", "shakespeare-char"):
+        return RemoteText(spec, TINY_SHAKESPEARE)
+    if spec in _HUB_NAMES:
+        repository, config = _HUB_NAMES[spec]
+        return HubSource(spec, repository, config)
+    if spec.startswith("hf:"):
+        return _hub_source(spec)
+    name, _, rest = spec.partition(":")
+    if name in SOURCES:
+        return cast(Source, SOURCES.get("data.source", name)(rest))
+    try:
+        return open_source(spec)
+    except UserError as error:
+        if near := closest(spec, list(DEFAULTS)):
+            raise UserError(f"{error}{near}") from error
+        raise
+
+
+def documents_after(source: Source, count: int, name: str) -> Iterator[Document]:
+    """The documents after the first `count`, the last of which is `name`; only a hub dataset avoids reading the others."""
+    if isinstance(source, HubSource):
+        return source.after(name)
+    return itertools.islice(source.documents(), count, None)
+
+
+def _hub_source(spec: str) -> HubSource:
+    repository, *rest = spec.removeprefix("hf:").split(":")
+    if not repository or len(rest) > 3:
+        raise UserError(f"data.source = {spec!r}: a hub dataset is specified as hf:NAME[:CONFIG][:SPLIT][:FIELD]")
+    config, split, field = (*rest, "", "", "")[:3]
+    name = slug(f"{repository.rpartition('/')[2]}-{config}", default="hub")
+    return HubSource(name, repository, config, split or "train", field or "text")
+
+
+def _short(error: Exception) -> str:
+    """The start of an error's message, on one line."""
+    return " ".join(str(error).split())[:120]

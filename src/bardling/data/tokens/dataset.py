@@ -1,0 +1,58 @@
+"""Opens the dataset that a configuration names: a prepared folder, text to prepare first, or another trainer's token files."""
+
+from pathlib import Path
+
+from bardling.config import DataConfig
+from bardling.data.text.download import cache_root
+from bardling.data.text.named_datasets import source_for
+from bardling.data.tokens.journal import digest
+from bardling.data.tokens.manifest import FORMAT
+from bardling.data.tokens.prepare import METHOD, prepare
+from bardling.data.tokens.shards import TokenDataset, open_dataset
+from bardling.data.tokens.token_files import detect_token_folder, open_token_folder
+from bardling.data.tokens.tokenizer import build_tokenizer, check_tokenizer_spec
+from bardling.errors import UserError
+
+
+def open_data(config: DataConfig) -> TokenDataset:
+    """Open the dataset of `config`. Text is prepared once, in data.cache, else $BARDLING_CACHE, else ~/.cache/bardling.
+
+    Raises:
+        UserError: there is no such data, it is damaged or cannot be prepared, or was made with a tokenizer other than the file
+            in data.tokenizer.
+    """
+    path, spec = Path(config.source).expanduser(), config.tokenizer
+    try:
+        prepared = (path / "manifest.json").is_file()
+        foreign = not prepared and detect_token_folder(path) is not None
+    except OSError as error:  # for example, the name is too long
+        raise UserError(f"data.source = {config.source[:100]!r}: cannot be opened ({error.strerror})") from None
+    if foreign:
+        return open_token_folder(path)
+    from_file = spec not in ("byte", "char") and Path(spec).exists()
+    fingerprint = build_tokenizer(spec, ()).fingerprint if from_file else ""
+    if prepared:
+        dataset = open_dataset(path)
+        if fingerprint not in ("", dataset.manifest.tokenizer):
+            raise UserError(
+                f"data.tokenizer = {spec!r}: has fingerprint {fingerprint}, but {dataset.path} was made with "
+                f"{dataset.manifest.tokenizer or 'none'}: omit data.tokenizer, or prepare the source again with this tokenizer"
+            )
+        return dataset
+    check_tokenizer_spec(spec)
+    source = source_for(config.source)
+    key = digest(FORMAT, METHOD, source.identity(), fingerprint or spec, config.val_fraction)[:16]
+    cache = Path(config.cache).expanduser() if config.cache else cache_root()
+    cached = cache / "datasets" / f"{source.name}-{fingerprint or spec.replace(':', '')}-{key}"
+    if not cached.exists():
+        try:
+            return prepare(config.source, cached, spec, val_fraction=config.val_fraction)
+        except UserError as error:
+            if not (cached / "manifest.json").is_file():  # else another process has just prepared the same dataset
+                if isinstance(error.__cause__, OSError) and str(cache) in str(error):
+                    raise UserError(f"{error}; set data.cache or $BARDLING_CACHE to store datasets elsewhere") from error
+                raise
+    try:
+        return open_dataset(cached)
+    except UserError as error:
+        raise UserError(f"{error}: remove {cached}, and it is prepared again from data.source") from error

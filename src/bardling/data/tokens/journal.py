@@ -1,0 +1,106 @@
+"""Journal of a preparation, so that an interrupted one resumes instead of starting over.
+
+The work folder is `.NAME.partial` beside the dataset that is being made. Every few seconds the token files in it are synced and
+the journal is replaced atomically; it records how many documents are done and how long each file was at that point. On
+resuming, anything written later is cut off and half-replaced files are removed, so the result is the same to the byte wherever
+the interruption happened.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from bardling.data.tokens.manifest import SplitName
+from bardling.errors import UserError
+from bardling.files.atomic import os_error_as_user_error, remove_partial_files, write_atomically
+from bardling.files.lock import locked
+
+JOURNAL = "journal.json"
+EVERY = 10.0
+"""Seconds between two entries: the most work that an interruption loses."""
+
+
+@dataclass(frozen=True)
+class Position:
+    """Progress of a preparation."""
+
+    made_of: str  # digest of everything that determines the result
+    documents: int  # number of finished documents
+    last: str  # name of the last of them
+    characters: int  # total characters in them
+    splits: Mapping[SplitName, dict[str, Any]]  # as returned by `ShardWriter.sync` and `DocumentWriter.sync`
+
+
+class Journal:
+    """The journal in a work folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / JOURNAL
+        self._written = time.monotonic()
+
+    @property
+    def kept(self) -> bool:
+        """Whether there is an entry to resume from."""
+        return self._path.is_file()
+
+    def read(self, made_of: str) -> Position | None:
+        """The position of an earlier attempt with the same digest; None if there is none."""
+        if not self.kept:
+            return None
+        with os_error_as_user_error(self._path, "read"):
+            data = self._path.read_bytes()
+        try:
+            position = Position(**json.loads(data))
+        except (ValueError, TypeError, RecursionError):  # damaged, or of another version: start over
+            return None
+        return position if position.made_of == made_of else None
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time for an entry."""
+        return time.monotonic() - self._written >= EVERY
+
+    def write(self, position: Position) -> None:
+        """Replace the entry; sync the files that it describes first."""
+        write_atomically(self._path, json.dumps(asdict(position)).encode())
+        self._written = time.monotonic()
+
+
+def cut_back(path: Path, size: int) -> None:
+    """Cut off what a writer added to a file after the last entry; a `UserError` if the file is shorter than it was then."""
+    if not path.is_file() or path.stat().st_size < size:
+        raise UserError(f"{path}: is missing or truncated: remove the folder {path.parent} to start over")
+    os.truncate(path, size)
+
+
+def digest(*parts: object) -> str:
+    """Digest of JSON values."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def work_folder(out: Path) -> Path:
+    """The folder in which the dataset `out` is prepared before it is renamed."""
+    return out.with_name(f".{out.name}.partial")
+
+
+@contextmanager
+def working_on(out: Path) -> Iterator[Path]:
+    """Lock and return the work folder of `out`; waits while another process prepares the same dataset.
+
+    Raises:
+        UserError: if `out` exists, perhaps because the other process has finished it.
+    """
+    work = work_folder(out)
+    with locked(work / "lock", folder_moves=True):
+        if out.exists() or out.is_symlink():
+            for path in (work / "lock", work):  # created only for the lock
+                path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
+            raise UserError(f"{out}: already exists: choose another folder, or remove it first")
+        remove_partial_files(work)
+        yield work

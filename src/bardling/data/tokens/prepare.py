@@ -1,0 +1,226 @@
+"""Prepares a dataset from a source: split, tokenize, write.
+
+The validation split is stable. Of many documents (at least 100, some of them in each split), whole ones are assigned by a hash
+of their content: copies of a text are always in the same split, and adding files never moves other documents. Otherwise the
+last part of each document is the validation split: of a single document from character int(n * (1 - val_fraction)) on, as in
+nanoGPT; of one among several from a nearby line break before that position, if any.
+
+Several documents are each followed by the end-of-text token in each split; a single one has nothing to separate and gets none.
+A BPE is trained on the training split only; the vocabulary of 'char' covers both, because missing characters cannot be encoded.
+
+A dataset folder appears complete or not at all: everything is written to a folder beside it, which is then renamed. Long
+preparations keep a journal there and resume after an interruption; otherwise nothing is left behind.
+"""
+
+import contextlib
+import hashlib
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from bardling.data.text.named_datasets import documents_after, source_for
+from bardling.data.text.sources import Document, Source
+from bardling.data.tokens.documents import DocumentWriter
+from bardling.data.tokens.journal import JOURNAL, Journal, Position, digest, working_on
+from bardling.data.tokens.manifest import Manifest, token_dtype, write_manifest
+from bardling.data.tokens.parallel import SPLITS, Encoders, Piece, TextBatch, default_workers
+from bardling.data.tokens.shards import SHARD_TOKENS, ShardWriter, TokenDataset, open_dataset
+from bardling.data.tokens.tokenizer import Tokenizer, build_tokenizer, check_tokenizer_spec, load_tokenizer
+from bardling.errors import UserError
+from bardling.files.atomic import os_error_as_user_error, sync_folder
+from bardling.monitor.progress import ProgressBar
+
+METHOD = 1
+"""Raise it if the same source starts to give other tokens, so that cached datasets are prepared again."""
+_MANY = 100  # number of documents from which whole documents are held out
+_BATCH = 4 << 20  # characters tokenized at once
+_BATCH_OF_WORKER = 1 << 20  # the same for one of several processes
+
+Progress = Callable[[str, int, int], None]
+"""Called with (current activity, characters done, approximate total)."""
+
+
+def held_out(text: str, val_fraction: float) -> bool:
+    """Whether a document belongs to the validation split; depends only on its content."""
+    number = int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
+    return number < val_fraction * 2.0**64
+
+
+class _Splitter:
+    """Divides the documents of a source into pieces of the two splits, deterministically."""
+
+    def __init__(self, source: Source, val_fraction: float) -> None:
+        self._val_fraction = val_fraction
+        count, splits = 0, set()
+        self.by_document = False
+        for count, document in enumerate(source.documents(), 1):
+            splits.add(held_out(document.text, val_fraction))
+            if count >= _MANY and len(splits) == 2:
+                self.by_document = True
+                break
+        self.several = count > 1
+        self.description = "whole documents by hash" if self.by_document else "the last part of each document"
+
+    def split(self, text: str) -> list[Piece]:
+        """The pieces of one document."""
+        if self.by_document:
+            return [("val" if held_out(text, self._val_fraction) else "train", text)]
+        cut = int(len(text) * (1 - self._val_fraction))
+        if self.several:  # move back to the beginning of a line, if there is one within 1% of the text
+            reach = max(200, len(text) // 100)
+            cut = text.rfind("\n", max(0, cut - reach), cut) + 1 or cut
+        return [("train", text[:cut]), ("val", text[cut:])]
+
+
+def prepare(
+    source_spec: str,
+    out: Path | str,
+    tokenizer_spec: str,
+    *,
+    val_fraction: float = 0.05,
+    progress: Progress | None = None,
+    shard_tokens: int = SHARD_TOKENS,
+    workers: int | None = None,
+) -> TokenDataset:
+    """Create a dataset folder, resuming an earlier attempt that was interrupted.
+
+    Args:
+        source_spec: see `bardling.data.text.named_datasets.source_for`.
+        out: the folder to create; it must not exist.
+        tokenizer_spec: see `bardling.data.tokens.tokenizer.build_tokenizer`.
+        val_fraction: fraction of the text for validation, between 0 and 1.
+        progress: called with the progress; None shows a bar on a terminal if it takes more than two seconds.
+        shard_tokens: maximum of tokens per file.
+        workers: number of processes that tokenize; None chooses. The result does not depend on it.
+
+    Raises:
+        UserError: if the folder exists, the source or tokenizer cannot be used, or the disk refuses. Nothing is left at `out`.
+    """
+    out = Path(out)
+    if not 0.0 < val_fraction < 1.0:
+        raise UserError(f"data.val_fraction = {val_fraction!r}: must be between 0 and 1")
+    if workers is not None and workers < 1:
+        raise UserError(f"workers = {workers}: must be at least 1")
+    check_tokenizer_spec(tokenizer_spec)
+    source = source_for(source_spec)
+    with ProgressBar(unit="bytes", show=sys.stderr.isatty()) as bar:
+        job = _Job(source, source_spec, tokenizer_spec, val_fraction, shard_tokens, workers, progress or bar.update, bar)
+        with os_error_as_user_error(out, "prepare the dataset"):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            with working_on(out) as work:
+                _build(job, out, work)
+    return open_dataset(out)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What to prepare, and how."""
+
+    source: Source
+    source_spec: str
+    tokenizer_spec: str
+    val_fraction: float
+    shard_tokens: int
+    workers: int | None
+    progress: Progress
+    bar: ProgressBar
+
+
+def _build(job: _Job, out: Path, work: Path) -> None:
+    """Write the dataset into the work folder and rename it."""
+    journal = Journal(work)
+    try:
+        splitter = _Splitter(job.source, job.val_fraction)
+        method = (METHOD, "indexed")  # attempts of versions that wrote no index are not resumed
+        settings = (job.tokenizer_spec, job.val_fraction, job.shard_tokens, splitter.description)
+        made_of = digest(method, job.source.identity(), *settings)
+        position = journal.read(made_of)
+        if position is None:
+            _empty(work)
+            tokenizer = _tokenizer(job, splitter)
+            tokenizer.save(work)
+            position = Position(made_of, documents=0, last="", characters=0, splits={})
+        else:
+            tokenizer = load_tokenizer(work)
+        write_manifest(work, _write(job, splitter, tokenizer, work, journal, position))
+        sync_folder(work)
+        work.rename(out)  # fails if another program has created a folder with files there in the meantime
+    except BaseException:
+        if not journal.kept and work.exists():
+            _empty(work)
+            (work / "lock").unlink(missing_ok=True)  # last, because another process may start from here on
+            with contextlib.suppress(OSError):
+                work.rmdir()
+        raise
+    sync_folder(out.parent)
+    (out / JOURNAL).unlink(missing_ok=True)  # not earlier: until the folder has its name, a kill must not lose the tokens
+    (out / "lock").unlink(missing_ok=True)  # held until here, so that a waiting process finds the dataset
+
+
+def _empty(work: Path) -> None:
+    """Remove everything except the lock from a work folder."""
+    for path in work.iterdir():
+        if path.name != "lock":
+            path.unlink(missing_ok=True)
+
+
+def _tokenizer(job: _Job, splitter: _Splitter) -> Tokenizer:
+    def training_texts() -> Iterator[str]:
+        done, total = 0, job.source.size()
+        for document in job.source.documents():
+            for split, text in splitter.split(document.text):
+                done += len(text)
+                job.progress("training the tokenizer", done, total)
+                if split == "train":
+                    yield text
+
+    both_splits = job.tokenizer_spec == "char"
+    texts = (document.text for document in job.source.documents()) if both_splits else training_texts()
+    return build_tokenizer(job.tokenizer_spec, texts)
+
+
+def _write(job: _Job, splitter: _Splitter, tokenizer: Tokenizer, work: Path, journal: Journal, position: Position) -> Manifest:
+    """Tokenize the documents after `position`."""
+    end = [tokenizer.eot_id] if splitter.several and tokenizer.eot_id is not None else []
+    source, total, vocab_size = job.source, job.source.size(), tokenizer.vocab_size
+    origin = {"spec": job.source_spec, "name": source.name, "identity": source.identity(), "held_out": splitter.description}
+    workers = job.workers or default_workers(total, tokenizer.kind)
+    documents, done, started = position.documents, position.characters, time.monotonic()
+    with contextlib.ExitStack() as stack:
+        shards = {name: stack.enter_context(ShardWriter(work, name, vocab_size, job.shard_tokens)) for name in SPLITS}
+        indexes = {name: stack.enter_context(DocumentWriter(work, name)) for name in SPLITS}
+        encoders = stack.enter_context(Encoders(tokenizer, work, end, workers))
+        for split, state in position.splits.items():
+            shards[split].restore(state)
+            indexes[split].restore(state["index"])
+        rest = documents_after(source, documents, position.last) if documents else source.documents()
+        for batch, encoded in encoders.run(_batches(splitter, rest, _BATCH if workers == 1 else _BATCH_OF_WORKER)):
+            for split, part in zip(SPLITS, encoded, strict=True):
+                shards[split].add(part.ids, documents=len(part.lengths), text_bytes=part.bytes)
+                indexes[split].add(part.lengths, batch.names_of(split))
+            documents, done = documents + batch.documents, done + batch.characters
+            if journal.due:
+                states = {split: {**shards[split].sync(), "index": indexes[split].sync()} for split in SPLITS}
+                journal.write(Position(position.made_of, documents, batch.names[-1], done, states))
+            speed = (documents - position.documents) / max(time.monotonic() - started, 1e-9)
+            job.bar.note = f"{speed:,.0f} documents/s"
+            job.progress("tokenizing", done, total)
+        train, val = (replace(shards[split].finish(), index=indexes[split].finish()) for split in SPLITS)
+    return Manifest(token_dtype(vocab_size), vocab_size, tokenizer.fingerprint, origin, job.val_fraction, train, val)
+
+
+def _batches(splitter: _Splitter, documents: Iterable[Document], batch_size: int) -> Iterator[TextBatch]:
+    pieces: list[Piece] = []
+    names: list[str] = []
+    count = size = 0
+    for name, text in documents:
+        pieces += splitter.split(text)
+        names += [name] * (len(pieces) - len(names))
+        count, size = count + 1, size + len(text)
+        if size >= batch_size:
+            yield TextBatch(pieces, names, count, size)
+            pieces, names, count, size = [], [], 0, 0
+    if pieces:
+        yield TextBatch(pieces, names, count, size)

@@ -1,0 +1,139 @@
+"""Vocabularies built here: bytes, characters, and byte-level BPE, each as the content of a `tokenizer.json`.
+
+All three decode to exactly the text that was encoded: no normalization, no added space.
+"""
+
+import json
+import re
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
+from typing import Any, cast
+
+from bardling.errors import UserError
+
+EOT = "<|endoftext|>"
+"""The end-of-text token, which ends a document, as in GPT-2."""
+ANY_CHARACTER = r"[\s\S]"
+"""Regular expression that splits a text into characters."""
+_PIECE = 1 << 20  # characters; longer texts are encoded in pieces, to bound memory and use all cores
+_SAFE_CUT = re.compile(r"(?<=\S)\n(?=\S)")
+
+
+def byte_alphabet() -> list[str]:
+    """The character that represents each byte in byte-level vocabularies, as in GPT-2.
+
+    Bytes that are printable in Latin-1 represent themselves; the others map, in order, to U+0100 and up.
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    substitutes = iter(range(0x100, 0x200))
+    return [chr(byte if byte in printable else next(substitutes)) for byte in range(256)]
+
+
+BYTE_OF = {character: byte for byte, character in enumerate(byte_alphabet())}
+"""The inverse of `byte_alphabet`."""
+
+
+def pieces(text: str) -> Iterator[str]:
+    """Cut a long text at places where no token of a GPT-2 style byte-level BPE changes.
+
+    These are single line breaks between two words: pre-tokenization restarts there, whatever the context.
+    """
+    start = 0
+    while len(text) - start > _PIECE and (cut := _SAFE_CUT.search(text, start + _PIECE)):
+        yield text[start : cut.end()]
+        start = cut.end()
+    yield text[start:]
+
+
+def byte_content() -> dict[str, Any]:
+    """Bytes as ids 0 to 255, then `EOT` as 256."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    library = Tokenizer(models.BPE(BYTE_OF, []))
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    library.decoder = decoders.ByteLevel()
+    return _content(library, with_eot=True)
+
+
+def char_content(texts: Iterable[str]) -> dict[str, Any]:
+    """The characters of the texts by code point, as in nanoGPT, then `EOT` if there are several texts.
+
+    Raises:
+        UserError: if the texts are empty.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    characters: set[str] = set()
+    count = 0
+    for count, text in enumerate(texts, 1):  # noqa: B007 (used below)
+        characters.update(text)
+    if not characters:
+        raise UserError("data.tokenizer = 'char': the text is empty, so there are no characters to build a vocabulary from")
+    library = Tokenizer(models.WordLevel({character: i for i, character in enumerate(sorted(characters))}))
+    library.pre_tokenizer = pre_tokenizers.Split(Regex(ANY_CHARACTER), "isolated")
+    library.decoder = decoders.Fuse()
+    return _content(library, with_eot=count > 1)
+
+
+def train_bpe_content(texts: Iterable[str], size: int) -> dict[str, Any]:
+    """Byte-level BPE (R. Sennrich et al., ACL 2016; over bytes as in GPT-2) with `size` entries: bytes, merges, then `EOT`.
+
+    Deterministic: equally frequent pairs are merged in order of their ids.
+
+    Raises:
+        UserError: if the texts are empty.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    library = Tokenizer(models.BPE())
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=size - 1, initial_alphabet=byte_alphabet(), show_progress=False)
+    characters = 0
+
+    def counted() -> Iterator[str]:
+        nonlocal characters
+        for text in texts:
+            characters += len(text)
+            yield from pieces(text)
+
+    _interruptible(lambda texts: library.train_from_iterator(texts, trainer), counted())
+    if not characters:
+        raise UserError(f"data.tokenizer = 'bpe:{size}': the text is empty, so there is nothing to train on")
+    return _content(library, with_eot=True)
+
+
+def _interruptible(work: Callable[[Iterator[str]], None], texts: Iterator[str]) -> None:
+    """Run a library call on `texts` in a thread, so that signals are handled while it runs."""
+    done: Future[None] = Future()
+    stopped = threading.Event()
+
+    def until_stopped() -> Iterator[str]:
+        for text in texts:
+            if stopped.is_set():
+                raise InterruptedError("the process is about to end")
+            yield text
+
+    def call() -> None:
+        try:
+            work(until_stopped())
+            done.set_result(None)
+        except BaseException as error:  # noqa: BLE001 (raised again in the caller's thread)
+            done.set_exception(error)
+
+    thread = threading.Thread(target=call, name="library", daemon=True)
+    thread.start()
+    try:
+        done.result()
+    except BaseException:
+        # Stop feeding it. Once it has all texts it may compute for minutes; being a daemon, it then ends with the process.
+        stopped.set()
+        thread.join(1.0)
+        raise
+
+
+def _content(library: Any, *, with_eot: bool) -> dict[str, Any]:
+    if with_eot:
+        library.add_special_tokens([EOT])
+    return cast(dict[str, Any], json.loads(library.to_str()))

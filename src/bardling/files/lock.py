@@ -1,0 +1,50 @@
+"""A lock between processes that ask for it, released by the system when its holder ends in any way.
+
+A thin layer over `filelock`. Its fallback to a lock that merely exists as a file is off, because a killed process would leave
+such a lock behind forever. Where a file system has no `flock` (some network ones), work continues unlocked, with a warning.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from bardling.errors import UserError
+from bardling.files.atomic import os_error_as_user_error
+
+
+@contextmanager
+def locked(path: Path, *, timeout: float = -1, message: str = "", folder_moves: bool = False) -> Iterator[None]:
+    """Wait until no other process holds the lock file `path`, and hold it. Only the holder may remove or move the file.
+
+    Args:
+        timeout: seconds to wait at most, before a `UserError`; negative waits forever.
+        message: of that error.
+        folder_moves: the holder renames or deletes the lock file's folder. Windows refuses that for a folder with an open
+            file, so there is no lock in this case on Windows.
+    """
+    if folder_moves and os.name == "nt":
+        yield
+        return
+    import filelock  # imported here because most commands never lock anything
+
+    lock = filelock.FileLock(path, timeout=timeout, fallback_to_soft=False)
+    while True:
+        with os_error_as_user_error(path, "lock"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.open("ab").close()  # whatever fails after this is the lock itself
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            raise UserError(message or f"{path}: another process holds this lock: wait for it to finish, or stop it") from None
+        except FileNotFoundError:  # its holder has moved or removed the folder
+            continue
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            print(f"bardling: warning: {path}: cannot lock ({reason}); continuing unlocked", file=sys.stderr, flush=True)
+        break
+    try:
+        yield
+    finally:
+        lock.release()

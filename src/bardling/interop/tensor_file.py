@@ -1,0 +1,57 @@
+"""Named tensors in a safetensors file, with errors that name the file. Reading executes no code, and the library checks that
+the header claims no more than the file holds before it allocates memory.
+"""
+
+import os
+import re
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bardling.errors import UserError
+from bardling.files.atomic import os_error_as_user_error
+
+METADATA = {"format": "pt"}
+"""The metadata that `transformers` requires in a safetensors file."""
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors from any device and with any strides; equal tensors give equal files. Disk failures are `OSError`s."""
+    plain = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(plain, path, metadata=METADATA)
+    except SafetensorError as error:
+        # The library reports the system's error number only in the message.
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+
+
+@contextmanager
+def open_tensors(path: Path) -> Iterator[Any]:
+    """Open a safetensors file for reading; its tensors are memory-mapped, so copy them."""
+    try:
+        with os_error_as_user_error(path, "read"):
+            if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would block
+                raise UserError(f"{path}: is not a file")
+            with safe_open(path, framework="pt", device="cpu") as file:
+                yield file
+    except MemoryError:
+        raise UserError(f"{path}: {path.stat().st_size:,} bytes do not fit in memory") from None
+    except SafetensorError as error:
+        raise UserError(f"{path}: is damaged or not a safetensors file ({error})") from None
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read all tensors into new memory on the CPU."""
+    with open_tensors(path) as file:
+        # Copies, because later changes to the file must not affect the run.
+        return {name: torch.empty_like(tensor).copy_(tensor) for name in file.keys() for tensor in [file.get_tensor(name)]}  # noqa: SIM118

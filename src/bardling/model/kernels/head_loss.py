@@ -1,0 +1,218 @@
+"""The one place where hidden states become losses: head and cross-entropy, in chunks of tokens.
+
+Full logits, [batch x time, vocabulary], are by far the largest tensor of a GPT's training step. Here they exist for one chunk
+of tokens at a time. For the summed loss, the forward pass also computes the gradients with respect to the hidden states and the
+head's weight while a chunk's logits are at hand (softmax minus one-hot, then two matrix products): the gradient of a sum is
+known up to the factor that arrives from above, so the backward pass is one multiplication.
+
+Precision: matrix products use the autocast dtype if autocast is on, else that of the hidden states; softmax, loss and the
+weight's gradient are float32 (float64 for float64 models). Logits of the padding rows of the weight are set to minus infinity,
+so that their gradient is exactly zero, while the products keep the padded, faster shape. Soft-capping (Gemma 2,
+arXiv:2408.00118): logits become cap * tanh(logits / cap), chunk by chunk; the slope is 1 - tanh^2.
+
+Limits: per-token losses (`reduction="none"`) with gradients need full logits; they are for evaluation.
+
+Shapes: N tokens in all, G in a group of chunks, P in a chunk ("part"), C = n_embd, V rows of the head.
+"""
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bardling.data.batches.loader import IGNORE
+from bardling.model.kernels.linear import linear
+from bardling.model.kernels.select import has_wide_products, head_rows, is_eager_cpu, product_dtype
+from bardling.planning.activations import LOGIT_CHUNK_BYTES as CHUNK_BYTES
+from bardling.planning.activations import LOGIT_GRAD_BYTES as SLOPE_BYTES
+
+_ROWS = 4096  # of the weight's gradient that a CPU adds to at a time, so that they stay in its cache
+
+
+def head_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    vocab_size: int,
+    reduction: Literal["sum", "none"] = "sum",
+    softcap: float = 0.0,
+) -> Tensor:
+    """Cross-entropy of softmax(hidden @ weight.T) against `targets` (nats).
+
+    Args:
+        hidden: [..., n_embd] final hidden states. weight: [rows, n_embd] head, whose rows from vocab_size on are padding.
+        targets: [...] int64 ids below vocab_size, or -100 for positions without loss.
+        reduction: "sum" for a scalar, "none" for a loss per position (0 where ignored).
+        softcap: bound of the logits; 0 for none.
+
+    Returns:
+        float32 (float64 for float64 hidden states), a scalar or shaped as `targets`.
+    """
+    if reduction not in ("sum", "none"):
+        raise ValueError(f"reduction = {reduction!r}: must be 'sum' or 'none'")
+    dtype = product_dtype(hidden)
+    flat, ids = hidden.reshape(-1, hidden.size(-1)), targets.reshape(-1)  # [N, C], [N]
+    grads = (flat.requires_grad, weight.requires_grad) if torch.is_grad_enabled() else (False, False)
+    if not any(grads):
+        losses = _chunked_loss(flat, weight, ids, vocab_size, dtype, softcap)
+    elif reduction == "sum":
+        return _SummedLoss.apply(flat, weight, ids, vocab_size, dtype, grads, softcap)  # type: ignore[no-untyped-call,no-any-return]
+    else:
+        losses = full_logits_loss(flat, weight, ids, vocab_size=vocab_size, dtype=dtype, softcap=softcap)
+    return losses.sum() if reduction == "sum" else losses.view(targets.shape)
+
+
+def head_logits(hidden: Tensor, weight: Tensor, *, vocab_size: int, softcap: float = 0.0) -> Tensor:
+    """Logits [..., vocab_size] of hidden states [..., C], without padding's: float32 (float64 for float64 hidden states)."""
+    logits = linear(hidden, weight[:vocab_size])
+    return soft_cap(logits.to(_wide(logits.dtype)), softcap)
+
+
+def soft_cap(logits: Tensor, cap: float) -> Tensor:
+    """cap * tanh(logits / cap); the logits themselves for a cap of 0."""
+    return logits if cap == 0 else torch.tanh(logits / cap) * cap
+
+
+def full_logits_loss(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, vocab_size: int, dtype: torch.dtype, softcap: float = 0.0
+) -> Tensor:
+    """The reference: loss of each token [N] from full logits, with products in `dtype`."""
+    logits = (hidden.to(dtype) @ weight[:vocab_size].to(dtype).t()).to(_wide(hidden.dtype))  # [N, V]
+    return F.cross_entropy(soft_cap(logits, softcap), targets, ignore_index=IGNORE, reduction="none")
+
+
+def _chunked_loss(
+    hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, dtype: torch.dtype, softcap: float
+) -> Tensor:
+    """Loss of each token [N], without gradients."""
+    wide, losses = _wide(hidden.dtype), []
+    with torch.autocast(hidden.device.type, enabled=False):
+        rows = head_rows(weight, vocab_size)
+        head = weight[:rows].to(dtype)  # [V, C]
+        for part in _chunks(hidden.size(0), rows * wide.itemsize, _limit(CHUNK_BYTES, hidden)):
+            logits, _ = _logits(hidden[part].to(dtype), head, vocab_size, wide, softcap)  # [P, V]
+            losses.append(F.cross_entropy(logits, targets[part], ignore_index=IGNORE, reduction="none"))
+    return _concatenated(losses)
+
+
+class _SummedLoss(torch.autograd.Function):
+    """Summed loss whose forward pass computes the gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,  # [N, C]
+        weight: Tensor,  # [rows, C]
+        targets: Tensor,  # [N]
+        vocab_size: int,
+        dtype: torch.dtype,
+        grads: tuple[bool, bool],
+        softcap: float,
+    ) -> Tensor:
+        wide = _wide(hidden.dtype)
+        hidden_needs_grad, weight_needs_grad = grads
+        with torch.autocast(hidden.device.type, enabled=False):
+            rows = head_rows(weight, vocab_size)
+            head = weight[:rows].to(dtype)  # [V, C]
+            inputs = hidden.to(dtype)
+            ids = targets.unsqueeze(1)  # [N, 1]
+            counted = _counted(ids)
+            if counted is not None:
+                ids = ids.clamp_min(0)
+                inputs = inputs * counted  # zero vectors do not contribute to the weight's gradient
+            total = torch.zeros((), dtype=wide, device=hidden.device)
+            hidden_grads: list[Tensor] = []
+            weight_grad = torch.zeros_like(weight, dtype=wide) if weight_needs_grad else None
+            for group in _chunks(hidden.size(0), rows * dtype.itemsize, _limit(SLOPE_BYTES, hidden)):
+                parts = _chunks(group.stop - group.start, rows * wide.itemsize, _limit(CHUNK_BYTES, hidden), group.start)
+                slopes = inputs.new_empty(group.stop - group.start, rows) if len(parts) > 1 else None  # [G, V]
+                for part in parts:
+                    logits, squashed = _logits(inputs[part], head, vocab_size, wide, softcap)
+                    logp = F.log_softmax(logits, dim=1)  # [P, V]
+                    found = logp.gather(1, ids[part])  # [P, 1]
+                    total -= (found if counted is None else found * counted[part]).sum()
+                    slope = logp.exp_().scatter_add_(1, ids[part], torch.full_like(found, -1.0))  # d loss / d logits
+                    if squashed is not None:
+                        slope.mul_(squashed.square_().neg_().add_(1))  # 1 - tanh^2
+                    if slopes is None:
+                        slopes = slope.to(dtype)
+                    else:
+                        slopes[part.start - group.start : part.stop - group.start] = slope
+                assert slopes is not None
+                if hidden_needs_grad:
+                    hidden_grads.append((slopes @ head).to(hidden.dtype))
+                if weight_grad is not None:
+                    _accumulate(weight_grad[:rows], slopes.t(), inputs[group])
+            hidden_grad = _concatenated(hidden_grads) if hidden_needs_grad else None
+            if hidden_grad is not None and counted is not None:
+                hidden_grad *= counted
+        ctx.save_for_backward(hidden_grad, None if weight_grad is None else weight_grad.to(weight.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        # Scaling in place saves a copy of the largest gradient; autograd's version check makes a second backward pass an error.
+        hidden_grad, weight_grad = (None if grad is None else grad.mul_(grads[0]) for grad in ctx.saved_tensors)
+        return hidden_grad, weight_grad, None, None, None, None, None
+
+
+def _concatenated(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _counted(ids: Tensor) -> Tensor | None:
+    """True where a target counts, [N, 1]; None if all do and finding out does not make a device or a compiler wait."""
+    counted = ids != IGNORE
+    return None if is_eager_cpu(ids) and bool(counted.all()) else counted
+
+
+def _logits(hidden: Tensor, head: Tensor, vocab_size: int, wide: torch.dtype, softcap: float) -> tuple[Tensor, Tensor | None]:
+    """[P, C] -> [P, V] in `wide`, minus infinity at padded ids; with a cap, also the tanh."""
+    logits, squashed = _matmul(hidden, head.t(), wide), None
+    if softcap:
+        squashed = logits.div_(softcap).tanh_()
+        logits = squashed * softcap
+    if head.size(0) > vocab_size:
+        logits[:, vocab_size:] = -torch.inf
+    return logits, squashed
+
+
+def _matmul(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
+    """`a @ b` in `wide`, without rounding in between where the device allows it."""
+    if a.dtype != wide and has_wide_products(a):
+        return torch.mm(a, b, out_dtype=wide)
+    return _narrow_matmul(a, b, wide).to(wide)
+
+
+def _narrow_matmul(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
+    """`a @ b` of 16-bit operands, in their dtype if it has the range of `wide`: float16 sums over tokens can exceed 65504."""
+    return a.to(wide) @ b.to(wide) if a.dtype == torch.float16 else a @ b
+
+
+def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """`total += a @ b`, in place."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif is_eager_cpu(a):
+        for start in range(0, total.size(0), _ROWS):
+            rows = slice(start, start + _ROWS)
+            total[rows].add_(_narrow_matmul(a[rows], b, total.dtype))
+    else:
+        total.add_(_matmul(a, b, total.dtype))
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _limit(bytes_by_device: dict[str, int], x: Tensor) -> int:
+    return bytes_by_device.get(x.device.type, bytes_by_device["cpu"])
+
+
+def _chunks(tokens: int, bytes_per_token: int, limit: int, first: int = 0) -> list[slice]:
+    """Equal portions of `tokens` tokens from number `first` on, in multiples of 16, of at most `limit` bytes."""
+    count = max(1, -(-tokens * bytes_per_token // limit))
+    size = -(-tokens // (16 * count)) * 16 if count > 1 else max(tokens, 1)
+    return [slice(first + start, first + min(start + size, tokens)) for start in range(0, max(tokens, 1), size)]

@@ -1,0 +1,68 @@
+"""Which implementation of an operation runs: every rule on device, dtype, shape and compilation.
+
+The other modules of this folder do not look at devices themselves. Thresholds that the memory estimate also needs are in
+`planning/`.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from bardling.planning.costs import EXPLICIT_LENGTH, RECAST_MIN_ELEMENTS
+
+_COMPILED_EXPLICIT_LENGTH = 256  # compiled code does not split queries into blocks, so longer contexts use the fused kernel
+_FEW_ROWS = range(7, 33)  # batch sizes for which `few_rows_linear` is faster
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of a matrix product of `x`: autocast's where it applies, which is not to float64."""
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def is_eager_cpu(x: Tensor) -> bool:
+    """Whether operators run one by one on a CPU, so that each extra pass over memory costs time. Compiled code fuses passes."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def linear_kernel(x: Tensor, weight: Tensor, fp8: bool) -> Literal["plain", "few rows", "recast", "fp8"]:
+    """How to compute x @ weight.T. Float8 applies to training only, so that validation measures the weights as others use
+    them."""
+    if not torch.is_grad_enabled():
+        few = x.dim() == 3 and x.size(1) == 1 and x.size(0) in _FEW_ROWS and x.dtype == torch.float32
+        return "few rows" if few and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu") else "plain"
+    if fp8:
+        return "fp8"
+    large = weight.numel() >= RECAST_MIN_ELEMENTS and is_eager_cpu(x)
+    return "recast" if large and x.dtype != torch.float64 and torch.is_autocast_enabled("cpu") else "plain"
+
+
+def attention_kernel(
+    q: Tensor, k: Tensor, mask: Tensor | None, causal: bool
+) -> Literal["fused", "explicit", "explicit compiled"]:
+    """How to compute attention: explicit scores pay for bfloat16 on a CPU up to a few hundred tokens."""
+    supported = causal if mask is None else mask.dtype == q.dtype and k.size(2) == q.size(2)
+    if not supported or q.device.type != "cpu" or q.dtype != torch.bfloat16:
+        return "fused"
+    if torch.compiler.is_compiling():
+        return "explicit compiled" if q.size(2) <= _COMPILED_EXPLICIT_LENGTH else "fused"
+    return "explicit" if q.size(2) <= EXPLICIT_LENGTH else "fused"
+
+
+def shares_heads(q: Tensor, mask: Tensor | None) -> bool:
+    """Whether the fused kernel takes fewer key heads than query heads. On CUDA only the 16-bit kernels without a mask do;
+    otherwise PyTorch would fall back to a kernel that stores all scores."""
+    return not (q.is_cuda and (mask is not None or q.dtype == torch.float32))
+
+
+def head_rows(weight: Tensor, vocab_size: int) -> int:
+    """Rows of the head that are multiplied: those that pad the vocabulary make products faster except on a CPU."""
+    return vocab_size if weight.device.type == "cpu" else weight.size(0)
+
+
+def has_wide_products(x: Tensor) -> bool:
+    """Whether products of 16-bit matrices can return their float32 sums unrounded, and products of float8 matrices run in
+    hardware (compute capability 8.9 and newer) rather than in emulation."""
+    return x.is_cuda

@@ -1,0 +1,71 @@
+"""Memory of one process during training: weights, gradients, optimizer state, EMA and activations.
+
+Limits: plain data parallelism, where each process holds the whole model.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from bardling.config import ModelConfig, OptimConfig, RunConfig
+from bardling.planning.activations import ActivationBytes, activation_bytes
+from bardling.planning.costs import FLOAT32_BYTES, weight_bytes
+from bardling.planning.parameter_shapes import parameter_kind, parameter_shapes
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Memory of one process during training (bytes)."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: ActivationBytes
+    ema: int = 0
+
+    @property
+    def total(self) -> int:
+        """Peak memory."""
+        return self.weights + self.gradients + self.optimizer + self.ema + self.activations.total
+
+
+def memory_plan(
+    config: RunConfig, model: ModelConfig, micro_batch: int, precision: str, device_type: str, recompute: str | None = None
+) -> MemoryPlan:
+    """Estimate the memory of one process.
+
+    Args:
+        config: the recipe; `model` and `micro_batch` are its own with open values filled in.
+        precision, device_type: as for `activation_bytes`.
+        recompute: None for the recipe's.
+    """
+    weights = weight_bytes(model)
+    return MemoryPlan(
+        weights=weights,
+        gradients=weights * (2 if config.cuda_graphs and device_type == "cuda" else 1),  # a CUDA graph's own, and their sum
+        optimizer=optimizer_bytes(parameter_shapes(model), config.optim),
+        ema=weights if config.optim.ema_decay else 0,
+        activations=activation_bytes(
+            model,
+            micro_batch,
+            precision=precision,
+            device_type=device_type,
+            recompute=recompute or config.train.recompute,
+            document_mask=config.data.document_mask,
+            fp8=config.fp8,
+        ),
+    )
+
+
+def optimizer_bytes(shapes: Mapping[str, Sequence[int]], config: OptimConfig) -> int:
+    """Bytes of the float32 optimizer state: AdamW keeps two moments per element and a step count per tensor, Muon one moment
+    per element of its matrices.
+
+    Args:
+        shapes: shapes of the trained parameters by name.
+    """
+    total = 0
+    for name, shape in shapes.items():
+        muon = config.name == "muon" and parameter_kind(name, len(shape)) == "matrix"
+        total += math.prod(shape) * FLOAT32_BYTES if muon else (2 * math.prod(shape) + 1) * FLOAT32_BYTES
+    return total

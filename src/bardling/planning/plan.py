@@ -1,0 +1,380 @@
+"""What a run will need, before it starts: parameters, tokens, FLOPs, memory, disk space and time.
+
+Method: for one recipe, this module combines batch sizes (`planning/batching.py`), FLOPs (`planning/costs.py`), memory
+(`planning/memory.py`), peak speeds (`planning/devices.py`) and compute-optimal sizes (`planning/scaling_laws.py`), without
+torch.
+
+Limits: time is FLOPs, including recomputation, divided by the speed at the given fraction of the peak; start-up, compilation,
+sampling and saving come on top. Memory is that of one process in plain data parallelism, where each process holds the whole
+model.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bardling.config import CheckpointConfig, ModelConfig, RunConfig
+from bardling.errors import UserError
+from bardling.planning.batching import TrainPlan, make_plan
+from bardling.planning.costs import (
+    Component,
+    block_parameters,
+    flops_per_token,
+    fp8_layers,
+    palm_flops_per_token,
+    parameter_table,
+    parameters,
+    recomputed_flops_per_token,
+)
+from bardling.planning.depth import apply_depth, expected_vocab_size
+from bardling.planning.devices import device_memory as known_memory
+from bardling.planning.devices import peak_flops as known_peak
+from bardling.planning.memory import MemoryPlan, memory_plan
+from bardling.planning.scaling_laws import FITTED_FLOPS, Comparison, compare
+
+if TYPE_CHECKING:
+    from bardling.data.tokens.manifest import Manifest
+
+MAX_USEFUL_EPOCHS = 4  # Muennighoff et al. 2023 (arXiv:2305.16264): up to four epochs are nearly as good as new data
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will need. Bytes are per process; FLOPs are for all processes together."""
+
+    config: RunConfig
+    """The recipe, with `model.depth` applied."""
+    model: ModelConfig
+    """The model, with its vocabulary size."""
+    batch: TrainPlan
+    """Steps, forward passes and tokens."""
+    dataset_tokens: int | None
+    """Tokens in the training split; None if unknown."""
+    flops_training: int
+    """Forward and backward passes of the whole run."""
+    flops_recomputed: int
+    """Recomputation of blocks (`train.recompute`) in the whole run, which does not count as the model's FLOPs."""
+    memory: MemoryPlan
+    precision: str
+    device_name: str
+    device_type: str
+    device_memory: int | None
+    """Bytes; None if unknown."""
+    peak_flops: float | None
+    """Peak of one device (FLOP/s); None if unknown."""
+    mfu: float
+    """Expected fraction of the peak, including recomputation."""
+    comparison: Comparison
+    notes: tuple[str, ...] = ()
+    """Assumptions and warnings, one sentence each."""
+
+    @property
+    def optimizer(self) -> str:
+        """'adamw', 'muon' or the name of an extension."""
+        return self.config.optim.name
+
+    @property
+    def components(self) -> tuple[Component, ...]:
+        """Parameters by component."""
+        return parameter_table(self.model)
+
+    @property
+    def parameters(self) -> int:
+        """Trainable parameters, without vocabulary padding."""
+        return parameters(self.model)
+
+    @property
+    def block_parameters(self) -> int:
+        """Parameters of the transformer blocks."""
+        return block_parameters(self.model)
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens trained on, including repetitions."""
+        return self.batch.tokens_before(self.batch.steps)
+
+    @property
+    def epochs(self) -> float | None:
+        """Passes over the dataset; None if its size is unknown."""
+        return None if self.dataset_tokens is None else self.total_tokens / self.dataset_tokens
+
+    @property
+    def flops_per_token(self) -> int:
+        """Training FLOPs per token, from the table of matmuls."""
+        return flops_per_token(self.model)
+
+    @property
+    def palm_flops_per_token(self) -> int:
+        """Training FLOPs per token by PaLM's 6N + 12LHQT."""
+        return palm_flops_per_token(self.model)
+
+    @property
+    def flops_per_step(self) -> int:
+        """Training FLOPs per step at the full batch size and context."""
+        return self.flops_per_token * self.batch.tokens_per_step
+
+    @property
+    def flops_validation(self) -> int:
+        """Forward passes of all validations; a forward pass is a third of forward and backward."""
+        sequences = _occurrences(self.batch.steps, self.config.eval.every) * self.config.eval.windows
+        return sequences * self.model.block_size * (self.flops_per_token // 3)
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of the whole run, including validation but not recomputation."""
+        return self.flops_training + self.flops_validation
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Size of a checkpoint's tensors; headers, configuration and tokenizer add a little."""
+        return self.memory.weights + self.memory.optimizer + self.memory.ema
+
+    @property
+    def checkpoints_kept(self) -> int:
+        """Maximum number of checkpoints on disk at once, including the one being written."""
+        steps, config = self.batch.steps, self.config.checkpoint
+        saved = steps if config.every_seconds else _occurrences(steps, config.every_steps)
+        saved += _occurrences(steps, self.config.eval.every) if config.save_best else 0
+        return min(saved, _retained(config, steps))
+
+    @property
+    def disk_bytes(self) -> int:
+        """Maximum disk space for checkpoints."""
+        return self.checkpoint_bytes * self.checkpoints_kept
+
+    @property
+    def flops_per_second(self) -> float | None:
+        """Expected speed of all devices together (FLOP/s); None if the peak is unknown."""
+        return None if self.peak_flops is None else self.peak_flops * self.mfu * self.batch.data_size
+
+    @property
+    def seconds(self) -> float | None:
+        """Time of the whole run; None if the peak is unknown."""
+        return None if self.flops_per_second is None else (self.flops + self.flops_recomputed) / self.flops_per_second
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Training speed of all devices together; None if the peak is unknown."""
+        return None if self.flops_per_second is None else self.flops_per_second * self.model_fraction / self.flops_per_token
+
+    @property
+    def model_fraction(self) -> float:
+        """Fraction of the training FLOPs that MFU counts: less than 1 with recomputation."""
+        return self.flops_training / (self.flops_training + self.flops_recomputed)
+
+
+def plan(
+    config: RunConfig,
+    *,
+    world_size: int = 1,
+    device_name: str = "",
+    device_type: str = "cuda",
+    device_memory: int | None = None,
+    precision: str | None = None,
+    peak_flops: float | None = None,
+    mfu: float = 0.4,
+    dataset_tokens: int | None = None,
+    budget_flops: float | None = None,
+    budget_seconds: float | None = None,
+) -> Plan:
+    """Estimate what a run needs.
+
+    Args:
+        config: the recipe.
+        world_size: processes, one per device.
+        device_name: as reported by the driver, or a short name in `planning/devices.py`; empty if unknown.
+        device_type: 'cpu', 'cuda' or 'mps'.
+        device_memory: memory of one device (bytes); None for the table's.
+        precision: dtype of matmuls; None for the recipe's, with 'auto' as bfloat16.
+        peak_flops: peak of one device (FLOP/s); None for the table's.
+        mfu: expected fraction of the peak, including recomputation.
+        dataset_tokens: tokens in the training split, to compute epochs; None for those of a prepared folder.
+        budget_flops: find the compute-optimal model for this many FLOPs instead of the recipe's.
+        budget_seconds: the same as time on these devices (s).
+
+    Raises:
+        UserError: a value is out of range, the batch does not divide evenly, or a budget of time needs an unknown peak.
+    """
+    _check(world_size, mfu, peak_flops, dataset_tokens, budget_flops, budget_seconds)
+    config = apply_depth(config)
+    model, notes = resolve_vocabulary(config)
+    batch = make_plan(config.train, model.block_size, world_size)
+    precision = precision or ("bfloat16" if config.precision == "auto" else config.precision)
+    device_memory, peak_flops = _device_specs(config, model, device_name, precision, device_memory, peak_flops)
+    total_tokens, flops = batch.tokens_before(batch.steps), batch.cost(partial(flops_per_token, model))
+    recomputed = _recomputed_flops(config, model, batch, precision, device_type)
+    if budget_seconds is not None:
+        budget_flops = budget_seconds * _speed(peak_flops, mfu, world_size, device_name) * flops / (flops + recomputed)
+    result = Plan(
+        config=config,
+        model=model,
+        batch=batch,
+        dataset_tokens=dataset_tokens or _dataset_tokens(config),
+        flops_training=flops,
+        flops_recomputed=recomputed,
+        memory=memory_plan(config, model, batch.micro_batch, precision, device_type),
+        precision=precision,
+        device_name=device_name,
+        device_type=device_type,
+        device_memory=device_memory,
+        peak_flops=peak_flops,
+        mfu=mfu,
+        comparison=compare(parameters(model, positions=False), total_tokens, flops / batch.steps, budget_flops),
+    )
+    return dataclasses.replace(result, notes=(*notes, *_notes(result)))
+
+
+def _check(
+    world_size: int,
+    mfu: float,
+    peak: float | None,
+    dataset_tokens: int | None,
+    budget_flops: float | None,
+    budget_seconds: float | None,
+) -> None:
+    if world_size < 1:
+        raise UserError(f"gpus = {world_size}: must be at least 1")
+    if not 0 < mfu <= 1:
+        raise UserError(f"mfu = {mfu}: must be a fraction of the peak, above 0 and at most 1 (0.4 is typical)")
+    if budget_flops is not None and budget_seconds is not None:
+        raise UserError("the budget is given in FLOPs and in time: give one of them")
+    for name, value in (
+        ("peak", peak),
+        ("dataset_tokens", dataset_tokens),
+        ("budget", budget_flops),
+        ("budget", budget_seconds),
+    ):
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise UserError(f"{name} = {value}: must be above 0 and finite")
+
+
+def _device_specs(
+    config: RunConfig, model: ModelConfig, name: str, precision: str, memory: int | None, peak: float | None
+) -> tuple[int | None, float | None]:
+    """Memory (bytes) and peak (FLOP/s) of the device: the given ones, or else the table's."""
+    if memory is None and name:
+        memory = known_memory(name)
+    if peak is None and name:
+        peak = known_peak(name, precision, tf32=not config.deterministic, fp8=model if config.fp8 else None)
+    return memory, peak
+
+
+def _speed(peak: float | None, mfu: float, world_size: int, device_name: str) -> float:
+    """Expected speed of all devices together (FLOP/s)."""
+    if peak is None:
+        raise UserError(f"a budget of time needs the peak of {device_name or 'the device'}, which is unknown; give its peak")
+    return peak * mfu * world_size
+
+
+def _recomputed_flops(config: RunConfig, model: ModelConfig, batch: TrainPlan, precision: str, device_type: str) -> int:
+    if config.train.recompute != "blocks":
+        return 0
+    compiled = config.compile == "on" or (
+        config.compile == "auto" and device_type == "cuda"
+    )  # auto nearly always compiles there
+    return batch.cost(
+        partial(
+            recomputed_flops_per_token, model, precision=precision, device_type=device_type, fp8=config.fp8, compiled=compiled
+        )
+    )
+
+
+def _notes(result: Plan) -> list[str]:
+    """Assumptions and warnings about a plan."""
+    config, notes = result.config, []
+    if result.peak_flops is None:
+        dtype = "float8" if config.fp8 else result.precision
+        notes.append(
+            f"No {dtype} peak is known for {result.device_name or 'the device'}, so time is not estimated: give its dense peak."
+        )
+    if config.fp8 and (excluded := fp8_layers(result.model)[1]):
+        notes.append(f"Sizes of {', '.join(excluded)} are not multiples of 16: these layers stay in {result.precision}.")
+    if result.epochs is not None and result.epochs > MAX_USEFUL_EPOCHS:
+        notes.append(
+            f"{result.epochs:.1f} epochs: beyond about {MAX_USEFUL_EPOCHS}, repeated tokens improve the model less and less."
+        )
+    if result.device_memory is not None and result.memory.total > result.device_memory:
+        notes.append(f"The run does not fit into the device's memory: {_remedy(result, result.device_memory)}")
+    low, high = FITTED_FLOPS
+    if not low <= result.comparison.flops <= high:
+        notes.append(
+            f"The scaling fits are based on {low:.0e} to {high:.0e} FLOPs; {result.comparison.flops:.1e} is an extrapolation."
+        )
+    return notes
+
+
+def _remedy(result: Plan, device_memory: int) -> str:
+    """What reduces memory enough: a smaller micro-batch that divides the batch, recomputation, or both."""
+    batch, config = result.batch, result.config
+    per_process = batch.micro_batch * batch.accumulation
+    divisors = [size for size in range(batch.micro_batch, 0, -1) if per_process % size == 0]
+
+    def largest_fitting(recompute: str) -> int | None:
+        for size in divisors:
+            memory = memory_plan(config, result.model, size, result.precision, result.device_type, recompute)
+            if memory.total <= device_memory:
+                return size
+        return None
+
+    kept = largest_fitting(config.train.recompute)
+    recomputed = None if config.train.recompute == "blocks" else largest_fitting("blocks")
+    remedies = [] if kept is None else [f"--train.micro_batch {kept}"]
+    if recomputed is not None and (kept is None or recomputed > kept):
+        size = "" if recomputed == batch.micro_batch else f" --train.micro_batch {recomputed}"
+        remedies.append(f"--train.recompute blocks{size} (25% more time)")
+    if remedies:
+        return f"use {' or '.join(remedies)}."
+    return "not even one sequence fits; choose a smaller model, a shorter context or a larger device."
+
+
+def _occurrences(steps: int, every: int) -> int:
+    """Number of times that something happens every `every` steps (0: never) and after the last step."""
+    return -(-steps // every) if every else 1
+
+
+def _retained(config: CheckpointConfig, steps: int) -> int:
+    """Maximum number of checkpoints that the settings retain, plus the one being written."""
+    return config.keep_last + config.keep_best + (steps // config.keep_every if config.keep_every else 0) + 1
+
+
+def resolve_vocabulary(config: RunConfig) -> tuple[ModelConfig, list[str]]:
+    """Fill in `model.vocab_size` if unset, from a prepared folder or the tokenizer; also return assumptions as notes.
+
+    Raises:
+        UserError: `data.tokenizer` is not a tokenizer, or a file cannot be read.
+    """
+    if config.model.vocab_size:
+        return config.model, []
+    manifest, spec, notes = _manifest(config), config.data.tokenizer, []
+    if manifest is not None:
+        size = manifest.vocab_size
+    elif spec in ("byte", "char", "gpt2"):
+        size = expected_vocab_size(spec)
+        if spec == "char":
+            notes.append(f"A character vocabulary depends on the text: {size} entries are assumed (or set --model.vocab_size).")
+    else:
+        # Imported here, because most plans need no tokenizer library.
+        from bardling.data.tokens.tokenizer import check_tokenizer_spec, load_tokenizer
+
+        trained = check_tokenizer_spec(spec)
+        size = load_tokenizer(spec).vocab_size if trained is None else trained
+    return dataclasses.replace(config.model, vocab_size=size), notes
+
+
+def _dataset_tokens(config: RunConfig) -> int | None:
+    """Tokens in the training split of a prepared folder."""
+    manifest = _manifest(config)
+    return None if manifest is None else manifest.train.tokens
+
+
+def _manifest(config: RunConfig) -> "Manifest | None":
+    """The manifest if `data.source` is a prepared folder."""
+    path = Path(config.data.source) / "manifest.json"
+    if not path.is_file():
+        return None
+    from bardling.data.tokens.manifest import read_manifest
+
+    return read_manifest(path)

@@ -1,0 +1,104 @@
+"""Learning rate, batch size and context length as pure functions of the step, so there is no scheduler state to save.
+
+Steps count from 0, the first update. After a linear warmup the learning rate follows one of four schedules down to `final_lr`,
+which it reaches at step `decay_steps` (or `steps`) and keeps afterwards; `constant` stays at `lr`.
+
+Batch and context may start small and double up to their full size (batch: McCandlish et al. 2018, arXiv:1812.06162, and Smith
+et al. 2018, arXiv:1711.00489; context: Li et al. 2022, arXiv:2108.06084). A `Ramp` determines the stages; the number of samples
+before a step follows from it, so the data order stays a function of the sample number.
+"""
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+from bardling.config import OptimConfig
+
+
+def learning_rate(step: int, config: OptimConfig, steps: int) -> float:
+    """Return the learning rate of update `step`.
+
+    Warmup (step < w): lr (step + 1) / (w + 1), so the first update has a nonzero rate and update w is the first with the full
+    rate. Decay, with progress p from 0 to 1: final_lr + (lr - final_lr) f(p), where f is (1 + cos(pi p)) / 2 for cosine
+    (Loshchilov and Hutter 2017, arXiv:1608.03983) and 1 - p for linear and wsd (Hu et al. 2024, arXiv:2404.06395).
+
+    Args:
+        step: number of the update, from 0.
+        steps: length of the run (updates); the end of the decay unless `config.decay_steps` is set.
+    """
+    end = steps if config.decay_steps is None else config.decay_steps
+    if config.schedule != "constant" and step >= end:
+        return config.final_lr
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / (config.warmup_steps + 1)
+    if config.schedule == "constant":
+        return config.lr
+    start = float(config.warmup_steps)
+    if config.schedule == "wsd":
+        start = max(start, end - config.decay_fraction * end)
+    if step <= start:
+        return config.lr
+    # start < step < end here, so the denominator is never 0.
+    progress = (step - start) / (end - start)
+    remaining = (1.0 + math.cos(math.pi * progress)) / 2.0 if config.schedule == "cosine" else 1.0 - progress
+    return config.final_lr + (config.lr - config.final_lr) * remaining
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """A size that doubles `doublings` times, in stages of equal length, over the first `fraction` of a run's steps."""
+
+    doublings: int = 0
+    fraction: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.doublings < 0 or not 0 <= self.fraction <= 1:
+            raise ValueError(f"{self}: doublings must be at least 0 and fraction between 0 and 1")
+
+    def start(self, stage: int, steps: int) -> int:
+        """First step of a stage: stage 0 starts the run, stage `doublings` has the full size."""
+        # Round first: the error of a computed fraction, such as 50 / 300, must not shift a stage by a step.
+        return 0 if stage == 0 else math.ceil(round(steps * self.fraction * stage / self.doublings, 6))
+
+    def divisor(self, step: int, steps: int) -> int:
+        """Full size divided by the size at update `step` of `steps`: from 2**doublings at the start to 1 at the end."""
+        stage = sum(step >= self.start(number, steps) for number in range(1, self.doublings + 1))
+        return 1 << (self.doublings - stage)
+
+    def check(self, full_size: int) -> None:
+        """Raise a `ValueError` unless `full_size` is a multiple of 2**doublings."""
+        if full_size % (1 << self.doublings):
+            raise ValueError(f"{full_size} cannot be halved {self.doublings} times: choose a multiple of {1 << self.doublings}")
+
+
+def batch_size_at(step: int, steps: int, batch_size: int, ramp: Ramp) -> int:
+    """Sequences in update `step` of `steps`.
+
+    Raises:
+        ValueError: `batch_size` is not a multiple of 2**doublings.
+    """
+    ramp.check(batch_size)
+    return batch_size // ramp.divisor(step, steps)
+
+
+def samples_before(step: int, steps: int, batch_size: int, ramp: Ramp) -> int:
+    """Sequences read by all updates before `step`, which is also the number of its first sample.
+
+    Raises:
+        ValueError: `batch_size` is not a multiple of 2**doublings.
+    """
+    ramp.check(batch_size)
+    smallest = batch_size >> ramp.doublings
+    bounds = [min(ramp.start(stage, steps), step) for stage in range(ramp.doublings + 1)] + [step]
+    return sum((end - begin) * (smallest << stage) for stage, (begin, end) in enumerate(pairwise(bounds)))
+
+
+def block_size_at(step: int, steps: int, block_size: int, ramp: Ramp) -> int:
+    """Context t (tokens) in update `step` of `steps`. A batch [B, T] is read as [B * T / t, t]: the same tokens in the same
+    order.
+
+    Raises:
+        ValueError: `block_size` is not a multiple of 2**doublings.
+    """
+    ramp.check(block_size)
+    return block_size // ramp.divisor(step, steps)

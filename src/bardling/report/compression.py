@@ -1,0 +1,22 @@
+"""Baselines for a language model: what general-purpose compressors reach on the same validation text."""
+
+import gzip
+import lzma
+
+from bardling.data.tokens.shards import TokenDataset
+
+# Longer texts take minutes to compress and are skipped.
+MAX_TEXT = 64 << 20  # tokens, and bytes
+
+
+def compressor_bits_per_byte(dataset: TokenDataset) -> dict[str, float]:
+    """Bits per byte of `gzip -9` and `xz -9` on the concatenated validation text; empty if it is longer than `MAX_TEXT`."""
+    split, tokenizer = dataset.split("val"), dataset.tokenizer
+    if tokenizer is None or len(split) > MAX_TEXT:
+        return {}
+    ids = split.read(0, len(split))
+    text = tokenizer.decode([int(token) for token in ids if token != tokenizer.eot_id]).encode()
+    if not text or len(text) > MAX_TEXT:
+        return {}
+    compressed = {"gzip -9": gzip.compress(text, 9), "xz -9": lzma.compress(text, preset=9)}
+    return {name: 8 * len(data) / len(text) for name, data in compressed.items()}

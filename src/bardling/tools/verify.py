@@ -1,0 +1,389 @@
+"""Check that a recipe keeps its promises on this machine: six comparisons, each of two ways to the same numbers.
+
+The recipe is shrunk to take about a minute: a few steps, a small batch and, if necessary, a shorter context and a smaller model
+of the same kind. The comparisons:
+
+resumed = uninterrupted       a run resumed from a checkpoint in its middle has the same weights, bit for bit
+checkpoint round trip         the saved model, loaded again, has the validation loss that the run logged
+micro-batches agree           steps with micro-batches of 1, 2 and 4 sequences
+1 process = 2                 the same steps by two processes under torchrun
+compiled = eager              loss and gradients of one batch
+cached = full generation      greedy generation with and without a KV cache
+
+Tolerances are relative differences. Resuming must be exact; splits and compilation change the order of summation, which shows
+in the sixth digit in float32 and the third in bfloat16.
+
+Limits: this finds faults of the software and the machine, not of a cluster; the two processes share this machine.
+"""
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from bardling.checkpoint.load import load
+from bardling.checkpoint.run_folder import RunFolder
+from bardling.config import CheckpointConfig, DataConfig, EvalConfig, ModelConfig, MonitorConfig, RunConfig, SampleConfig
+from bardling.config.recipes import config_to_toml
+from bardling.data.batches.loader import Batch, EvalSequences
+from bardling.data.batches.packing import document_bounds, document_start
+from bardling.data.tokens.dataset import open_data
+from bardling.distributed.context import SINGLE
+from bardling.distributed.device import DTYPES, Precision, choose_device, choose_precision, device_name, matmul_flops
+from bardling.errors import UserError
+from bardling.evaluate.loss import evaluate_loss
+from bardling.generation.generate import generate
+from bardling.planning.costs import flops_per_token
+from bardling.planning.depth import apply_depth
+from bardling.training.build import Execution, build
+from bardling.training.objective import NextToken
+from bardling.training.run import resume, train
+
+STEPS, BATCH = 6, 4
+_ALL_STEPS = 9 * STEPS  # of all runs together, including the overhead of two processes and set-up
+_SMALL_FILE = 50 << 20  # bytes of text that can be prepared in seconds
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison."""
+
+    name: str
+    passed: bool | None  # None: skipped
+    result: str  # the difference found, or why the check was skipped
+    tolerance: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class VerifyResult:
+    """All comparisons, and how the recipe was shrunk for them."""
+
+    checks: list[Check]
+    notes: list[str]
+    device: str
+    precision: str
+
+    @property
+    def passed(self) -> bool:
+        """Whether no check failed."""
+        return all(check.passed is not False for check in self.checks)
+
+
+class _Skip(Exception):  # noqa: N818  not an error
+    """The comparison does not apply; the message is the reason."""
+
+
+def verify(
+    config: RunConfig, *, seconds: float = 60.0, progress: Callable[[int, int], None] = lambda done, total: None
+) -> VerifyResult:
+    """Run all comparisons on a shrunk copy of `config`, in a temporary folder.
+
+    Args:
+        seconds: approximate duration; checks that would start later are skipped.
+        progress: called with (checks done, total checks).
+
+    Raises:
+        UserError: this machine cannot run the recipe.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("bardling verify starts its own processes: start it without torchrun")
+    device = choose_device(config.device)
+    precision = choose_precision(config.precision, device, fp8_excluded=[] if config.fp8 else None)
+    with tempfile.TemporaryDirectory(prefix="bardling-verify-") as name:
+        folder = Path(name)
+        small, notes = shrink(apply_depth(config), folder, device, precision, seconds)
+        checks = list(_Verification(small, folder, device, precision, seconds, progress).checks())
+        return VerifyResult(checks, notes, device_name(device), precision.name)
+
+
+def shrink(
+    config: RunConfig, folder: Path, device: torch.device, precision: Precision, seconds: float
+) -> tuple[RunConfig, list[str]]:
+    """A copy of `config` that trains in seconds, and what was changed in its model and data."""
+    data, notes = _small_data(config.data, folder)
+    # Most of the time goes into starting processes, and small models are far from the peak.
+    budget = seconds / 6 * matmul_flops(device, DTYPES[precision.name]) * 0.2  # FLOPs
+    model, changes = _small_model(config.model, budget)
+    context_grows = config.train.context_doublings(config.model.block_size) > 0 and model.block_size % 2 == 0
+    small = dataclasses.replace(
+        config,
+        device=str(device),
+        precision=precision.name,
+        compile="off",
+        deterministic=True,
+        model=model,
+        data=data,
+        optim=dataclasses.replace(config.optim, warmup_steps=2, decay_steps=None),
+        train=dataclasses.replace(
+            config.train,
+            steps=STEPS,
+            batch_size=BATCH,
+            micro_batch=2,
+            log_every=1,
+            deadline=None,
+            rank_timeout=30.0,
+            # One doubling, before the step at which the resumed run starts.
+            batch_start=BATCH // 2 if config.train.batch_doublings else None,
+            context_start=model.block_size // 2 if context_grows else None,
+            ramp=0.75,
+        ),
+        eval=EvalConfig(every=STEPS // 2, windows=4),
+        sample=SampleConfig(every=0),
+        checkpoint=CheckpointConfig(every=STEPS // 2, keep_last=3),
+        monitor=MonitorConfig(),
+    )
+    return small, notes + changes
+
+
+def _small_data(data: DataConfig, folder: Path) -> tuple[DataConfig, list[str]]:
+    """Data that can be prepared in seconds: the recipe's own, if possible."""
+    path = Path(data.source)
+    prepared = (path / "manifest.json").is_file()
+    if not prepared and not (path.is_file() and path.stat().st_size <= _SMALL_FILE):
+        lines = _text().splitlines(keepends=True)
+        text = folder / "text.jsonl"  # about 200 documents
+        documents = ("".join(lines[first : first + 20]) for first in range(0, len(lines), 20))
+        text.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents), encoding="utf-8")
+        data = dataclasses.replace(data, source=str(text), tokenizer="byte", cache=str(folder / "cache"))
+        return data, ["synthetic text, because the recipe's data would take long to prepare"]
+    data = dataclasses.replace(data, cache=data.cache or str(folder / "cache"))
+    if prepared or data.tokenizer in ("byte", "char") or Path(data.tokenizer).exists():
+        return data, []
+    return dataclasses.replace(data, tokenizer="byte"), [f"tokenizer 'byte' instead of {data.tokenizer!r}"]
+
+
+def _small_model(model: ModelConfig, budget: float) -> tuple[ModelConfig, list[str]]:
+    """A model of the same kind, with new weights, that all runs can train within `budget` FLOPs."""
+    notes = [f"new weights instead of {model.init}"] if model.init else []
+    model = dataclasses.replace(model, init="")
+    names = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+    for smaller in (_shorter, _shallower, _narrower, _shorter, _narrower):
+        sized = dataclasses.replace(model, vocab_size=model.vocab_size or 256)
+        if flops_per_token(sized, model.block_size) * BATCH * model.block_size * _ALL_STEPS > budget:
+            before, model = model, smaller(model)
+            changes = [(name, getattr(before, name), getattr(model, name)) for name in names]
+            notes += [f"model.{name} {old} -> {new}" for name, old, new in changes if old != new]
+    return model, notes
+
+
+def _shorter(model: ModelConfig) -> ModelConfig:
+    return dataclasses.replace(model, block_size=max(32, min(model.block_size, 256) // 2))
+
+
+def _shallower(model: ModelConfig) -> ModelConfig:
+    return dataclasses.replace(model, n_layer=min(model.n_layer, 2), value_embeddings=min(model.value_embeddings, 1))
+
+
+def _narrower(model: ModelConfig) -> ModelConfig:
+    """Fewer heads of the same width, with as many key-value heads as divide them; a vocabulary of bytes."""
+    heads, width = max(1, min(model.n_head, 4) // 2 or 1), model.n_embd // model.n_head
+    kv = None if model.n_kv_head is None else max(n for n in range(1, heads + 1) if heads % n == 0 and n <= model.n_kv_head)
+    hidden = None if model.mlp_hidden is None else max(8, model.mlp_hidden * heads // model.n_head)
+    return dataclasses.replace(model, n_head=heads, n_embd=heads * width, n_kv_head=kv, mlp_hidden=hidden, vocab_size=0)
+
+
+def _text() -> str:
+    """About 200 kB of text with some structure, always the same."""
+    chance = random.Random(0)
+    syllables = [a + b for a in "bdfgklmnprst" for b in "aeiou"]
+    words = ["".join(chance.choices(syllables, k=chance.randint(1, 4))) for _ in range(400)]
+    return "".join(" ".join(chance.choices(words, k=chance.randint(4, 12))).capitalize() + ".\n" for _ in range(4500))
+
+
+_Outcome = tuple[bool, str, str]  # passed, difference, tolerance
+
+
+@dataclass
+class _Verification:
+    """The comparisons and the runs that they share."""
+
+    config: RunConfig
+    folder: Path
+    device: torch.device
+    precision: Precision
+    seconds: float
+    progress: Callable[[int, int], None]
+
+    def __post_init__(self) -> None:
+        self.begin, config, device = time.monotonic(), self.config, self.device
+        # Dropout masks depend on how a batch is split, so splits are compared without dropout. Two processes cannot use NCCL on
+        # one GPU: splits are then compared on the CPU.
+        on_cuda = device.type == "cuda" and torch.cuda.device_count() > 1
+        native = on_cuda or device.type == "cpu"
+        self.split = dataclasses.replace(
+            config,
+            device="cuda" if on_cuda else "cpu",
+            precision=self.precision.name if native else "float32",
+            fp8=config.fp8 and native,
+            model=dataclasses.replace(config.model, dropout=0.0),
+        )
+        self.uninterrupted, self.base = self.folder / "uninterrupted", self.folder / "base"
+
+    def checks(self) -> Iterator[Check]:
+        """Run the comparisons one after the other."""
+        order: list[tuple[str, Callable[[], _Outcome]]] = [
+            ("resumed = uninterrupted", self.resumed),
+            ("checkpoint round trip", self.round_trip),
+            ("micro-batches agree", self.micro_batches),
+            ("cached = full generation", self.generation),
+            ("1 process = 2", self.processes),
+            ("compiled = eager", self.compiled),
+        ]
+        for done, (name, check) in enumerate(order):
+            self.progress(done, len(order))
+            begin = time.monotonic()
+            passed: bool | None = None
+            try:
+                passed, result, tolerance = check()
+            except _Skip as reason:
+                result, tolerance = str(reason), ""
+            yield Check(name, passed, result, tolerance, time.monotonic() - begin)
+        self.progress(len(order), len(order))
+
+    def resumed(self) -> _Outcome:
+        """A copy of the run without its last checkpoint is resumed, and must end like the run."""
+        train(self.config, self.uninterrupted, quiet=True)
+        copy = self.folder / "resumed"
+        shutil.copytree(self.uninterrupted, copy)
+        shutil.rmtree(_last_checkpoint(copy))
+        resume(copy, quiet=True)
+        one, two = (load_file(_last_checkpoint(run) / "model.safetensors") for run in (self.uninterrupted, copy))
+        worst = max(((one[name] - two[name]).abs().max().item() for name in one), default=0.0)
+        same = one.keys() == two.keys() and worst == 0.0 and _losses(copy) == _losses(self.uninterrupted)
+        return same, f"weights differ by {worst:.1e}" if worst else "bit for bit" if same else "losses differ", "0"
+
+    def round_trip(self) -> _Outcome:
+        """The loaded checkpoint has the loss that was logged before it was saved."""
+        model = load(_last_checkpoint(self.uninterrupted)).build().to(self.device)
+        config = RunFolder(self.uninterrupted).config()
+        dataset = open_data(config.data)
+        start = document_start(config.data.document_mask, dataset, dataset.tokenizer)
+        sequences = EvalSequences(dataset.split("val"), config.model.block_size, config.eval.windows, start)
+        context = dataclasses.replace(SINGLE, device=self.device)
+        loss = evaluate_loss(model, sequences, batch_size=2, precision=self.precision, context=context).loss
+        return _compare([loss], [_losses(self.uninterrupted, "val")[-1]], 1e-6)
+
+    def micro_batches(self) -> _Outcome:
+        """The same batches in forward passes of 1, 2 and 4 sequences."""
+        self._train_base()
+        losses = []
+        for micro in (1, 4):
+            run = self.folder / f"micro{micro}"
+            settings = dataclasses.replace(self.split.train, micro_batch=micro)
+            train(dataclasses.replace(self.split, train=settings), run, quiet=True)
+            losses += _losses(run)
+        return _compare(losses, 2 * _losses(self.base), _tolerance(self.split.precision))
+
+    def processes(self) -> _Outcome:
+        """Two processes under torchrun."""
+        self._skip_if_late()
+        self._train_base()
+        recipe, run = self.folder / "two.toml", self.folder / "two"
+        recipe.write_text(config_to_toml(self.split), encoding="utf-8")
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        done = subprocess.run(
+            [*command, "-m", "bardling", "train", str(recipe), "--out", str(run)],
+            env={**os.environ, "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // 2))},
+            capture_output=True,
+            text=True,
+            timeout=max(300.0, 5 * self.seconds),
+        )
+        if done.returncode:
+            errors = [line for line in done.stderr.splitlines() if line.startswith("bardling:")]
+            return False, errors[0] if errors else f"torchrun exited with status {done.returncode}", ""
+        return _compare(_losses(run), _losses(self.base), _tolerance(self.split.precision))
+
+    def compiled(self) -> _Outcome:
+        """Loss and gradients of one batch, with and without torch.compile; one or two layers suffice to see a difference."""
+        if self.device.type == "mps":
+            raise _Skip("torch.compile is not reliable on Apple GPUs")
+        if self.device.type == "cpu" and not any(shutil.which(name) for name in ("g++", "clang++", "c++", "cl")):
+            raise _Skip("no C++ compiler, which torch.compile needs on a CPU")
+        self._skip_if_late()
+        config = dataclasses.replace(_shallower(RunFolder(self.uninterrupted).config().model), dropout=0.0)
+        tokens = torch.randint(config.vocab_size, (2, config.block_size + 1), generator=torch.Generator().manual_seed(0))
+        documents = None
+        if self.config.data.document_mask:
+            documents = document_bounds(tokens[:, :-1], int(tokens[0, 5])).to(self.device)
+        inputs, targets = (part.contiguous().to(self.device) for part in (tokens[:, :-1], tokens[:, 1:]))
+        batch = Batch(inputs, targets, documents)
+        (eager, expected), (loss, found) = (self._loss_and_gradients(config, batch, compiled=on) for on in (False, True))
+        largest = max(gradient.abs().max().item() for gradient in expected)
+        difference = max((a - b).abs().max().item() for a, b in zip(expected, found, strict=True))
+        worst, tolerance = max(abs(loss - eager) / abs(eager), difference / largest), 10 * _tolerance(self.precision.name)
+        return worst <= tolerance, f"{worst:.1e}", f"{tolerance:.0e}"
+
+    def _loss_and_gradients(self, config: ModelConfig, batch: Batch, *, compiled: bool) -> tuple[float, list[torch.Tensor]]:
+        recompute = self.config.train.recompute == "blocks"
+        execution = Execution(self.precision, compiled=compiled, fp8=self.config.fp8, recompute=recompute)
+        context = dataclasses.replace(SINGLE, device=self.device)
+        assembly = build(config, self.config.optim, execution, context, seed=1)  # as in a run
+        with self.precision.autocast():
+            loss = NextToken()(assembly.forward, batch).loss
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.item(), [p.grad for p in assembly.state.model.parameters() if p.grad is not None]
+
+    def generation(self) -> _Outcome:
+        """Greedy generation, token by token with a KV cache, against a full forward pass."""
+        loaded = load(_last_checkpoint(self.uninterrupted))
+        model, size = loaded.build().to(self.device), loaded.config.vocab_size
+        prompts = [[1, 2, 3, 4], [5 % size, 3]]
+        count = min(24, loaded.config.block_size - 4)
+        steps = generate(model, prompts, max_new_tokens=count, temperature=0.0, vocab_size=size, seed=0)
+        completions = [[-1 if token is None else token for token in row] for row in zip(*steps, strict=True)]
+        worst = 0.0
+        with torch.no_grad():
+            for prompt, completion in zip(prompts, completions, strict=True):
+                tokens = torch.tensor([prompt + completion[:-1]], device=self.device)
+                logits = model(tokens)[0, len(prompt) - 1 :, :size].float()  # [completion, vocab]
+                chosen = logits.gather(1, torch.tensor(completion, device=self.device)[:, None])[:, 0]
+                worst = max(worst, (logits.max(dim=1).values - chosen).max().item())
+        # Two nearly equal logits may be swapped; the chosen token must then be as good as the best one.
+        return worst <= 1e-4, f"{worst:.1e} in logits", "1e-04"
+
+    def _train_base(self) -> None:
+        """Train the run that splits are compared with, once."""
+        if self.base.exists():
+            return
+        if self.device.type == "cpu" and dataclasses.replace(self.split, device=self.config.device) == self.config:
+            self.base = self.uninterrupted
+        else:
+            train(self.split, self.base, quiet=True)
+
+    def _skip_if_late(self) -> None:
+        elapsed = time.monotonic() - self.begin
+        if elapsed > self.seconds:
+            raise _Skip(f"{elapsed:.0f} s have passed; --seconds {2 * elapsed:.0f} leaves time for it")
+
+
+def _last_checkpoint(run: Path) -> Path:
+    return run / "checkpoints" / f"step-{STEPS:06d}"
+
+
+def _losses(run: Path, kind: str = "train") -> list[float]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [line["loss"] for line in lines if line["kind"] == kind]
+
+
+def _tolerance(precision: str) -> float:
+    return 1e-5 if precision == "float32" else 1e-2
+
+
+def _compare(found: list[float], expected: list[float], tolerance: float) -> _Outcome:
+    """Whether two lists agree within a relative difference of `tolerance`, and the largest difference."""
+    if len(found) != len(expected):
+        return False, f"{len(found)} losses instead of {len(expected)}", f"{tolerance:.0e}"
+    worst = max(abs(a - b) / max(abs(b), 1e-12) for a, b in zip(found, expected, strict=True))
+    return worst <= tolerance, f"{worst:.1e}", f"{tolerance:.0e}"  # NaN is not within the tolerance

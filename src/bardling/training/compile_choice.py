@@ -1,0 +1,47 @@
+"""Whether `compile = "auto"` compiles: only when the run is long enough for compilation to pay for itself."""
+
+import torch
+
+from bardling.errors import UserError
+
+AS_CONFIGURED = "as configured"
+
+# Measured on GPT-2 shapes: how long compilation takes, and the fraction of a step's time that it saves.
+_COST_SECONDS = {"cpu": 45.0, "cuda": 60.0}
+_SAVED_FRACTION = {"cpu": 0.15, "cuda": 0.35}
+_TYPICAL_MFU = {"cpu": 0.5, "cuda": 0.3}
+
+
+def forced_choice(setting: str, cuda_graphs: bool, device: torch.device) -> tuple[bool, str] | None:
+    """Whether to compile, and why, if the configuration decides it; None if `compile_pays` should.
+
+    Raises:
+        UserError: CUDA graphs are requested on a device that is not an NVIDIA GPU.
+    """
+    if cuda_graphs and device.type != "cuda":
+        raise UserError(f"cuda_graphs = True on {device.type}: only NVIDIA GPUs have CUDA graphs; leave it out")
+    if setting == "auto":
+        return (True, "for CUDA graphs") if cuda_graphs else None
+    return setting == "on", AS_CONFIGURED
+
+
+def compile_pays(
+    run_flops: float, peak_flops: float | None, device: torch.device, shapes: int = 1, *, deadline: float | None = None
+) -> tuple[bool, str]:
+    """Judge whether compiling saves time over the whole run, with the reason.
+
+    Args:
+        run_flops: FLOPs that this process's device will compute in the whole run.
+        peak_flops: peak of the device (FLOP/s), or None when unknown.
+        shapes: number of different batch shapes; each is compiled separately.
+        deadline: seconds that the run lasts whatever its number of steps, if it has a deadline.
+    """
+    if device.type not in _COST_SECONDS:
+        return False, f"not reliable on {device.type}"
+    if peak_flops is None:
+        peak_flops = 100e12  # an unknown GPU: far above a CPU, which is all that matters here
+    seconds = run_flops / (peak_flops * _TYPICAL_MFU[device.type]) if deadline is None else deadline
+    saved, cost = seconds * _SAVED_FRACTION[device.type], _COST_SECONDS[device.type] * shapes
+    if saved > 2 * cost:
+        return True, f"saves about {saved:.0f} s for about {cost:.0f} s of compiling"
+    return False, f"would save about {saved:.0f} s and cost about {cost:.0f} s"

@@ -1,0 +1,95 @@
+"""What the decisions of `resolve` depend on besides the configuration: the data, earlier starts of the run, and the machine.
+
+Each fact is looked up once, when it is first needed. The primary process measures for all, so that all processes decide alike.
+"""
+
+from collections.abc import Callable
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from bardling.checkpoint.contents import Checkpoint
+from bardling.checkpoint.load import Loaded, latest_checkpoint, load
+from bardling.checkpoint.run_folder import RunFolder
+from bardling.config import DataConfig, RunConfig
+from bardling.data.tokens.dataset import open_data
+from bardling.data.tokens.shards import TokenDataset
+from bardling.data.tokens.tokenizer import Tokenizer, load_tokenizer
+from bardling.distributed.context import Context
+from bardling.distributed.device import bfloat16_speedup, matmul_flops
+from bardling.distributed.heartbeat import LONG_PATIENCE, UNLIMITED_PATIENCE
+from bardling.training.environment import check_dataset, continued_checkpoint
+
+
+@dataclass
+class Facts:
+    """The environment of one run."""
+
+    context: Context
+    folder: RunFolder
+    resumed: bool = False
+    continue_from: str | None = None  # another trainer's checkpoint, whose training the run continues
+    given: AbstractSet[str] | None = None  # dotted names of settings the user gave; None: those that differ from the default
+    _datasets: dict[DataConfig, TokenDataset] = field(default_factory=dict)
+    _loaded: dict[str, Loaded] = field(default_factory=dict)
+
+    @cached_property
+    def previous(self) -> RunConfig | None:
+        """The configuration with which the run was started, if it is resumed."""
+        return self.folder.config() if self.resumed else None
+
+    def dataset(self, data: DataConfig) -> TokenDataset:
+        """The dataset. If it has to be prepared first, one process prepares it and the others wait.
+
+        Raises:
+            UserError: the data does not exist, is damaged, or is not the data that the resumed run started with.
+        """
+        if data not in self._datasets:
+            self.context.activity("preparing the data", UNLIMITED_PATIENCE)
+            self._datasets[data] = open_data(data)
+            self.context.activity("setting up", LONG_PATIENCE)
+            if self.resumed:
+                check_dataset(self._datasets[data], self.folder)
+        return self._datasets[data]
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint | None:
+        """The latest valid checkpoint of a resumed run; None if it stopped before its first one."""
+        return latest_checkpoint(self.folder, self.context) if self.resumed else None
+
+    @cached_property
+    def continued(self) -> str | None:
+        """The checkpoint of another trainer that the run continues, as long as it has none of its own."""
+        found = self.continue_from
+        if self.resumed and self.checkpoint is None:
+            found = found or continued_checkpoint(self.folder)
+        return None if found is None else str(Path(found).absolute())
+
+    def start(self, init: str) -> Loaded | None:
+        """The weights to start from: the checkpoint to continue, else `init`; None if the run has a checkpoint of its own."""
+        origin = self.continued or init
+        if not origin or self.checkpoint is not None:
+            return None
+        if origin not in self._loaded:
+            self._loaded[origin] = load(origin, training=bool(self.continued))
+        return self._loaded[origin]
+
+    @cached_property
+    def own_tokenizer(self) -> Tokenizer | None:
+        return load_tokenizer(self.folder.path) if self.resumed and (self.folder.path / "tokenizer.json").is_file() else None
+
+    def release_checkpoint(self) -> None:
+        """Free the checkpoint's tensors, once the state has been restored from them."""
+        self.__dict__["checkpoint"] = None
+
+    def bfloat16_speedup(self, device: torch.device) -> float:
+        return self._measured(lambda: bfloat16_speedup(device))
+
+    def matmul_flops(self, device: torch.device, dtype: torch.dtype) -> float:
+        return self._measured(lambda: matmul_flops(device, dtype))
+
+    def _measured(self, measure: Callable[[], float]) -> float:
+        return self.context.broadcast(measure() if self.context.is_primary else 0.0)

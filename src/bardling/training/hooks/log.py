@@ -1,0 +1,60 @@
+"""Logs the step's metrics."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
+
+from bardling.distributed.device import memory_used
+from bardling.monitor.records import TrainRecord
+from bardling.training.hooks.base import HookContext, due
+from bardling.training.state import TrainState
+from bardling.training.step import StepResult
+
+
+@dataclass
+class Log:
+    """Logs every `every` steps, and after the first and the last one."""
+
+    run: HookContext
+    _: KW_ONLY
+    every: int
+    sequences_per_epoch: int | None  # to report epochs; None if the size of the dataset is unknown
+    flops_per_token: Callable[[int], int]  # FLOPs of a token, as a function of the context length
+    peak_flops: float | None  # of one process's device (FLOP/s); None if unknown
+    _steps: int = 0  # since the latest record
+
+    def __call__(self, state: TrainState, result: StepResult | None) -> None:
+        plan, timer = self.run.plan, self.run.timer
+        if result is None:
+            timer.resume()
+            return
+        timer.step()
+        self._steps += 1
+        if state.step != 1 and not due(state.step, self.every, plan.steps):
+            return
+        # The only place where the host waits for the device.
+        loss_sum = result.loss_sum.item()
+        size = result.sums["bytes"].item() if "bytes" in result.sums else 0
+        seconds = timer.take()
+        # Steps between two records may belong to several stages; steps that a rollback undid had the same shapes.
+        first = max(state.step - self._steps, 0)
+        tokens = plan.cost(lambda context: 1, first, state.step) / (state.step - first)
+        flops = plan.cost(self.flops_per_token, first, state.step) / (state.step - first)
+        self._steps = 0
+        self.run.monitor.log(
+            TrainRecord(
+                step=state.step,
+                loss=result.loss.item(),
+                bits_per_byte=loss_sum / math.log(2) / size if size else None,
+                lr=result.lr,
+                grad_norm=result.grad_norm.item(),
+                epoch=None if self.sequences_per_epoch is None else state.samples / self.sequences_per_epoch,
+                tokens=state.samples * plan.block_size,
+                tokens_per_second=tokens / seconds,
+                mfu=None if self.peak_flops is None else flops / seconds / (self.peak_flops * self.run.context.world_size),
+                memory_bytes=memory_used(result.loss.device),
+                seconds_left=plan.cost(self.flops_per_token, state.step) / flops * seconds,
+                time=time.time(),
+            )
+        )

@@ -1,0 +1,37 @@
+"""Measures the validation loss."""
+
+from bardling.evaluate.loss import Interrupted, SequenceSet, evaluate_loss
+from bardling.monitor.records import ValRecord
+from bardling.training.hooks.base import HookContext, TimedHook
+from bardling.training.recovery.signals import Stopped
+from bardling.training.state import TrainState
+
+
+class Validate(TimedHook):
+    """Measures the loss on a fixed set of validation sequences, and records a new best."""
+
+    name = "validate"
+
+    def __init__(self, run: HookContext, sequences: SequenceSet, *, every: int, batch_size: int) -> None:
+        super().__init__(run, every)
+        self._sequences, self._batch_size = sequences, batch_size
+
+    def work(self, state: TrainState) -> None:
+        run = self.run
+        try:
+            result = evaluate_loss(
+                state.model,
+                self._sequences,
+                batch_size=self._batch_size,
+                precision=run.precision,
+                context=run.context,
+                bytes_per_token=run.bytes_per_token,
+                stop_requested=run.stop_requested,
+                progress=lambda done, total: run.monitor.progress("validating", done, total),
+            )
+        except Interrupted:
+            raise Stopped from None
+        best = result.loss < state.best_val_loss
+        if best:
+            state.best_val_loss, state.best_step = result.loss, state.step
+        run.monitor.log(ValRecord(state.step, result.loss, result.bits_per_byte, result.perplexity, best))

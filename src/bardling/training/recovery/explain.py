@@ -1,0 +1,147 @@
+"""What caused a bad step: its worst sequences with the documents they came from, and the tensors with abnormal gradients.
+
+The step's sequences are run through the model once more, forward only, and ranked by their loss: sequences with a non-finite
+loss first, then those with the highest loss. The document named for a sequence is the one that contains the first token with a
+non-finite loss, or else the one that contributes most to the loss. The weights are those before the bad update, which was not
+applied. Gradients are the step's own where they still exist; on a GPU, where the next step has overwritten them, those of the
+worst sequence.
+
+Limits: dropout is off, so losses differ slightly from the step's. If no sequence has an abnormal loss, the event says so: the
+cause is then the machine or the numerics rather than the data.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bardling.data.batches.loader import Batch, TrainSequences, shorten_context
+from bardling.data.batches.order import SequenceOrder
+from bardling.data.batches.skipped_ranges import Range
+from bardling.data.tokens.documents import Document
+from bardling.data.tokens.shards import TokenDataset
+from bardling.distributed.device import Precision
+from bardling.errors import UserError
+from bardling.training.objective import Forward, Objective
+from bardling.training.recovery.trace import TracedSequence, Tracer
+from bardling.training.state import TrainState
+
+_SEQUENCES = 3  # named in an event
+_TENSORS = 5
+
+
+@dataclass
+class Explainer:
+    """Explains bad steps of one run. All processes must call it alike, because it runs forward passes."""
+
+    dataset: TokenDataset
+    order: SequenceOrder  # before anything is skipped
+    objective: Objective
+    device: torch.device
+    precision: Precision
+    micro_batch: int  # sequences in a forward pass
+    document_start: int | None = None  # token that opens a document, if documents are kept apart
+
+    def __post_init__(self) -> None:
+        self._source = TrainSequences(self.dataset.split("train"), self.order, self.document_start)
+        self._tracer = Tracer(self.dataset, self.order)
+
+    def worst_sequences(self, state: TrainState, ranges: list[Range], context: int | None = None) -> list[dict[str, Any]]:
+        """Describe the worst sequences of `ranges` of the data order, worst first.
+
+        Args:
+            context: tokens of the pieces into which the step cut its sequences; None if it did not cut them.
+        """
+        found: list[tuple[float, int, Tensor]] = []
+        training = state.model.training
+        state.model.eval()
+        for first, count in ranges:
+            for begin in range(first, first + count, self.micro_batch):
+                size = min(self.micro_batch, first + count - begin)
+                with torch.no_grad(), self.precision.autocast():
+                    losses = self.objective.per_token(cast(Forward, state.model), self._batch(begin, size, context))
+                rows = losses.reshape(size, -1).float().cpu()  # [size, block_size]
+                for sample, row in enumerate(rows, begin):
+                    mean = row.mean().item()
+                    found.append((mean if math.isfinite(mean) else math.inf, sample, row))
+        state.model.train(training)
+        found.sort(key=lambda item: (-item[0], item[1]))
+        return [self._describe(sample, row) for _, sample, row in found[:_SEQUENCES]]
+
+    def _batch(self, first: int, count: int, context: int | None) -> Batch:
+        batch = self._source.batch(first, count).to(self.device)
+        return shorten_context(batch, context or batch.inputs.size(1))
+
+    def _describe(self, sample: int, losses: Tensor) -> dict[str, Any]:
+        """Describe a sequence with the given loss of each target [block_size]."""
+        entry: dict[str, Any] = {"sample": sample, "loss": losses.mean().item()}
+        try:
+            (sequence,) = self._tracer.sequences([(sample, 1)])
+        except UserError as error:
+            return {**entry, "note": str(error)}
+        nonfinite = ~torch.isfinite(losses)
+        if nonfinite.any():  # the cause is among the tokens up to the first such target
+            token = sequence.start + int(nonfinite.int().argmax())
+            document = next((each for each in sequence.documents if token < each.end), sequence.documents[-1])
+        else:
+            document = _largest_contribution(sequence, losses)
+        named = {} if document.number is None else {"number": document.number, "name": document.name}
+        return {
+            **entry,
+            "start": sequence.start,
+            "file": sequence.file,
+            "place": sequence.offset,
+            "document": {"begin": document.begin, "end": document.end, **named},
+            "documents": len(sequence.documents),
+        }
+
+    def largest_gradients(self, state: TrainState, sample: int | None, context: int | None = None) -> list[dict[str, Any]]:
+        """Describe the tensors with the largest gradients; those with non-finite entries first, in the model's order.
+
+        Args:
+            sample: take the gradient of this sequence; None for the existing gradients.
+        """
+        named = [(name, parameter) for name, parameter in state.model.named_parameters() if parameter.requires_grad]
+        gradients: list[Tensor | None] = [parameter.grad for _, parameter in named]
+        if sample is not None:
+            with self.precision.autocast():
+                sums = self.objective(cast(Forward, state.model), self._batch(sample, 1, context))
+                loss = sums.loss / self._tracer.block_size
+            # Not `backward`, which would start DDP's gradient exchange.
+            gradients = list(torch.autograd.grad(loss, [parameter for _, parameter in named], allow_unused=True))
+        entries = []
+        for (name, parameter), gradient in zip(named, gradients, strict=True):
+            weight = parameter.detach().float()
+            entry: dict[str, Any] = {
+                "name": name,
+                "grad_norm": 0.0 if gradient is None else gradient.float().norm().item(),
+                "nonfinite": 0 if gradient is None else int((~torch.isfinite(gradient)).sum()),
+                "weight_rms": weight.square().mean().sqrt().item(),
+            }
+            if nonfinite := int((~torch.isfinite(weight)).sum()):
+                entry["weight_nonfinite"] = nonfinite
+            entries.append(entry)
+        entries.sort(key=lambda entry: (not entry["nonfinite"], 0.0 if entry["nonfinite"] else -entry["grad_norm"]))
+        return entries[:_TENSORS]
+
+
+def _largest_contribution(sequence: TracedSequence, losses: Tensor) -> Document:
+    """The document whose tokens exceed the sequence's mean loss most."""
+    excess = np.concatenate([[0.0], (losses - losses.mean()).double().numpy()])  # [length]: the first token is no target
+    totals = [
+        float(excess[max(0, document.begin - sequence.start) : document.end - sequence.start].sum())
+        for document in sequence.documents
+    ]
+    return sequence.documents[int(np.argmax(totals))]
+
+
+def describe_sequence(entry: dict[str, Any]) -> str:
+    """One of an event's sequences in words."""
+    text = f"sample {entry['sample']:,}, loss {float(entry['loss']):.4g}"  # in a file, the loss may be the string "NaN"
+    if "start" not in entry:
+        return f"{text} ({entry.get('note', 'position unknown')})"
+    document = Document(**entry["document"])
+    return f"{text}, {entry['file']} from token {entry['place']:,}; in it {document}"

@@ -1,0 +1,253 @@
+"""How many sequences fit into a forward pass, and what happens when memory runs out.
+
+`train.micro_batch = "auto"` is decided on the device, with the real model and shapes. On a GPU it is the largest divisor of a
+process's sequences per step that passes forward and backward beside the memory the optimizer will need. On a CPU, where running
+out of memory may kill the process without a message, it is the fastest of the sizes that fit by calculation.
+
+If memory runs out in the first steps, the micro-batch is halved and the number of passes doubled: the same sequences, loss and
+gradients, up to the order of summation (and dropout masks, which are drawn for each pass). A single process does so within the
+step. Several processes cannot, because the others already wait for the gradients of the failed one: they try the largest pass
+together before the first step. Later, running out of memory ends the run with an error that names the setting to change.
+
+Limits: nothing is retried if memory runs out during the update, which may have changed some of the weights.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import nn
+
+from bardling.config import ModelConfig, OptimConfig, TrainConfig
+from bardling.data.batches.loader import Batch
+from bardling.distributed.context import Context
+from bardling.distributed.device import synchronize
+from bardling.distributed.heartbeat import LONG_PATIENCE
+from bardling.errors import UserError
+from bardling.model.gpt import GPT
+from bardling.planning.activations import activation_bytes
+from bardling.planning.batching import TrainPlan
+from bardling.planning.costs import weight_bytes
+from bardling.planning.memory import optimizer_bytes
+from bardling.planning.parameter_shapes import parameter_shapes
+from bardling.training.build import Execution, build_model
+from bardling.training.objective import Forward, NextToken
+
+FIRST_STEPS = 3
+"""Steps in which the micro-batch is reduced if memory runs out; the first two allocate all that training needs."""
+
+_MAX_PASSES = 1024  # per step, for `train.micro_batch = "auto"`
+_FRACTION_OF_FREE = 0.7  # of a CPU's free memory that activations may use, besides other processes
+_MIN_SPEEDUP = 1.05  # of a larger pass, to be chosen on a CPU
+_SEARCH_SECONDS = 20.0  # limit of the search on a CPU
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether `error` reports that memory has run out, on a GPU or in the host."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("not enough memory" in text or "out of memory" in text)
+
+
+def divisors(sequences: int) -> list[int]:
+    """Sizes of passes that divide `sequences`, largest first."""
+    return [size for size in range(sequences, 0, -1) if sequences % size == 0]
+
+
+class UpdateTracker:
+    """Knows whether an optimizer is changing the weights right now."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.updating = False
+        optimizer.register_step_pre_hook(lambda *_: self._set(True))
+        optimizer.register_step_post_hook(lambda *_: self._set(False))
+
+    def _set(self, updating: bool) -> None:
+        self.updating = updating
+
+
+def choose_micro_batch(
+    model: ModelConfig,
+    optim: OptimConfig,
+    train: TrainConfig,
+    plan: TrainPlan,
+    execution: Execution,
+    context: Context,
+    *,
+    document_mask: bool,
+) -> tuple[int, str] | None:
+    """Sequences of a forward pass, and why, if they are open or have to be reduced; None: as planned."""
+    several_gpus = context.world_size > 1 and context.device.type == "cuda"
+    if train.micro_batch != "auto" and not several_gpus:
+        return None
+    trial = TrialPasses(model, optim, execution, context, document_mask)
+    sequences = plan.micro_batch * plan.accumulation
+    if train.micro_batch == "auto":
+        return trial.choose(sequences)
+    micro_batch = trial.largest([size for size in divisors(sequences) if size <= plan.micro_batch])
+    if micro_batch == plan.micro_batch:
+        return None
+    return micro_batch, f"the largest that fits into the memory of {context.device}"
+
+
+@dataclass
+class TrialPasses:
+    """Forward and backward passes of a run's shapes, through a model created for the trial."""
+
+    config: ModelConfig
+    optim: OptimConfig  # its memory must fit beside a pass
+    execution: Execution
+    context: Context
+    document_mask: bool
+    _model: GPT | None = None
+
+    def attempt(self, micro_batch: int) -> float | None:
+        """Seconds of one forward and backward pass; None if memory runs out."""
+        self.context.activity(f"trying passes of {micro_batch} sequences", LONG_PATIENCE)
+        seconds: float | None = None
+        try:
+            seconds = self._forward_backward(micro_batch)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+        if self._model is not None:
+            self._model.zero_grad(set_to_none=True)
+        if seconds is None and self.context.device.type == "cuda":
+            torch.cuda.empty_cache()  # here the pass's tensors have been freed
+        return seconds
+
+    def _forward_backward(self, micro_batch: int) -> float:
+        device, reserved = self.context.device, list[torch.Tensor]()
+        if self._model is None:
+            self._model = build_model(self.config, self.execution, device, seed=0).train()
+        if device.type == "cuda":  # what the optimizer and CUDA graphs will hold beside a pass, and a margin
+            margin = torch.cuda.get_device_properties(device).total_memory // 33
+            graphs = weight_bytes(self.config) if self.execution.cuda_graphs else 0
+            state = optimizer_bytes(parameter_shapes(self.config), self.optim)
+            reserved += [torch.empty(size, dtype=torch.uint8, device=device) for size in (state, margin, graphs)]
+        batch = self._batch(micro_batch)
+        begin = time.perf_counter()
+        with self.execution.precision.autocast():
+            loss = NextToken()(cast(Forward, self._model), batch).loss
+        loss.backward()  # type: ignore[no-untyped-call]
+        synchronize(device)
+        return time.perf_counter() - begin
+
+    def _batch(self, micro_batch: int) -> Batch:
+        device, length = self.context.device, self.config.block_size
+        tokens = torch.randint(self.config.vocab_size, (micro_batch, length), device=device)
+        if not self.document_mask:
+            return Batch(tokens, tokens)
+        # One document in every sequence needs no less memory than several.
+        return Batch(tokens, tokens, torch.arange(micro_batch + 1, device=device, dtype=torch.int32) * length)
+
+    def largest(self, sizes: list[int]) -> int:
+        """The first of `sizes` (in decreasing order) that fits in all processes.
+
+        Raises:
+            UserError: none does.
+        """
+        for size in sizes:
+            if not self.context.any(self.attempt(size) is None):
+                return size
+        raise UserError(
+            f"train.micro_batch = {sizes[-1]}: does not fit into the memory of {self.context.device}: "
+            f"{_remedy(self.execution.recompute)}"
+        )
+
+    def choose(self, sequences: int) -> tuple[int, str]:
+        """The size that `train.micro_batch = "auto"` means for a process's `sequences` per step, and why."""
+        device, context = self.context.device, self.context
+        sizes = [size for size in divisors(sequences) if sequences // size <= _MAX_PASSES]
+        free = _free_memory(device)
+        if free is not None:
+            budget = free * (1.0 if device.type == "cuda" else _FRACTION_OF_FREE / context.world_size)
+            sizes = [size for size in sizes if self.required_bytes(size) <= budget] or sizes[-1:]
+        # All processes must try the same sizes, those that fit everywhere.
+        limit = -context.largest(-sizes[0])
+        sizes = [size for size in sizes if size <= limit]
+        if device.type == "cuda":
+            return self.largest(sizes), "the largest that fits"
+        # All processes run every trial, and the primary's times decide.
+        fastest = fastest_size(sizes, lambda size: context.broadcast(self.attempt(size)))
+        return fastest, "the smallest that is about as fast as any"
+
+    def required_bytes(self, micro_batch: int) -> int:
+        """Memory for the activations of one pass."""
+        found = activation_bytes(
+            self.config,
+            micro_batch,
+            precision=self.execution.precision.name,
+            device_type=self.context.device.type,
+            fp8=self.execution.fp8,
+            recompute="blocks" if self.execution.recompute else "none",
+            document_mask=self.document_mask,
+        )
+        return found.blocks + found.embedding_and_head + found.recompute_buffer
+
+
+def fastest_size(sizes: list[int], attempt: Callable[[int], float | None]) -> int:
+    """The smallest of `sizes` that is about as fast per sequence as any: doubles the size as long as that pays.
+
+    Args:
+        attempt: seconds of a pass of the given size; None if memory runs out.
+    """
+    best, speed, end = 0, 0.0, time.monotonic() + _SEARCH_SECONDS
+    increasing = sorted(sizes)
+    attempt(increasing[0])  # the first pass includes set-up
+    for size in increasing:
+        if best and size < 2 * best:
+            continue
+        seconds = attempt(size)
+        if seconds is None or (best and size / seconds < speed * _MIN_SPEEDUP):
+            break
+        best, speed = size, size / max(seconds, 1e-9)
+        if time.monotonic() > end:
+            break
+    return best or increasing[0]
+
+
+def _free_memory(device: torch.device) -> int | None:
+    """Free bytes on `device`; None if the system does not report them."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError, IndexError):
+        pass
+    return None
+
+
+def _remedy(recompute: bool) -> str:
+    """What to do if not even one sequence fits."""
+    return f"{'' if recompute else 'set --train.recompute blocks, '}shorten model.block_size, or use a smaller model"
+
+
+def _next_smaller(plan: TrainPlan) -> int | None:
+    """The next size of a pass that is at most half as large; None if there is none."""
+    return next((size for size in divisors(plan.micro_batch * plan.accumulation) if 2 * size <= plan.micro_batch), None)
+
+
+def out_of_memory_error(plan: TrainPlan, model: GPT, device: torch.device, step: int, run: Path) -> UserError:
+    """The error of a run that cannot reduce its passes by itself."""
+    size = _next_smaller(plan)
+    remedy = f"continue with: bardling resume {run} --train.micro_batch {size}" if size else _remedy(model.recompute)
+    return UserError(f"train.micro_batch = {plan.micro_batch}: the memory of {device} ran out at step {step + 1}: {remedy}")
+
+
+def reduced_micro_batch(error: BaseException, plan: TrainPlan, model: nn.Module, *, early: bool, updating: bool) -> int | None:
+    """The size of passes to continue with after `error`; None if the run must end. Frees the memory of the failed step."""
+    model.zero_grad(set_to_none=True)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if not early or updating or plan.data_size > 1 or not out_of_memory(error):
+        return None
+    return _next_smaller(plan)

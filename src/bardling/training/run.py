@@ -1,0 +1,73 @@
+"""Runs: `train` starts one in a new folder, `resume` continues one.
+
+The path from a configuration to a trained model goes straight down: `resolve` decides everything that the configuration leaves
+open, `Session` assembles the parts and trains, and each part receives only its own section of the configuration.
+"""
+
+from collections.abc import Set as AbstractSet
+from pathlib import Path
+
+from bardling.checkpoint.run_folder import RunFolder, open_run, refuse_existing, run_lock
+from bardling.config import RunConfig
+from bardling.distributed.context import distributed
+from bardling.evaluate.tasks import check_task
+from bardling.monitor.services import check_services
+from bardling.training.environment import config_fingerprint, started_by_this_job
+from bardling.training.facts import Facts
+from bardling.training.resolve import resolve
+from bardling.training.session import RunResult, Session
+
+
+def train(
+    config: RunConfig,
+    out: Path | str,
+    *,
+    continue_from: str | None = None,
+    quiet: bool = False,
+    given: AbstractSet[str] | None = None,
+) -> RunResult:
+    """Train a new run in the folder `out`, which must not exist yet.
+
+    Args:
+        continue_from: a checkpoint, possibly of another trainer, whose training the run continues: weights, optimizer and step.
+            (`config.model.init` takes only the weights.)
+        given: dotted names of the settings that the user set, which `model.depth` leaves as they are; None: those that differ
+            from the default.
+
+    Raises:
+        UserError: the configuration does not fit the data or the machine; nothing has been written then.
+    """
+    folder, fingerprint = RunFolder(Path(out)), config_fingerprint(config)
+    with distributed(config.device, rank_timeout=config.train.rank_timeout) as context:
+        if context.broadcast(context.is_primary and started_by_this_job(folder, fingerprint)):
+            # torchrun or Slurm has restarted the job: continue its run.
+            with run_lock(folder, context):
+                facts = Facts(context, folder, resumed=True, continue_from=continue_from)
+                return Session(resolve(folder.config(), facts), facts, fingerprint=fingerprint, quiet=quiet).train()
+        if context.is_primary:
+            refuse_existing(folder.path)
+            check_services(config.monitor)
+        for task in config.eval.tasks:
+            check_task(task)
+        facts = Facts(context, folder, continue_from=continue_from, given=given)
+        return Session(resolve(config, facts), facts, fingerprint=fingerprint, quiet=quiet).train()
+
+
+def resume(run: Path | str, config: RunConfig | None = None, *, quiet: bool = False) -> RunResult:
+    """Continue a run from its latest valid checkpoint, as if it had never stopped.
+
+    Args:
+        config: the run's configuration with changes (`train.steps` raised, say); None: as it was.
+
+    Raises:
+        UserError: there is no such run, its data has changed, or a change is one that a trained model cannot follow.
+    """
+    folder = open_run(Path(run))
+    config = config or folder.config()
+    with distributed(config.device, rank_timeout=config.train.rank_timeout) as context, run_lock(folder, context):
+        if context.is_primary:
+            check_services(config.monitor)
+        for task in config.eval.tasks:
+            check_task(task)
+        facts = Facts(context, folder, resumed=True)
+        return Session(resolve(config, facts), facts, fingerprint=config_fingerprint(config), quiet=quiet).train()

@@ -1,0 +1,132 @@
+"""The state of a run at one moment: everything that must be saved to continue as if nothing had happened."""
+
+import contextlib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bardling.checkpoint.contents import Checkpoint
+from bardling.checkpoint.load import Loaded
+from bardling.checkpoint.rng import restore_rng
+from bardling.checkpoint.saver import SavedState
+from bardling.errors import UserError
+from bardling.model.gpt import GPT
+from bardling.optim.ema import Ema
+from bardling.optim.serialization import load_optimizer_tensors, optimizer_tensors
+from bardling.training.recovery.spikes import StepHistory
+
+RAW = "weights:"  # prefix of weights in training, if the model file contains their EMA
+
+
+@dataclass
+class TrainState:
+    """The model, its optimizer, and the position of the run. Everything else is a function of these and the configuration."""
+
+    model: GPT
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler | None = None  # float16 only
+    ema: Ema | None = None
+    step: int = 0  # optimizer steps completed
+    samples: int = 0  # sequences seen: the data loader's whole state
+    best_val_loss: float = math.inf
+    best_step: int = -1  # step of best_val_loss
+    hooks_done: dict[str, int] = field(default_factory=dict)  # hook -> last step at which it completed its work
+    seconds: float = 0.0  # time spent in all starts; counted for a deadline only
+    planned: int = 0  # last step planned for the deadline; 0: no deadline
+    history: StepHistory = field(default_factory=StepHistory)  # recent good steps, which the guard compares with
+
+    def evaluation_weights(self) -> contextlib.AbstractContextManager[None]:
+        """A context in which the model has the weights that users get: the EMA, if there is one."""
+        return contextlib.nullcontext() if self.ema is None else self.ema.applied()
+
+    def saved(self) -> SavedState:
+        """The contents of a checkpoint; the tensors are not copies."""
+        optimizer, meta = optimizer_tensors(self.optimizer, dict(self.model.named_parameters()))
+        model = self.model.state_dict()
+        if self.ema is not None:  # the model file gets the EMA, which is what was validated
+            optimizer |= {RAW + name: model[name] for name in self.ema.tensors()}
+            model = {**model, **self.ema.tensors()}
+        facts = {
+            "step": self.step,
+            "samples": self.samples,
+            "best_val_loss": self.best_val_loss,
+            "best_step": self.best_step,
+            "hooks_done": dict(self.hooks_done),
+            "scaler": None if self.scaler is None else self.scaler.state_dict(),
+            "guard": self.history.to_json(),
+            **({"seconds": self.seconds, "planned_steps": self.planned} if self.planned else {}),
+        }
+        return SavedState(self.step, self.best_step == self.step, model, optimizer, meta, facts)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Return to the state in `checkpoint`, in place: wrappers and compiled code keep their weights.
+
+        Raises:
+            UserError: the checkpoint is of another model, or damaged.
+        """
+        self._load(checkpoint.model_state, checkpoint.optimizer_tensors, checkpoint.optimizer_meta, checkpoint.training)
+        restore_rng(checkpoint.rng)
+
+    def reset(self, start: "TrainState") -> None:
+        """Become a copy of `start`, in place, except for the plan of a deadline."""
+        saved, planned = start.saved(), self.planned
+        self._load(saved.model, saved.optimizer, saved.optimizer_meta, saved.training)
+        self.planned = planned
+
+    def _load(
+        self, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], meta: Mapping[str, Any], training: Mapping[str, Any]
+    ) -> None:
+        """Take over the parts of a `SavedState`."""
+        names = dict(self.model.named_parameters())
+        raw = {name.removeprefix(RAW): tensor for name, tensor in optimizer.items() if name.startswith(RAW)}
+        for name, tensor in raw.items():
+            if name not in names or tensor.shape != names[name].shape or not tensor.is_floating_point():
+                raise UserError(
+                    f"the checkpoint's optimizer.safetensors contains {name!r}, which is not a weight of this model"
+                )
+        self.model.load_state_dict({**model, **raw})
+        if self.ema is not None:
+            self.ema.load_tensors({name: model[name] for name in names})
+        own = {name: tensor for name, tensor in optimizer.items() if not name.startswith(RAW)}
+        load_optimizer_tensors(self.optimizer, names, own, meta)
+        self.step, self.samples = training["step"], training["samples"]
+        self.best_val_loss, self.best_step = training["best_val_loss"], training["best_step"]
+        self.hooks_done = dict(training["hooks_done"])
+        if self.scaler is not None and training.get("scaler"):
+            self.scaler.load_state_dict(training["scaler"])
+        where = f"the checkpoint of step {self.step}"
+        self.seconds, self.planned = _deadline_facts(training, where)
+        self.history = StepHistory.from_json(training.get("guard"), where)
+
+    def take_over(self, start: Loaded, samples_before: Callable[[int], int]) -> None:
+        """Continue the training of another trainer's checkpoint, whose weights the model already has.
+
+        Args:
+            samples_before: number of the first sample of a step.
+        """
+        if start.optimizer_tensors:
+            names = dict(self.model.named_parameters())
+            load_optimizer_tensors(self.optimizer, names, start.optimizer_tensors, start.optimizer_meta)
+        self.step, self.samples = start.step, samples_before(start.step)
+        if start.best_val_loss is not None:
+            self.best_val_loss, self.best_step = start.best_val_loss, start.step
+
+    def checkpoint_bytes(self) -> int:
+        """Approximate size of a checkpoint: weights, two moments of each (one of Muon's matrices), small files."""
+        weights: int = sum(tensor.numel() * 4 for tensor in self.model.state_dict().values())
+        groups = self.optimizer.param_groups
+        moments: int = sum(p.numel() * (4 if group.get("muon") else 8) for group in groups for p in group["params"])
+        return weights * (1 if self.ema is None else 2) + moments + 100_000
+
+
+def _deadline_facts(training: Mapping[str, Any], where: str) -> tuple[float, int]:
+    seconds, planned = training.get("seconds", 0.0), training.get("planned_steps", 0)
+    if not isinstance(seconds, int | float) or not isinstance(planned, int) or not 0 <= seconds < 1e12 or planned < 0:
+        raise UserError(
+            f"{where}: seconds = {seconds!r}, planned_steps = {planned!r}: the checkpoint is damaged; resume from another one"
+        )
+    return float(seconds), planned

@@ -1,0 +1,157 @@
+"""One optimizer step: forward and backward over the step's batches, clipping, update.
+
+The loss of a step is the objective's loss sum divided by its denominator over all processes, which is known before the first
+forward pass. Gradients are therefore exact for every split into processes and forward passes, also with masked targets.
+Nothing here waits for the device: losses and norms stay tensors until something prints them.
+
+With `limits`, the update is skipped if the loss or the gradient norm exceeds them or is NaN; weights and optimizer stay as they
+were. The decision uses sums over all processes, so all agree. On CUDA it stays on the device: the optimizer receives it as the
+flag by which mixed precision skips updates (PyTorch's fused AdamW and our Muon support it). Optimizers without that flag, and
+other devices, let the host decide, which waits for the step.
+
+A run on CUDA waits only here: the guard reads the metrics of the step before the one just launched, so the host is at most two
+steps ahead; the log reads those of every `log_every`-th step; a run with a deadline measures its speed now and then;
+validation, samples and saving begin when the steps have finished.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from bardling.data.batches.loader import Batch
+from bardling.distributed.context import Context
+from bardling.distributed.device import Precision
+from bardling.distributed.wrap import gradient_sync
+from bardling.optim.build import set_learning_rate
+from bardling.training.objective import Forward, Objective
+from bardling.training.recovery.signals import Stopped
+from bardling.training.recovery.spikes import Limits
+from bardling.training.state import TrainState
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Metrics of one step over all processes; the tensors are scalars on the device."""
+
+    loss: Tensor  # loss_sum / tokens
+    loss_sum: Tensor  # (nats, for next-token loss)
+    tokens: Tensor  # the objective's denominator: target tokens, for next-token loss
+    sums: Mapping[str, Tensor]  # the objective's further sums
+    grad_norm: Tensor  # before clipping
+    lr: float
+    bad: Tensor | None = None  # 1 where the update was skipped; None without limits
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """What stays the same from step to step."""
+
+    objective: Objective
+    precision: Precision
+    context: Context
+    grad_clip: float = 1.0  # largest gradient norm; 0 disables clipping
+    keep_gradients: bool = False  # zero gradients instead of freeing them, so that all passes accumulate in the same memory
+    stop_requested: Callable[[], bool] = lambda: False  # called before each forward pass
+    skip_on_device: bool | None = None  # let the device decide whether to skip, if the optimizer supports it; None: on CUDA
+
+
+def train_step(
+    state: TrainState,
+    batches: Sequence[Batch],
+    settings: StepSettings,
+    *,
+    forward: Forward,
+    lr: float,
+    limits: Limits | None = None,
+) -> StepResult:
+    """Update `state` by one step on `batches`, this process's share of the step.
+
+    Args:
+        forward: `state.model`, or its compiled or distributed wrapper.
+        lr: learning rate of this step.
+        limits: largest loss and gradient norm for which the update is applied; None: it always is.
+
+    Raises:
+        Stopped: `stop_requested` returned true in any process; the state is that before the step.
+    """
+    context, objective = settings.context, settings.objective
+    _clear_gradients(state, keep=settings.keep_gradients)
+    tokens = context.sum(torch.stack([objective.denominator(batch) for batch in batches]).sum())
+    totals: Tensor | None = None  # loss sum, then the objective's further sums
+    names: tuple[str, ...] = ()
+    for number, batch in enumerate(batches):
+        if context.any(settings.stop_requested()):
+            state.optimizer.zero_grad(set_to_none=True)
+            raise Stopped
+        context.activity(f"pass {number + 1} of {len(batches)} of step {state.step + 1}")
+        with gradient_sync(forward, on=number == len(batches) - 1):
+            with settings.precision.autocast():
+                sums = objective(forward, batch)
+            # DDP averages gradients over the data-parallel processes; the factor turns that into the sum over all tokens' mean.
+            scaled = sums.loss * (context.data_size / tokens)
+            (scaled if state.scaler is None else state.scaler.scale(scaled)).backward()  # type: ignore[no-untyped-call]
+        found = torch.stack([sums.loss.detach(), *(value.to(sums.loss.dtype) for value in sums.others.values())])
+        totals, names = found if totals is None else totals + found, tuple(sums.others)
+    assert totals is not None
+    loss_sum, *others = context.sum(totals)
+    norm, bad = _update(state, settings, loss_sum / tokens, lr, limits)
+    return StepResult(loss_sum / tokens, loss_sum, tokens, dict(zip(names, others, strict=True)), norm, lr, bad)
+
+
+def _clear_gradients(state: TrainState, *, keep: bool) -> None:
+    state.optimizer.zero_grad(set_to_none=not keep)
+    if keep:
+        for parameter in state.model.parameters():
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+
+
+def _update(
+    state: TrainState, settings: StepSettings, loss: Tensor, lr: float, limits: Limits | None
+) -> tuple[Tensor, Tensor | None]:
+    """Clip and update unless a limit is exceeded; returns the gradient norm and whether the update was skipped."""
+    if state.scaler is not None:
+        state.scaler.unscale_(state.optimizer)
+    parameters = [parameter for parameter in state.model.parameters() if parameter.grad is not None]
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    set_learning_rate(state.optimizer, lr)
+    if limits is None:
+        _apply_gradients(state, parameters, norm, settings.grad_clip, None)
+        return norm, None
+    # NaN is below no limit. The sum is a vote: processes must not disagree because of rounding.
+    within = (loss <= limits.loss) & (norm <= limits.grad_norm)
+    bad = (settings.context.sum((~within).float()) > 0).float()
+    on_device = bad.is_cuda if settings.skip_on_device is None else settings.skip_on_device
+    if on_device and getattr(state.optimizer, "_step_supports_amp_scaling", False):
+        _apply_gradients(state, parameters, norm, settings.grad_clip, bad)
+    elif not bad.item():
+        _apply_gradients(state, parameters, norm, settings.grad_clip, None)
+    elif state.scaler is not None:
+        state.scaler.update()
+    return norm, bad
+
+
+def _apply_gradients(
+    state: TrainState, parameters: list[nn.Parameter], norm: Tensor, grad_clip: float, bad: Tensor | None
+) -> None:
+    """Clip and update, unless `bad` (a scalar on the device, for an optimizer that supports it) is 1."""
+    if grad_clip:
+        nn.utils.clip_grads_with_norm_(parameters, grad_clip, norm)
+    if bad is not None:
+        # Gradients that overflow float16 make the norm infinite, so this flag covers the scaler's own.
+        state.optimizer.found_inf = bad  # type: ignore[attr-defined]
+        state.optimizer.step()
+        del state.optimizer.found_inf  # type: ignore[attr-defined]
+    elif state.scaler is None:
+        state.optimizer.step()
+    else:
+        state.scaler.step(state.optimizer)
+    if state.scaler is not None:
+        state.scaler.update()
+
+
+def seed_dropout(seed: int, step: int, data_rank: int) -> None:
+    """Seed the global generator by (seed, step, data rank), so that a step draws the same dropout masks after any restart."""
+    torch.manual_seed((seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + data_rank * 0x94D049BB133111EB) % 2**63)
