@@ -1,21 +1,21 @@
-"""Ablation: each part of a recipe removed in turn, and the loss after equal time.
+"""Ablation: remove each component of a recipe in turn and compare the loss after equal training time.
 
     python benchmarks/ablation.py quickstart
     python benchmarks/ablation.py RECIPE --seconds 60 --seeds 5 --only muon qk-norm -- --data.source input.txt
-    python benchmarks/ablation.py quickstart --list                  # what would be removed, and nothing else
+    python benchmarks/ablation.py quickstart --list                  # list what would be removed, and exit
 
-Method. A removal is a few settings put to what GPT-2 and its usual training have; one that changes nothing in this recipe is
-left out. First the step time of every case is measured: all models are there at once and take turns at blocks of steps, so
-that a busy machine is busy for all; the median of the blocks counts. Each case then gets as many steps as fit into --seconds,
-and its schedule is stretched or shortened to end with them (the warm-up stays). It is trained as `bardling train` would,
-with --seeds seeds that draw other weights and another order of the data, and validated once, after the last step, on all
-held-out windows.
+Method. Removing a component sets a few settings to those of GPT-2 and its usual training; removals that change nothing in
+this recipe are omitted. First, the step time of every case is measured: all models are in memory and alternate blocks of steps,
+so that other load on the machine affects all of them; the median block counts. Each case then trains for as many steps as fit
+into --seconds, with its schedule rescaled to end with them (the warm-up is unchanged). Training is that of `bardling train`,
+repeated with --seeds seeds (different weights and data order), and validated once, after the last step, on all validation
+sequences.
 
-The table has the mean of the final losses and their standard deviation over the seeds, and the difference to the whole
-recipe. A difference within about two standard deviations is no difference. Learning rates are the recipe's throughout, which
-were tuned with all parts present; AdamW in place of Muon, which needs others, is therefore tried with several.
+The table shows mean and standard deviation of the final losses over the seeds, and the difference from the complete recipe.
+Differences within two standard errors are not significant. Learning rates are those of the recipe, which were tuned with all
+components present; AdamW in place of Muon needs different ones and is therefore tried with several.
 
-Time of set-up, compilation and validation is not counted. `--list` and removals that are left out cost nothing.
+Time for set-up, compilation and validation is not counted.
 """
 
 import dataclasses
@@ -34,54 +34,56 @@ import torch
 import tyro
 
 from bardling.cli.parse import parse
-from bardling.cli.train import parse_recipe_and_options
+from bardling.cli.recipe import parse_recipe_command
+from bardling.cli.train import TrainOptions
 from bardling.config import RunConfig
-from bardling.data.loader import Prefetcher, TrainWindows
-from bardling.data.order import WindowOrder
-from bardling.data.shards import TokenDataset
+from bardling.data.batches.loader import Prefetcher, TrainSequences
+from bardling.data.batches.order import SequenceOrder
+from bardling.data.tokens.dataset import open_data
+from bardling.data.tokens.shards import TokenDataset
 from bardling.distributed.context import Context
-from bardling.distributed.device import choose_device, choose_precision
+from bardling.distributed.device import choose_device, choose_precision, synchronize
 from bardling.errors import UserError
-from bardling.interop.dataset import open_data
-from bardling.model.arithmetic import parameters
-from bardling.optim.build import settle_muon_precision
-from bardling.train.compiling import wrap
-from bardling.train.loop import fit
-from bardling.train.persist import build_state
-from bardling.train.plan import Horizon, make_plan
-from bardling.train.run import train
+from bardling.optim.build import resolve_muon_precision
+from bardling.planning.batching import Horizon, make_plan
+from bardling.planning.costs import parameters
+from bardling.training.build import Execution, build
+from bardling.training.loop import fit
+from bardling.training.objective import NextToken
+from bardling.training.run import train
+from bardling.training.step import StepSettings
 from tables import Table, publish, rounded, say, script
 
-WHOLE = "the whole recipe"
+WHOLE = "complete recipe"
 ADAMW_RATES = (1e-3, 2e-3, 4e-3)
 
 
 @dataclass(frozen=True)
 class Options:
-    """What to train, for how long."""
+    """Options of this benchmark."""
 
     recipe: tyro.conf.Positional[str]
-    """A shipped recipe's name, or a TOML file. Options of `bardling train` follow after --."""
+    """Name of a shipped recipe, or a TOML file. Put options of `bardling train` after --."""
     seconds: float = 60.0
-    """Training time of a run; its steps follow from the measured step time."""
+    """Training time of each run (seconds), from which the number of steps follows."""
     seeds: int = 3
-    """Runs of each case."""
+    """Runs per case."""
     only: tuple[str, ...] = ()
-    """Removals to measure; unset takes all that change something."""
+    """Removals to measure; default: all that change something."""
     compile: Literal["on", "off"] = "off"
     """torch.compile, the same for all cases."""
     rounds: int = 5
-    """Blocks of steps by which a case's step time is measured."""
+    """Blocks of steps for measuring the step time of a case."""
     block: int = 5
-    """Steps in a block."""
+    """Steps per block."""
     list: bool = False
-    """Say what would be removed, and end."""
+    """List what would be removed, and exit."""
     results: Path | None = None
-    """Folder to append the table in; unset takes benchmarks/results."""
+    """Folder of the results file to append to; default: benchmarks/results."""
 
 
 def removals(config: RunConfig) -> dict[str, dict[str, Any]]:
-    """Settings, by dotted key, that take each part out. New parts of recipes get a line here."""
+    """Settings, by dotted key, that remove each component. A new component of recipes gets a line here."""
     low = config.optim.min_lr
     adamw = {
         f"muon (adamw, lr {rate:g})": {
@@ -113,7 +115,7 @@ def removals(config: RunConfig) -> dict[str, dict[str, Any]]:
 
 
 def changed(config: RunConfig, settings: dict[str, Any]) -> RunConfig:
-    """The configuration with some settings, by dotted key, put to other values."""
+    """The configuration with some settings, given by dotted key, changed."""
     for key, value in settings.items():
         section, _, name = key.rpartition(".")
         if section:
@@ -125,19 +127,19 @@ def changed(config: RunConfig, settings: dict[str, Any]) -> RunConfig:
 
 
 def _effect(config: RunConfig) -> object:
-    """What training depends on: two configurations with equal effects are the same recipe."""
+    """Everything that training depends on: configurations for which this is equal are the same recipe."""
     rest = dataclasses.replace(config.model.resolved(), family="custom", n_kv_head=None, mlp_hidden=None)
     optim = config.optim
-    if optim.name == "adamw":  # these are Muon's
+    if optim.name == "adamw":  # only Muon uses these
         optim = dataclasses.replace(optim, muon_lr=1.0, embed_lr=None, head_lr=None, momentum=0.0, cautious_decay=False)
     return config.model.architecture, rest, optim, config.precision
 
 
 def cases_of(config: RunConfig, only: Sequence[str] = ()) -> dict[str, RunConfig]:
-    """The whole recipe, and each removal that changes something.
+    """The complete recipe, and each removal that changes something.
 
     Raises:
-        UserError: `only` names no removal, or one that changes nothing here.
+        UserError: `only` contains an unknown removal, or one that changes nothing in this recipe.
     """
     found = {WHOLE: config}
     for name, settings in removals(config).items():
@@ -150,25 +152,27 @@ def cases_of(config: RunConfig, only: Sequence[str] = ()) -> dict[str, RunConfig
     wanted = [name for name in known if not only or name in only or name.partition(" ")[0] in only]
     for name in only:
         if not any(name in (other, other.partition(" ")[0]) for other in known):
-            raise UserError(f"--only {name}: this recipe has no such part to remove; it has {', '.join(known) or 'none'}")
+            raise UserError(f"--only {name}: this recipe has no such component; choose from {', '.join(known) or 'none'}")
     return {WHOLE: config} | {f"without {name}": found[f"without {name}"] for name in wanted}
 
 
 def main(argv: Sequence[str]) -> None:
     """Measure step times, train, and write the table."""
     own, more = (argv[: list(argv).index("--")], argv[list(argv).index("--") + 1 :]) if "--" in argv else (argv, ())
-    options = parse(Options, own, prog="ablation.py", description="Loss after equal time without each part of a recipe.")
+    options = parse(
+        Options, own, prog="ablation.py", description="Loss after equal training time without each component of a recipe."
+    )
     for name in ("seconds", "seeds", "rounds", "block"):
         if getattr(options, name) <= 0:
-            raise UserError(f"--{name} {getattr(options, name)}: must be above 0")
-    _, asked = parse_recipe_and_options("train", [options.recipe, *more], "")
-    device = choose_device(asked.config.device)
-    precision = choose_precision(asked.config.precision, device)
-    config = changed(asked.config, {"precision": precision.name, "compile": options.compile, "model.init": ""})
+            raise UserError(f"--{name} {getattr(options, name)}: must be greater than 0")
+    _, _, train_options = parse_recipe_command("train", TrainOptions, [options.recipe, *more], "")
+    device = choose_device(train_options.config.device)
+    precision = choose_precision(train_options.config.precision, device)
+    config = changed(train_options.config, {"precision": precision.name, "compile": options.compile, "model.init": ""})
     cases = cases_of(config, options.only)
     if options.list:
         for name, case in cases.items():
-            print(f"{name}: {', '.join(_differences(config, case)) or 'as it is'}")
+            print(f"{name}: {', '.join(_differences(config, case)) or 'unchanged'}")
         return
     say(f"{len(cases)} cases, {options.seeds} runs of {options.seconds:g} s each: about {_estimate(len(cases), options)}")
     dataset = open_data(config.data)
@@ -185,29 +189,29 @@ def main(argv: Sequence[str]) -> None:
                 say(f"seed {turn + 1} of {options.seeds}: {name}: {loss:.4f} after {steps[name]} steps")
     rows = [_row(name, cases[name], seconds[name], steps[name], losses[name], losses[WHOLE], config) for name in cases]
     notes = (
-        f"recipe {options.recipe}{' ' + ' '.join(more) if more else ''}, {options.seconds:g} s of training a run, "
-        f"{options.seeds} seeds from {config.seed} on; {precision.name} unless removed, compile {options.compile}",
-        "validation loss (nats a token) after the last step, mean and standard deviation over the seeds; "
-        "difference: to the whole recipe, above 0 is worse",
+        f"recipe {options.recipe}{' ' + ' '.join(more) if more else ''}, {options.seconds:g} s of training per run, "
+        f"{options.seeds} seeds, starting at {config.seed}; {precision.name} unless removed, compile {options.compile}",
+        "validation loss (nats per token) after the last step, mean and standard deviation over the seeds; "
+        "difference: from the complete recipe; above 0 is worse",
     )
     columns = ("case", "settings", "parameters", "ms/step", "steps", "loss", "sd", "difference")
     publish("ablation", [Table("Ablation", columns, rows, notes)], device=device, command=argv, folder=options.results)
 
 
 def _estimate(cases: int, options: Options) -> str:
-    return f"{cases * options.seeds * options.seconds / 60:.0f} minutes and set-up"
+    return f"{cases * options.seeds * options.seconds / 60:.0f} minutes plus set-up"
 
 
 def step_times(cases: dict[str, RunConfig], dataset: TokenDataset, device: torch.device, options: Options) -> dict[str, float]:
-    """Seconds a step of each case, by turns."""
+    """Seconds per step of each case, measured in alternation."""
     import torch._dynamo
 
-    torch._dynamo.config.recompile_limit = max(64, 4 * len(cases))  # every case compiles the same functions anew
+    torch._dynamo.config.recompile_limit = max(64, 4 * len(cases))  # every case recompiles the same functions
     blocks: dict[str, list[float]] = {name: [] for name in cases}
     with ExitStack() as stack:
         trainers = {name: _trainer(case, dataset, device, options.block, stack) for name, case in cases.items()}
         for name, trainer in trainers.items():
-            next(trainer)  # pays for set-up
+            next(trainer)  # includes set-up
             say(f"{name}: set up")
         for _ in range(options.rounds):
             for name, trainer in trainers.items():
@@ -216,35 +220,28 @@ def step_times(cases: dict[str, RunConfig], dataset: TokenDataset, device: torch
 
 
 def _trainer(config: RunConfig, dataset: TokenDataset, device: torch.device, block: int, stack: ExitStack) -> Iterator[float]:
-    """Train for ever, a block of steps for each answer: its seconds a step."""
+    """Train indefinitely; yield the seconds per step of each block."""
     context = Context(rank=0, world_size=1, device=device)
     precision = choose_precision(config.precision, device)
-    config = dataclasses.replace(config, optim=settle_muon_precision(config.optim, precision.name))
-    state = build_state(config, context)
-    forward = wrap(state.model, compiled=config.compile == "on", context=context)
+    optim = resolve_muon_precision(config.optim, precision.name)
+    recompute = config.train.recompute == "blocks"
+    execution = Execution(precision, config.compile == "on", config.cuda_graphs, config.fp8, recompute)
+    assembly = build(config.model, optim, execution, context, seed=config.seed)
+    settings = StepSettings(NextToken(), precision, context, config.train.grad_clip, keep_gradients=config.cuda_graphs)
     plan = make_plan(config.train, config.model.block_size, 1)
     split = dataset.split("train")
-    source = TrainWindows(split, WindowOrder(config.seed, len(split), config.model.block_size))
+    source = TrainSequences(split, SequenceOrder(config.seed, len(split), config.model.block_size))
     batches = stack.enter_context(Prefetcher(source, plan.requests(0, sys.maxsize, 0), device))
     for number in itertools.count(1):
         begun = time.perf_counter()
-        fit(
-            state,
-            batches,
-            dataclasses.replace(plan, horizon=Horizon(number * block)),
-            lr_at=lambda step: config.optim.lr,
-            grad_clip=config.train.grad_clip,
-            forward=forward,
-            precision=precision,
-            context=context,
-        )
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        block_plan = dataclasses.replace(plan, horizon=Horizon(number * block))
+        fit(assembly, batches, block_plan, settings, lr_at=lambda step: optim.lr)
+        synchronize(device)
         yield (time.perf_counter() - begun) / block
 
 
 def final_loss(config: RunConfig, steps: int, seed: int, out: Path, dataset: TokenDataset) -> float:
-    """Train as a run does, and return the validation loss after the last step."""
+    """Train like `bardling train`, and return the validation loss after the last step."""
     settings = {
         "seed": seed,
         "data.source": str(dataset.path),

@@ -1,28 +1,29 @@
-"""Training that is killed, starved of disk and damaged at random moments: does it end where an undisturbed run ends?
+"""Fault injection: do runs that are killed, out of disk space or damaged at random moments end equal to an undisturbed run?
 
     python benchmarks/chaos.py [--trials 100] [--seed 0] [--record]
 
-Each trial trains a small model (2 layers, 32 wide, dropout on, validation and samples on the way; 60 steps, a checkpoint every
-10) and does one thing to it at a random moment, by turns:
+Each trial trains a small model (2 layers, width 32, with dropout, validation and samples; 60 steps, a checkpoint every 10)
+and injects one fault at a random moment; the faults take turns:
 
-- SIGKILL: at any time from the process's first breath to its last; every other time while a checkpoint is being written;
-- SIGTERM: likewise; the run saves and ends by itself;
-- disk full: the run's own small disk (a tmpfs) fills up. Either the run meets that at its next checkpoint, goes on, gets room
-  again and needs no help; or it is told to stop (SIGTERM) while it cannot save, ends, and is resumed when there is room;
-- failing fsync: the kernel answers EIO to one to three of the run's `fsync` calls in a row (benchmarks/faults.py);
-- flipped byte: the run is stopped, and one bit of one file of its newest checkpoint is changed.
+- SIGKILL: at any time between start and exit; in half of the trials while a checkpoint is being written;
+- SIGTERM: likewise; the run saves and exits;
+- disk full: the run's own small disk (a tmpfs) fills up. Either the run fails to save its next checkpoint, continues, gets
+  space again and needs no help; or it is stopped (SIGTERM) while it cannot save, exits, and is resumed when there is space
+  again;
+- failing fsync: the kernel returns EIO for one to three consecutive `fsync` calls of the run (benchmarks/faults.py);
+- flipped byte: the run is stopped, and one bit in one file of its latest checkpoint is changed.
 
-What has ended is started again with `bardling resume`, by the same command line code that a user calls, until it is done. Then
-`model.safetensors` of the last step must be that of an undisturbed run to the bit, and `metrics.jsonl` (but for the times) and
-`samples.jsonl` equal to its. Steps lost are those that were logged and had to be repeated: those since the newest checkpoint.
-They are one interval at most, and those made while the next one was being written: since no save begins before the one before
-it is done, two intervals can never be exceeded, and the machine's load decides where below that it ends. Each save that failed
-meanwhile, which the run has said, allows for one interval more.
+A run that has ended is resumed with `bardling resume`, through the same command line code that a user calls, until it is
+finished. Then `model.safetensors` of the last step must be bitwise equal to that of an undisturbed run, and so must
+`metrics.jsonl` (except for timings) and `samples.jsonl`. Steps lost are logged steps that had to be repeated: those since the
+latest checkpoint. That is at most one checkpoint interval plus the steps made while the next checkpoint was being written.
+Since a save never starts before the previous one is finished, two intervals are an upper bound; the load of the machine
+decides where below it a run ends up. Each failed save that the run reported allows for one more interval.
 
-To be quick, processes are forked from this one, which has imported PyTorch but computed nothing and has one thread; 100 trials
-would spend ten minutes importing otherwise. Each is a process of its own from then on, and what is tested happens in it. The
-moments are drawn from the seed, but how far a process has come at one is the machine's affair, so a trial cannot be repeated
-exactly. Linux only; without the right to mount, disk-full trials are left out, which is said.
+For speed, processes are forked from this one, which has imported PyTorch but computed nothing and has one thread; otherwise
+100 trials would spend ten minutes on imports. From then on each is an independent process, and everything tested happens in
+it. The moments are drawn from the seed, but how far a process has come by then depends on the machine, so a trial cannot be
+repeated exactly. Linux only; without permission to mount, disk-full trials are skipped with a message.
 """
 
 import argparse
@@ -46,11 +47,11 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
-import torch._dynamo  # what a first step would import otherwise, in each process
+import torch._dynamo  # otherwise each process would import these in its first step
 
 import bardling.cli.resume  # these too
 import bardling.cli.train
-import bardling.train.run  # noqa: F401
+import bardling.training.run  # noqa: F401
 from bardling.cli.main import main as bardling_main
 from bardling.monitor.records import TIMING_FIELDS
 from faults import FsyncFaults, SmallDisk, flip_byte
@@ -115,14 +116,14 @@ class Process:
         return self.status is not None
 
     def wait_until(self, condition: Callable[[], bool]) -> bool:
-        """Poll until the condition holds; False if the process ends before."""
+        """Poll until the condition holds; False if the process exits first."""
         end = time.monotonic() + _PATIENCE
         while not condition():
             if self.over():
                 return False
             if time.monotonic() > end:
                 self.send(signal.SIGKILL)
-                raise TimeoutError(f"nothing happened for {_PATIENCE:.0f} s: {self.log.read_text()[-500:]}")
+                raise TimeoutError(f"no progress for {_PATIENCE:.0f} s: {self.log.read_text()[-500:]}")
             time.sleep(0.0003)
         return True
 
@@ -137,7 +138,7 @@ class Process:
 
 
 def _child(arguments: list[str], log: Path, faults: FsyncFaults | None) -> None:
-    """What the forked process does; never returns."""
+    """Body of the forked process; never returns."""
     status = 1
     try:
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -153,7 +154,7 @@ def _child(arguments: list[str], log: Path, faults: FsyncFaults | None) -> None:
             status = 0
         except SystemExit as end:
             status = end.code if isinstance(end.code, int) else 1
-        for thread in threading.enumerate():  # as Python does at its end
+        for thread in threading.enumerate():  # as Python does at exit
             if thread is not threading.current_thread() and not thread.daemon:
                 thread.join()
     except BaseException:  # noqa: BLE001  a fork must not go on as its parent
@@ -176,7 +177,7 @@ class Outcome:
     model_equal: bool = False
     metrics_equal: bool = False
     lost: int = 0
-    unsaved: int = 0  # saves that failed, by what the run said until it ended
+    unsaved: int = 0  # failed saves that the run reported
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -185,29 +186,29 @@ class Outcome:
 
     @property
     def most_lost(self) -> int:
-        """Steps that may be lost, however busy the machine is."""
+        """Upper bound on the steps that may be lost, whatever the load of the machine."""
         return (2 + self.unsaved) * INTERVAL
 
 
 def records(run: Path, name: str) -> list[dict[str, object]]:
-    """The records of a run without what was measured; a torn last line is left out."""
+    """The records of a run without timings; an incomplete last line is ignored."""
     path = run / name
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     return [{key: value for key, value in json.loads(line).items() if key not in TIMING_FIELDS} for line in lines]
 
 
 def steps_logged(run: Path) -> int:
-    """Newest step in the figures, cheaply: every step has a line."""
+    """The last logged step, determined cheaply: every step has a line."""
     with contextlib.suppress(OSError, ValueError, KeyError, IndexError):
         return int(json.loads((run / "metrics.jsonl").read_bytes().rpartition(b"\n")[0].rpartition(b"\n")[2])["step"])
     return 0
 
 
 def being_saved(run: Path) -> bool:
-    """Whether a checkpoint is being written and has files already."""
+    """Whether a checkpoint is being written and already has files."""
     try:
         return any(run.glob("checkpoints/.tmp-*/*"))
-    except FileNotFoundError:  # it has just been finished
+    except FileNotFoundError:  # it has just been completed
         return False
 
 
@@ -217,7 +218,7 @@ def newest(run: Path) -> Path | None:
 
 
 class Trials:
-    """What all trials share: the recipe, the undisturbed run, how long it took."""
+    """What all trials share: the recipe, the undisturbed run and its duration."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -228,7 +229,7 @@ class Trials:
         self.recipe.write_text(RECIPE.replace("@TEXT@", str(text)))
         os.environ["BARDLING_CACHE"] = str(folder / "cache")
         self.disks = SmallDisk.possible(folder)
-        for _ in range(2):  # the first one prepares the data
+        for _ in range(2):  # the first run prepares the data
             self.still = folder / "undisturbed"
             shutil.rmtree(self.still, ignore_errors=True)
             counted = FsyncFaults(range(0))
@@ -239,7 +240,7 @@ class Trials:
             self.seconds, self.fsyncs = time.monotonic() - began, counted.count
         self.size = sum(path.stat().st_size for path in (self.still / "checkpoints" / f"step-{STEPS:06d}").iterdir())
         if not self.fsyncs:
-            raise SystemExit("the layer below fsync saw no call: it would not make one fail either")
+            raise SystemExit("fsync interception saw no calls, so it cannot make one fail")
 
     def run(self, number: int, fault: str, draw: random.Random) -> Outcome:
         """One trial."""
@@ -270,7 +271,7 @@ class Trials:
             case "SIGKILL" | "SIGTERM":
                 number = getattr(signal, outcome.fault)
                 kind = draw.randrange(4)
-                if kind == 0:  # any moment, the start included
+                if kind == 0:  # any moment, including start-up
                     outcome.what = "at any moment"
                     time.sleep(draw.random() * self.seconds)
                 else:
@@ -291,10 +292,10 @@ class Trials:
             case "disk full":
                 assert disk is not None
                 process.wait_until(lambda: steps_logged(run) >= at)
-                process.send(signal.SIGSTOP)  # what follows comes at one moment, however busy the machine is
+                process.send(signal.SIGSTOP)  # so that the following happens at once, whatever the load
                 disk.fill(draw.choice((0, 8192, self.size // 2)))
                 if draw.random() < 0.5:
-                    outcome.what = f"after step {at}, until that shows"
+                    outcome.what = f"after step {at}, until a save fails"
                     process.send(signal.SIGCONT)
                     process.wait_until(lambda: b"NOT saved" in log.read_bytes())
                 else:
@@ -311,7 +312,7 @@ class Trials:
         outcome.notes.append(f"status {process.status}")
 
     def _finish(self, run: Path, log: Path, outcome: Outcome) -> None:
-        """Start again until the run is done, as a user would who knows nothing of what happened."""
+        """Resume until the run is finished, like a user who does not know what happened."""
         while True:
             done = (run / "checkpoints" / f"step-{STEPS:06d}").is_dir() and outcome.notes[-1] == "status 0"
             if done or outcome.starts >= _MOST_STARTS:
@@ -336,7 +337,7 @@ class Trials:
 
 
 def table(outcomes: list[Outcome]) -> str:
-    """Markdown: a row for each fault, and one for all."""
+    """A Markdown table: a row per fault, and a total."""
     rows = ["| fault | trials | survived | without a restart | bitwise equal | steps lost (max) |", "|---|--:|--:|--:|--:|--:|"]
     for fault in (*FAULTS, "all"):
         some = [outcome for outcome in outcomes if fault in (outcome.fault, "all")]
@@ -355,14 +356,14 @@ def main() -> int:
     options = parser.parse_args()
     if not FsyncFaults.possible():
         parser.error("needs Linux on x86_64 or aarch64")
-    assert len(os.listdir("/proc/self/task")) == 1, "a fork copies one thread: there must not be others"  # noqa: PTH208
+    assert len(os.listdir("/proc/self/task")) == 1, "there must be no other threads, because a fork copies only one"  # noqa: PTH208
     began, outcomes = time.time(), []
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix="chaos-", dir=memory) as name:
         trials = Trials(Path(name))
         faults = [fault for fault in FAULTS if trials.disks or fault != "disk full"]
         if not trials.disks:
-            print("no right to mount a small disk: no disk-full trials")
+            print("no permission to mount a small disk: disk-full trials are skipped")
         print(f"undisturbed: {trials.seconds:.1f} s, {trials.fsyncs} fsync calls", flush=True)
         for number in range(options.trials):
             draw = random.Random(f"{options.seed}:{number}")
@@ -380,11 +381,11 @@ def main() -> int:
     took = time.time() - began
     print(f"trials {len(outcomes)}, survived {survived}, bitwise equal {equal}, steps lost (max) {lost}; {took:.0f} s")
     if options.record:
-        asked = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
         RESULTS.parent.mkdir(exist_ok=True)
         with RESULTS.open("a", encoding="utf-8") as file:
             file.write(
-                f"\n## {time.strftime('%Y-%m-%d')}, seed {options.seed}, commit {asked.stdout.strip()}\n\n"
+                f"\n## {time.strftime('%Y-%m-%d')}, seed {options.seed}, commit {commit.stdout.strip()}\n\n"
                 f"`python benchmarks/chaos.py --trials {options.trials} --seed {options.seed}`: {STEPS} steps, "
                 f"a checkpoint every {INTERVAL}; {platform.machine()}, Linux {platform.release()}, "
                 f"Python {platform.python_version()}, torch {torch.__version__}; {took:.0f} s.\n\n{table(outcomes)}\n"

@@ -1,10 +1,10 @@
-"""Faults that come from the kernel or the disk, not from a function that was replaced.
+"""Faults that come from the kernel or the disk, not from a replaced function.
 
-- `FsyncFaults`: the kernel asks this process what to answer to each `fsync` of another one (seccomp's user notification; Linux
-  5.5 or newer, no privileges), whoever calls it: Python, PyTorch or a library. Chosen calls get EIO, the others go on.
-- `SmallDisk`: a file system in memory (tmpfs) of its own, which fills up: what is written then gets ENOSPC. Needs root, or
-  a system that lets anybody mount in a namespace of its own; `SmallDisk.possible` tells.
-- `flip_byte`: one bit of one file, changed where it lies.
+- `FsyncFaults`: the kernel asks this process how to answer each `fsync` of another one (seccomp user notification; Linux 5.5 or
+  newer, no privileges needed), whoever calls it: Python, PyTorch or a library. Chosen calls get EIO, the others proceed.
+- `SmallDisk`: a separate in-memory file system (tmpfs) that fills up: further writes get ENOSPC. Needs root, or a system that
+  allows unprivileged mounts in a namespace; `SmallDisk.possible` tells.
+- `flip_byte`: changes one bit of one file in place.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ import subprocess
 import threading
 from pathlib import Path
 
-# System calls: seccomp, fsync, fdatasync; and how seccomp names the machine.
+# Numbers of the system calls seccomp, fsync and fdatasync, and seccomp's name of the architecture.
 _MACHINES = {"x86_64": (0xC000003E, 317, 74, 75), "aarch64": (0xC00000B7, 277, 82, 83)}
 _NO_NEW_PRIVILEGES, _FILTER, _NEW_LISTENER = 38, 1, 8
 _ALLOW, _ASK = 0x7FFF0000, 0x7FC00000
@@ -33,8 +33,8 @@ _REPLY = struct.Struct("<QqiI")
 class FsyncFaults:
     """Answers the `fsync` calls of one process: makes those with the numbers `failing` (from 1) fail with EIO.
 
-    Made before the fork; the child calls `begin_child`, the parent `begin_parent`. `count` is how many calls there were,
-    `failed` how many of them were refused.
+    Create it before the fork; the child calls `begin_child`, the parent `begin_parent`. `count` is the number of calls,
+    `failed` the number of those that failed.
     """
 
     def __init__(self, failing: range) -> None:
@@ -46,7 +46,7 @@ class FsyncFaults:
         return platform.system() == "Linux" and platform.machine() in _MACHINES
 
     def begin_child(self) -> None:
-        """From here on this process's `fsync` calls, in all its later threads too, are asked for."""
+        """Intercept all further `fsync` calls of this process and its future threads."""
         machine, seccomp, *calls = _MACHINES[platform.machine()]
 
         def instruction(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
@@ -71,7 +71,7 @@ class FsyncFaults:
         self._theirs.close()
 
     def begin_parent(self) -> None:
-        """Answer, in a thread, until the process is gone."""
+        """Answer calls in a thread until the process has exited."""
         self._theirs.close()
         threading.Thread(target=self._answer, daemon=True).start()
 
@@ -98,13 +98,13 @@ class FsyncFaults:
                     listener, _ANSWER, _REPLY.pack(number, 0, -errno.EIO if refused else 0, 0 if refused else _CONTINUE)
                 )
             except OSError as error:
-                if error.errno != errno.ENOENT:  # killed between its question and our answer
+                if error.errno != errno.ENOENT:  # killed between its call and our answer
                     break
         os.close(listener)
 
 
 class SmallDisk:
-    """A disk of `megabytes` at `folder`, as a context manager; `fill` takes all of its room, `free` gives it back."""
+    """A disk of `megabytes` at `folder`, as a context manager; `fill` uses up its space, `free` releases it."""
 
     def __init__(self, folder: Path, megabytes: int) -> None:
         self.folder, self._size = folder, megabytes
@@ -119,7 +119,7 @@ class SmallDisk:
             return False
 
     def fill(self, leave: int) -> None:
-        """Leave about `leave` bytes of room."""
+        """Use up the space except for about `leave` bytes."""
         with self._ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
             while file.write(b"\0" * 4096):
                 pass
@@ -139,7 +139,7 @@ class SmallDisk:
 
 
 def flip_byte(folder: Path, draw: random.Random) -> str:
-    """Change one bit of one file, of those that are not empty; says which."""
+    """Change one bit of a random non-empty file; returns which."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
     path = draw.choice(files)
     place = draw.randrange(path.stat().st_size)

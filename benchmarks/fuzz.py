@@ -1,20 +1,20 @@
-"""Hostile files through every loader: only our own error comes out, soon, in little memory, and nothing is run or written.
+"""Fuzzing: malformed files through every loader must raise only `UserError`, quickly, in little memory, and execute nothing.
 
     python benchmarks/fuzz.py --cases 20000 --seed 0 --record     # the table, appended to benchmarks/results/fuzz.md
-    python benchmarks/fuzz.py --target "nanoGPT ckpt.pt" --case 17      # one case again, with its traceback
+    python benchmarks/fuzz.py --target "nanoGPT ckpt.pt" --case 17      # repeat one case, with its traceback
 
-Method: for each target (benchmarks/fuzz_targets.py) a process of its own loads sound files once, which imports what is imported
-late, and then changed ones (benchmarks/hostile.py), one after the other. A case passes if the loader returns or raises
-`UserError` with a message, within 2 s and 1 GiB. Watched are:
+Method. For each target (benchmarks/fuzz_targets.py), a separate process first loads valid files, which triggers late imports,
+and then malformed ones (benchmarks/malformed_files.py), one after the other. A case passes if the loader returns or raises
+`UserError` with a message, within 2 s and 1 GiB. Checked are:
 
-- execution and writing: an audit hook stops and reports every command, every program that is run from data, every network
-  connection, and every file that is written, made or removed outside the case's folder. A canary stays unmade;
-- memory: the address space is limited to what the process has at the case's begin, and 1 GiB; the growth of resident memory
-  is measured;
-- time: the processor time of the case (a busy machine makes no case fail), and 10 s by the clock, after which the process is
-  killed. So a crash, an endless loop in a library and a wait for ever count as the case's fault and not as the fuzzer's.
+- execution and writing: an audit hook stops and reports every command, every execution of code from data, every network
+  connection, and every file written, created or removed outside the case's folder. A canary folder must not be created;
+- memory: the address space is limited to its size at the start of the case plus 1 GiB; the growth of resident memory is
+  measured;
+- time: the CPU time of the case (so that a busy machine does not fail it), and 10 s of wall-clock time, after which the process
+  is killed. A crash, an endless loop in a library or a wait without end therefore counts as a failure of the case.
 
-First come controls: loaders that do each forbidden thing, all of which must be caught, or nothing that follows means anything.
+Before that come self-tests: loaders that each do one forbidden thing, all of which must be caught.
 
 Limits: Linux (memory is read from /proc). Cases are drawn at random from a seed, not guided by coverage.
 """
@@ -41,15 +41,15 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-import torch._dynamo  # here once, and not in each process
+import torch._dynamo  # imported once here, not in each process
 
 from bardling.errors import UserError
-from fuzz_controls import CONTROLS
+from fuzz_audit import AuditHook
+from fuzz_self_test import SELF_TESTS
 from fuzz_targets import TARGETS, Target, change
-from fuzz_watch import Watch
 
 SECONDS, MEMORY, CLOCK = 2.0, 1 << 30, 10.0
-_START = 300.0  # seconds for what is imported before the first case
+_START = 300.0  # seconds allowed for imports before the first case
 RESULTS = Path(__file__).parent / "results" / "fuzz.md"
 
 
@@ -58,53 +58,55 @@ def _status(key: str) -> int:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key))
 
 
-def run_case(target: Target, number: int, seed: int, sound: Path, place: Path, watch: Watch, canary: Path) -> dict[str, Any]:
-    """One changed file through one loader."""
+def run_case(
+    target: Target, number: int, seed: int, valid: Path, place: Path, audit: AuditHook, canary: Path
+) -> dict[str, Any]:
+    """Load one malformed file with one loader."""
     draw = random.Random(f"{seed}:{target.name}:{number}")
     if target.writes or not place.exists():
         shutil.rmtree(place, ignore_errors=True)
-        shutil.copytree(sound, place)
+        shutil.copytree(valid, place)
     how = change(place, target, draw, canary) if number else "unchanged"
     changed = how.partition(":")[0]
-    watch.inside, watch.seen = str(place.resolve()), []
+    audit.inside, audit.seen = str(place.resolve()), []
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak of resident memory
     memory, used, began = _status("VmRSS"), time.process_time(), time.perf_counter()
     resource.setrlimit(resource.RLIMIT_AS, (_status("VmSize") + MEMORY, resource.RLIM_INFINITY))
     fault = ""
     outcome = "loaded"
     trace = ""
-    watch.armed = True
+    audit.armed = True
     try:
         target.load(place)
     except UserError as error:
         outcome = "refused"
         if not str(error).strip():
             fault = "an error without a message"
-    except BaseException as error:  # noqa: BLE001  whatever it is, it is the case's fault
+    except BaseException as error:  # noqa: BLE001  any exception is a failure of the case
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "/bardling/" in frame.filename]
         where = f" at {frames[-1].filename.partition('/bardling/')[2]}:{frames[-1].lineno}" if frames else ""
         fault, trace = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}{where}", traceback.format_exc()
     finally:
-        watch.armed = False
+        audit.armed = False
         resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     seconds, clock = time.process_time() - used, time.perf_counter() - began
     grown = max(0, _status("VmHWM") - memory)
-    if watch.seen:
-        fault = f"did what is forbidden: {watch.seen[0]}"
+    if audit.seen:
+        fault = f"forbidden operation: {audit.seen[0]}"
     elif canary.exists():
-        fault = "the canary was made: something ran"
+        fault = "the canary was created: something was executed"
         canary.rmdir()
     elif not fault and seconds > SECONDS:
         fault = f"took {seconds:.1f} s"
     elif not fault and grown > MEMORY:
         fault = f"took {grown >> 20} MiB"
     if number == 0 and outcome != "loaded" and not fault:
-        fault = "the sound files were refused"
+        fault = "the valid files were rejected"
     if not target.writes and number:
-        _restore(place / changed, sound / changed)
+        _restore(place / changed, valid / changed)
         if target.seal is not None:
-            for manifest in sound.rglob("manifest.json"):
-                _restore(place / manifest.relative_to(sound), manifest)
+            for manifest in valid.rglob("manifest.json"):
+                _restore(place / manifest.relative_to(valid), manifest)
     return {
         "case": number,
         "outcome": outcome,
@@ -117,17 +119,17 @@ def run_case(target: Target, number: int, seed: int, sound: Path, place: Path, w
     }
 
 
-def _restore(path: Path, sound: Path) -> None:
+def _restore(path: Path, valid: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-    shutil.copy2(sound, path)
+    shutil.copy2(valid, path)
 
 
 @dataclass
 class Tally:
-    """What came out of one target."""
+    """Results of one target."""
 
     name: str
     cases: int = 0
@@ -139,7 +141,7 @@ class Tally:
     faults: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, found: dict[str, Any]) -> None:
-        self.cases += found["case"] > 0  # number 0 is the unchanged file
+        self.cases += found["case"] > 0  # case 0 is the unchanged file
         if found["fault"]:
             self.faults.append(found)
         elif found["case"]:
@@ -150,29 +152,29 @@ class Tally:
         ) if found["case"] else (self.seconds, self.clock, self.bytes)  # fmt: skip
 
 
-def _child(target: Target, numbers: range, seed: int, sound: Path, pipe: int) -> None:
-    """The process of one target: a line of JSON for each case, before it ("begin") and after it."""
-    place, canary = sound.parent / "place", sound.parent / "canary"
+def _child(target: Target, numbers: range, seed: int, valid: Path, pipe: int) -> None:
+    """The process of one target: writes a JSON line before ("begin") and after each case."""
+    place, canary = valid.parent / "place", valid.parent / "canary"
     null = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(null, stream)
     os.environ["FUZZ_CANARY"] = str(canary)
     torch.set_num_threads(1)
-    watch = Watch()
+    audit = AuditHook()
     with os.fdopen(pipe, "w") as out:
         shutil.rmtree(place, ignore_errors=True)
-        with contextlib.suppress(UserError):  # imports what is imported late
-            if not target.name.startswith("control:"):
-                shutil.copytree(sound, place)
+        with contextlib.suppress(UserError):  # triggers late imports
+            if not target.name.startswith("self-test:"):
+                shutil.copytree(valid, place)
                 target.load(place)
                 shutil.rmtree(place)
         for number in numbers:
             print(json.dumps({"begin": number}), file=out, flush=True)
-            print(json.dumps(run_case(target, number, seed, sound, place, watch, canary)), file=out, flush=True)
+            print(json.dumps(run_case(target, number, seed, valid, place, audit, canary)), file=out, flush=True)
 
 
 def fork(function: Any, *arguments: Any) -> int:
-    """Run a function in a process of its own; returns its number."""
+    """Run a function in a forked process; returns its pid."""
     sys.stdout.flush()
     pid = os.fork()
     if pid:
@@ -186,18 +188,18 @@ def fork(function: Any, *arguments: Any) -> int:
 
 
 def run_target(target: Target, numbers: range, seed: int, folder: Path) -> Tally:
-    """All cases of a target; a process that dies or hangs costs the case it was at, and another goes on."""
-    tally, sound, place = Tally(target.name), folder / "sound", folder / "place"
-    if not sound.exists():  # another target may have needed the same
+    """Run all cases of a target; if its process dies or hangs, the case fails and another process continues."""
+    tally, valid, place = Tally(target.name), folder / "valid", folder / "place"
+    if not valid.exists():  # another target may have created the same files
         place.mkdir(parents=True)
-        _, status = os.waitpid(fork(target.make, place), 0)  # there, because a run remembers where its data lies
+        _, status = os.waitpid(fork(target.make, place), 0)  # here, because a run records the path of its data
         if status:
-            raise SystemExit(f"{target.name}: the sound files cannot be made")
-        place.rename(sound)
+            raise SystemExit(f"{target.name}: the valid files cannot be created")
+        place.rename(valid)
     following = numbers
     while following:
         reader, writer = os.pipe()
-        pid = fork(_child, target, following, seed, sound, writer)
+        pid = fork(_child, target, following, seed, valid, writer)
         os.close(writer)
         at, done, hung, started = following[0], None, False, False
         with os.fdopen(reader, "rb", buffering=0) as lines:
@@ -220,7 +222,7 @@ def run_target(target: Target, numbers: range, seed: int, folder: Path) -> Tally
                         done = found["case"]
         _, status = os.waitpid(pid, 0)
         if done != at:
-            fault = f"still going after {CLOCK:.0f} s" if hung else f"the process died (status {status})"
+            fault = f"still running after {CLOCK:.0f} s" if hung else f"the process died (status {status})"
             tally.add(
                 {
                     "case": at,
@@ -234,29 +236,29 @@ def run_target(target: Target, numbers: range, seed: int, folder: Path) -> Tally
                 }
             )
         elif status:
-            raise SystemExit(f"{target.name}: the fuzzer itself failed after case {at}")
+            raise SystemExit(f"{target.name}: the fuzzer failed after case {at}")
         following = following[following.index(at) + 1 :]
     return tally
 
 
-def check_controls(folder: Path) -> tuple[int, int]:
-    """How many of the forbidden things are caught, and of how many."""
+def run_self_tests(folder: Path) -> tuple[int, int]:
+    """Run the self-tests; returns how many forbidden operations are caught, and their number."""
     global CLOCK
     before, CLOCK = CLOCK, 2.0
     caught = 0
-    for control in CONTROLS:
-        tally = run_target(control, range(1, 2), 0, folder / "controls")
+    for self_test in SELF_TESTS:
+        tally = run_target(self_test, range(1, 2), 0, folder / "self-tests")
         caught += len(tally.faults) == 1
         if not tally.faults:
-            print(f"NOT CAUGHT: {control.name}")
+            print(f"NOT CAUGHT: {self_test.name}")
     CLOCK = before
-    return caught, len(CONTROLS)
+    return caught, len(SELF_TESTS)
 
 
 def table(tallies: list[Tally]) -> str:
     """Markdown."""
     rows = [
-        "| target | cases | refused with our error | loaded | worst time (CPU) | worst memory | violations |",
+        "| target | cases | rejected with UserError | loaded | worst time (CPU) | worst memory | violations |",
         "|---|--:|--:|--:|--:|--:|--:|",
     ]
     total = Tally("all")
@@ -280,20 +282,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--cases", type=int, default=20_000, help="in all")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--target", help="only this one")
-    parser.add_argument("--case", type=int, help="only this case of the target, with its traceback")
+    parser.add_argument("--target", help="run only this target")
+    parser.add_argument("--case", type=int, help="run only this case of the target, and print its traceback")
     parser.add_argument("--record", action="store_true", help=f"append the table to {RESULTS.name}")
     options = parser.parse_args()
     targets = [target for target in TARGETS if options.target in (None, target.name)]
     if not targets:
-        parser.error(f"no such target; there are {', '.join(target.name for target in TARGETS)}")
+        parser.error(f"unknown target; choose from {', '.join(target.name for target in TARGETS)}")
     shares = sum(target.share for target in targets)
     began, tallies = time.time(), []
-    # In memory where that is possible: thousands of small files are made.
+    # In memory if possible: thousands of small files are created.
     with tempfile.TemporaryDirectory(prefix="fuzz-", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as name:
         folder = Path(name)
-        caught, controls = check_controls(folder)
-        print(f"controls: {caught} of {controls} caught", flush=True)
+        caught, self_tests = run_self_tests(folder)
+        print(f"self-tests: {caught} of {self_tests} caught", flush=True)
         for target in targets:
             count = -(-options.cases * target.share // shares)
             numbers = range(count + 1) if options.case is None else range(options.case, options.case + 1)
@@ -320,9 +322,9 @@ def main() -> int:
                 f"\n## {time.strftime('%Y-%m-%d')}, seed {options.seed}, commit {commit}\n\n"
                 f"`python benchmarks/fuzz.py --cases {options.cases} --seed {options.seed}`; {platform.machine()}, Linux, "
                 f"Python {platform.python_version()}, torch {torch.__version__}; {time.time() - began:.0f} s; "
-                f"controls: {caught} of {controls} caught.\n\n{table(tallies)}\n"
+                f"self-tests: {caught} of {self_tests} caught.\n\n{table(tallies)}\n"
             )
-    return 0 if caught == controls and not faults else 1
+    return 0 if caught == self_tests and not faults else 1
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What is fuzzed: for each kind of file a sound example, how it is changed, and the loader that a command would give it to.
+"""Fuzzing targets: for each kind of file a valid example, how to change it, and the loader that a command would use.
 
-The examples are made here, by a training run of three steps and by the writers of each format. A changed file may be sealed
-again, its checksum made to fit, so that the checks behind the checksum are reached too.
+The examples are created here, by a training run of three steps and by the writers of each format. For most targets, the
+checksum of a changed file may be recomputed, so that the checks behind the checksum are reached too.
 """
 
 import contextlib
@@ -19,12 +19,12 @@ from typing import Literal
 import numpy as np
 import torch
 
-import hostile
-from bardling.checkpoint import manifest as checkpoint_manifest
+import malformed_files
+from bardling.checkpoint import checksums as checkpoint_manifest
+from bardling.checkpoint.contents import read_checkpoint
 from bardling.checkpoint.load import load
 from bardling.checkpoint.rng import restore_rng, rng_state
-from bardling.checkpoint.runfolder import open_run
-from bardling.checkpoint.state import read_checkpoint
+from bardling.checkpoint.run_folder import open_run
 from bardling.cli import info
 from bardling.cli.resume import foreign_config
 from bardling.config import (
@@ -37,25 +37,25 @@ from bardling.config import (
     SampleConfig,
     TrainConfig,
 )
-from bardling.configfile import config_to_toml, load_recipe
-from bardling.data.documents import Documents
-from bardling.data.manifest import _digest as dataset_digest
-from bardling.data.prepare import prepare
-from bardling.data.shards import open_dataset
-from bardling.data.tokenizer import load_tokenizer
-from bardling.interop.dataset import open_data
+from bardling.config.recipes import config_to_toml, load_recipe
+from bardling.data.tokens.dataset import open_data
+from bardling.data.tokens.documents import Documents
+from bardling.data.tokens.manifest import _digest as dataset_digest
+from bardling.data.tokens.prepare import prepare
+from bardling.data.tokens.shards import open_dataset
+from bardling.data.tokens.token_files import open_token_folder
+from bardling.data.tokens.tokenizer import load_tokenizer
 from bardling.interop.nanogpt import nanogpt_settings, recipe_toml, run_config_from_nanogpt
 from bardling.interop.nanogpt_checkpoint import write_meta, write_nanogpt_checkpoint
 from bardling.interop.nanogpt_keys import TRAIN_DEFAULTS, TRAIN_KEYS
-from bardling.interop.pyconfig import parse_flat_flags, read_nanogpt_arguments
-from bardling.interop.tokenfiles import open_token_folder
+from bardling.interop.python_config import parse_flat_flags, read_nanogpt_arguments
 from bardling.model.gpt import GPT
 from bardling.monitor.jsonl import read_jsonl, truncate_after
 from bardling.monitor.records import EventRecord
 from bardling.optim.build import build_optimizer
-from bardling.optim.state import load_optimizer_tensors
-from bardling.train.rollbacks import Rollback, write_rollbacks
-from bardling.train.run import resume, train
+from bardling.optim.serialization import load_optimizer_tensors
+from bardling.training.recovery.rollback_log import Rollback, write_rollbacks
+from bardling.training.run import resume, train
 
 CHECKPOINT = "checkpoints/step-000002"
 TEXT = "".join(f"The {a} and the {b} met {n} times.\n" for n in range(12) for a in ("king", "rose") for b in ("sea", "war"))
@@ -66,31 +66,31 @@ class Target:
     """One kind of file."""
 
     name: str
-    share: int  # of the cases, compared with the other targets
-    make: Callable[[Path], None]  # writes sound files into an empty folder
-    files: tuple[str, ...]  # of these, which are changed
+    share: int  # of the cases, relative to the other targets
+    make: Callable[[Path], None]  # writes valid files into an empty folder
+    files: tuple[str, ...]  # the files to change
     load: Callable[[Path], object]  # must return, or raise UserError
-    seal: Callable[[Path, str], None] | None = None  # make the checksums fit the changed file
+    seal: Callable[[Path, str], None] | None = None  # recompute the checksums of the changed file
     writes: bool = False  # the loader may write into the folder
 
 
 def change(folder: Path, target: Target, draw: random.Random, canary: Path) -> str:
-    """Change one of the target's files; say which and how."""
+    """Change one of the target's files; returns which and how."""
     name = draw.choice(target.files)
     path, kind = folder / name, draw.random()
     if kind < 0.03:
-        return f"{name}: {hostile.put_odd_file(path, draw)}"
+        return f"{name}: {malformed_files.put_special_file(path, draw)}"
     data = path.read_bytes()
     changed = None
     if kind > 0.35:
         with contextlib.suppress(
             RecursionError, ValueError, TypeError, OverflowError, RuntimeError, NotImplementedError, AttributeError
         ):
-            changed = _by_structure(name, data, draw, canary)  # what cannot even be written is changed as bytes
+            changed = _by_structure(name, data, draw, canary)  # values that cannot be serialised: change bytes instead
     how = "bytes" if changed is None else "structure"
-    path.write_bytes(hostile.mutate_bytes(data, draw) if changed is None else changed)
+    path.write_bytes(malformed_files.mutate_bytes(data, draw) if changed is None else changed)
     if target.seal is not None and draw.random() < 0.8:
-        with contextlib.suppress(ValueError, TypeError, RecursionError, AttributeError):  # too broken to be sealed
+        with contextlib.suppress(ValueError, TypeError, RecursionError, AttributeError):  # too damaged to recompute checksums
             target.seal(folder, name)
             how += ", sealed"
     return f"{name}: {how}"
@@ -99,29 +99,29 @@ def change(folder: Path, target: Target, draw: random.Random, canary: Path) -> s
 def _by_structure(name: str, data: bytes, draw: random.Random, canary: Path) -> bytes | None:
     suffix = Path(name).suffix
     simple = {
-        ".json": hostile.mutate_json,
-        ".jsonl": hostile.mutate_jsonl,
-        ".toml": hostile.mutate_toml,
-        ".safetensors": hostile.mutate_safetensors,
+        ".json": malformed_files.mutate_json,
+        ".jsonl": malformed_files.mutate_jsonl,
+        ".toml": malformed_files.mutate_toml,
+        ".safetensors": malformed_files.mutate_safetensors,
     }
     if suffix in simple:
         return simple[suffix](data, draw)
     with_canary = {
-        ".py": hostile.mutate_python,
-        ".pkl": hostile.mutate_pickle,
-        ".npy": hostile.mutate_npy,
-        ".pt": hostile.mutate_torch,
+        ".py": malformed_files.mutate_python,
+        ".pkl": malformed_files.mutate_pickle,
+        ".npy": malformed_files.mutate_npy,
+        ".pt": malformed_files.mutate_torch,
     }
     if name.startswith("checkpoint_"):
-        return hostile.mutate_torch(data, draw, canary)
+        return malformed_files.mutate_torch(data, draw, canary)
     return with_canary[suffix](data, draw, canary) if suffix in with_canary else None
 
 
-# ---- sound files ----
+# ---- valid files ----
 
 
 def tiny(folder: Path) -> RunConfig:
-    """A run of a second on a text that it writes into `folder`."""
+    """A one-second run on a text written into `folder`."""
     text = folder / "text.txt"
     text.write_text(TEXT)
     return RunConfig(
@@ -167,7 +167,7 @@ def make_tokenizer(folder: Path) -> None:
 
 
 def make_foreign(folder: Path) -> None:
-    """Checkpoints and a vocabulary of nanoGPT, and a checkpoint of nano-gpt."""
+    """nanoGPT checkpoints and a vocabulary, and a nano-gpt checkpoint."""
     make_run(folder)
     run = folder / "run"
     loaded = load(run, training=True)
@@ -195,7 +195,7 @@ def make_foreign(folder: Path) -> None:
 
 
 def make_token_folders(folder: Path) -> None:
-    """Tokens as nanoGPT, nano-gpt and llm.c keep them, each in a folder of its own."""
+    """Token files in the formats of nanoGPT, nano-gpt and llm.c, each in a separate folder."""
     ids = np.arange(600, dtype="<u2") % 11
     for name in ("nanogpt", "nano-gpt", "llmc"):
         (folder / name).mkdir()
@@ -210,7 +210,7 @@ def make_token_folders(folder: Path) -> None:
 
 
 def make_hf(folder: Path) -> None:
-    """A Llama in the form of `transformers`, in two shards with an index."""
+    """A Llama in the format of `transformers`, in two shards with an index."""
     from safetensors.torch import save_file
 
     from bardling.interop.huggingface import hf_config, hf_state
@@ -226,7 +226,7 @@ def make_hf(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": places}))
 
 
-# ---- checksums that fit ----
+# ---- recomputed checksums ----
 
 
 def seal_dataset(folder: Path, name: str) -> None:
@@ -239,8 +239,8 @@ def seal_dataset(folder: Path, name: str) -> None:
 def seal_checkpoint(folder: Path, name: str) -> None:
     if name.startswith(f"run/{CHECKPOINT}/") and not name.endswith("/manifest.json"):
         place = folder / "run" / CHECKPOINT
-        sealed = checkpoint_manifest.describe(place, 2, True)
-        (place / checkpoint_manifest.NAME).write_text(sealed.to_json())
+        sealed = checkpoint_manifest.build_manifest(place, 2, True)
+        (place / checkpoint_manifest.MANIFEST_NAME).write_text(sealed.to_json())
 
 
 # ---- loaders ----
@@ -252,7 +252,7 @@ def load_python(folder: Path) -> None:
 
 
 def load_flags(folder: Path) -> None:
-    """The lines of a file as flags of a command."""
+    """The lines of a file as command line flags."""
     path = folder / "config.py"
     with path.open("rb") if path.is_file() else io.BytesIO() as file:
         lines = file.read(1 << 20).decode("utf-8", "replace").split("\n")
@@ -261,7 +261,7 @@ def load_flags(folder: Path) -> None:
 
 
 def load_dataset(folder: Path) -> None:
-    os.environ["BARDLING_CACHE"] = str(folder / "cache")  # a folder without a manifest is taken for one of texts
+    os.environ["BARDLING_CACHE"] = str(folder / "cache")  # a folder without a manifest is treated as a folder of texts
     dataset = open_data(DataConfig(source=str(folder / "data")))
     for split in SPLITS:
         part = dataset.split(split)
@@ -282,7 +282,7 @@ def use_tokenizer(folder: Path) -> None:
 
 
 def load_checkpoint(folder: Path) -> None:
-    """All that resuming does with one checkpoint's files, and what sampling does."""
+    """Everything that resuming and sampling do with the files of a checkpoint."""
     place = folder / "run" / CHECKPOINT
     before = rng_state()
     try:
@@ -299,7 +299,7 @@ def load_checkpoint(folder: Path) -> None:
 
 
 def show_run(folder: Path) -> None:
-    """`bardling info --verify`, of the run and of the checkpoint."""
+    """`bardling info --verify` on the run and on the checkpoint."""
     info.run([str(folder / "run"), "--verify"])
     info.run([str(folder / "run" / CHECKPOINT), "--verify"])
 
@@ -316,10 +316,10 @@ def load_metrics(folder: Path) -> None:
 
 
 def draw_metrics(folder: Path) -> None:
-    """What `bardling report` makes of the figures, without the drawing."""
+    """`bardling report` without the drawing."""
     from bardling.config import RunConfig
+    from bardling.planning.batching import make_plan
     from bardling.report.curve import curve, smooth
-    from bardling.train.plan import make_plan
 
     records = read_jsonl(folder / "run/metrics.jsonl")
     plan = make_plan(RunConfig().train, 32, 1)
@@ -342,7 +342,7 @@ def load_foreign(name: str) -> Callable[[Path], None]:
 
 
 def load_meta(folder: Path) -> None:
-    from bardling.interop.tokenfiles import read_meta
+    from bardling.data.tokens.token_files import read_meta
 
     _, tokenizer = read_meta(folder / "meta.pkl")
     if tokenizer is not None:
@@ -385,7 +385,7 @@ TARGETS = (
     writes=True),
     Target("checkpoint", 16, make_run, STATE_FILES, load_checkpoint),
     Target("run and its manifests", 6, make_run, RUN_FILES + STATE_FILES + MANIFEST * 6, show_run, seal_checkpoint),
-    Target("run, one step of it", 4, make_run, (*RUN_FILES[:4], SKIPS, SKIPS), show_step),
+    Target("run, one step", 4, make_run, (*RUN_FILES[:4], SKIPS, SKIPS), show_step),
     Target("metrics.jsonl", 6, make_run, ("run/metrics.jsonl",), load_metrics, writes=True),
     Target("metrics.jsonl, drawn", 3, make_run, ("run/metrics.jsonl",), draw_metrics),
     Target("run, resumed", 4, make_run, (*RUN_FILES[1:], *STATE_FILES, *MANIFEST, SKIPS), resume_run, seal_checkpoint,

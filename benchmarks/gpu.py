@@ -1,24 +1,24 @@
-"""GPU: GPT-2 of 124M, 350M, 774M and 1558M parameters, beside the compiled plain loop, and without each optimisation in turn.
+"""GPU training speed of GPT-2 124M, 350M, 774M and 1558M, against a compiled plain loop, and without each optimisation in turn.
 
     python benchmarks/gpu.py                                         # everything: about 15 minutes
     python benchmarks/gpu.py --sizes 1558m --ablate                  # one size, ours and plain only
-    python benchmarks/gpu.py --record-absent                         # no GPU here: the results say that it was not measured
+    python benchmarks/gpu.py --record-absent                         # no GPU available: record that nothing was measured
     python benchmarks/gpu.py --tiny --device cpu                     # to try the script
 
-Method. Each case trains in a process of its own (`children.py`), one after the other, since the large ones need the whole
-GPU. `ours` is the library as a run puts it together. `plain` is what nanoGPT is on a GPU, written anew (`plain.py`, or a
-checkout with --nanogpt): bfloat16 autocast, torch.compile, fused AdamW, scaled-dot-product attention, full logits, the
-vocabulary rounded up to 64. Model, micro-batch and accumulation are the same for all cases of a size. After the steps
-that pay for compilation, blocks of steps are timed, without a wait within a block; the table has the median. All sides
-begin with the same weights and see the same batches; how far their losses of the first steps part is noted.
+Method. Each case trains in a separate process (`workers.py`), one after the other, since the large models need the whole GPU.
+`ours` is the library as a run assembles it. `plain` does what nanoGPT does on a GPU, reimplemented (`plain.py`, or a checkout
+with --nanogpt): bfloat16 autocast, torch.compile, fused AdamW, scaled-dot-product attention, full logits, the vocabulary
+rounded up to 64. Model, micro-batch and accumulation are the same for all cases of a size. After the steps that include
+compilation, blocks of steps are timed, without synchronisation within a block; the table shows the median. All
+implementations start from the same weights and see the same batches; the difference of their first losses is noted.
 
 `without compile`, `without chunked-loss` (full logits), `without fused-optimizer` (PyTorch's loop over tensors), `without
-bf16` (TF32 products), `without flash` (attention by its plain formula) and `without prefetch` are ours with that one
-optimisation switched off, for the sizes in --ablate; `with fp8` and `with cuda-graphs` are ours with what a run has only on
-request (`with fa3` and `with fa4`, FlashAttention 3 and 4, where they are installed and asked for).
+bf16` (TF32 matmuls), `without flash` (attention by its plain formula) and `without prefetch` are ours with that one
+optimisation turned off, for the sizes in --ablate; `with fp8` and `with cuda-graphs` are ours with features that a run uses
+only on request (`with fa3` and `with fa4` are FlashAttention 3 and 4, if installed and requested).
 
-MFU is given twice: of the data sheet's dense bfloat16 peak, and of the fastest large matrix product measured just before.
-A case that does not fit says so. One table a size is appended as soon as it is done.
+MFU is given twice: relative to the vendor's dense bfloat16 peak, and relative to the fastest large matmul measured just
+before. A case that does not fit into memory is reported as such. The table of a size is appended as soon as it is complete.
 """
 
 import statistics
@@ -32,10 +32,10 @@ import torch
 from bardling.cli.parse import parse
 from bardling.distributed.device import choose_device, device_name, matmul_flops
 from bardling.errors import UserError
-from bardling.model.arithmetic import flops_per_token
-from bardling.model.peaks import peak_flops
-from children import MORE, WITHOUT, Child, Spec, closest_curves
+from bardling.planning.costs import flops_per_token
+from bardling.planning.devices import peak_flops
 from tables import Table, publish, rounded, say, script, spread
+from workers import MORE, WITHOUT, Spec, Worker, closest_curves
 
 CURVE_STEPS = 10
 
@@ -47,19 +47,19 @@ class Size:
     n_layer: int
     n_head: int
     n_embd: int
-    batch: int  # sequences in a forward pass
-    accumulation: int  # forward passes in a step
+    batch: int  # sequences per forward pass
+    accumulation: int  # gradient accumulation steps
     block_size: int = 1024
     vocab_size: int = 50257
 
     @property
     def model(self) -> dict[str, Any]:
-        """As the library's configuration wants it: GPT-2, without biases, as nanoGPT trains it."""
+        """Fields of `ModelConfig`: GPT-2 without biases, as nanoGPT trains it."""
         keys = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
         return {**{key: getattr(self, key) for key in keys}, "bias": False, "gelu": "erf"}
 
 
-# 65,536 tokens a step each, in passes that 80 GB hold on both sides.
+# 65,536 tokens per step, in micro-batches that fit into 80 GB for both implementations.
 SIZES = {
     "124m": Size(12, 12, 768, batch=32, accumulation=2),
     "350m": Size(24, 16, 1024, batch=16, accumulation=4),
@@ -71,39 +71,39 @@ TINY = {"tiny": Size(1, 2, 32, batch=2, accumulation=2, block_size=16, vocab_siz
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure."""
+    """Options of this benchmark."""
 
     sizes: tuple[str, ...] = tuple(SIZES)
     """Of 124m, 350m, 774m, 1558m."""
     ablate: tuple[str, ...] = ("124m",)
-    """Sizes that are also measured without each optimisation; give none for none."""
+    """Sizes to measure also without each optimisation; may be empty."""
     without: tuple[str, ...] = WITHOUT
-    """The optimisations to switch off in turn."""
+    """Optimisations to turn off, one at a time."""
     more: tuple[str, ...] = ("fp8", "cuda-graphs")
-    """Those to switch on in turn: fp8, cuda-graphs, fa3, fa4."""
+    """Optimisations to turn on, one at a time: fp8, cuda-graphs, fa3, fa4."""
     batch: int | None = None
-    """Sequences in a forward pass; unset takes the size's."""
+    """Sequences per forward pass; default: depends on the size."""
     accumulation: int | None = None
-    """Forward passes in a step; unset takes the size's."""
+    """Gradient accumulation steps; default: depends on the size."""
     blocks: int = 4
-    """Blocks of steps that are timed."""
+    """Timed blocks of steps."""
     block: int = 8
-    """Steps in a block."""
+    """Steps per block."""
     nanogpt: Path | None = None
-    """A checkout of nanoGPT whose model, compiled, is measured too. Its code is executed."""
+    """A nanoGPT checkout whose compiled model is measured too. Its code is executed."""
     device: str = "cuda"
-    """Where to measure."""
+    """Device to measure on."""
     results: Path | None = None
-    """Folder to append the tables in; unset takes benchmarks/results."""
+    """Folder of the results file to append to; default: benchmarks/results."""
     record_absent: bool = False
-    """Where there is no GPU, write that into the results instead of failing."""
+    """Without a GPU, record in the results that nothing was measured instead of failing."""
     tiny: bool = False
     """Measure one tiny model instead, to try the script."""
 
 
 def main(argv: Sequence[str]) -> None:
-    """Measure size after size, and append a table for each."""
-    options = parse(Options, argv, prog="gpu.py", description="Tokens a second, MFU and memory of GPT-2's sizes on a GPU.")
+    """Measure each size and append a table for it."""
+    options = parse(Options, argv, prog="gpu.py", description="Tokens per second, MFU and memory of the GPT-2 sizes on a GPU.")
     sizes = TINY if options.tiny else SIZES
     wanted = tuple(TINY) if options.tiny else options.sizes
     for option, names, known in (
@@ -114,7 +114,7 @@ def main(argv: Sequence[str]) -> None:
     ):
         for name in names:
             if name not in known:
-                raise UserError(f"--{option} {name}: there are {', '.join(known)}")
+                raise UserError(f"--{option} {name}: choose from {', '.join(known)}")
     for option in ("batch", "accumulation", "blocks", "block"):
         value = getattr(options, option)
         if value is not None and value < 1:
@@ -124,8 +124,8 @@ def main(argv: Sequence[str]) -> None:
             _record_absent(wanted, argv, options)
             return
         raise UserError(
-            "no CUDA device here: run it where there is one; or --record-absent writes down that it was not measured, "
-            "and --tiny --device cpu tries the script"
+            "no CUDA device found: run this on a machine with a GPU, use --record-absent to record that nothing was measured, "
+            "or try the script with --tiny --device cpu"
         )
     device = choose_device(options.device)
     for name in wanted:
@@ -139,13 +139,13 @@ COLUMNS = ("size", "side", "computes", "ms/step", "tokens/s", "MFU", "MFU of mea
 def _record_absent(names: Sequence[str], argv: Sequence[str], options: Options) -> None:
     sides = ("ours", "plain, compiled")
     rows = [(name, side, *["not measured"] * (len(COLUMNS) - 2)) for name in names for side in sides]
-    notes = ("not measured: no GPU was at hand; the script was tried on a CPU with `--tiny --device cpu`",)
+    notes = ("not measured: no GPU was available; the script was tried on a CPU with `--tiny --device cpu`",)
     table = Table("GPU: not measured", COLUMNS, rows, notes)
     publish("gpu", [table], device=torch.device("cpu"), command=argv, folder=options.results)
 
 
 def cases_of(name: str, size: Size, options: Options) -> dict[str, Spec]:
-    """What is measured for a size, ours first."""
+    """The cases to measure for a size, ours first."""
     common: dict[str, Any] = {
         "model": size.model,
         "batch": options.batch or size.batch,
@@ -169,7 +169,7 @@ class _Measured:
     spec: Spec
     facts: dict[str, Any]
     curve: tuple[float, ...]
-    seconds: tuple[float, ...]  # a step, of each block
+    seconds: tuple[float, ...]  # per step, for each block
     above: int | None  # bytes
     peak: int | None
 
@@ -182,7 +182,7 @@ def measure(name: str, size: Size, options: Options, device: torch.device) -> Ta
         product = 256 if options.tiny else 8192
         fastest = max(fastest, matmul_flops(device, torch.bfloat16, size=product, seconds=0.05 if options.tiny else 0.5))
         if device.type == "cuda":
-            torch.cuda.empty_cache()  # the child wants the memory
+            torch.cuda.empty_cache()  # make room for the worker
         try:
             done[case] = _run(spec, f"{name}, {case}", options)
         except UserError as error:
@@ -193,17 +193,17 @@ def measure(name: str, size: Size, options: Options, device: torch.device) -> Ta
     rows += [(name, case, *["failed"] * (len(COLUMNS) - 2)) for case in lost]
     spec = cases_of(name, size, options)["ours"]
     notes = [
-        f"{spec.batch} x {size.block_size} tokens a pass, {spec.accumulation} passes a step; "
-        f"{flops_per_token(spec.config) / 1e9:.3g} GFLOP a token, attention's full square counted",
-        f"bfloat16 matrix product measured: {fastest / 1e12:,.3g} TFLOP/s; data sheet: "
+        f"{spec.batch} x {size.block_size} tokens per micro-batch, accumulation {spec.accumulation}; "
+        f"{flops_per_token(spec.config) / 1e9:.3g} GFLOP per token, counting all T² attention scores",
+        f"measured bfloat16 matmul: {fastest / 1e12:,.3g} TFLOP/s; vendor spec: "
         + ("unknown for this device" if sheet is None else f"{sheet / 1e12:,.0f} TFLOP/s"),
-        "above: peak memory above weights and optimizer, gradients included; x plain: speed beside the compiled plain loop",
+        "above: peak memory beyond weights and optimizer, with gradients; x plain: speed relative to the compiled plain loop",
     ]
     if "ours" in done and "plain, compiled" in done:
         ours, plain = done["ours"].curve, done["plain, compiled"].curve
         notes.append(
             f"losses of the first {len(ours)} steps ({plain[0]:.4f} to {plain[-1]:.4f} in the plain loop) differ by at most "
-            f"{closest_curves(ours, plain):.1e} nats; padded ids, which only the plain loop predicts, are a part of that"
+            f"{closest_curves(ours, plain):.1e} nats; this includes the padding ids, which only the plain loop predicts"
         )
     notes += [f"{case}: {why}" for case, why in lost.items()]
     return Table(f"GPU: {name}", COLUMNS, rows, notes)
@@ -211,13 +211,13 @@ def measure(name: str, size: Size, options: Options, device: torch.device) -> Ta
 
 def _run(spec: Spec, label: str, options: Options) -> _Measured:
     say(f"{label}: set-up and compilation")
-    with Child(spec, label) as child:
-        curve = child.steps(CURVE_STEPS).losses
-        seconds = tuple(child.steps(options.block).seconds for _ in range(options.blocks))
-        memory = child.steps(2, memory=True)
+    with Worker(spec, label) as worker:
+        curve = worker.steps(CURVE_STEPS).losses
+        seconds = tuple(worker.steps(options.block).seconds for _ in range(options.blocks))
+        memory = worker.steps(2, memory=True)
         speed = spec.tokens_per_step / statistics.median(seconds)
-        say(f"{label}: {spread([1e3 * value for value in seconds], '{:.1f}')} ms a step, {speed:,.0f} tokens/s")
-        return _Measured(spec, child.facts, curve, seconds, memory.memory_above, memory.memory_peak)
+        say(f"{label}: {spread([1e3 * value for value in seconds], '{:.1f}')} ms per step, {speed:,.0f} tokens/s")
+        return _Measured(spec, worker.facts, curve, seconds, memory.memory_above, memory.memory_peak)
 
 
 def _row(

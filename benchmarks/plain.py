@@ -1,10 +1,9 @@
-"""The plain loop: GPT-2 and its training step as a first program would write them, to measure the library against.
+"""A plain training loop: GPT-2 and its training step in the simplest form, as a baseline for the library.
 
-It shares no code with the library: full logits, losses by `F.cross_entropy`, one tensor after the other. By default
-eager, float32 and PyTorch's own AdamW with its defaults, which is what nanoGPT does on a CPU. `fast` makes it what
-nanoGPT is on a GPU: bfloat16 autocast, `torch.compile`, fused AdamW, the vocabulary rounded up to 64
-(scaled-dot-product attention is in both). Parameters are named as GPT-2's, so that both sides can begin with the same
-weights.
+It shares no code with the library: full logits, `F.cross_entropy`, one tensor after the other. By default it is eager, in
+float32, with PyTorch's AdamW and its defaults, which is what nanoGPT does on a CPU. `fast` makes it what nanoGPT is on a GPU:
+bfloat16 autocast, `torch.compile`, fused AdamW, the vocabulary rounded up to 64 (both use scaled-dot-product attention).
+Parameters have GPT-2's names, so that both implementations can start from the same weights.
 
 Shapes: B batch, T time, C width, H heads, V vocabulary.
 """
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 
 class _Norm(nn.Module):
-    """Layer norm whose bias can be left out."""
+    """Layer norm with an optional bias."""
 
     def __init__(self, width: int, bias: bool) -> None:
         super().__init__()
@@ -68,7 +67,7 @@ class _Block(nn.Module):
 
 
 class PlainGPT(nn.Module):
-    """GPT-2; `forward` gives the mean loss (nats)."""
+    """GPT-2; `forward` returns the mean loss (nats)."""
 
     def __init__(self, shape: dict[str, Any], vocab_rows: int) -> None:
         super().__init__()
@@ -93,7 +92,7 @@ class PlainGPT(nn.Module):
 
 
 def make_adamw(model: nn.Module, **options: Any) -> torch.optim.AdamW:
-    """AdamW in nanoGPT's two groups: tensors of two or more dimensions decay, the others do not."""
+    """AdamW with nanoGPT's two groups: weight decay for tensors of two or more dimensions only."""
     parameters = list(model.parameters())
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": 0.1},
@@ -112,10 +111,10 @@ def plain_steps(
     rate: Callable[[int], float],
     autocast: Callable[[], contextlib.AbstractContextManager[object]],
 ) -> Iterator[Tensor]:
-    """Yield the mean loss of each step after it has been done, for ever.
+    """Train indefinitely; yield the mean loss of each step after it.
 
     Args:
-        forward: (tokens, targets) -> mean loss; `model`, or what compiles it.
+        forward: (tokens, targets) -> mean loss; `model`, or its compiled form.
     """
     step = 0
     while True:

@@ -1,11 +1,12 @@
-"""Kill or stop one of two processes at a random moment, again and again: does the run end as an undisturbed one does?
+"""Kill or stop one of two processes at a random moment, repeatedly: does the run end equal to an undisturbed one?
 
     python benchmarks/ranks.py [--trials 20] [--seed 0] [--rank-timeout 6]
 
-Each trial starts a small run of two processes (gloo) under `torchrun --max-restarts`, waits for a random step, and sends
-SIGKILL or SIGSTOP, by turns, to a random one of them. torchrun starts both again, and the run goes on from its last
-checkpoint. A trial counts when torchrun ends with status 0, one line names the right rank, and all losses and the last weights
-are those of the undisturbed run, to the bit. Prints a line a trial and `N of N`; the exit status is 1 when one fails.
+Each trial starts a small run with two processes (gloo) under `torchrun --max-restarts`, waits for a random step, and sends
+SIGKILL and SIGSTOP, alternating between trials, to a random one of them. torchrun restarts both, and the run continues from
+its last checkpoint. A trial passes if torchrun exits with status 0, one line names the correct rank, and all losses and the
+final weights are bitwise those of the undisturbed run. Prints a line per trial and `N of N`; the exit status is 1 if a trial
+fails.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 STEPS = 200
-LATEST = 60  # the signal goes out by then: enough is left for who is late in sending it
+LATEST = 60  # the signal is sent by this step, which leaves enough steps if it is late
 RECIPE = """
 device = "cpu"
 precision = "float32"
@@ -54,15 +55,15 @@ every = 5
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one start of torchrun ended."""
+    """Result of one torchrun job."""
 
     status: int
     output: str
-    seconds: float | None  # from the signal to the message; None when there was none
+    seconds: float | None  # from the signal to the message; None without a message
 
 
 def launch(recipe: Path, out: Path, restarts: int, log: Path) -> subprocess.Popen[bytes]:
-    """Start two processes under torchrun; what they say goes to `log`."""
+    """Start two processes under torchrun, with their output in `log`."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += [f"--max-restarts={restarts}", "-m", "bardling", "train", str(recipe), "--out", str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
@@ -71,7 +72,7 @@ def launch(recipe: Path, out: Path, restarts: int, log: Path) -> subprocess.Pope
 
 
 def workers(agent: int) -> list[int]:
-    """Processes that torchrun has started, by rank."""
+    """The processes started by torchrun, by rank."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
@@ -79,7 +80,7 @@ def workers(agent: int) -> list[int]:
                 parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
                 environment = (entry / "environ").read_bytes().split(b"\0")
             except (OSError, IndexError, ValueError):
-                continue  # it has just ended
+                continue  # it has just exited
             if parent == agent:
                 rank = next((int(item[5:]) for item in environment if item.startswith(b"RANK=")), None)
                 if rank is not None:
@@ -94,7 +95,7 @@ def losses(run: Path) -> list[tuple[int, float]]:
 
 
 def disturbed(recipe: Path, out: Path, *, number: int, rank: int, lines: int, restarts: int, limit: float = 240.0) -> Outcome:
-    """Run, and send signal `number` to `rank` once `lines` figures have been logged."""
+    """Run, and send signal `number` to `rank` once `lines` metrics lines have been logged."""
     log = out.with_suffix(".log")
     process = launch(recipe, out, restarts, log)
     end, sent, said = time.monotonic() + limit, None, None
@@ -108,7 +109,7 @@ def disturbed(recipe: Path, out: Path, *, number: int, rank: int, lines: int, re
         if sent is not None and said is None and f"rank {rank} (".encode() in log.read_bytes():
             said = time.monotonic() - sent
         time.sleep(0.01)
-    if process.poll() is None:  # a trial that hangs is a failure, not a wait without end
+    if process.poll() is None:  # a trial that hangs fails
         for pid in [*workers(process.pid), process.pid]:
             os.kill(pid, signal.SIGKILL)
     return Outcome(process.wait(), log.read_text(errors="replace"), said)

@@ -1,14 +1,14 @@
-"""Scaling: step time and memory as width, depth, context, batch and vocabulary double, one at a time.
+"""Scaling: step time and memory as width, depth, context, batch and vocabulary are doubled one at a time.
 
     python benchmarks/scaling.py
     python benchmarks/scaling.py --sizes width context --doublings 4
     python benchmarks/scaling.py --tiny                              # seconds: to try the script
 
-Method. From one base model, one size at a time is doubled, and doubled again. Each case trains in a process of its own
-(`children.py`) as a run would: some steps to warm up, then blocks of steps, of which the fastest counts (a busy machine can
-only make a block slower), then a few steps for the memory above weights and optimizer. The table sets the factors by
-which time and memory grew beside the factor of the arithmetic. Time that grows faster than FLOPs, or memory that grows
-faster than the size, points at waste; time that grows slower says that the smaller case was bound by overhead.
+Method. Starting from a base model, one dimension at a time is doubled repeatedly. Each case trains in a separate process
+(`workers.py`) as a run would: a few warm-up steps, then blocks of steps, of which the fastest counts (other load can only
+make a block slower), then a few steps to measure the memory beyond weights and optimizer. The table compares the growth
+factors of time and memory with that of FLOPs. Time that grows faster than FLOPs, or memory that grows faster than the
+dimension, suggests waste; time that grows more slowly shows that the smaller case was dominated by overhead.
 """
 
 from collections.abc import Sequence
@@ -19,9 +19,9 @@ from typing import Any, Literal
 from bardling.cli.parse import parse
 from bardling.distributed.device import choose_device
 from bardling.errors import UserError
-from bardling.model.arithmetic import flops_per_token
-from children import Child, Spec
+from bardling.planning.costs import flops_per_token
 from tables import Table, megabytes, publish, rounded, say, script
+from workers import Spec, Worker
 
 BASE: dict[str, Any] = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 128, "vocab_size": 2048, "batch": 8}
 TINY: dict[str, Any] = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "vocab_size": 64, "batch": 2}
@@ -30,31 +30,31 @@ SIZES = {"width": "n_embd", "depth": "n_layer", "context": "block_size", "batch"
 
 @dataclass(frozen=True)
 class Options:
-    """What to double, and how often."""
+    """Options of this benchmark."""
 
     sizes: tuple[str, ...] = tuple(SIZES)
     """Of width, depth, context, batch, vocabulary."""
     doublings: int = 3
-    """How often each is doubled."""
+    """Number of doublings of each."""
     blocks: int = 5
-    """Blocks of steps, of which the fastest counts."""
+    """Timed blocks of steps; the fastest counts."""
     block: int = 5
-    """Steps in a block."""
+    """Steps per block."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Number format of matrix products."""
+    """Dtype of matmuls."""
     compile: Literal["on", "off"] = "off"
-    """torch.compile, the same for all cases, so that they can be compared."""
+    """torch.compile, for all cases alike."""
     device: str = "cpu"
-    """Where to measure."""
+    """Device to measure on."""
     results: Path | None = None
-    """Folder to append the table in; unset takes benchmarks/results."""
+    """Folder of the results file to append to; default: benchmarks/results."""
     tiny: bool = False
-    """Start from a tiny model, double once, to try the script."""
+    """Start from a tiny model and double once, to try the script."""
 
 
 @dataclass(frozen=True)
 class _Case:
-    """One row, measured."""
+    """One measured row."""
 
     size: str
     value: int
@@ -65,11 +65,11 @@ class _Case:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Measure every case, and write one table."""
+    """Measure every case and write one table."""
     options = parse(Options, argv, prog="scaling.py", description="Step time and memory as each size doubles.")
     for size in options.sizes:
         if size not in SIZES:
-            raise UserError(f"--sizes {size}: there are {', '.join(SIZES)}")
+            raise UserError(f"--sizes {size}: choose from {', '.join(SIZES)}")
     for name in ("doublings", "blocks", "block"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} {getattr(options, name)}: must be at least 1")
@@ -88,7 +88,7 @@ def main(argv: Sequence[str]) -> None:
     notes = (
         f"base: {', '.join(f'{key} {value}' for key, value in base.items())}; precision {options.precision}, "
         f"compile {options.compile}; heads stay {base['n_head']}",
-        "x: the factor to the row above; above: peak memory above weights and optimizer, gradients included",
+        "x: factor relative to the row above; above: peak memory above weights and optimizer, gradients included",
     )
     columns = ("doubled", "to", "parameters", "ms/step", "x time", "x FLOPs", "GFLOP/s", "above, MB", "x memory")
     table = Table("Scaling, one size at a time", columns, rows, notes)
@@ -106,13 +106,13 @@ def _measure(sizes: dict[str, Any], size: str, value: int, options: Options) -> 
         compile=options.compile,
     )
     label = size if size == "base" else f"{size} {value}"
-    with Child(spec, label) as child:
-        child.steps(3)
-        seconds = min(child.steps(options.block).seconds for _ in range(options.blocks))
-        above = child.steps(2, memory=True).memory_above
-        say(f"{label}: {seconds * 1e3:.1f} ms a step")
+    with Worker(spec, label) as worker:
+        worker.steps(3)
+        seconds = min(worker.steps(options.block).seconds for _ in range(options.blocks))
+        above = worker.steps(2, memory=True).memory_above
+        say(f"{label}: {seconds * 1e3:.1f} ms per step")
         flops = float(flops_per_token(spec.config)) * spec.tokens_per_step
-        return _Case(size, value, child.facts["parameters"], flops, seconds, above)
+        return _Case(size, value, worker.facts["parameters"], flops, seconds, above)
 
 
 def _row(size: str, value: int, case: _Case, before: _Case | None) -> tuple[str, ...]:

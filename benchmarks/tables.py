@@ -1,7 +1,6 @@
 """Tables of measurements: printed, and appended with date, device and versions to `benchmarks/results/NAME.md`.
 
-Also here, because every script needs them: the facts of the machine, and how a script ends (an error that the user can
-put right is one line, status 2).
+Also what every script needs: the description of the machine, and error handling (a user error is one line, status 2).
 """
 
 import datetime
@@ -26,7 +25,7 @@ RESULTS = HERE / "results"
 
 @dataclass(frozen=True)
 class Table:
-    """What was measured: one row a case. Cells are texts; the notes say how to read them."""
+    """Measurements, one row per case. Cells are strings; notes explain them."""
 
     title: str
     columns: Sequence[str]
@@ -34,7 +33,7 @@ class Table:
     notes: Sequence[str] = ()
 
     def markdown(self) -> str:
-        """The table with its columns aligned, so that it reads as well in a terminal; figures stand to the right."""
+        """The table in Markdown with aligned columns, also readable in a terminal; numbers are right-aligned."""
         for row in self.rows:
             if len(row) != len(self.columns):
                 raise ValueError(f"{self.title}: a row has {len(row)} cells for {len(self.columns)} columns: {row}")
@@ -57,13 +56,13 @@ class Table:
 
 
 def publish(name: str, tables: Sequence[Table], *, device: torch.device, command: Sequence[str], folder: Path | None) -> Path:
-    """Print the tables and append them to NAME.md in `folder` (unset: `benchmarks/results/`); returns the file.
+    """Print the tables and append them to NAME.md in `folder` (default: `benchmarks/results/`); returns the file.
 
     Args:
-        command: what was typed, so that it can be repeated.
+        command: the command line arguments, to repeat the measurement.
 
     Raises:
-        UserError: the file cannot be written. The tables have been printed then.
+        UserError: the file cannot be written; the tables have been printed.
     """
     path = (folder or RESULTS) / f"{name}.md"
     facts = machine_facts(device)
@@ -75,20 +74,20 @@ def publish(name: str, tables: Sequence[Table], *, device: torch.device, command
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         begun = path.exists()
-        with path.open("a", encoding="utf-8") as file:  # one write: a kill leaves the old file or a whole entry
+        with path.open("a", encoding="utf-8") as file:  # one write, so that a kill leaves the old file or a complete entry
             file.write(text if begun else f"# Results of benchmarks/{name}.py\n\nNewest last.\n\n{text}")
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); the tables above are all there is") from None
+        raise UserError(f"{path}: cannot be written ({error.strerror}); the tables are only printed above") from None
     print(f"appended to {path}", file=sys.stderr)
     return path
 
 
 def machine_facts(device: torch.device) -> dict[str, str]:
-    """What a figure depends on: device, cores, how busy they were, versions."""
+    """What the results depend on: device, cores, load, versions."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     facts = {"device": device_name(device), "cores": f"{cores}, {torch.get_num_threads()} threads used by PyTorch"}
     if hasattr(os, "getloadavg"):
-        facts["load"] = f"{os.getloadavg()[0]:.1f} processes on average in the last minute, these measurements included"
+        facts["load"] = f"{os.getloadavg()[0]:.1f} processes on average over the last minute, including these measurements"
     versions = {"bardling": _bardling(), "torch": torch.__version__, "python": platform.python_version()}
     if device.type == "cuda":
         versions["cuda"] = str(torch.version.cuda)
@@ -97,14 +96,14 @@ def machine_facts(device: torch.device) -> dict[str, str]:
 
 
 def _bardling() -> str:
-    """The package's version, with the commit where it is run from a checkout."""
+    """The package version, and the commit if run from a checkout."""
     version = importlib.metadata.version("bardling")
     try:
         answer = subprocess.run(
             ["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True, timeout=10, check=True
         )
     except (OSError, subprocess.SubprocessError):
-        return version  # no git, or no checkout: the version is all that is known
+        return version  # no git, or not a checkout
     return f"{version} ({answer.stdout.strip()})"
 
 
@@ -120,17 +119,17 @@ def megabytes(size: float) -> str:
 
 
 def rounded(value: float) -> str:
-    """A figure with three digits that count."""
+    """A number with three significant digits."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def say(message: str) -> None:
-    """Tell how far the work has come, beside the tables."""
+    """Print progress to standard error."""
     print(message, file=sys.stderr, flush=True)
 
 
 def script(main: Callable[[Sequence[str]], None]) -> None:
-    """Run a benchmark's `main` on the command line; what the user can put right is one line and status 2."""
+    """Run a benchmark's `main` on the command line; user errors are one line and status 2."""
     try:
         main(sys.argv[1:])
     except UserError as error:

@@ -1,25 +1,24 @@
-"""Throughput: how fast the library trains, beside a plain loop on the same mathematics, in the same minutes.
+"""Throughput: training speed of the library against a plain loop with the same mathematics, measured side by side.
 
     python benchmarks/throughput.py                                  # char-small, char-baby, gpt2-124m against the plain loop
     python benchmarks/throughput.py --settings char-small --nanogpt ~/nanoGPT --transformers
     python benchmarks/throughput.py --tiny                           # seconds: to try the script
 
-Method. Each side runs in a process of its own (`children.py`). First each does 20 steps from the same weights on the same
-batches, whose losses are compared; these pay for compilation and set-up too. Then come rounds in which every side does
-a block of steps, the order turning with the round, so that all see the same machine; a ratio is that of two blocks of
-one round, and the table has the median of the ratios with the smallest and the largest. Last, each does a few steps for
-its peak memory (`children.py` says how).
+Method. Each implementation runs in a separate process (`workers.py`). First, each takes 20 steps from the same weights on the
+same batches, whose losses are compared; these steps include compilation and set-up. Then come rounds in which every
+implementation runs a block of steps, in rotating order, so that all see the same machine; a ratio compares two blocks of one
+round, and the table shows the median of the ratios with minimum and maximum. Finally, each runs a few steps to measure peak
+memory (see `workers.py`).
 
-`ours` is the library as a run puts it together; number format and compilation are what a run of the setting's length
-would choose, unless --precision or --compile say otherwise. `compiled` is ours with `--compile on`, which a longer run than the
-setting's would choose: it earns back what compiling costs. `lean` is ours for little memory: `--train.recompute blocks` and
-`--compile off`. `plain` is eager, float32, PyTorch's AdamW with its defaults, full logits: what nanoGPT does on a CPU.
-nanoGPT's own model and optimizer, and transformers' GPT-2, are measured as they come; the first has the exact GELU also where
-the setting has the other, the second has biases in every setting.
+`ours` is the library as a run assembles it; precision and compilation are what a run of the setting's length would choose,
+unless --precision or --compile are given. `compiled` is ours with `--compile on`, as a longer run would choose, in which
+compilation pays off. `lean` is ours with less memory: `--train.recompute blocks` and `--compile off`. `plain` is eager,
+float32, with PyTorch's AdamW and its defaults and full logits: what nanoGPT does on a CPU. nanoGPT's own model and optimizer
+and transformers' GPT-2 are measured unchanged; nanoGPT uses the exact GELU even if the setting uses the other one, and
+transformers has biases in every setting.
 
-MFU is against a matrix product measured between the rounds: the fastest of all measurements, over both number formats,
-so that the figures of all sides mean the same. FLOPs are those of matrix products, attention's full square
-(`model/arithmetic.py`).
+MFU is relative to a matmul measured between the rounds: the fastest of all measurements, over both dtypes, so that the MFUs
+of all implementations are comparable. FLOPs are those of matmuls, counting all T² attention scores (`planning/costs.py`).
 """
 
 import math
@@ -35,27 +34,27 @@ import torch
 from bardling.cli.parse import parse
 from bardling.distributed.device import choose_device, matmul_flops
 from bardling.errors import UserError
-from bardling.model.arithmetic import flops_per_token
-from children import BlockOfSteps, Child, Spec, closest_curves
+from bardling.planning.costs import flops_per_token
 from tables import Table, megabytes, publish, rounded, say, script, spread
+from workers import BlockOfSteps, Spec, Worker, closest_curves
 
-CURVE_STEPS = 20  # from the first weights, without a warm-up: learning rates are such that curves do not jump
+CURVE_STEPS = 20  # from initialisation without warm-up; the learning rates are low enough for smooth curves
 TOLERANCE = {"bfloat16": 0.01, "float32": 3e-4}
-"""Most that a loss of the first steps may differ from the plain loop's, as a part of it. bfloat16 keeps 8 bits, and a loss is a
-mean over thousands of tokens whose errors mostly cancel, but weights part a little with every step."""
+"""Largest relative difference of a loss in the first steps from the plain loop's. bfloat16 has 8 significant bits; errors
+mostly cancel in the mean over thousands of tokens, but the weights drift apart a little with every step."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A model with its batch, and how long it is measured."""
+    """A model, its batch, and the duration of the measurement."""
 
     model: dict[str, Any]
     batch: int
     rounds: int
-    block: int  # steps of a side in a round
+    block: int  # steps per implementation and round
     run_steps: int  # of the run for which 'auto' decides
     lr: float = 1e-3
-    also: tuple[str, ...] = ()  # other ways of ours to measure: compiled, lean
+    also: tuple[str, ...] = ()  # further variants of ours: compiled, lean
 
 
 def _gpt2(n_layer: int, n_head: int, n_embd: int, block_size: int, vocab_size: int, *, as_nanogpt: bool) -> dict[str, Any]:
@@ -78,50 +77,50 @@ TINY = {"tiny": Setting(_gpt2(2, 2, 32, 16, 65, as_nanogpt=True), batch=2, round
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure, against what."""
+    """Options of this benchmark."""
 
     settings: tuple[str, ...] = tuple(SETTINGS)
     """Of char-small, char-baby, gpt2-124m."""
     nanogpt: Path | None = None
-    """A checkout of nanoGPT, to measure its model and optimizer too. Its code is executed."""
+    """A nanoGPT checkout whose model and optimizer are measured too. Its code is executed."""
     transformers: bool = False
     """Measure transformers' GPT-2 too (its Trainer, where accelerate is installed)."""
     others_precision: Literal["float32", "bfloat16"] = "float32"
-    """Of nanoGPT's and transformers' models: what they do on a CPU unless told otherwise, or bfloat16 autocast."""
+    """Precision of nanoGPT's and transformers' models: their default on a CPU, or bfloat16 autocast."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of ours."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """Of ours; auto decides for a run of the setting's usual length."""
+    """For ours; auto decides for a run of the setting's usual length."""
     device: str = "cpu"
-    """Where to measure."""
+    """Device to measure on."""
     rounds: int | None = None
-    """Rounds; unset takes the setting's."""
+    """Rounds; default: depends on the setting."""
     block: int | None = None
-    """Steps of each side in a round; unset takes the setting's."""
+    """Steps per implementation and round; default: depends on the setting."""
     results: Path | None = None
-    """Folder to append the table in; unset takes benchmarks/results."""
+    """Folder of the results file to append to; default: benchmarks/results."""
     tiny: bool = False
     """Measure one tiny model instead, to try the script."""
 
 
 @dataclass
 class _Measured:
-    """One side's figures."""
+    """Measurements of one implementation."""
 
-    child: Child
+    worker: Worker
     curve: tuple[float, ...]
-    blocks: list[float] = field(default_factory=list)  # seconds a step, of each round
+    blocks: list[float] = field(default_factory=list)  # seconds per step, for each round
     memory: BlockOfSteps | None = None
 
 
 def main(argv: Sequence[str]) -> None:
-    """Measure the settings one after the other, and write one table."""
-    options = parse(Options, argv, prog="throughput.py", description="Tokens a second, MFU and memory against a plain loop.")
+    """Measure the settings one after the other and write one table."""
+    options = parse(Options, argv, prog="throughput.py", description="Tokens per second, MFU and memory against a plain loop.")
     settings = TINY if options.tiny else SETTINGS
     wanted = tuple(TINY) if options.tiny else options.settings
     for name in wanted:
         if name not in settings:
-            raise UserError(f"--settings {name}: there are {', '.join(settings)}")
+            raise UserError(f"--settings {name}: choose from {', '.join(settings)}")
     for name in ("rounds", "block"):
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -139,7 +138,7 @@ def main(argv: Sequence[str]) -> None:
         rows += more
         notes += remarks
     notes.append(
-        "ratio: time of a step of that side divided by ours, median (smallest-largest) over the rounds; "
+        "ratio: step time relative to ours, median (minimum-maximum) over the rounds; "
         "above: peak memory above weights and optimizer, gradients included"
     )
     columns = ("setting", "side", "computes", "ms/step", "tokens/s", "MFU", "above, MB", "process, MB", "ratio")
@@ -148,7 +147,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def sides_of(setting: Setting, options: Options) -> dict[str, Spec]:
-    """The sides to measure, ours first."""
+    """The implementations to measure, ours first."""
     common: dict[str, Any] = {"model": setting.model, "batch": setting.batch, "device": options.device, "lr": setting.lr}
     ours = Spec("ours", **common, precision=options.precision, compile=options.compile, run_steps=setting.run_steps)
     found = {"ours": ours, "plain": Spec("plain", **common, precision="float32")}
@@ -174,26 +173,26 @@ def measure(name: str, setting: Setting, options: Options, device: torch.device)
         sides: dict[str, _Measured] = {}
         for side, spec in sides_of(setting, options).items():
             say(f"{name}: {side}: set-up and the first {CURVE_STEPS} steps")
-            child = stack.enter_context(Child(spec, f"{name}, {side}"))
-            sides[side] = _Measured(child, child.steps(CURVE_STEPS).losses)
+            worker = stack.enter_context(Worker(spec, f"{name}, {side}"))
+            sides[side] = _Measured(worker, worker.steps(CURVE_STEPS).losses)
         order = list(sides)
         for turn in range(setting.rounds):
             measure_peak()
             for side in order:
-                sides[side].blocks.append(sides[side].child.steps(setting.block).seconds)
+                sides[side].blocks.append(sides[side].worker.steps(setting.block).seconds)
             times = ", ".join(f"{side} {sides[side].blocks[-1] * 1e3:.1f}" for side in sides)
-            say(f"{name}: round {turn + 1} of {setting.rounds}: ms a step: {times}")
+            say(f"{name}: round {turn + 1} of {setting.rounds}: ms per step: {times}")
             order = [*order[1:], order[0]]
         measure_peak()
         for measured in sides.values():
-            measured.memory = measured.child.steps(2, memory=True)
+            measured.memory = measured.worker.steps(2, memory=True)
     return _rows(name, sides, max(peaks)), _notes(name, sides, max(peaks))
 
 
 def _rows(name: str, sides: dict[str, _Measured], peak: float) -> list[tuple[str, ...]]:
     rows = []
     for side, measured in sides.items():
-        spec, facts, memory = measured.child.spec, measured.child.facts, measured.memory
+        spec, facts, memory = measured.worker.spec, measured.worker.facts, measured.memory
         seconds = statistics.median(measured.blocks)
         speed = spec.tokens_per_step / seconds
         ratios = [theirs / ours for theirs, ours in zip(measured.blocks, sides["ours"].blocks, strict=True)]
@@ -218,12 +217,12 @@ def _rows(name: str, sides: dict[str, _Measured], peak: float) -> list[tuple[str
 
 def _notes(name: str, sides: dict[str, _Measured], peak: float) -> list[str]:
     ours, plain = sides["ours"], sides["plain"]
-    precision = str(ours.child.facts["precision"])
+    precision = str(ours.worker.facts["precision"])
     part = TOLERANCE.get(precision, TOLERANCE["bfloat16"])
     gap, bound = closest_curves(ours.curve, plain.curve), part * min(plain.curve)
     verdict = "within" if gap <= bound else "BEYOND"
     notes = [
-        f"{name}: matrix product peak {peak / 1e9:,.0f} GFLOP/s",
+        f"{name}: measured matmul peak {peak / 1e9:,.0f} GFLOP/s",
         f"{name}: losses of the first {len(ours.curve)} steps ({plain.curve[0]:.4f} to {plain.curve[-1]:.4f}) differ from the "
         f"plain loop's by at most {gap:.1e} nats, {verdict} the tolerance for {precision} of {part:g} of a loss",
     ]
@@ -233,11 +232,11 @@ def _notes(name: str, sides: dict[str, _Measured], peak: float) -> list[str]:
         if len(found) == 2:
             ratios = [slow / fast for slow, fast in zip(plain.blocks, sides[side].blocks, strict=True)]
             notes.append(
-                f"{name}: {side}: peak memory above weights and optimizer is {found[0] / found[1]:.2f} of the plain loop's, "
+                f"{name}: {side}: peak memory above weights and optimizer is {found[0] / found[1]:.2f} times the plain loop's, "
                 f"whose step takes {spread(ratios)} times as long"
             )
     if not math.isfinite(gap):
-        notes.append(f"{name}: a loss was no number")
+        notes.append(f"{name}: a loss is NaN or infinite")
     return notes
 
 

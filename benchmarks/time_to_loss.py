@@ -1,27 +1,27 @@
-"""Time to a loss: whole-process wall-clock until a validation loss on tiny Shakespeare by character, beside nanoGPT's.
+"""Time to a loss: wall-clock time of the whole process to reach a validation loss on character-level tiny Shakespeare.
 
     python benchmarks/time_to_loss.py --recipe RECIPE --nanogpt ~/nanoGPT
     python benchmarks/time_to_loss.py --recipe RECIPE --text input.txt --steps 300 --repeat 3 --warm
     python benchmarks/time_to_loss.py --setting baby --nanogpt ~/nanoGPT --device cuda
     python benchmarks/time_to_loss.py --recipe RECIPE --text input.txt -- --train.steps 400 --optim.muon_lr 0.03
 
-What is timed is a command from its start to its end, with interpreter, imports, compilation and saving. Validation is not
-counted, without subtracting anything: what is timed does not validate.
+The time of a command is measured from start to exit, including interpreter, imports, compilation and saving. Validation does
+not count, and nothing has to be subtracted: the timed commands do not validate.
 
-1. Preparation, not timed: the text becomes tokens once. Both sides get the same ones: the last tenth is held out.
-2. Search, not timed: `bardling train RECIPE` validates every --every steps on all of the held-out part. The first step at or
-   below the target is the step S to reach. --steps names S instead.
-3. Timed: the same command without validation, stopped after step S. Seed, length of the decay and everything else are those
-   of the search, so that the training is the same; the compile cache is a new empty folder, unless --warm. That it reached the
-   target is then checked: the saved model is measured on all of the held-out part. (With an average of the weights,
-   `optim.ema_decay`, the search's own figure for step S counts, since what is saved are the weights themselves.)
-4. nanoGPT, timed in the same run: its README's command, from a copy of the checkout, on the same tokens. Its evaluation is
-   switched off but for one batch of each split before the first and after the last step, at which it saves; its saved model
-   is measured by the same code on all of the held-out part. In the setting `baby` it passes its best loss before its
-   end, so that an untimed run with its own evaluation finds the step first.
+1. Preparation, not timed: the text is tokenized once, for both trainers; the last tenth is the validation split.
+2. Search, not timed: `bardling train RECIPE` validates every --every steps on the whole validation split. The first step at
+   or below the target is the step S to reach. --steps sets S instead.
+3. Timed: the same command without validation, stopped after step S. Seed, decay length and all other settings are those of
+   the search, so that training is identical; the compile cache is a new empty folder, unless --warm is given. Afterwards the
+   saved model is evaluated on the whole validation split, to check that it reached the target. (With an EMA of the weights,
+   `optim.ema_decay`, the search's loss at step S counts instead, since the raw weights are saved.)
+4. nanoGPT, timed alternately with step 3: the command in its README, in a copy of the checkout, on the same tokens. Its
+   evaluation is reduced to one batch of each split before the first and after the last step, at which it saves; the saved
+   model is evaluated by the same code on the whole validation split. In the setting `baby` its best loss comes before its
+   last step, so an untimed run with its own evaluation finds that step first.
 
-Losses are means over every held-out token but the first, in windows of the model's own context, computed in float32.
-Timed runs alternate; with --repeat the table has medians.
+Losses are means over all validation tokens but the first, in sequences as long as the model's context, computed in float32.
+Timed runs alternate; with --repeat the table shows medians.
 """
 
 import os
@@ -41,14 +41,15 @@ from typing import Literal
 import torch
 
 from bardling.checkpoint.load import load
-from bardling.checkpoint.runfolder import open_run
+from bardling.checkpoint.run_folder import open_run
 from bardling.cli.parse import parse
-from bardling.cli.train import parse_recipe_and_options
+from bardling.cli.recipe import parse_recipe_command
+from bardling.cli.train import TrainOptions
 from bardling.config import RunConfig
-from bardling.configfile import load_recipe
-from bardling.data.loader import EvalWindows
-from bardling.data.prepare import prepare
-from bardling.data.shards import TokenDataset
+from bardling.config.recipes import load_recipe
+from bardling.data.batches.loader import EvalSequences
+from bardling.data.tokens.prepare import prepare
+from bardling.data.tokens.shards import TokenDataset
 from bardling.distributed.context import Context
 from bardling.distributed.device import Precision, choose_device
 from bardling.errors import UserError
@@ -56,22 +57,22 @@ from bardling.evaluate.loss import evaluate_loss
 from bardling.monitor.jsonl import read_jsonl
 from tables import Table, publish, say, script, spread
 
-ALL = 10**9  # windows: more than there are
+ALL = 10**9  # sequences: more than there are
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is to be reached, and by which of nanoGPT's commands."""
+    """The loss to reach, and nanoGPT's command for it."""
 
     target: float
     recipe: str
-    flags: tuple[str, ...]  # of nanoGPT's train.py, after its configuration file
+    flags: tuple[str, ...]  # for nanoGPT's train.py, after its configuration file
     steps: int  # nanoGPT's
-    passes_best: bool  # nanoGPT overfits before its end
+    passes_best: bool  # nanoGPT overfits before the end of its training
 
 
 SETTINGS = {
-    # The CPU example of nanoGPT's README.
+    # The CPU example in nanoGPT's README.
     "small": Setting(
         target=1.8857,
         recipe="shakespeare-cpu",
@@ -82,39 +83,39 @@ SETTINGS = {
         steps=2000,
         passes_best=False,
     ),
-    # Its GPU example.
+    # The GPU example in its README.
     "baby": Setting(target=1.4697, recipe="shakespeare-char", flags=(), steps=5000, passes_best=True),
 }
 
 
 @dataclass(frozen=True)
 class Options:
-    """What to train, on what, until when."""
+    """Options of this benchmark."""
 
     setting: Literal["small", "baby"] = "small"
-    """small: to 1.8857, against 4 layers of width 128; baby: to 1.4697, against 6 layers of width 384 (a GPU, or patience)."""
+    """small: to 1.8857, against 4 layers of width 128; baby: to 1.4697, against 6 layers of width 384 (GPU, or hours)."""
     recipe: str | None = None
-    """Our recipe: a shipped name or a TOML file; unset takes shakespeare-cpu, for baby shakespeare-char."""
+    """Bardling recipe: a shipped name or a TOML file; default: shakespeare-cpu, or shakespeare-char for baby."""
     text: str = "shakespeare-char"
-    """The text: a file, or the dataset by name, which is downloaded."""
+    """The text: a file, or the name of the dataset, which is downloaded."""
     nanogpt: Path | None = None
-    """A checkout of nanoGPT, to time too. Its code is executed."""
+    """A nanoGPT checkout to time too. Its code is executed."""
     target: float | None = None
-    """Validation loss to reach; unset takes the setting's."""
+    """Validation loss to reach; default: depends on the setting."""
     steps: int | None = None
-    """Step at which ours reaches it, instead of the search."""
+    """Step at which Bardling reaches it; default: found by the search."""
     every: int = 10
-    """Steps between the search's validations."""
+    """Steps between validations in the search."""
     repeat: int = 1
-    """Timed runs of each side."""
+    """Timed runs per trainer."""
     warm: bool = False
-    """Keep the search's compile cache for the timed runs, as a second run would find it."""
+    """Reuse the search's compile cache in the timed runs, as in a second run."""
     nanogpt_flags: str = ""
     """Flags of nanoGPT's train.py that override the setting's, without dashes: 'max_iters=20 lr_decay_iters=20'."""
     device: str = "cpu"
-    """Where to train, both sides."""
+    """Device for both trainers."""
     results: Path | None = None
-    """Folder to append the table in; unset takes benchmarks/results."""
+    """Folder of the results file to append to; default: benchmarks/results."""
 
 
 @dataclass(frozen=True)
@@ -124,11 +125,11 @@ class Timed:
     seconds: float  # whole process
     before_first: float | None  # until the first step was logged
     steps: int
-    loss: float  # on all held-out text
+    loss: float  # on the whole validation split
 
 
 def main(argv: Sequence[str]) -> None:
-    """Prepare, search, time, and write the table."""
+    """Prepare, search, time and write the table."""
     own, more = (argv[: list(argv).index("--")], argv[list(argv).index("--") + 1 :]) if "--" in argv else (argv, ())
     options = parse(Options, own, prog="time_to_loss.py", description="Wall-clock until a validation loss.")
     for name in ("every", "repeat", "steps"):
@@ -138,9 +139,9 @@ def main(argv: Sequence[str]) -> None:
     setting = SETTINGS[options.setting]
     device = choose_device(options.device)
     if options.nanogpt is not None and not (options.nanogpt / "config" / "train_shakespeare_char.py").is_file():
-        raise UserError(f"--nanogpt {options.nanogpt}: has no config/train_shakespeare_char.py; name a checkout of nanoGPT")
+        raise UserError(f"--nanogpt {options.nanogpt}: has no config/train_shakespeare_char.py; give a nanoGPT checkout")
     target = setting.target if options.target is None else options.target
-    load_recipe(options.recipe or setting.recipe)  # a wrong name is told before any work
+    load_recipe(options.recipe or setting.recipe)  # report a wrong name before any work
     with tempfile.TemporaryDirectory(prefix="time-to-loss-") as folder:
         work = Path(folder)
         data = _prepare(options.text, work / "data")
@@ -163,21 +164,21 @@ def _tell(side: str, timed: Timed) -> None:
 
 
 def _prepare(text: str, out: Path) -> TokenDataset:
-    """The text as tokens, the last tenth held out."""
+    """The tokenized text, with the last tenth as validation split."""
     say(f"preparing {text}")
     try:
         dataset = prepare(text, out, "char", val_fraction=0.1)
     except UserError as error:
         raise UserError(str(error).replace("--data.source", "--text")) from None
     if dataset.tokenizer is None:
-        raise UserError(f"{text}: is no text; name a text file")
+        raise UserError(f"{text}: is not a text file")
     return dataset
 
 
 def full_loss(model: Path, data: TokenDataset, device: torch.device) -> float:
-    """Loss of a saved model on all of the held-out part (nats), in float32."""
+    """Loss (nats) of a saved model on the whole validation split, in float32."""
     built = load(model).build().to(device)
-    windows = EvalWindows(data.split("val"), built.config.block_size, None)
+    windows = EvalSequences(data.split("val"), built.config.block_size, None)
     precision = Precision("float32", "fixed", device.type)
     context = Context(rank=0, world_size=1, device=device)
     return evaluate_loss(built, windows, batch_size=64, precision=precision, context=context).loss
@@ -201,9 +202,9 @@ def _table(options: Options, target: float, found: str, sides: dict[str, list[Ti
             )
         )
     notes = [
-        f"target: validation loss {target:g} on all of the held-out tenth; {found}",
+        f"target: validation loss {target:g} on the whole validation split; {found}",
         f"bardling: {ours}; compile cache {'warm' if options.warm else 'cold'}",
-        "whole process: from the start of the command to its end, nothing subtracted; x: of bardling's time",
+        "whole process: from the start of the command to its exit, nothing subtracted; x: relative to bardling",
     ]
     if theirs is not None:
         notes.append(f"nanoGPT: {theirs}")
@@ -212,28 +213,29 @@ def _table(options: Options, target: float, found: str, sides: dict[str, list[Ti
 
 
 class Ours:
-    """`bardling train`, as a command."""
+    """`bardling train`, run as a command."""
 
     def __init__(self, options: Options, setting: Setting, more: Sequence[str], data: TokenDataset, work: Path) -> None:
         self._options, self._data, self._work = options, data, work
         recipe = options.recipe or setting.recipe
         fixed = ["--device", options.device, "--data.source", str(data.path), "--checkpoint.every", "0"]
         fixed += ["--checkpoint.save_best", "False", "--sample.every", "0"]
-        _, asked = parse_recipe_and_options("train", [recipe, *more, *fixed], "")  # complains now rather than after a search
-        self.config: RunConfig = asked.config
+        # Checks the options now rather than after the search.
+        _, _, train_options = parse_recipe_command("train", TrainOptions, [recipe, *more, *fixed], "")
+        self.config: RunConfig = train_options.config
         self._command = [sys.executable, "-m", "bardling", "train", recipe, *more, *fixed]
-        # A timed run is shorter; its decay must not be.
+        # A timed run is shorter, but its decay must not be.
         self._same = ["--optim.decay_steps", str(self.config.optim.decay_steps or self.config.train.steps)]
         self._searched: dict[int, float] = {}
 
     def search(self, target: float) -> tuple[int, str]:
-        """The step to reach, and where it comes from.
+        """The step to reach, and how it was determined.
 
         Raises:
             UserError: the recipe does not reach the target.
         """
         if self._options.steps is not None:
-            return self._options.steps, f"after step {self._options.steps}, as asked"
+            return self._options.steps, f"after step {self._options.steps}, as given"
         every = self._options.every
         say(f"searching: {self.config.train.steps} steps with a validation every {every}")
         out, _, _ = self._run("search", "caches", ["--eval.every", str(every), "--eval.windows", str(ALL)])
@@ -246,13 +248,13 @@ class Ours:
                 f"the recipe does not reach {target:g} in its {self.config.train.steps} steps: its lowest validation loss is "
                 f"{self._searched[step]:.4f}, after step {step}; try more steps (-- --train.steps N) or another --target"
             )
-        # What `auto` decided for the whole run stays decided so.
+        # Keep what `auto` decided for the whole run.
         self._same += ["--compile", open_run(out).config().compile]
         loss = self._searched[reached[0]]
         return reached[0], f"a search with a validation every {every} steps found {loss:.4f} after step {reached[0]}"
 
     def timed(self, step: int, turn: int) -> Timed:
-        """Train to that step, with a clock."""
+        """Train to that step and measure the time."""
         more = ["--train.steps", str(step), "--eval.every", "0", "--eval.windows", "1", *self._same]
         out, started, seconds = self._run(f"timed-{turn}", "caches" if self._options.warm else f"caches-{turn}", more)
         self.config = open_run(out).config()
@@ -263,13 +265,13 @@ class Ours:
         return Timed(seconds, first - started, step, loss)
 
     def describe(self) -> str:
-        """The model, and what was chosen for it."""
+        """The model and its settings."""
         model, chosen = self.config.model, f"{self.config.precision}, compile {self.config.compile}"
         shape = f"{model.n_layer} layers of width {model.n_embd}, context {model.block_size}"
         return f"{shape}, batch {self.config.train.batch_size}, {chosen}; {self.config.optim.name}, seed {self.config.seed}"
 
     def _run(self, name: str, caches: str, more: Sequence[str]) -> tuple[Path, float, float]:
-        """Run the command; returns the run's folder, when it began (seconds since 1970), and how long it took (seconds)."""
+        """Run the command; returns the run folder, the start time (Unix time) and the duration (seconds)."""
         out, words, folder = self._work / name, self._work / f"{name}.txt", self._work / caches
         places = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton", "BARDLING_CACHE": "bardling"}
         environment = {**os.environ, **{key: str(folder / place) for key, place in places.items()}}
@@ -284,7 +286,7 @@ class Ours:
 
 
 class NanoGPT:
-    """nanoGPT's train.py, as a command, in a copy of the checkout with our tokens."""
+    """nanoGPT's train.py, run as a command in a copy of the checkout with the same tokens."""
 
     def __init__(self, options: Options, setting: Setting, data: TokenDataset, work: Path) -> None:
         assert options.nanogpt is not None
@@ -307,7 +309,7 @@ class NanoGPT:
             self._steps = self._best_step()
 
     def timed(self, turn: int) -> Timed:
-        """Train, with a clock."""
+        """Train and measure the time."""
         out = f"out-{turn}"
         quiet = ["--eval_iters=1", f"--eval_interval={self._steps}", f"--max_iters={self._steps}"]
         quiet += ["--always_save_checkpoint=True", f"--out_dir={out}"]
@@ -315,17 +317,19 @@ class NanoGPT:
         first = next((moment for moment, line in lines if line.startswith("iter ")), None)
         saved = self._folder / out / "ckpt.pt"
         if not saved.is_file():
-            raise UserError(f"nanoGPT's train.py saved no {out}/ckpt.pt; its last line: {lines[-1][1] if lines else 'none'}")
+            raise UserError(
+                f"nanoGPT's train.py did not save {out}/ckpt.pt; its last line: {lines[-1][1] if lines else 'none'}"
+            )
         return Timed(seconds, first, self._steps, full_loss(saved, self._data, choose_device(self._options.device)))
 
     def describe(self) -> str:
-        """The command that was timed."""
+        """The timed command."""
         words = ["python train.py config/train_shakespeare_char.py", f"--device={self._options.device}", *self._flags]
-        return f"`{' '.join(words)}`, saved and ended after step {self._steps}"
+        return f"`{' '.join(words)}`, saved and stopped after step {self._steps}"
 
     def _best_step(self) -> int:
-        """The step at which its own evaluation finds the lowest validation loss."""
-        say("nanoGPT: a run with its own evaluation, not timed, to find its best step")
+        """The step with the lowest validation loss in nanoGPT's own evaluation."""
+        say("nanoGPT: an untimed run with its own evaluation, to find its best step")
         lines, _ = self._run([*self._flags, "--out_dir=out-search"])
         found = [re.match(r"step (\d+): .*val loss ([\d.]+)", line) for _, line in lines]
         losses = {int(match[1]): float(match[2]) for match in found if match and int(match[1])}
@@ -334,7 +338,7 @@ class NanoGPT:
         return min(losses, key=losses.__getitem__)
 
     def _run(self, flags: Sequence[str]) -> tuple[list[tuple[float, str]], float]:
-        """Run train.py; returns what it printed, each line with the seconds since the start, and the seconds in all."""
+        """Run train.py; returns its output lines with their times since the start, and the total time (seconds)."""
         command = [sys.executable, "-u", "train.py", "config/train_shakespeare_char.py", f"--device={self._options.device}"]
         lines: list[tuple[float, str]] = []
         clock = time.perf_counter()
@@ -352,7 +356,7 @@ class NanoGPT:
 
 def _last_line(path: Path) -> str:
     lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    return lines[-1] if lines else "it said nothing"
+    return lines[-1] if lines else "no output"
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What a loader does that none may: an audit hook that sees it, stops it and notes it.
+"""An audit hook that detects, stops and records operations that no loader may perform.
 
-Forbidden are commands, network connections, code that is not a module's, and files that are written, made or removed outside
-one folder. The hook cannot be removed; it acts while it is armed.
+Forbidden are commands, network connections, executing code that is not part of an imported module, and writing, creating or
+removing files outside one folder. A Python audit hook cannot be removed; it acts only while it is armed.
 """
 
 import os
@@ -29,16 +29,16 @@ _CHANGES = (
 
 
 class ForbiddenError(BaseException):
-    """Not an Exception: no loader may swallow it."""
+    """Not an `Exception`, so that loaders do not catch it."""
 
 
 def _place(path: str) -> str:
-    """Where a name is, wherever it may lead: removing a link changes the link's folder."""
+    """The path with its folder resolved but not its last component: removing a link changes the folder of the link."""
     return os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))  # noqa: PTH118, PTH119, PTH120
 
 
 def _paths(event: str, arguments: tuple[Any, ...]) -> list[str]:
-    """The paths that an event of `_CHANGES` is about; a relative one may be below an open folder."""
+    """The paths that an event in `_CHANGES` affects; relative ones may refer to an open folder."""
     sources = {"os.rename": (0, 1), "os.link": (0, 1), "os.symlink": (1,)}.get(event, (0,))
     above = {"os.rename": (2, 3), "os.link": (2, 3), "os.symlink": (2,), "os.mkdir": (2,), "os.remove": (1,), "os.rmdir": (1,)}
     paths = []
@@ -49,12 +49,12 @@ def _paths(event: str, arguments: tuple[Any, ...]) -> list[str]:
     return paths
 
 
-class Watch:
-    """The audit hook: what a loader does that it must not."""
+class AuditHook:
+    """Raises `ForbiddenError` for forbidden operations, and records them in `seen`."""
 
     def __init__(self) -> None:
         self.armed = False
-        self.inside = ""  # the only folder in which may be written
+        self.inside = ""  # the only folder that may be written to
         self.seen: list[str] = []
         self._sources = tuple(
             {sys.prefix, sys.base_prefix, str(Path(__file__).parents[1]), str(Path(bardling.__file__).parents[1]), "<frozen"}
@@ -66,10 +66,10 @@ class Watch:
             return
         bad = None
         if event == "ctypes.dlopen" and arguments[0] is None:
-            return  # what the process has loaded already
+            return  # the process itself, already loaded
         if event in _FORBIDDEN or (event == "subprocess.Popen" and arguments[1] != ["git", "rev-parse", "HEAD"]):
             bad = f"{event} {arguments!r}"
-        elif event == "exec":  # modules that are imported late are no data
+        elif event == "exec":  # late imports of modules are allowed
             code = arguments[0]
             if not (code.co_name == "<module>" and code.co_filename.startswith(self._sources)) and not self._importing():
                 bad = f"exec of {code.co_filename}"
@@ -88,7 +88,7 @@ class Watch:
 
     def _is_inside(self, path: object) -> bool:
         if isinstance(path, int) or not isinstance(path, str | bytes | os.PathLike):
-            return True  # a descriptor: it was opened before
+            return True  # a file descriptor: checked when it was opened
         return os.path.realpath(os.fspath(path)).startswith(self.inside) or os.fspath(path) == os.devnull
 
     @staticmethod

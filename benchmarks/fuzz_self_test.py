@@ -1,4 +1,4 @@
-"""Loaders that do what is forbidden, one thing each: the proof that the fuzzer's watch sees it."""
+"""Loaders that each do one forbidden thing, which the fuzzer must catch."""
 
 import contextlib
 import ctypes
@@ -11,7 +11,7 @@ import numpy as np
 from fuzz_targets import Target
 
 
-def make_control(folder: Path) -> None:
+def make_example(folder: Path) -> None:
     (folder / "file.json").write_text("{}")
 
 
@@ -25,7 +25,7 @@ def _writes_elsewhere(folder: Path) -> None:
 
 
 def _runs_a_command(folder: Path) -> None:
-    with contextlib.suppress(BaseException):  # hiding it is of no use
+    with contextlib.suppress(BaseException):  # suppressing the exception must not help
         os.system("true")
 
 
@@ -38,7 +38,7 @@ def _computes_too_long(folder: Path) -> None:
         pass
 
 
-def _waits_for_ever(folder: Path) -> None:
+def _waits_forever(folder: Path) -> None:
     os.mkfifo(folder / "pipe")
     with (folder / "pipe").open("rb") as file:
         file.read()
@@ -52,8 +52,8 @@ def _fails_otherwise(folder: Path) -> None:
     raise KeyError("x")
 
 
-CONTROLS = tuple(
-    Target(f"control:{load.__name__.strip('_')}", 1, make_control, ("file.json",), load, writes=True)
-    for load in (_unpickles, _writes_elsewhere, _runs_a_command, _takes_memory, _computes_too_long, _waits_for_ever, _crashes,
+SELF_TESTS = tuple(
+    Target(f"self-test:{load.__name__.strip('_')}", 1, make_example, ("file.json",), load, writes=True)
+    for load in (_unpickles, _writes_elsewhere, _runs_a_command, _takes_memory, _computes_too_long, _waits_forever, _crashes,
     _fails_otherwise)
 )  # fmt: skip

@@ -1,9 +1,9 @@
-"""Sound files made hostile: what a bad disk, a bad copy or a bad person could put in a file's place.
+"""Malformed and malicious files: what a failing disk, a bad copy or an attacker could put in place of a file.
 
-Two kinds of change. Those of bytes know no format: cut, flip, insert, repeat, numbers that grow. Those of structure keep a file
-readable (JSON, TOML, safetensors, pickles, PyTorch archives, NumPy arrays) and change what it says: other types, sizes of
-terabytes, deep nesting, references in circles, and pickles that would make the canary's folder if anything ran them. Every
-change is drawn from the generator that is given, so a case can be repeated.
+There are two kinds of changes. Byte changes know no format: cut, flip, insert, repeat, increase numbers. Structural changes
+keep a file readable (JSON, TOML, safetensors, pickles, PyTorch archives, NumPy arrays) and change its content: other types,
+sizes of terabytes, deep nesting, reference cycles, and pickles that would create the canary folder if anything executed them.
+Every change is drawn from the given generator, so cases can be repeated.
 """
 
 import io
@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-DEEP = "@deep@"  # stands for nesting that no encoder would write itself
+DEEP = "@deep@"  # placeholder for nesting deeper than an encoder would write
 ODD: list[Any] = [
     None, True, False, 0, -1, 1, 2, 3, 255, 2**16, 2**24, 2**31 - 1, 2**31, 2**40, 2**53 + 1, 2**63 - 1, 2**63, 2**64, -(2**63),
     10**30, 10**400, 0.5, -0.0, 1e-320, 1e308, float("inf"), float("-inf"), float("nan"), "", "\0", "x", "\ud800", "é" * 300,
@@ -39,7 +39,7 @@ SNIPPETS = [
 
 
 def mutate_bytes(data: bytes, draw: random.Random) -> bytes:
-    """One to three changes that know nothing of the format."""
+    """Make one to three changes that are independent of the format."""
     for _ in range(draw.choice((1, 1, 1, 2, 3))):
         at = draw.randrange(len(data) + 1)
         end = min(len(data), at + draw.choice((1, 2, 8, 64, 1000)))
@@ -75,7 +75,7 @@ def mutate_bytes(data: bytes, draw: random.Random) -> bytes:
 
 
 def mutate_tree(value: Any, draw: random.Random, odd: list[Any] | None = None) -> Any:
-    """The nested value with one to three of its parts replaced, removed, doubled or renamed."""
+    """The nested value with one to three elements replaced, removed, duplicated or renamed."""
     for _ in range(draw.choice((1, 1, 2, 3))):
         value = _change(value, draw, odd or ODD)
     return value
@@ -104,7 +104,7 @@ def _change(value: Any, draw: random.Random, odd: list[Any]) -> Any:
 
 
 def to_json(value: Any, draw: random.Random) -> bytes:
-    """JSON, with nesting of some depth where `DEEP` stands."""
+    """JSON, with `DEEP` replaced by deep nesting."""
     depth = draw.choice((20, 200, 990, 3000, 100_000))
     opening, closing = draw.choice((("[", "]"), ('{"a":', "}")))
     return json.dumps(value).replace(json.dumps(DEEP), opening * depth + "0" + closing * depth).encode()
@@ -122,7 +122,7 @@ def mutate_jsonl(data: bytes, draw: random.Random) -> bytes:
 
 
 def mutate_toml(data: bytes, draw: random.Random) -> bytes:
-    """A value of one line replaced, or a line moved, doubled or renamed."""
+    """Replace the value of one line, or move, duplicate or rename a line."""
     lines = data.decode().split("\n")
     at = draw.randrange(len(lines))
     key, equals, _ = lines[at].partition("=")
@@ -150,7 +150,7 @@ EXPRESSIONS = [
 
 
 def mutate_python(data: bytes, draw: random.Random, canary: Path) -> bytes:
-    """A setting given a hostile expression, or a hostile line added."""
+    """Give a setting a malicious expression, or insert a malicious line."""
     lines = data.decode().split("\n")
     at = draw.randrange(len(lines))
     expression = draw.choice([*EXPRESSIONS, repr(draw.choice([odd for odd in ODD if odd != DEEP]))]).replace(
@@ -173,7 +173,7 @@ def mutate_python(data: bytes, draw: random.Random, canary: Path) -> bytes:
 
 
 def mutate_safetensors(data: bytes, draw: random.Random) -> bytes:
-    """Another header, with its true or a false length; names, types, shapes of terabytes, places that overlap."""
+    """Change the header, with a correct or wrong length: names, dtypes, shapes of terabytes, overlapping offsets."""
     size = int.from_bytes(data[:8], "little")
     header, rest = json.loads(data[8 : 8 + size]), data[8 + size :]
     if draw.random() < 0.5:
@@ -198,13 +198,13 @@ def mutate_safetensors(data: bytes, draw: random.Random) -> bytes:
         header = mutate_tree(header, draw)
     text = to_json(header, draw)
     claimed = len(text) if draw.random() < 0.8 else draw.choice((0, 2, len(text) * 2, 1 << 27, 1 << 40, (1 << 64) - 1))
-    if draw.random() < 0.15:  # numbers that are none
+    if draw.random() < 0.15:  # NaN or infinity
         rest = rest[:-4] + struct.pack("<f", draw.choice((float("nan"), float("inf"))))
     return claimed.to_bytes(8, "little") + text + rest
 
 
 class _Program:
-    """Pickles into a call."""
+    """An object whose pickle calls a function."""
 
     def __init__(self, call: Callable[..., object], *arguments: object) -> None:
         self.call, self.arguments = call, arguments
@@ -213,8 +213,8 @@ class _Program:
         return self.call, self.arguments
 
 
-def hostile_pickle(draw: random.Random, canary: Path) -> bytes:
-    """A pickle that makes the canary's folder when it is run, or that grows, nests or turns in circles."""
+def malicious_pickle(draw: random.Random, canary: Path) -> bytes:
+    """A pickle that creates the canary folder when executed, or that expands, nests deeply or contains cycles."""
     where = str(canary)
     cycle: list[Any] = []
     cycle.append(cycle)
@@ -248,12 +248,12 @@ def hostile_pickle(draw: random.Random, canary: Path) -> bytes:
 
 def mutate_pickle(data: bytes, draw: random.Random, canary: Path) -> bytes:
     if draw.random() < 0.4:
-        return hostile_pickle(draw, canary)
+        return malicious_pickle(draw, canary)
     return pickle.dumps(mutate_tree(pickle.loads(data), draw), draw.randrange(6))
 
 
 def odd_tensors() -> list[Any]:
-    """Tensors that say much more than they hold, or are of kinds that no weight is."""
+    """Tensors that claim far more data than they have, or of types that are not valid as weights."""
     one = torch.ones(1)
     return [
         one.expand(1 << 40), torch.zeros(1, 1).expand(1 << 20, 1 << 20), torch.ones(0), torch.tensor(float("nan")),
@@ -265,7 +265,7 @@ def odd_tensors() -> list[Any]:
 
 
 def mutate_torch(data: bytes, draw: random.Random, canary: Path) -> bytes:
-    """A PyTorch archive with other content, another pickle, or members that no archive of PyTorch's has."""
+    """Change the content, pickle or members of a PyTorch archive."""
     kind = draw.random()
     if kind < 0.55:
         content = torch.load(io.BytesIO(data), weights_only=True)
@@ -281,18 +281,18 @@ def mutate_torch(data: bytes, draw: random.Random, canary: Path) -> bytes:
         for name in old.namelist():
             body = old.read(name)
             if name.endswith("data.pkl") and kind < 0.85:
-                body = hostile_pickle(draw, canary) if kind < 0.7 else mutate_bytes(body, draw)
+                body = malicious_pickle(draw, canary) if kind < 0.7 else mutate_bytes(body, draw)
             elif name == victim:
                 body = mutate_bytes(body, draw)
                 name = draw.choice((name, name, "../" + name, str(canary), name + "x", name.replace("data", "date")))
             new.writestr(name, body, draw.choice((zipfile.ZIP_STORED,) * 6 + (zipfile.ZIP_DEFLATED,)))
             if name == victim and draw.random() < 0.1:
-                new.writestr("archive/data.pkl", hostile_pickle(draw, canary))
+                new.writestr("archive/data.pkl", malicious_pickle(draw, canary))
     return made.getvalue()
 
 
 def mutate_npy(data: bytes, draw: random.Random, canary: Path) -> bytes:
-    """A NumPy array of another header, or of pickled objects."""
+    """A NumPy array with a changed header, or of pickled objects."""
     made = io.BytesIO()
     if draw.random() < 0.2:
         np.save(made, np.array([_Program(os.mkdir, str(canary))], object), allow_pickle=True)
@@ -314,8 +314,8 @@ def mutate_npy(data: bytes, draw: random.Random, canary: Path) -> bytes:
     return b"\x93NUMPY" + version + length + text + data[128:]
 
 
-def put_odd_file(path: Path, draw: random.Random) -> str:
-    """Put something that is no plain file in a file's place, or one that claims to be huge; says what."""
+def put_special_file(path: Path, draw: random.Random) -> str:
+    """Replace a file by something that is not a regular file, or by one of huge size; returns a description."""
     path.unlink()
     match draw.randrange(7):
         case 0:

@@ -1,13 +1,13 @@
-"""Children: processes that do training steps when they are told to, so that the sides of a comparison can take turns.
+"""Worker processes that run training steps on request, so that the implementations in a comparison can take turns.
 
-Method: a parent starts a `Child` for each side (`sides.py` is what it runs). The child builds its model and optimizer, says
-that it is ready, and waits for the word to do some steps, which it times as a block from one wait for the device to the
-next. Sides can thus take turns within the same minute while none shares memory, threads or caches with another, and peak
-memory is that of one side alone. A child that waits takes no processor time.
+Method. A parent starts a `Worker` for each implementation (`implementations.py` is the program it runs). The worker builds
+its model and optimizer, reports that it is ready, and waits for requests to run some steps, which it times as a block between
+two device synchronisations. Implementations can thus alternate within the same minute without sharing memory, threads or
+caches, and peak memory is that of one implementation. A waiting worker uses no CPU time.
 
-Memory above weights and optimizer: gradients are dropped and free memory is given back to the system, the use at that
-moment is the floor, and the highest use in the steps that follow, gradients included, is measured against it. On a GPU this
-is what PyTorch's allocator says; on Linux the process's resident memory, whose peak is reset through /proc/self/clear_refs.
+Memory beyond weights and optimizer: gradients are dropped and free memory is returned to the system; the use at that moment
+is the floor, and the peak of the following steps, including gradients, is measured relative to it. On a GPU this comes from
+PyTorch's allocator; on Linux it is the resident memory of the process, whose peak is reset through /proc/self/clear_refs.
 Elsewhere it is unknown.
 """
 
@@ -35,23 +35,23 @@ from bardling.config import ModelConfig
 from bardling.distributed.device import device_name
 from bardling.errors import UserError
 
-SIDES = Path(__file__).resolve().with_name("sides.py")
+SCRIPT = Path(__file__).resolve().with_name("implementations.py")
 WITHOUT = ("compile", "chunked-loss", "fused-optimizer", "bf16", "flash", "prefetch")
-"""Optimisations that `ours` can be told to leave out."""
+"""Optimisations that `ours` can run without."""
 MORE = ("fp8", "cuda-graphs", "fa3", "fa4")
-"""Those that it has on request, on an NVIDIA GPU."""
+"""Optimisations that it can add, on an NVIDIA GPU."""
 
 
 @dataclass(frozen=True)
 class Spec:
-    """One side's work."""
+    """What one worker trains."""
 
     kind: str  # ours, plain, nanogpt or transformers
     model: dict[str, Any]  # fields of ModelConfig
-    batch: int  # sequences in a forward pass
-    accumulation: int = 1  # forward passes in a step
+    batch: int  # sequences per forward pass
+    accumulation: int = 1  # gradient accumulation steps
     device: str = "cpu"
-    precision: str = "auto"  # of ours; of the others bfloat16 means autocast
+    precision: str = "auto"  # for ours; for the others bfloat16 means autocast
     compile: str = "auto"
     run_steps: int = 5000  # of the run for which 'auto' decides
     fast: bool = False  # plain: as on a GPU
@@ -63,12 +63,12 @@ class Spec:
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens trained on in a step."""
+        """Tokens per step."""
         return self.batch * self.accumulation * int(self.model["block_size"])
 
     @property
     def config(self) -> ModelConfig:
-        """The model as the library's configuration."""
+        """The model configuration of the library."""
         return ModelConfig(**self.model)
 
     def rate(self, step: int) -> float:
@@ -78,96 +78,96 @@ class Spec:
 
 @dataclass(frozen=True)
 class BlockOfSteps:
-    """What a child says about a block of steps."""
+    """Result of a block of steps."""
 
-    seconds: float  # a step
+    seconds: float  # per step
     losses: tuple[float, ...]
-    memory_above: int | None = None  # bytes above weights and optimizer, where it was asked for
-    memory_peak: int | None = None  # bytes of the whole process, on a GPU of its tensors
+    memory_above: int | None = None  # bytes beyond weights and optimizer, if requested
+    memory_peak: int | None = None  # bytes of the whole process; on a GPU, of its tensors
 
 
-class Child:
-    """A side's process, from the parent's view.
+class Worker:
+    """A worker process, as seen by its parent.
 
     Raises:
-        UserError: it could not be started, or ended; the message has its last words.
+        UserError: it could not be started, or exited; the message contains its last line of output.
     """
 
     def __init__(self, spec: Spec, label: str, environment: dict[str, str] | None = None) -> None:
         self.spec, self.label = spec, label
-        self._words = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115  closed in close()
+        self._stderr = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115  closed in close()
         self._process = subprocess.Popen(
-            [sys.executable, str(SIDES), json.dumps(dataclasses.asdict(spec))],
+            [sys.executable, str(SCRIPT), json.dumps(dataclasses.asdict(spec))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self._words,
+            stderr=self._stderr,
             text=True,
             env={**os.environ, **(environment or {})},
         )
         try:
-            self.facts: dict[str, Any] = self._answer()
+            self.facts: dict[str, Any] = self._response()
         except BaseException:
             self.close()
             raise
 
     def steps(self, count: int, *, memory: bool = False) -> BlockOfSteps:
-        """Let it do a block of steps."""
+        """Run a block of steps."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps({"steps": count, "memory": memory}) + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            self._ended()
-        answer = self._answer()
-        return BlockOfSteps(**{**answer, "losses": tuple(answer["losses"])})
+            self._raise_exited()
+        response = self._response()
+        return BlockOfSteps(**{**response, "losses": tuple(response["losses"])})
 
-    def _answer(self) -> dict[str, Any]:
+    def _response(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            self._ended()
-        answer: dict[str, Any] = json.loads(line)
-        if "error" in answer:
-            raise UserError(f"{self.label}: {answer['error']}")
-        return answer
+            self._raise_exited()
+        response: dict[str, Any] = json.loads(line)
+        if "error" in response:
+            raise UserError(f"{self.label}: {response['error']}")
+        return response
 
-    def _ended(self) -> NoReturn:
+    def _raise_exited(self) -> NoReturn:
         status = self._process.wait()
-        self._words.seek(0)
-        last = ([line.strip() for line in self._words if line.strip()] or ["it said nothing"])[-1]
-        raise UserError(f"{self.label}: its process ended with status {status}: {last}")
+        self._stderr.seek(0)
+        last = ([line.strip() for line in self._stderr if line.strip()] or ["no output"])[-1]
+        raise UserError(f"{self.label}: its process exited with status {status}: {last}")
 
     def close(self) -> None:
-        """End it."""
+        """Stop the process."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()  # a child whose input ends leaves
+            self._process.stdin.close()  # a worker exits at the end of its input
         try:
             self._process.wait(timeout=30)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
         self._process.stdout.close()
-        self._words.close()
+        self._stderr.close()
 
-    def __enter__(self) -> "Child":
+    def __enter__(self) -> "Worker":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
 
-class Leave(Exception):  # noqa: N818  the parent has ended the conversation
-    """No more steps are wanted."""
+class Shutdown(Exception):  # noqa: N818  not an error
+    """The parent requests no more steps."""
 
 
 @dataclass
-class Desk:
-    """The child's side of the conversation: asked before each step, told after each."""
+class StepServer:
+    """The worker's side of the protocol: called before and after each step."""
 
     device: torch.device
-    answers: Any  # the text stream that goes to the parent
+    responses: Any  # text stream to the parent
     model: nn.Module | None = None
     left: int = 0
     count: int = 0
@@ -176,29 +176,29 @@ class Desk:
     floor: int | None = None
 
     def ready(self, model: nn.Module, **facts: object) -> None:
-        """Say that everything is built."""
+        """Report that everything is built."""
         self.model = model
-        self._say({"parameters": sum(p.numel() for p in model.parameters()), "device": device_name(self.device), **facts})
+        self._send({"parameters": sum(p.numel() for p in model.parameters()), "device": device_name(self.device), **facts})
 
     def before(self) -> None:
-        """Wait until a step is wanted; answers for the block of steps that has been done.
+        """Return when a step is requested; at the end of a block, send its result first.
 
         Raises:
-            Leave: there will be none.
+            Shutdown: no more steps are requested.
         """
         if self.left:
             return
         if self.count:
             self._synchronize()
             seconds = (time.perf_counter() - self.begun) / self.count
-            answer: dict[str, object] = {"seconds": seconds, "losses": [float(loss) for loss in self.losses]}
+            response: dict[str, object] = {"seconds": seconds, "losses": [float(loss) for loss in self.losses]}
             if self.floor is not None:
                 peak = self._peak()
-                answer |= {"memory_above": peak - self.floor, "memory_peak": peak}
-            self._say(answer)
+                response |= {"memory_above": peak - self.floor, "memory_peak": peak}
+            self._send(response)
         line = sys.stdin.readline()
         if not line:
-            raise Leave
+            raise Shutdown
         command = json.loads(line)
         self.left = self.count = command["steps"]
         self.losses, self.floor = [], self._floor() if command["memory"] else None
@@ -206,14 +206,14 @@ class Desk:
         self.begun = time.perf_counter()
 
     def after(self, loss: Tensor | None) -> None:
-        """A step has been given to the device. Nothing waits for it here."""
+        """Record a step that has been launched on the device, without waiting for it."""
         if loss is not None:
             self.losses.append(loss.detach())
         self.left -= 1
 
-    def _say(self, message: dict[str, object]) -> None:
-        self.answers.write(json.dumps(message) + "\n")
-        self.answers.flush()
+    def _send(self, message: dict[str, object]) -> None:
+        self.responses.write(json.dumps(message) + "\n")
+        self.responses.flush()
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -222,7 +222,7 @@ class Desk:
             torch.mps.synchronize()
 
     def _floor(self) -> int | None:
-        """Bytes in use when there are weights and optimizer only; starts a new peak. None where that cannot be found out."""
+        """Bytes used by weights and optimizer alone; resets the peak. None if this cannot be determined."""
         assert self.model is not None
         for parameter in self.model.parameters():
             parameter.grad = None
@@ -236,7 +236,7 @@ class Desk:
             Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM (proc(5))
             return _status("VmRSS")
         except OSError:
-            return None  # not Linux, or not allowed
+            return None  # not Linux, or not permitted
 
     def _peak(self) -> int:
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else _status("VmHWM")
@@ -251,6 +251,6 @@ def _status(key: str) -> int:
 
 
 def closest_curves(one: Sequence[float], other: Sequence[float]) -> float:
-    """Largest difference of two loss curves (nats); infinite where either is no number."""
+    """Largest difference of two loss curves (nats); infinite if either contains NaN or infinity."""
     gaps = [abs(a - b) for a, b in zip(one, other, strict=True)]
     return max(gap if math.isfinite(gap) else math.inf for gap in gaps)
