@@ -14,29 +14,14 @@ from bardling.checkpoint.export import export_hf
 from bardling.checkpoint.load import load
 from bardling.errors import UserError
 from bardling.training.run import train
+from http_handler import Handler
 
 constants = pytest.importorskip("huggingface_hub.constants")
 COMMIT = "c" * 40
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_):
-        pass
-
-    def answer(self, body, status=200, **headers):
-        self.send_response(status)
-        for name, value in {"Content-Length": len(body), **headers}.items():
-            self.send_header(name.replace("_", "-"), str(value))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def do_HEAD(self):
-        self.do_GET()
-
-    def do_GET(self):
+class HubHandler(Handler):
+    def do_GET(self):  # noqa: N802 (the name that http.server calls)
         path = self.path.split("?")[0]
         about = re.fullmatch(r"/api/models/([\w-]+/[\w-]+)(?:/(?:revision|tree)/\w+)?", path)
         file = re.fullmatch(r"/([\w-]+/[\w-]+)/resolve/\w+/(.+)", path)
@@ -57,7 +42,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), HubHandler)
     server.models, server.fetched = {}, []
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")

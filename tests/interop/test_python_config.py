@@ -116,6 +116,8 @@ max_iters: int = int(lr_decay_iters * 1.5)
         ("max_iters, compile = 3", 1, "not a name"),
         ("max_iters = [1][0]", 1, "literal"),
         ("max_iters = \x00", 1, "null"),
+        ("_x = (1, 2)\n" + "_x = (_x, _x)\n" * 40 + "out_dir = str(_x)", 42, "neither a number nor a string"),
+        ("_x = (1, 2)\n" + "_x = (_x, _x)\n" * 40 + "out_dir = _x", 42, "is a tuple"),
     ],
 )
 def test_what_is_not_a_setting_is_refused_with_its_line(tmp_path: Path, text: str, line: int, words: str) -> None:

@@ -3,8 +3,8 @@
 A checkpoint is written into a hidden folder. Every file is synced to disk, a manifest with checksums is added, and one rename
 makes it visible. Nothing older is deleted before that is durable. A process may be killed between any two operations: what it
 leaves is either complete or invisible, and the next save removes it. Names: `step-000500` is a checkpoint;
-`.tmp-step-000500-PID` is being written or deleted; `.old-step-000500` is being replaced by a new checkpoint of the same step,
-and stands in for it until that is there.
+`.tmp-step-000500-PID` is being written or deleted; `.old-step-000500` is the previous checkpoint of a step that is being saved
+again, and is read until the new one is complete.
 """
 
 import contextlib

@@ -24,6 +24,7 @@ from bardling.data.tokens.gpt2_bpe import vocabulary_digest
 from bardling.data.tokens.prepare import prepare
 from bardling.data.tokens.tokenizer import build_tokenizer
 from bardling.errors import UserError
+from http_handler import Handler
 
 pyarrow = pytest.importorskip("pyarrow")
 constants = pytest.importorskip("huggingface_hub.constants")
@@ -46,7 +47,7 @@ class Hub(http.server.ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__(("127.0.0.1", 0), HubHandler)
         self.repositories, self.requests, self.damage = {}, [], {}
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
 
@@ -55,24 +56,8 @@ class Hub(http.server.ThreadingHTTPServer):
         self.repositories[kind, name] = {"card": card or {}, "files": revisions, "error": None}
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_):
-        pass
-
-    def answer(self, body, status=200, **headers):
-        self.send_response(status)
-        for name, value in {"Content-Length": len(body), **headers}.items():
-            self.send_header(name.replace("_", "-"), str(value))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def do_HEAD(self):
-        self.do_GET()
-
-    def do_GET(self):
+class HubHandler(Handler):
+    def do_GET(self):  # noqa: N802 (the name that http.server calls)
         path = urllib.parse.urlparse(self.path).path
         self.server.requests.append((self.command, path))
         match = re.fullmatch(r"/api/datasets/([\w-]+/[\w-]+)(?:/(revision|tree)/([^/]+))?", path)

@@ -3,6 +3,7 @@
 from bardling.config import SampleConfig
 from bardling.data.tokens.tokenizer import Tokenizer
 from bardling.generation.generate import generate, prompt_ids
+from bardling.model.gpt import evaluation_mode
 from bardling.monitor.records import SampleRecord
 from bardling.training.hooks.base import HookContext, TimedHook
 from bardling.training.recovery.signals import Stopped
@@ -27,26 +28,24 @@ class Sample(TimedHook):
         config, tokenizer, run = self._config, self._tokenizer, self.run
         prompt = prompt_ids(tokenizer, config.prompt)
         rows: list[list[int]] = [[] for _ in range(config.num_samples)]
-        was_training = state.model.training
-        state.model.eval()
-        for tokens in generate(
-            state.model,
-            [prompt] * config.num_samples,
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            eot_id=tokenizer.eot_id,
-            vocab_size=tokenizer.vocab_size,
-            seed=run.seed + state.step,
-            autocast=run.precision.autocast,
-            should_stop=lambda: run.context.any(run.stop_requested()),  # all processes stop at the same token
-            agree=run.context.broadcast,
-        ):
-            for row, token in zip(rows, tokens, strict=True):
-                if token is not None:
-                    row.append(token)
-        state.model.train(was_training)
+        with evaluation_mode(state.model):
+            for tokens in generate(
+                state.model,
+                [prompt] * config.num_samples,
+                max_new_tokens=config.max_new_tokens,
+                temperature=config.temperature,
+                top_k=config.top_k,
+                top_p=config.top_p,
+                eot_id=tokenizer.eot_id,
+                vocab_size=tokenizer.vocab_size,
+                seed=run.seed + state.step,
+                autocast=run.precision.autocast,
+                should_stop=lambda: run.context.any(run.stop_requested()),  # all processes stop at the same token
+                agree=run.context.broadcast,
+            ):
+                for row, token in zip(rows, tokens, strict=True):
+                    if token is not None:
+                        row.append(token)
         if run.context.any(run.stop_requested()):
             raise Stopped
         run.monitor.log(SampleRecord(state.step, config.prompt, [tokenizer.decode(row) for row in rows]))

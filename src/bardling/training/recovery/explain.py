@@ -25,6 +25,7 @@ from bardling.data.tokens.documents import Document
 from bardling.data.tokens.shards import TokenDataset
 from bardling.distributed.device import Precision
 from bardling.errors import UserError
+from bardling.model.gpt import evaluation_mode
 from bardling.training.objective import Forward, Objective
 from bardling.training.recovery.trace import TracedSequence, Tracer
 from bardling.training.state import TrainState
@@ -56,18 +57,16 @@ class Explainer:
             context: tokens of the pieces into which the step cut its sequences; None if it did not cut them.
         """
         found: list[tuple[float, int, Tensor]] = []
-        training = state.model.training
-        state.model.eval()
-        for first, count in ranges:
-            for begin in range(first, first + count, self.micro_batch):
-                size = min(self.micro_batch, first + count - begin)
-                with torch.no_grad(), self.precision.autocast():
-                    losses = self.objective.per_token(cast(Forward, state.model), self._batch(begin, size, context))
-                rows = losses.reshape(size, -1).float().cpu()  # [size, block_size]
-                for sample, row in enumerate(rows, begin):
-                    mean = row.mean().item()
-                    found.append((mean if math.isfinite(mean) else math.inf, sample, row))
-        state.model.train(training)
+        with evaluation_mode(state.model):
+            for first, count in ranges:
+                for begin in range(first, first + count, self.micro_batch):
+                    size = min(self.micro_batch, first + count - begin)
+                    with torch.no_grad(), self.precision.autocast():
+                        losses = self.objective.per_token(cast(Forward, state.model), self._batch(begin, size, context))
+                    rows = losses.reshape(size, -1).float().cpu()  # [size, block_size]
+                    for sample, row in enumerate(rows, begin):
+                        mean = row.mean().item()
+                        found.append((mean if math.isfinite(mean) else math.inf, sample, row))
         found.sort(key=lambda item: (-item[0], item[1]))
         return [self._describe(sample, row) for _, sample, row in found[:_SEQUENCES]]
 

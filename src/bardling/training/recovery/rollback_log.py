@@ -36,7 +36,7 @@ def rollback_log(folder: RunFolder) -> Path:
 
 
 def read_rollbacks(folder: RunFolder) -> tuple[Rollback, ...]:
-    """The rollbacks of a run so far; none if there is no file.
+    """The rollbacks of a run so far; empty if the file does not exist.
 
     Raises:
         UserError: the file is damaged.
