@@ -216,7 +216,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--trace", nargs=argparse.REMAINDER, metavar="RECIPE", help="trace a recipe to its first step")
     options = parser.parse_args()
-    return trace(options.trace) if options.trace else check()
+    if options.trace is None:
+        return check()
+    from bardling.errors import UserError
+
+    try:
+        return trace(options.trace)
+    except UserError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -107,8 +107,6 @@ class CountSteps:
 class ToySink:
     """A sink: counts the records of each kind."""
 
-    title = name = "toy"
-
     def __init__(self, run: RunInfo):
         self.file, self.kinds = run.folder / "toy-sink.json", {}
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from bardling.config import ModelConfig, OptimConfig
 from bardling.distributed.context import SINGLE, Context, distributed
+from bardling.errors import UserError
 from bardling.model.gpt import GPT
 from bardling.optim.build import build_optimizer, row_splits, set_learning_rate
 from bardling.planning.layout import AXES, DATA_AXES, Layout
@@ -58,6 +59,18 @@ def muon_weights(context):
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
+def problem_on_primary(context):
+    """What this process raises if the primary one cannot do its work."""
+
+    def work():
+        raise UserError(f"rank {context.rank} cannot")
+
+    try:
+        context.on_primary(work)
+    except UserError as error:
+        return str(error)
+
+
 def observe(context, reference):
     """What one process sees in one layout."""
     seed_dropout(7, 3, context.data_rank)
@@ -71,6 +84,7 @@ def observe(context, reference):
         },
         "group_sizes": {axis: dist.get_world_size(context.group([axis])) for axis in AXES},
         "data_group_size": dist.get_world_size(context.group()),
+        "on_primary": [context.on_primary(lambda: context.rank), problem_on_primary(context)],
         "any": [context.any(context.rank == rank) for rank in (0, 3)] + [context.any(False)],
         "muon": hashlib.sha256(weights.numpy().tobytes()).hexdigest(),
         "muon_error": (weights - reference).abs().max().item(),
@@ -140,3 +154,9 @@ def test_a_layout_for_another_number_of_processes_is_refused():
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+
+
+@pytest.mark.parametrize("sizes", LAYOUTS)
+def test_work_of_the_primary_process_succeeds_or_fails_in_all(observed, sizes):
+    for _, seen in each_rank(observed, sizes):
+        assert seen["on_primary"] == [0, "rank 0 cannot"]

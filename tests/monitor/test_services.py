@@ -8,12 +8,15 @@ import struct
 import subprocess
 import sys
 import time
+from importlib.metadata import EntryPoint
 
 import pytest
 
+from bardling import extensions
 from bardling.config import MonitorConfig, RunConfig
 from bardling.config.recipes import config_to_dict, config_to_toml
 from bardling.errors import UserError
+from bardling.extensions import SINKS
 from bardling.monitor import RunInfo
 from bardling.monitor import services as services_module
 from bardling.monitor.records import TrainRecord, ValRecord
@@ -336,6 +339,36 @@ def test_a_service_that_fails_is_reported_once_and_dropped(tmp_path, monkeypatch
     assert len(messages) == 1
     assert "TensorBoard failed" in messages[0]
     assert "network is down" in messages[0]
+
+
+class _Broken:
+    """A sink of an extension: only the methods of `Sink`, which fail."""
+
+    def __init__(self, run):
+        if run.step:
+            raise RuntimeError("no server")
+
+    def log(self, record):
+        raise RuntimeError("no server")
+
+
+@pytest.mark.parametrize("step", [0, 3], ids=["logging", "opening"])
+def test_a_sink_of_an_extension_that_fails_is_reported_by_its_name(tmp_path, monkeypatch, step):
+    monkeypatch.setitem(SINKS._registered, "mine", _Broken)
+    messages = []
+    services = Services(run_info(tmp_path, step, report=messages.append, sinks=("mine",)))
+    services.log(train_record(1))
+    services.log(train_record(2))
+    (message,) = messages
+    assert message.startswith("the sink 'mine' failed")
+    assert message.endswith("no server")
+
+
+def test_a_sink_whose_package_cannot_be_imported_is_found_before_the_run_starts(monkeypatch):
+    point = EntryPoint("broken", "no_such_package:Sink", "bardling.sinks")
+    monkeypatch.setattr(extensions, "entry_points", lambda **query: [point])
+    with pytest.raises(UserError, match=r"monitor.sinks = 'broken': no_such_package:Sink cannot be loaded"):
+        check_services(MonitorConfig(sinks=("broken",)))
 
 
 def test_a_service_that_cannot_start_does_not_stop_the_run(tmp_path):

@@ -10,6 +10,7 @@ from bardling.monitor import RunInfo
 from bardling.monitor.console import Console
 from bardling.monitor.jsonl import JsonlSink
 from bardling.monitor.services import Services
+from bardling.training import run as run_module
 from bardling.training import session
 from bardling.training.run import train
 from bardling.training.run_monitor import RunMonitor
@@ -38,7 +39,7 @@ def closed(monkeypatch):
 def restored(monkeypatch):
     """The devices whose backend settings were restored."""
     found = []
-    monkeypatch.setattr(session, "prepare_backend", lambda device, **_: lambda: found.append(device))
+    monkeypatch.setattr(run_module, "prepare_backend", lambda device, **_: lambda: found.append(device))
     return found
 
 

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from bardling.config import ModelConfig, OptimConfig
-from bardling.data.batches.loader import IGNORE, Batch
+from bardling.data.batches import IGNORE
+from bardling.data.batches.loader import Batch
 from bardling.distributed.context import SINGLE
 from bardling.distributed.device import Precision
 from bardling.training.build import Execution, build

@@ -9,6 +9,7 @@ from bardling.model.gpt import GPT
 from bardling.optim.build import build_optimizer
 from bardling.training.build import Execution
 from bardling.training.library import fit_batches
+from bardling.training.objective import NextToken
 from bardling.training.recovery.memory import TrialPasses
 from bardling.training.run import resume, train
 
@@ -53,7 +54,7 @@ def test_auto_micro_batch_accounts_for_recomputation(short, change):
     wide = change(short, model={"vocab_size": 16, "n_layer": 24})
     precision = Precision("float32", "", "cpu")
     needed = [
-        TrialPasses(wide.model, wide.optim, execution, SINGLE, False).required_bytes(64)
+        TrialPasses(wide.model, wide.optim, execution, SINGLE, False, NextToken()).required_bytes(64)
         for execution in (Execution(precision), Execution(precision, recompute=True))
     ]
     assert needed[1] < needed[0] / 4

@@ -70,7 +70,7 @@ def load(spec: str | Path, *, best: bool = False, training: bool = False) -> Loa
     path = Path(spec)
     if path.is_file():
         return _load_imported(path)
-    if not path.exists() and is_hub_name(str(spec)):
+    if is_hub_name(str(spec)):
         return _load_hf(fetch_model(str(spec)))
     if path.is_dir() and not (path / "config.toml").is_file() and (path / "ckpt.pt").is_file():
         return _load_imported(path / "ckpt.pt")
@@ -150,16 +150,14 @@ def run_of(path: Path) -> RunFolder | None:
 
 def latest_checkpoint(folder: RunFolder, context: Context) -> Checkpoint | None:
     """The latest valid checkpoint of a run; None if there are none, a `UserError` if all are damaged."""
-    checkpoint, error = None, None
-    if context.is_primary:
-        try:
-            checkpoint = _latest(folder)
-        except UserError as failure:
-            error = str(failure)
-    # As the primary found it: processes must not start with different checkpoints.
-    step, error = context.broadcast((None if checkpoint is None else checkpoint.training["step"], error))
-    if error is not None:
-        raise UserError(error)
+    checkpoint: Checkpoint | None = None
+
+    def find() -> int | None:
+        nonlocal checkpoint
+        checkpoint = _latest(folder)
+        return None if checkpoint is None else checkpoint.training["step"]
+
+    step = context.on_primary(find)  # for all: processes must not start with different checkpoints
     return checkpoint if context.is_primary or step is None else read_checkpoint(folder.store().path(step))
 
 

@@ -120,16 +120,12 @@ def _is_leftover(entry: Path) -> bool:
 def run_lock(folder: RunFolder, context: Context) -> Iterator[None]:
     """Hold the run's lock on behalf of all processes of this job; if another job holds it, all raise a `UserError`."""
     with contextlib.ExitStack() as stack:
-        refusal = None
-        if context.is_primary:
+
+        def lock() -> None:
             message = f"{folder.path}: another process is training this run: wait for it to finish, or stop it"
-            try:
-                stack.enter_context(locked(folder.lock_file, timeout=LOCK_TIMEOUT, message=message))
-            except UserError as error:
-                refusal = str(error)
-        refusal = context.broadcast(refusal)
-        if refusal is not None:
-            raise UserError(refusal)
+            stack.enter_context(locked(folder.lock_file, timeout=LOCK_TIMEOUT, message=message))
+
+        context.on_primary(lock)
         try:
             yield
         finally:

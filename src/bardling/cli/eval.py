@@ -116,10 +116,7 @@ def _measure_task(
     from bardling.evaluate.multiple_choice import evaluate_choices
     from bardling.evaluate.tasks import draw_items, load_items, task_name
 
-    if context.is_primary:
-        load_items(task)  # downloads the task once, if necessary
-    context.barrier()
-    items = draw_items(load_items(task), options.task_items)
+    items = context.on_primary(lambda: draw_items(load_items(task), options.task_items))
     name = task_name(task)
     with ProgressBar(name, unit="items", show=context.is_primary) as progress:
         result = evaluate_choices(model, tokenizer, items, precision=precision, task=name, context=context, progress=progress)

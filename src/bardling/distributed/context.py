@@ -10,10 +10,10 @@ NCCL, so that small decisions (has any process been asked to stop?) never wait f
 import contextlib
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -146,6 +146,22 @@ class Context:
         with self._collective():
             dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def on_primary(self, work: Callable[[], T]) -> T:
+        """The result of `work`, which only the primary process runs; its `UserError` is raised in all processes. Collective."""
+        if self.world_size == 1:
+            return work()
+        result: T | None = None
+        problem: str | None = None
+        if self.is_primary:
+            try:
+                result = work()
+            except UserError as error:
+                problem = str(error)
+        result, problem = self.broadcast((result, problem))
+        if problem is not None:
+            raise UserError(problem)
+        return cast(T, result)
 
     def barrier(self) -> None:
         """Wait for all processes. Collective."""

@@ -13,7 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from bardling.data.batches.loader import IGNORE, Batch
+from bardling.data.batches import IGNORE
+from bardling.data.batches.loader import Batch
 from bardling.distributed.context import SINGLE, Context
 from bardling.distributed.device import Precision
 from bardling.model.gpt import GPT, evaluation_mode

@@ -25,7 +25,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from bardling.data.batches.loader import IGNORE
+from bardling.data.batches import IGNORE
 from bardling.data.tokens.tokenizer import Tokenizer
 from bardling.distributed.context import SINGLE, Context
 from bardling.distributed.device import Precision

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from bardling.errors import UserError, closest
+from bardling.files.atomic import os_error_as_user_error
 
 _MAX_LINE = 1 << 20  # bytes
 _MAX_BYTES = 1 << 30
@@ -92,15 +93,13 @@ def load_items(task: str) -> tuple[ChoiceItem, ...]:
 
 def read_items(path: Path) -> tuple[ChoiceItem, ...]:
     """Read the items of a local file, plain or gzip; errors as in `load_items`."""
-    try:
-        with path.open("rb") as file:
-            packed = file.read(2) == b"\x1f\x8b"
-            file.seek(0)
+    with os_error_as_user_error(path, "read"), path.open("rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"
+        file.seek(0)
+        try:
             return _items(_lines(gzip.GzipFile(fileobj=file) if packed else file, path), path)
-    except (EOFError, zlib.error, gzip.BadGzipFile):
-        raise UserError(f"{path}: the gzip data is corrupt or truncated: download the file again") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot read: {(error.strerror or str(error)).lower()}") from error
+        except (EOFError, zlib.error, gzip.BadGzipFile):
+            raise UserError(f"{path}: the gzip data is corrupt or truncated: download the file again") from None
 
 
 def _lines(file: IO[bytes] | gzip.GzipFile, path: Path) -> Iterator[tuple[str, Any]]:

@@ -13,8 +13,8 @@ _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def is_hub_name(spec: str) -> bool:
-    """Whether `spec` names a model on the hub: one of GPT-2's names, or USER/REPO if no such path exists."""
-    return spec in GPT2_NAMES or (bool(_REPOSITORY.fullmatch(spec)) and not Path(spec).exists())
+    """Whether `spec` names a model on the hub, one of GPT-2's names or USER/REPO; a path that exists takes precedence."""
+    return (spec in GPT2_NAMES or bool(_REPOSITORY.fullmatch(spec))) and not Path(spec).exists()
 
 
 def fetch_model(spec: str) -> Path:

@@ -244,15 +244,17 @@ class GPT(nn.Module):
         """Loss, logits or final hidden states of `tokens`.
 
         Args:
-            tokens: [B, T] int64 ids below `config.vocab_size`. targets: [B, T] int64, the id that should follow each token;
-            -100 for no loss. reduction: "sum" for the loss summed over targets (nats), "none" for the loss of each target.
-            cache: keys and values of the tokens before these; those of `tokens` are added. documents: int32 [N + 1], where each
-            document begins among the B * T tokens laid end to end, then B * T once or more (`data/batches/packing.py`). A token
-            then sees only its own document, and the loss is that of each document alone. output: what to return; None for the
-            loss with targets, else the logits. transformer: called in place of `self.transformer`, such as a compiled version
-            of it.
+            tokens: [B, T] int64 ids below `config.vocab_size`.
+            targets: [B, T] int64, the id that should follow each token; -100 for no loss.
+            reduction: "sum" for the loss summed over targets (nats), "none" for the loss of each target.
+            cache: keys and values of the tokens before these; those of `tokens` are added.
+            documents: int32 [N + 1], where each document begins among the B * T tokens laid end to end, then B * T once or more
+                (`data/batches/packing.py`). A token then sees only its own document; the loss is that of each document alone.
+            output: what to return; None for the loss with targets, else the logits.
+            transformer: called in place of `self.transformer`, such as a compiled version of it.
 
-        Returns float32 loss, a scalar or [B, T]; float32 logits [B, T, V]; or hidden states [B, T, C], which `head` takes.
+        Returns:
+            Float32 loss, a scalar or [B, T]; float32 logits [B, T, V]; or hidden states [B, T, C], which `head` takes.
 
         Raises:
             ValueError: more tokens than `config.block_size` or than the cache has room for, both a cache and documents, or no

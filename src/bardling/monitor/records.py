@@ -81,5 +81,5 @@ class SampleRecord(Record):
     texts: list[str]
 
 
-# Fields that differ between two otherwise identical runs; comparisons of metrics ignore them.
+# Fields that differ between two otherwise identical runs. Tests and benchmarks that compare metrics ignore them.
 TIMING_FIELDS = frozenset({"tokens_per_second", "mfu", "memory_bytes", "seconds_left", "time"})

@@ -39,54 +39,56 @@ def check_services(config: MonitorConfig) -> None:
     """Check that every enabled service can be used.
 
     Raises:
-        UserError: a package is not installed, or Weights & Biases has no API key.
+        UserError: a package is not installed or cannot be imported, or Weights & Biases has no API key.
     """
     for service in SERVICES:
         if service.enabled(config):
             service.check(config)
+    for name in config.sinks:
+        SINKS.get("monitor.sinks", name)
 
 
 class Services:
-    """All enabled services, as one sink.
+    """All enabled services, as one sink. `check_services` has been called before.
 
     Raises:
-        UserError: see `check_services`; or wandb.json is damaged.
+        UserError: wandb.json is damaged.
     """
 
     def __init__(self, run: RunInfo) -> None:
         self._report = run.report
-        self._open: list[Service] = []
-        check_services(run.config)
-        chosen = [service for service in SERVICES if service.enabled(run.config)]
-        for service in [*chosen, *(SINKS.get("monitor.sinks", name) for name in run.config.sinks)]:
+        self._open: dict[str, Sink] = {}  # by title
+        makers: dict[str, Callable[[RunInfo], Sink]] = {one.title: one for one in SERVICES if one.enabled(run.config)}
+        makers |= {f"the sink {name!r}": SINKS.get("monitor.sinks", name) for name in run.config.sinks}
+        for title, make in makers.items():
             try:
-                self._open.append(service(run))
+                self._open[title] = make(run)
             except UserError:
                 raise
             except Exception as error:  # noqa: BLE001  whatever a service's library raises, the run matters more
-                self._give_up(service.title, error)
+                self._give_up(title, error)
 
     def log(self, record: Mapping[str, object]) -> None:
-        self._each(lambda service: service.log(record))
+        self._each(lambda sink: sink.log(record))
 
     def sample(self, step: int, prompt: str, texts: Sequence[str]) -> None:
-        self._each(lambda service: service.sample(step, prompt, texts))
+        self._each(lambda sink: sink.sample(step, prompt, texts))
 
     def flush(self) -> None:
-        self._each(lambda service: service.flush())
+        self._each(lambda sink: sink.flush())
 
     def close(self) -> None:
         """Close every service; closing twice is not an error."""
-        self._each(lambda service: service.close())
-        self._open = []
+        self._each(lambda sink: sink.close())
+        self._open = {}
 
-    def _each(self, action: Callable[[Service], None]) -> None:
-        for service in list(self._open):
+    def _each(self, action: Callable[[Sink], None]) -> None:
+        for title, sink in list(self._open.items()):
             try:
-                action(service)
+                action(sink)
             except Exception as error:  # noqa: BLE001  as above
-                self._open.remove(service)
-                self._give_up(service.title, error)
+                del self._open[title]
+                self._give_up(title, error)
 
     def _give_up(self, title: str, error: Exception) -> None:
         reason = " ".join(str(error).split())[:200] or type(error).__name__

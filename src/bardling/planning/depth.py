@@ -127,14 +127,12 @@ def _derive_training(
 def apply_depth(
     config: RunConfig,
     given: AbstractSet[str] | None = None,
-    vocab_size: int | None = None,
     record: Callable[[str, object, str], None] = lambda key, value, why: None,
 ) -> RunConfig:
     """`config` with the values derived from `model.depth` filled in and `model.depth` reset to 0.
 
     Args:
         given: dotted names of the settings to keep, such as "model.n_embd"; None for those that differ from the default.
-        vocab_size: size of the tokenizer; None to infer it from `data.tokenizer`.
         record: called with each derived setting, its value and the reason.
 
     Raises:
@@ -144,7 +142,7 @@ def apply_depth(
         return config
     given = _non_default_settings(config) if given is None else given
     sections: dict[str, dict[str, Any]] = {"model": {"depth": 0}, "optim": {}, "train": {}}
-    for key, derived in derived_values(config, given, vocab_size).items():
+    for key, derived in derived_values(config, given).items():
         section, name = key.split(".")
         sections[section][name] = derived.value
         record(key, derived.value, derived.why)
@@ -162,10 +160,10 @@ def _non_default_settings(config: RunConfig) -> set[str]:
     }
 
 
-def derived_values(config: RunConfig, explicit: AbstractSet[str], vocab_size: int | None = None) -> dict[str, Derived]:
+def derived_values(config: RunConfig, explicit: AbstractSet[str]) -> dict[str, Derived]:
     """The values that `apply_depth` fills in, with reasons; the arguments are the same."""
     given = {key: getattr(getattr(config, key.split(".")[0]), key.split(".")[1]) for key in explicit if key.count(".") == 1}
-    size = vocab_size or config.model.vocab_size or expected_vocab_size(config.data.tokenizer)
+    size = config.model.vocab_size or expected_vocab_size(config.data.tokenizer)
     return derive(config.model.depth, size, model=config.model, optim=config.optim, train=config.train, given=given)
 
 

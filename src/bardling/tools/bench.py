@@ -40,7 +40,7 @@ from bardling.distributed.device import (
     synchronize,
 )
 from bardling.errors import UserError
-from bardling.planning.batching import Horizon, TrainPlan, make_plan
+from bardling.planning.batching import Horizon, TrainPlan
 from bardling.planning.costs import flops_per_token
 from bardling.planning.depth import apply_depth
 from bardling.planning.plan import resolve_vocabulary
@@ -49,7 +49,7 @@ from bardling.training.build import Assembly, build
 from bardling.training.compile_choice import AS_CONFIGURED
 from bardling.training.facts import Facts
 from bardling.training.loop import fit
-from bardling.training.objective import NextToken
+from bardling.training.objective import build_objective
 from bardling.training.resolve import ResolvedRun, resolve
 from bardling.training.state import TrainState
 from bardling.training.step import StepResult, StepSettings
@@ -152,13 +152,14 @@ def bench(
         restore_backend = prepare_backend(context.device, deterministic=config.deterministic, attention=config.attention)
         try:
             run, source, notes = _prepare(config, context, data)
-            return _Bench(run, source, context, steps, warmup, profile, progress).measure(notes)
-        except torch.OutOfMemoryError:
-            micro = make_plan(config.train, config.model.block_size, 1).micro_batch
-            raise UserError(
-                f"train.micro_batch = {micro}: does not fit into the memory of {device_name(context.device)}: "
-                f"try --train.micro_batch {max(micro // 2, 1)}"
-            ) from None
+            try:
+                return _Bench(run, source, context, steps, warmup, profile, progress).measure(notes)
+            except torch.OutOfMemoryError:
+                micro = run.plan.micro_batch
+                raise UserError(
+                    f"train.micro_batch = {micro}: does not fit into the memory of {device_name(context.device)}: "
+                    f"try --train.micro_batch {max(micro // 2, 1)}"
+                ) from None
         finally:
             restore_backend()
 
@@ -194,7 +195,8 @@ class _Bench:
         # Measure the last stage of a growing batch, from the first step on.
         self.plan = dataclasses.replace(run.plan, stages=(dataclasses.replace(run.plan.stages[-1], first_step=0),))
         precision, clip, keep = run.execution.precision, run.config.train.grad_clip, run.config.cuda_graphs
-        self.settings = StepSettings(NextToken(), precision, self.context, grad_clip=clip, keep_gradients=keep)
+        objective = build_objective(run.config.train, run.tokenizer, self.device)
+        self.settings = StepSettings(objective, precision, self.context, grad_clip=clip, keep_gradients=keep)
         size = MATMUL_SIZE.get(self.device.type, 1024)
         self.matmul = matmul_flops(self.device, DTYPES[precision.name], size=size, seconds=0.3)
 

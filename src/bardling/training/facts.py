@@ -3,7 +3,7 @@
 Each fact is looked up once, when it is first needed. The primary process measures for all, so that all processes decide alike.
 """
 
-from collections.abc import Callable
+import time
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -33,6 +33,7 @@ class Facts:
     resumed: bool = False
     continue_from: str | None = None  # another trainer's checkpoint, whose training the run continues
     given: AbstractSet[str] | None = None  # dotted names of settings the user gave; None: those that differ from the default
+    started_at: float = field(default_factory=time.monotonic)  # when this start began (s), for `train.deadline`
     _datasets: dict[DataConfig, TokenDataset] = field(default_factory=dict)
     _loaded: dict[str, Loaded] = field(default_factory=dict)
 
@@ -86,10 +87,7 @@ class Facts:
         self.__dict__["checkpoint"] = None
 
     def bfloat16_speedup(self, device: torch.device) -> float:
-        return self._measured(lambda: bfloat16_speedup(device))
+        return self.context.on_primary(lambda: bfloat16_speedup(device))
 
     def matmul_flops(self, device: torch.device, dtype: torch.dtype) -> float:
-        return self._measured(lambda: matmul_flops(device, dtype))
-
-    def _measured(self, measure: Callable[[], float]) -> float:
-        return self.context.broadcast(measure() if self.context.is_primary else 0.0)
+        return self.context.on_primary(lambda: matmul_flops(device, dtype))

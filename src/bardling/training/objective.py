@@ -14,8 +14,11 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from bardling.data.batches.loader import IGNORE, Batch
+from bardling.config import TrainConfig
+from bardling.data.batches import IGNORE
+from bardling.data.batches.loader import Batch
 from bardling.data.tokens.tokenizer import Tokenizer
+from bardling.extensions import OBJECTIVES
 
 
 class Forward(Protocol):
@@ -78,6 +81,12 @@ class NextToken(Objective):
             return Sums(loss)
         size = (self._bytes_per_token[batch.targets.clamp(min=0)] * (batch.targets != IGNORE)).sum()
         return Sums(loss, {"bytes": size})
+
+
+def build_objective(train: TrainConfig, tokenizer: Tokenizer | None, device: torch.device) -> Objective:
+    """The objective that `train.objective` names."""
+    objective: Objective = OBJECTIVES.get("train.objective", train.objective)(tokenizer, device)
+    return objective
 
 
 def next_token(tokenizer: Tokenizer | None, device: torch.device) -> Objective:

@@ -134,7 +134,8 @@ def resolve(config: RunConfig, facts: Facts) -> ResolvedRun:
     compiled: Literal["on", "off"] = "on" if compiling[0] else "off"
     log.add("compile", compiled, compiling[1])
 
-    chosen = choose_micro_batch(model, optim, train, plan, execution, facts.context, document_mask=data.document_mask)
+    mask = data.document_mask
+    chosen = choose_micro_batch(model, optim, train, plan, execution, facts.context, tokenizer=tokenizer, document_mask=mask)
     resolved = replace(config, model=model, data=data, optim=optim, train=train, precision=precision.name, compile=compiled)
     run = ResolvedRun(resolved, layout, plan, execution, (), (), tokenizer, peak)
     if chosen is not None:

@@ -4,12 +4,16 @@ The path from a configuration to a trained model goes straight down: `resolve` d
 open, `Session` assembles the parts and trains, and each part receives only its own section of the configuration.
 """
 
+from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Literal
 
 from bardling.checkpoint.run_folder import RunFolder, open_run, refuse_existing, run_lock
-from bardling.config import RunConfig
-from bardling.distributed.context import distributed
+from bardling.config import MonitorConfig, RunConfig
+from bardling.distributed.context import Context, distributed
+from bardling.distributed.device import prepare_backend
 from bardling.evaluate.tasks import check_task
 from bardling.monitor.services import check_services
 from bardling.training.environment import config_fingerprint, started_by_this_job
@@ -38,18 +42,15 @@ def train(
         UserError: the configuration does not fit the data or the machine; nothing has been written then.
     """
     folder, fingerprint = RunFolder(Path(out)), config_fingerprint(config)
-    with distributed(config.device, rank_timeout=config.train.rank_timeout) as context:
+    with distributed(config.device, rank_timeout=config.train.rank_timeout) as context, ExitStack() as cleanup:
         if context.broadcast(context.is_primary and started_by_this_job(folder, fingerprint)):
             # torchrun or Slurm has restarted the job: continue its run.
-            with run_lock(folder, context):
-                facts = Facts(context, folder, resumed=True, continue_from=continue_from)
-                return Session(resolve(folder.config(), facts), facts, fingerprint=fingerprint, quiet=quiet).train()
-        if context.is_primary:
-            refuse_existing(folder.path)
-            check_services(config.monitor)
-        for task in config.eval.tasks:
-            check_task(task)
-        facts = Facts(context, folder, continue_from=continue_from, given=given)
+            cleanup.enter_context(run_lock(folder, context))
+            config, facts = folder.config(), Facts(context, folder, resumed=True, continue_from=continue_from)
+        else:
+            context.on_primary(lambda: refuse_existing(folder.path))
+            facts = Facts(context, folder, continue_from=continue_from, given=given)
+        cleanup.enter_context(_prepared(context, config.monitor, config.eval.tasks, config.deterministic, config.attention))
         return Session(resolve(config, facts), facts, fingerprint=fingerprint, quiet=quiet).train()
 
 
@@ -65,9 +66,29 @@ def resume(run: Path | str, config: RunConfig | None = None, *, quiet: bool = Fa
     folder = open_run(Path(run))
     config = config or folder.config()
     with distributed(config.device, rank_timeout=config.train.rank_timeout) as context, run_lock(folder, context):
-        if context.is_primary:
-            check_services(config.monitor)
-        for task in config.eval.tasks:
+        facts, fingerprint = Facts(context, folder, resumed=True), config_fingerprint(config)
+        with _prepared(context, config.monitor, config.eval.tasks, config.deterministic, config.attention):
+            return Session(resolve(config, facts), facts, fingerprint=fingerprint, quiet=quiet).train()
+
+
+@contextmanager
+def _prepared(
+    context: Context,
+    monitor: MonitorConfig,
+    tasks: tuple[str, ...],
+    deterministic: bool,
+    attention: Literal["auto", "fa3", "fa4"],
+) -> Iterator[None]:
+    """Check what a run needs from outside, and set up the backend before anything is measured on it."""
+
+    def check() -> None:
+        check_services(monitor)
+        for task in tasks:
             check_task(task)
-        facts = Facts(context, folder, resumed=True)
-        return Session(resolve(config, facts), facts, fingerprint=config_fingerprint(config), quiet=quiet).train()
+
+    context.on_primary(check)
+    restore_backend = prepare_backend(context.device, deterministic=deterministic, attention=attention)
+    try:
+        yield
+    finally:
+        restore_backend()

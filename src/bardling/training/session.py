@@ -1,7 +1,6 @@
 """One start of a run, from a resolved configuration to its last checkpoint."""
 
 import signal
-import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
@@ -16,10 +15,8 @@ from bardling.data.batches.loader import Prefetcher, TrainSequences
 from bardling.data.batches.order import SequenceOrder
 from bardling.data.batches.packing import document_start
 from bardling.distributed.context import SINGLE, Context
-from bardling.distributed.device import prepare_backend
 from bardling.distributed.heartbeat import LONG_PATIENCE
-from bardling.errors import UserError
-from bardling.extensions import EXPORT_FORMATS, OBJECTIVES
+from bardling.extensions import EXPORT_FORMATS
 from bardling.files.atomic import remove_partial_files, write_atomically
 from bardling.monitor import RunInfo
 from bardling.planning.schedules import learning_rate
@@ -31,6 +28,7 @@ from bardling.training.hooks.base import HookContext, StepTimer
 from bardling.training.hooks.make import make_hooks
 from bardling.training.hooks.save import Save
 from bardling.training.loop import Hook, fit
+from bardling.training.objective import build_objective
 from bardling.training.recovery.deadline import UNBOUNDED_STEPS, Deadline, estimate_finishing_time
 from bardling.training.recovery.explain import Explainer
 from bardling.training.recovery.guard import Guard, RollbackRequested
@@ -65,7 +63,6 @@ class Session:
     """One start of a run."""
 
     def __init__(self, run: ResolvedRun, facts: Facts, *, fingerprint: str, quiet: bool) -> None:
-        self.started_at = time.monotonic()
         self.run, self.facts, self.fingerprint, self.quiet = run, facts, fingerprint, quiet
         self.recipe, self.settings = run.recipe, run.settings
         self.context, self.folder = facts.context.arranged(run.layout), facts.folder
@@ -74,14 +71,12 @@ class Session:
         self.start = facts.start(config.model.init)
         self.document_start = document_start(config.data.document_mask, self.dataset, run.tokenizer)
         self.order = SequenceOrder(config.seed, len(self.dataset.split("train")), config.model.block_size)
-        self.objective = OBJECTIVES.get("train.objective", config.train.objective)(run.tokenizer, self.context.device)
+        self.objective = build_objective(config.train, run.tokenizer, self.context.device)
 
     def train(self) -> RunResult:
         """Train to the end or until a signal."""
-        context, config = self.context, self.run.config
-        restore_backend = prepare_backend(context.device, deterministic=config.deterministic, attention=config.attention)
+        context = self.context
         with StopOnSignal() as signals, ExitStack() as cleanup:
-            cleanup.callback(restore_backend)
             assembly = self._assemble()
             state = assembly.state
             self.seconds_before = state.seconds
@@ -90,9 +85,7 @@ class Session:
             warning = self._check_space(state)
             if not self.facts.resumed:
                 cleanup.enter_context(run_lock(self.folder, context))
-            if context.is_primary:
-                self._write_folder(state)
-            context.barrier()
+            context.on_primary(lambda: self._write_folder(state))
             monitor = cleanup.enter_context(self._monitor(state))
             self._new_saver(monitor)
             cleanup.callback(lambda: self.saver.wait())  # the latest saver, which may not be this one
@@ -124,6 +117,9 @@ class Session:
 
     def _initial_state(self) -> TrainState:
         """The state in which the run started, in host memory."""
+        if self.facts.resumed:  # this start may have had a checkpoint, which replaces the weights to start from
+            self.facts = replace(self.facts)  # forgets it
+            self.start = self.facts.start(self.run.config.model.init)
         return self._build(replace(self.run.execution, compiled=False, cuda_graphs=False), SINGLE).state
 
     def _build(self, execution: Execution, context: Context, *, restoring: bool = False) -> Assembly:
@@ -144,20 +140,16 @@ class Session:
 
     def _check_space(self, state: TrainState) -> str | None:
         """Check that the checkpoints will fit on the disk, before anything is written; returns a warning if space is tight."""
-        warning = error = None
         config, steps = self.run.config, self.run.plan.steps - state.step
-        if self.context.is_primary:
-            validations = steps // config.eval.every if config.eval.every else 1
-            try:
-                warning = check_space(
-                    self.folder.checkpoints, state.checkpoint_bytes(), config.checkpoint, steps=steps, best_steps=validations
-                )
-            except UserError as failure:
-                error = str(failure)
-        warning, error = self.context.broadcast((warning, error))
-        if error is not None:
-            raise UserError(error)
-        return warning
+        validations = steps // config.eval.every if config.eval.every else 1
+        checkpoint_bytes = state.checkpoint_bytes()
+
+        def check() -> str | None:
+            return check_space(
+                self.folder.checkpoints, checkpoint_bytes, config.checkpoint, steps=steps, best_steps=validations
+            )
+
+        return self.context.on_primary(check)
 
     def _write_folder(self, state: TrainState) -> None:
         """Write the files of a run folder other than metrics and checkpoints."""
@@ -308,7 +300,7 @@ class Session:
                 seconds,
                 plan.horizon,
                 self.context,
-                started_at=self.started_at,
+                started_at=self.facts.started_at,
                 seconds_before=self.seconds_before,
                 finishing_time=estimate_finishing_time(hooks, seconds, config.eval.windows / plan.samples_per_step / 2),
                 on_change=monitor.planned,

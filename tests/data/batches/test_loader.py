@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bardling.data.batches.loader import IGNORE, Batch, EvalSequences, Prefetcher, TrainSequences
+from bardling.data.batches import IGNORE
+from bardling.data.batches.loader import Batch, EvalSequences, Prefetcher, TrainSequences
 from bardling.data.batches.order import SequenceOrder
 from bardling.data.tokens.manifest import ShardFile
 from bardling.data.tokens.shards import TokenSplit

@@ -13,6 +13,7 @@ from bardling.config import DataConfig
 from bardling.data.tokens import dataset as dataset_module
 from bardling.data.tokens import prepare as prepare_module
 from bardling.data.tokens.dataset import open_data
+from bardling.data.tokens.journal import working_on
 from bardling.data.tokens.prepare import held_out, prepare
 from bardling.data.tokens.shards import TokenDataset
 from bardling.data.tokens.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
@@ -112,6 +113,13 @@ def test_refuses_to_overwrite_and_bad_input(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
         prepare(str(tmp_path / "nothing.txt"), tmp_path / "new", "byte")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "there"]
+    (tmp_path / ".there.partial").mkdir()
+    (tmp_path / ".there.partial" / "journal.json").write_text("{}")
+    with pytest.raises(UserError, match=r"there: already exists"):
+        prepare(source, tmp_path / "there", "byte")
+    with pytest.raises(UserError, match=r"there: already exists"), working_on(tmp_path / "there"):
+        pass
+    assert [path.name for path in (tmp_path / ".there.partial").iterdir()] == ["journal.json"], "an earlier attempt is kept"
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device"), RuntimeError("bug")])

@@ -10,9 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bardling.config import DataConfig
 from bardling.data.tokens import vocabulary
-from bardling.data.tokens.tokenizer import StreamDecoder, Tokenizer, build_tokenizer, load_tokenizer
+from bardling.data.tokens.dataset import open_data
+from bardling.data.tokens.tokenizer import StreamDecoder, Tokenizer, build_tokenizer, is_tokenizer_path, load_tokenizer
 from bardling.errors import UserError
+from bardling.extensions import TOKENIZERS
 
 EOT = "<|endoftext|>"
 WORDS = [
@@ -294,3 +297,13 @@ def test_ids_outside_the_vocabulary() -> None:
     for bad in (-1, 257):
         with pytest.raises(ValueError, match=f"{bad} is outside the vocabulary of 257"):
             BYTE.decode([bad])
+
+
+def test_names_of_tokenizers_take_precedence_over_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(TOKENIZERS._registered, "toy", lambda texts: build_tokenizer("char", texts))
+    for name in ("toy", "gpt2", "char", "other"):
+        Path(name).write_text("not a tokenizer")
+    assert [name for name in ("toy", "gpt2", "char", "other") if is_tokenizer_path(name)] == ["other"]
+    Path("text.txt").write_text("to be or not to be " * 100)
+    assert open_data(DataConfig(source="text.txt", tokenizer="toy", cache=str(tmp_path / "cache"))).vocab_size < 20

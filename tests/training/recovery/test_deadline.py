@@ -12,7 +12,9 @@ from bardling.distributed.context import SINGLE
 from bardling.errors import UserError
 from bardling.planning.batching import Horizon
 from bardling.planning.schedules import learning_rate
+from bardling.training import run as run_module
 from bardling.training.recovery.deadline import Deadline
+from bardling.training.resolve import resolve
 from bardling.training.run import resume, train
 from bardling.training.state import TrainState
 
@@ -108,6 +110,16 @@ def test_a_run_ends_in_time_and_resumes_when_the_deadline_is_extended(tiny, chan
     later = f"{facts['seconds'] + 6:.0f}s"  # six seconds more, however long the first start took
     longer = resume(tmp_path / "run", change(config, train={"deadline": later}), quiet=True)
     assert longer.step > result.step
+
+
+def test_set_up_counts(tiny, change, tmp_path, monkeypatch):
+    def slow(*arguments):
+        time.sleep(2.0)
+        return resolve(*arguments)
+
+    monkeypatch.setattr(run_module, "resolve", slow)
+    config = change(tiny, train={"deadline": "2s", "steps": 10**6}, eval={"every": 0}, checkpoint={"every": 0})
+    assert train(config, tmp_path / "run", quiet=True).step == 1, "no time is left"
 
 
 def test_time_before_running_out_of_memory_is_counted_once():

@@ -7,13 +7,17 @@ import pytest
 import torch
 
 from bardling.config.recipes import load_recipe
-from bardling.distributed.context import Context
+from bardling.distributed.context import SINGLE, Context
 from bardling.distributed.device import Precision
 from bardling.errors import UserError
 from bardling.model.gpt import GPT
+from bardling.planning.costs import weight_bytes
 from bardling.planning.memory import optimizer_bytes
 from bardling.planning.parameter_shapes import parameter_shapes
+from bardling.training import run as run_module
 from bardling.training.build import Execution
+from bardling.training.objective import NextToken
+from bardling.training.recovery import memory
 from bardling.training.recovery.memory import TrialPasses, divisors, fastest_size, out_of_memory
 from bardling.training.run import resume, train
 
@@ -120,7 +124,7 @@ def test_processes_agree_on_the_largest_pass_that_fits_all(tiny, change, monkeyp
 
     sizes = divisors(12)
     config = change(tiny, model={"vocab_size": 16})
-    passes = TrialPasses(config.model, config.optim, EXECUTION, Two(0, 2, torch.device("cpu")), False)
+    passes = TrialPasses(config.model, config.optim, EXECUTION, Two(0, 2, torch.device("cpu")), False, NextToken())
     fail_above(monkeypatch, 6, torch.OutOfMemoryError("x"))
     assert passes.largest(sizes) == 3
     assert asked == [True, False, False, False]
@@ -150,10 +154,32 @@ def no_gpu(monkeypatch):
     return asked
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_a_trial_pass_reserves_memory_for_the_optimizer(tiny, change, no_gpu, monkeypatch, name):
-    config = change(tiny, model={"vocab_size": 16}, optim={"name": name})
+@pytest.mark.parametrize(("name", "ema_decay"), [("adamw", 0.0), ("muon", 0.9)])
+def test_a_trial_pass_reserves_memory_for_optimizer_and_ema(tiny, change, no_gpu, monkeypatch, name, ema_decay):
+    config = change(tiny, model={"vocab_size": 16}, optim={"name": name, "ema_decay": ema_decay})
     monkeypatch.setattr(GPT, "to", lambda self, device: self)
-    trial = TrialPasses(config.model, config.optim, EXECUTION, Context(0, 1, torch.device("cuda")), False)
+    trial = TrialPasses(config.model, config.optim, EXECUTION, Context(0, 1, torch.device("cuda")), False, NextToken())
     assert trial.attempt(4) is None
-    assert no_gpu == [optimizer_bytes(parameter_shapes(config.model), config.optim), 100, 0]
+    ema = [weight_bytes(config.model)] if ema_decay else []
+    assert no_gpu == [optimizer_bytes(parameter_shapes(config.model), config.optim), 100, *ema]
+
+
+@pytest.mark.parametrize(("ema_decay", "expected"), [(0.0, 8), (0.9, 4)])
+def test_on_a_cpu_weights_and_ema_reduce_the_free_memory(tiny, change, monkeypatch, ema_decay, expected):
+    config = change(tiny, model={"vocab_size": 16}, optim={"ema_decay": ema_decay})
+    trial = TrialPasses(config.model, config.optim, EXECUTION, SINGLE, False, NextToken())
+    weights, tried = weight_bytes(config.model), []
+    monkeypatch.setattr(trial, "required_bytes", lambda size: weights * size // 10)  # 0.8 weights for 8 sequences
+    monkeypatch.setattr(trial, "attempt", lambda size: tried.append(size) or 1.0)
+    monkeypatch.setattr(memory, "_free_memory", lambda device: int(2.8 * weights))
+    trial.choose(16)
+    assert max(tried) == expected
+
+
+def test_the_backend_is_prepared_before_passes_are_tried(tiny, change, tmp_path, monkeypatch):
+    events = []
+    monkeypatch.setattr(run_module, "prepare_backend", lambda *_, **__: events.append("prepared") or (lambda: None))
+    monkeypatch.setattr(TrialPasses, "attempt", lambda self, size: events.append("tried") or 1.0)
+    train(change(tiny, train={"micro_batch": "auto", "steps": 6}), tmp_path / "run", quiet=True)
+    assert events[0] == "prepared"
+    assert "tried" in events

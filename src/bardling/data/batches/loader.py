@@ -17,13 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bardling.data.batches import IGNORE
 from bardling.data.batches.order import Int64s, SequenceOrder
 from bardling.data.batches.packing import document_bounds, shorten_bounds
 from bardling.data.tokens.shards import TokenSplit
 from bardling.errors import UserError
-
-IGNORE = -100
-"""Target excluded from every loss: PyTorch's default `ignore_index`."""
 
 
 class Batch(NamedTuple):

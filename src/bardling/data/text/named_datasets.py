@@ -203,9 +203,10 @@ def source_for(spec: str) -> Source:
 
 
 def documents_after(source: Source, count: int, name: str) -> Iterator[Document]:
-    """The documents after the first `count`, the last of which is `name`; only a hub dataset avoids reading the others."""
-    if isinstance(source, HubSource):
-        return source.after(name)
+    """The documents after the first `count`, the last of which is `name`; a source with `after` avoids reading the others."""
+    after = getattr(source, "after", None)
+    if after is not None:
+        return cast(Iterator[Document], after(name))
     return itertools.islice(source.documents(), count, None)
 
 

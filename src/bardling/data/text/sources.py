@@ -82,7 +82,10 @@ def json_lines(
 
 
 class Source(Protocol):
-    """A stream of documents that can be restarted."""
+    """A stream of documents that can be restarted.
+
+    A source that can start in the middle has a method `after(name)` besides: the documents after the one with this name.
+    """
 
     @property
     def name(self) -> str:

@@ -10,7 +10,7 @@ from bardling.data.tokens.manifest import FORMAT
 from bardling.data.tokens.prepare import METHOD, prepare
 from bardling.data.tokens.shards import TokenDataset, open_dataset
 from bardling.data.tokens.token_files import detect_token_folder, open_token_folder
-from bardling.data.tokens.tokenizer import build_tokenizer, check_tokenizer_spec
+from bardling.data.tokens.tokenizer import check_tokenizer_spec, is_tokenizer_path, load_tokenizer
 from bardling.errors import UserError
 
 
@@ -29,8 +29,7 @@ def open_data(config: DataConfig) -> TokenDataset:
         raise UserError(f"data.source = {config.source[:100]!r}: cannot be opened ({error.strerror})") from None
     if foreign:
         return open_token_folder(path)
-    from_file = spec not in ("byte", "char") and Path(spec).exists()
-    fingerprint = build_tokenizer(spec, ()).fingerprint if from_file else ""
+    fingerprint = load_tokenizer(spec).fingerprint if is_tokenizer_path(spec) else ""
     if prepared:
         dataset = open_dataset(path)
         if fingerprint not in ("", dataset.manifest.tokenizer):

@@ -11,7 +11,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,12 @@ def work_folder(out: Path) -> Path:
     return out.with_name(f".{out.name}.partial")
 
 
+def refuse_existing(out: Path) -> None:
+    """Raise a `UserError` if there is something at `out`, where a dataset is to be created."""
+    if out.exists() or out.is_symlink():
+        raise UserError(f"{out}: already exists: choose another folder, or remove it first")
+
+
 @contextmanager
 def working_on(out: Path) -> Iterator[Path]:
     """Lock and return the work folder of `out`; waits while another process prepares the same dataset.
@@ -99,8 +105,9 @@ def working_on(out: Path) -> Iterator[Path]:
     work = work_folder(out)
     with locked(work / "lock", folder_moves=True):
         if out.exists() or out.is_symlink():
-            for path in (work / "lock", work):  # created only for the lock
-                path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
-            raise UserError(f"{out}: already exists: choose another folder, or remove it first")
+            (work / "lock").unlink(missing_ok=True)
+            with suppress(OSError):  # it holds an earlier attempt
+                work.rmdir()
+            refuse_existing(out)
         remove_partial_files(work)
         yield work

@@ -23,7 +23,7 @@ from pathlib import Path
 from bardling.data.text.named_datasets import documents_after, source_for
 from bardling.data.text.sources import Document, Source
 from bardling.data.tokens.documents import DocumentWriter
-from bardling.data.tokens.journal import JOURNAL, Journal, Position, digest, working_on
+from bardling.data.tokens.journal import JOURNAL, Journal, Position, digest, refuse_existing, working_on
 from bardling.data.tokens.manifest import Manifest, token_dtype, write_manifest
 from bardling.data.tokens.parallel import SPLITS, Encoders, Piece, TextBatch, default_workers
 from bardling.data.tokens.shards import SHARD_TOKENS, ShardWriter, TokenDataset, open_dataset
@@ -103,6 +103,7 @@ def prepare(
         raise UserError(f"data.val_fraction = {val_fraction!r}: must be between 0 and 1")
     if workers is not None and workers < 1:
         raise UserError(f"workers = {workers}: must be at least 1")
+    refuse_existing(out)
     check_tokenizer_spec(tokenizer_spec)
     source = source_for(source_spec)
     with ProgressBar(unit="bytes", show=sys.stderr.isatty()) as bar:

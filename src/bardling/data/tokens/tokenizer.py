@@ -274,6 +274,11 @@ def check_tokenizer_spec(spec: str) -> int | None:
     raise UserError(f"data.tokenizer = {spec!r}: must be byte, char, gpt2, bpe:SIZE, or an existing file or folder{hint}")
 
 
+def is_tokenizer_path(spec: str) -> bool:
+    """Whether a spec (see `build_tokenizer`) is a path. Names of tokenizers take precedence over files."""
+    return spec not in ("byte", "char", GPT2) and spec not in TOKENIZERS and Path(spec).exists()
+
+
 def build_tokenizer(spec: str, texts: Iterable[str]) -> Tokenizer:
     """Build the tokenizer that a spec names from `texts`, which only 'char', 'bpe' and extensions use, or load it.
 

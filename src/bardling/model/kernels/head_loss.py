@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bardling.data.batches.loader import IGNORE
+from bardling.data.batches import IGNORE
 from bardling.model.kernels.linear import linear
 from bardling.model.kernels.select import has_wide_products, head_rows, is_eager_cpu, product_dtype
 from bardling.planning.activations import LOGIT_CHUNK_BYTES as CHUNK_BYTES

@@ -33,8 +33,7 @@ class Log:
         self._steps += 1
         if state.step != 1 and not due(state.step, self.every, plan.steps):
             return
-        # The only place where the host waits for the device.
-        loss_sum = result.loss_sum.item()
+        loss_sum = result.loss_sum.item()  # waits for the device
         size = result.sums["bytes"].item() if "bytes" in result.sums else 0
         seconds = timer.take()
         # Steps between two records may belong to several stages; steps that a rollback undid had the same shapes.

@@ -21,11 +21,9 @@ class Tasks(TimedHook):
     def __init__(self, run: HookContext, config: EvalConfig, tokenizer: Tokenizer) -> None:
         super().__init__(run, config.every if config.tasks_every is None else config.tasks_every)
         self._tokenizer = tokenizer
-        if run.context.is_primary:  # download missing data once
-            for task in config.tasks:
-                load_items(task)
-        run.context.barrier()
-        self._items = {task_name(task): draw_items(load_items(task), config.task_items, run.seed) for task in config.tasks}
+        self._items = run.context.on_primary(
+            lambda: {task_name(task): draw_items(load_items(task), config.task_items, run.seed) for task in config.tasks}
+        )
 
     def work(self, state: TrainState) -> None:
         """Evaluate all tasks; their results are logged together, so that none is logged twice after an interruption."""

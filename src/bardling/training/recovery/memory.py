@@ -23,6 +23,7 @@ from torch import nn
 
 from bardling.config import ModelConfig, OptimConfig, TrainConfig
 from bardling.data.batches.loader import Batch
+from bardling.data.tokens.tokenizer import Tokenizer
 from bardling.distributed.context import Context
 from bardling.distributed.device import synchronize
 from bardling.distributed.heartbeat import LONG_PATIENCE
@@ -34,7 +35,7 @@ from bardling.planning.costs import weight_bytes
 from bardling.planning.memory import optimizer_bytes
 from bardling.planning.parameter_shapes import parameter_shapes
 from bardling.training.build import Execution, build_model
-from bardling.training.objective import Forward, NextToken
+from bardling.training.objective import Forward, Objective, build_objective
 
 FIRST_STEPS = 3
 """Steps in which the micro-batch is reduced if memory runs out; the first two allocate all that training needs."""
@@ -78,13 +79,15 @@ def choose_micro_batch(
     execution: Execution,
     context: Context,
     *,
+    tokenizer: Tokenizer | None,
     document_mask: bool,
 ) -> tuple[int, str] | None:
     """Sequences of a forward pass, and why, if they are open or have to be reduced; None: as planned."""
     several_gpus = context.world_size > 1 and context.device.type == "cuda"
     if train.micro_batch != "auto" and not several_gpus:
         return None
-    trial = TrialPasses(model, optim, execution, context, document_mask)
+    objective = build_objective(train, tokenizer, context.device)
+    trial = TrialPasses(model, optim, execution, context, document_mask, objective)
     sequences = plan.micro_batch * plan.accumulation
     if train.micro_batch == "auto":
         return trial.choose(sequences)
@@ -103,6 +106,7 @@ class TrialPasses:
     execution: Execution
     context: Context
     document_mask: bool
+    objective: Objective
     _model: GPT | None = None
 
     def attempt(self, micro_batch: int) -> float | None:
@@ -124,15 +128,16 @@ class TrialPasses:
         device, reserved = self.context.device, list[torch.Tensor]()
         if self._model is None:
             self._model = build_model(self.config, self.execution, device, seed=0).train()
-        if device.type == "cuda":  # what the optimizer and CUDA graphs will hold beside a pass, and a margin
+        if device.type == "cuda":  # what the optimizer, the EMA and CUDA graphs will hold beside a pass, and a margin
             margin = torch.cuda.get_device_properties(device).total_memory // 33
-            graphs = weight_bytes(self.config) if self.execution.cuda_graphs else 0
+            weights = weight_bytes(self.config)
+            copies = [weights for needed in (self.optim.ema_decay, self.execution.cuda_graphs) if needed]
             state = optimizer_bytes(parameter_shapes(self.config), self.optim)
-            reserved += [torch.empty(size, dtype=torch.uint8, device=device) for size in (state, margin, graphs)]
+            reserved += [torch.empty(size, dtype=torch.uint8, device=device) for size in (state, margin, *copies)]
         batch = self._batch(micro_batch)
         begin = time.perf_counter()
         with self.execution.precision.autocast():
-            loss = NextToken()(cast(Forward, self._model), batch).loss
+            loss = self.objective(cast(Forward, self._model), batch).loss
         loss.backward()  # type: ignore[no-untyped-call]
         synchronize(device)
         return time.perf_counter() - begin
@@ -165,7 +170,8 @@ class TrialPasses:
         sizes = [size for size in divisors(sequences) if sequences // size <= _MAX_PASSES]
         free = _free_memory(device)
         if free is not None:
-            budget = free * (1.0 if device.type == "cuda" else _FRACTION_OF_FREE / context.world_size)
+            held = weight_bytes(self.config) * (2 if self.optim.ema_decay else 1)  # weights and EMA do not exist yet
+            budget = free - held if device.type == "cuda" else _FRACTION_OF_FREE * (free / context.world_size - held)
             sizes = [size for size in sizes if self.required_bytes(size) <= budget] or sizes[-1:]
         # All processes must try the same sizes, those that fit everywhere.
         limit = -context.largest(-sizes[0])

@@ -26,21 +26,12 @@ def load_rollbacks(folder: RunFolder, state: TrainState, context: Context) -> tu
     Raises:
         UserError: the file is damaged, or lacks rollbacks that preceded `state`.
     """
-    rollbacks: tuple[Rollback, ...] = ()
-    problem = None
-    if context.is_primary:
-        try:
-            rollbacks = read_rollbacks(folder)
-        except UserError as error:
-            problem = str(error)
-    rollbacks, problem = context.broadcast((rollbacks, problem))
-    if problem is None and len(rollbacks) < state.history.rollbacks:
-        problem = (
+    rollbacks = context.on_primary(lambda: read_rollbacks(folder))
+    if len(rollbacks) < state.history.rollbacks:
+        raise UserError(
             f"{rollback_log(folder)}: lists {len(rollbacks)} rollbacks, but {state.history.rollbacks} preceded the checkpoint "
             f"of step {state.step}: restore the file from a copy, because it decides the data order"
         )
-    if problem is not None:
-        raise UserError(problem)
     state.history.rollbacks = len(rollbacks)
     return rollbacks
 
@@ -65,16 +56,12 @@ def roll_back(
         UserError: the record cannot be written, or there are checkpoints but none is valid.
     """
     context.activity(f"rolling back from step {state.step} to the latest checkpoint", LONG_PATIENCE)
-    problem = None
-    if context.is_primary:
+
+    def record() -> None:
         saver.wait()
-        try:
-            write_rollbacks(folder, [*guard.rollbacks, request.rollback])
-        except UserError as error:
-            problem = str(error)
-    problem = context.broadcast(problem)
-    if problem is not None:
-        raise UserError(problem)
+        write_rollbacks(folder, [*guard.rollbacks, request.rollback])
+
+    context.on_primary(record)
     guard.add_rollback(request.rollback)
     checkpoint = latest_checkpoint(folder, context)
     if checkpoint is not None:
