@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from bardling.config import OptimConfig, TrainConfig
 from bardling.data.batches.loader import Batch, Prefetcher
 from bardling.distributed.context import distributed
-from bardling.distributed.device import DTYPES, choose_device, choose_precision, device_name, matmul_flops, prepare_backend
+from bardling.distributed.device import DTYPES, backend, choose_device, choose_precision, device_name, matmul_flops
 from bardling.errors import UserError
 from bardling.model.gpt import GPT
 from bardling.planning.batching import make_plan
@@ -82,9 +82,8 @@ def _autocast(precision: str, device: torch.device) -> Callable[[], contextlib.A
 def run_ours(spec: Spec, server: StepServer) -> None:
     """The library, assembled as in a run."""
     without, more = set(spec.without), set(spec.more)
-    with distributed(spec.device) as context:
-        attention: Any = next((name for name in ("fa3", "fa4") if name in more), "auto")
-        prepare_backend(context.device, deterministic=False, attention=attention)
+    attention: Any = next((name for name in ("fa3", "fa4") if name in more), "auto")
+    with distributed(spec.device) as context, backend(context.device, deterministic=False, attention=attention):
         precision = choose_precision("float32" if "bf16" in without else spec.precision, context.device)  # type: ignore[arg-type]
         name = device_name(context.device)
         peak = peak_flops(name, precision.name) or matmul_flops(context.device, DTYPES[precision.name], seconds=0.2)

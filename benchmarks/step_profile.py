@@ -23,7 +23,7 @@ from bardling.cli.parse import parse
 from bardling.config import ModelConfig, OptimConfig
 from bardling.data.batches.loader import Batch
 from bardling.distributed.context import SINGLE
-from bardling.distributed.device import Precision, prepare_backend
+from bardling.distributed.device import Precision, backend
 from bardling.errors import UserError
 from bardling.training.build import Execution, build
 from bardling.training.objective import NextToken
@@ -67,8 +67,8 @@ def main(argv: Sequence[str]) -> None:
     for name in ("steps", "top"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} {getattr(options, name)}: must be at least 1")
-    prepare_backend(torch.device("cpu"), deterministic=False)
-    tables = [table for name in options.settings for table in measure(name, options)]
+    with backend(torch.device("cpu"), deterministic=False):
+        tables = [table for name in options.settings for table in measure(name, options)]
     publish("step_profile", tables, device=torch.device("cpu"), command=argv, folder=options.results)
 
 

@@ -1,6 +1,7 @@
 """A run whose files cannot be written closes everything and ends with an error that tells how to continue."""
 
 import errno
+from contextlib import contextmanager
 
 import pytest
 
@@ -39,7 +40,15 @@ def closed(monkeypatch):
 def restored(monkeypatch):
     """The devices whose backend settings were restored."""
     found = []
-    monkeypatch.setattr(run_module, "prepare_backend", lambda device, **_: lambda: found.append(device))
+
+    @contextmanager
+    def backend(device, **_):
+        try:
+            yield
+        finally:
+            found.append(device)
+
+    monkeypatch.setattr(run_module, "backend", backend)
     return found
 
 

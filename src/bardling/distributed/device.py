@@ -8,7 +8,7 @@ import contextlib
 import ctypes
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 
 from bardling.errors import UserError
-from bardling.model.kernels.flash_attention import use_attention
+from bardling.model.kernels.flash_attention import attention_backend
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -158,32 +158,30 @@ def matmul_flops(device: torch.device, dtype: torch.dtype, *, size: int = 768, s
     return 2.0 * size**3 / best
 
 
-def prepare_backend(
-    device: torch.device, *, deterministic: bool, attention: Literal["auto", "fa3", "fa4"] = "auto"
-) -> Callable[[], None]:
-    """Configure TF32 for float32 matmuls, deterministic kernels and attention kernels; returns a function that undoes it.
+@contextlib.contextmanager
+def backend(device: torch.device, *, deterministic: bool, attention: Literal["auto", "fa3", "fa4"] = "auto") -> Iterator[None]:
+    """A context with TF32 for float32 matmuls, deterministic kernels and attention kernels as configured.
 
-    On a CPU, this also keeps freed memory for the next step, which is not undone.
+    On a CPU, freed memory is kept for the next step, also afterwards.
 
     Raises:
         UserError: the attention kernels are not installed or do not support this device.
     """
     if device.type == "cpu":
         _keep_freed_memory()
-    restore_attention = use_attention(attention, device)
-    if device.type != "cuda":
-        return lambda: None
-    precision = torch.get_float32_matmul_precision()
-    algorithms = torch.are_deterministic_algorithms_enabled()
-    torch.set_float32_matmul_precision("highest" if deterministic else "high")
-    torch.use_deterministic_algorithms(deterministic)
-
-    def undo() -> None:
-        torch.set_float32_matmul_precision(precision)
-        torch.use_deterministic_algorithms(algorithms)
-        restore_attention()
-
-    return undo
+    with attention_backend(attention, device):
+        if device.type != "cuda":
+            yield
+            return
+        precision = torch.get_float32_matmul_precision()
+        algorithms = torch.are_deterministic_algorithms_enabled()
+        torch.set_float32_matmul_precision("highest" if deterministic else "high")
+        torch.use_deterministic_algorithms(deterministic)
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(precision)
+            torch.use_deterministic_algorithms(algorithms)
 
 
 def _keep_freed_memory() -> None:

@@ -25,7 +25,6 @@ losses, which is decided in `model/kernels/`.
 Shapes: B batch, T time (tokens), C = n_embd, H = n_head, K = n_kv_head, D = head_dim, V = vocab_size, S = tokens attended to.
 """
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -37,7 +36,6 @@ from torch.utils.checkpoint import checkpoint
 
 from bardling.config import ModelConfig
 from bardling.config.architecture import Architecture
-from bardling.errors import UserError
 from bardling.extensions import ACTIVATIONS
 from bardling.model.cache import CacheStep, KVCache
 from bardling.model.document_masks import make_documents
@@ -284,21 +282,6 @@ class GPT(nn.Module):
     def head(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of hidden states [..., C], at least float32, without those of padding."""
         return head_logits(hidden, self.head_weight, vocab_size=self.config.vocab_size, softcap=self.config.logit_softcap)
-
-    def crop_block_size(self, block_size: int) -> None:
-        """Shorten the longest context to `block_size`, keeping the first positions.
-
-        Raises:
-            UserError: the model's context is shorter.
-        """
-        if not 1 <= block_size <= self.config.block_size:
-            have = self.config.block_size
-            raise UserError(f"model.block_size = {block_size}: the model has {have}; set it to a value from 1 to {have}")
-        if self.transformer.architecture.positions == "learned":
-            wpe = self.transformer.wpe
-            wpe.weight = nn.Parameter(wpe.weight.detach()[:block_size].clone())
-            wpe.num_embeddings = block_size
-        self.config = dataclasses.replace(self.config, block_size=block_size)
 
 
 @contextmanager

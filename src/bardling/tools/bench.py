@@ -33,10 +33,10 @@ from bardling.distributed.context import Context, distributed
 from bardling.distributed.device import (
     DTYPES,
     Precision,
+    backend,
     device_name,
     matmul_flops,
     memory_used,
-    prepare_backend,
     synchronize,
 )
 from bardling.errors import UserError
@@ -146,22 +146,21 @@ def bench(
             raise UserError(f"--{name} {value}: must be at least 1")
     if profile is not None:
         _make_folder(profile)
-    with distributed(config.device) as context:
+    with (
+        distributed(config.device) as context,
+        backend(context.device, deterministic=config.deterministic, attention=config.attention),
+    ):
         if context.world_size > 1:
             raise UserError("bardling bench measures one process: start it without torchrun (a run logs the speed of several)")
-        restore_backend = prepare_backend(context.device, deterministic=config.deterministic, attention=config.attention)
+        run, source, notes = _prepare(config, context, data)
         try:
-            run, source, notes = _prepare(config, context, data)
-            try:
-                return _Bench(run, source, context, steps, warmup, profile, progress).measure(notes)
-            except torch.OutOfMemoryError:
-                micro = run.plan.micro_batch
-                raise UserError(
-                    f"train.micro_batch = {micro}: does not fit into the memory of {device_name(context.device)}: "
-                    f"try --train.micro_batch {max(micro // 2, 1)}"
-                ) from None
-        finally:
-            restore_backend()
+            return _Bench(run, source, context, steps, warmup, profile, progress).measure(notes)
+        except torch.OutOfMemoryError:
+            micro = run.plan.micro_batch
+            raise UserError(
+                f"train.micro_batch = {micro}: does not fit into the memory of {device_name(context.device)}: "
+                f"try --train.micro_batch {max(micro // 2, 1)}"
+            ) from None
 
 
 class RandomSequences:

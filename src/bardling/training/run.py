@@ -13,7 +13,7 @@ from typing import Literal
 from bardling.checkpoint.run_folder import RunFolder, open_run, refuse_existing, run_lock
 from bardling.config import MonitorConfig, RunConfig
 from bardling.distributed.context import Context, distributed
-from bardling.distributed.device import prepare_backend
+from bardling.distributed.device import backend
 from bardling.evaluate.tasks import check_task
 from bardling.monitor.services import check_services
 from bardling.training.environment import config_fingerprint, started_by_this_job
@@ -87,8 +87,5 @@ def _prepared(
             check_task(task)
 
     context.on_primary(check)
-    restore_backend = prepare_backend(context.device, deterministic=deterministic, attention=attention)
-    try:
+    with backend(context.device, deterministic=deterministic, attention=attention):
         yield
-    finally:
-        restore_backend()

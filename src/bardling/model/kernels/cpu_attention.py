@@ -3,8 +3,8 @@
 The backward pass of PyTorch's fused kernel computes the scores again, which is slow with bfloat16 on a CPU: forward and
 backward together take 1.5 to 4 times as long. The functions here store the attention weights (the softmax of the scores), 2
 bytes per pair of query and key. Eager code takes queries in blocks, each with the keys up to its end. That skips most scores of
-later keys, and keeps tensors small enough for memory that the C library reuses (`prepare_backend`); whole ones took twice as
-long at 512 tokens. Compiled code computes all scores at once and derives the backward pass itself.
+later keys, and keeps tensors small enough for memory that the C library reuses (`backend` in `distributed/device.py`); whole
+ones took twice as long at 512 tokens. Compiled code computes all scores at once and derives the backward pass itself.
 
 Shapes: B batch, H query heads, K key and value heads, G = H / K query heads per key head, T tokens, D channels of a head; a
 block has n queries, which see S keys.

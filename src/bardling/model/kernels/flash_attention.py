@@ -8,7 +8,8 @@ training, validation and samples, and for sequences of several documents.
 Limits: they do not support dropout.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -20,14 +21,16 @@ _CAPABILITIES = {"fa3": (9,), "fa4": (9, 10)}
 _REMEDY = "leave attention unset: PyTorch's own kernels run on every device"
 
 
-def use_attention(wanted: Literal["auto", "fa3", "fa4"], device: torch.device) -> Callable[[], None]:
-    """Make PyTorch compute attention with the wanted kernels; returns an undo.
+@contextmanager
+def attention_backend(wanted: Literal["auto", "fa3", "fa4"], device: torch.device) -> Iterator[None]:
+    """A context in which PyTorch computes attention with the wanted kernels.
 
     Raises:
         UserError: they are not installed, or do not support this device.
     """
     if wanted == "auto":
-        return lambda: None
+        yield
+        return
     setting = f"attention = {wanted!r}"
     if device.type != "cuda" or torch.version.hip is not None:
         raise UserError(f"{setting} on {device.type}: needs an NVIDIA GPU; {_REMEDY}")
@@ -48,10 +51,9 @@ def use_attention(wanted: Literal["auto", "fa3", "fa4"], device: torch.device) -
         ) from None
     cudnn = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
     torch.backends.cuda.enable_cudnn_sdp(False)  # on some GPUs PyTorch would prefer it to all others
-
-    def undo() -> None:
+    try:
+        yield
+    finally:
         if hasattr(attention, "restore_flash_attention_impl"):  # newer than `activate_flash_attention_impl`
             attention.restore_flash_attention_impl()
         torch.backends.cuda.enable_cudnn_sdp(cudnn)
-
-    return undo
