@@ -11,7 +11,7 @@ import pytest
 
 from bardling.monitor import Sink
 from bardling.monitor.console import Console, escape_unprintable, format_metrics
-from bardling.monitor.format import count, duration, percent, size_bytes
+from bardling.monitor.format import count, duration, percent, si, size_bytes
 
 TRAIN: dict[str, Any] = {
     "kind": "train",
@@ -47,6 +47,7 @@ VAL: dict[str, Any] = {"kind": "val", "step": 250, "loss": 2.2, "bits_per_byte":
         (size_bytes(0), "0 B"),
         (size_bytes(1_400_000_000), "1.40 GB"),
         (size_bytes(123_456), "123 kB"),
+        (si(854_438_400, "FLOP"), "854 MFLOP"),
         (size_bytes(float("nan")), "nan B"),
         (duration(0), "0.0s"),
         (duration(0.25), "0.2s"),
@@ -125,7 +126,7 @@ def test_generated_text_cannot_control_the_terminal() -> None:
 def test_progress_of_long_work_is_shown_and_of_short_work_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     console, stream = plain()
     now = 100.0
-    monkeypatch.setattr(console._work, "_clock", lambda: now)
+    monkeypatch.setattr(console, "_clock", lambda: now)
     for done in range(1, 5):
         console.progress("validating", done, 4)
         now += 0.4
@@ -183,7 +184,7 @@ def test_terminal_keeps_metrics_below_and_the_rest_above(terminal: Terminal, mon
     console.log(TRAIN | {"step": 110})
     console.log(VAL | {"step": 115})
     now = 0.0
-    monkeypatch.setattr(console._work, "_clock", lambda: now)
+    monkeypatch.setattr(console, "_clock", lambda: now)
     for done in range(3):
         console.progress("validating", done, 4)
         now += 1.5

@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +12,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from bardling.cli.parse import note
 from bardling.cli.recipe import Config, parse_recipe_command, with_depth
 from bardling.cli.tables import columns, facts, shape
 from bardling.config import RunConfig
-from bardling.monitor.format import count, percent, size_bytes
+from bardling.monitor.format import count, ms, percent, si, size_bytes
 from bardling.monitor.progress import ProgressBar
 
 if TYPE_CHECKING:
@@ -65,46 +65,34 @@ def nanogpt_options(argv: Sequence[str]) -> BenchOptions:
     values = {**BENCH_DEFAULTS, **settings}
     shared = settings.keys() & {"batch_size", "block_size", "bias", "device", "dtype", "compile"}
     fixed = {"gradient_accumulation_steps": 1, "dataset": "openwebtext", "learning_rate": 1e-4}
-    run = run_config_from_nanogpt({key: settings[key] for key in shared} | fixed)
-    real = values["real_data"] and Path(run.config.data.source).is_dir()
+    config = run_config_from_nanogpt({key: settings[key] for key in shared} | fixed).config
+    real = values["real_data"] and Path(config.data.source).is_dir()
     if values["real_data"] and not real:
-        print(
-            "bardling: real_data = True, but data/openwebtext/train.bin does not exist: using random tokens instead",
-            file=sys.stderr,
-        )
+        note("real_data = True, but data/openwebtext/train.bin does not exist: using random tokens instead")
     config = dataclasses.replace(
-        run.config,
+        config,
         seed=values["seed"],
-        model=dataclasses.replace(run.config.model, vocab_size=NANOGPT_VOCAB),
-        optim=dataclasses.replace(run.config.optim, weight_decay=1e-2),
+        model=dataclasses.replace(config.model, vocab_size=NANOGPT_VOCAB),
+        optim=dataclasses.replace(config.optim, weight_decay=1e-2),
     )
     folder = Path("bench_log") if values["profile"] else None
     return BenchOptions(steps=20, warmup=10, data="real" if real else "random", profile=folder, config=config)
 
 
 def main(options: BenchOptions) -> None:
-    """Measure `options.config` and print the result."""
     if options.profile is not None:
         # The profiler reads this when torch is imported; at levels below 6 it logs its own start and stop.
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     from bardling.tools.bench import bench  # imports torch
 
     with ProgressBar("measuring") as progress:
-        result = bench(
-            options.config,
-            steps=options.steps,
-            warmup=options.warmup,
-            data=options.data,
-            profile=options.profile,
-            progress=progress,
-        )
+        result = bench(**vars(options), progress=progress)
     show(result, options.data)
 
 
 def show(result: "BenchResult", data: str) -> None:
     """Print a result as tables of at most 80 columns."""
-    console = Console(highlight=False)
-    model = result.model
+    console, model = Console(highlight=False), result.model
     console.print(
         f"[bold]{count(result.parameters)} parameters[/]; {shape(model)}, "
         f"context {model.block_size:,}, vocabulary {model.vocab_size:,}"
@@ -112,8 +100,8 @@ def show(result: "BenchResult", data: str) -> None:
     console.print(f"{escape(result.device)}; {data} tokens")
     console.print(f"precision {result.precision.name} ({escape(result.precision.why)})")
     console.print(f"compile {'on' if result.compiled else 'off'} ({escape(result.compile_why)})")
-    for note in result.notes:
-        console.print(f"[yellow]note:[/] {escape(note)}")
+    for text in result.notes:
+        console.print(f"[yellow]note:[/] {escape(text)}")
     console.print()
     console.print(_measurements(result))
     if result.trace is not None:
@@ -125,37 +113,30 @@ def show(result: "BenchResult", data: str) -> None:
 def _measurements(result: "BenchResult") -> Table:
     model, plan = result.model, result.plan
     table = facts()
-    seconds = sorted(result.step_seconds)
     micro_batches = f"{plan.accumulation} x {plan.micro_batch} sequences of {model.block_size:,}"
     table.add_row("tokens per step", f"{plan.tokens_per_step:,}", f"accumulation x micro-batch: {micro_batches}")
-    table.add_row("[bold]step time", f"[bold]{ms(statistics.median(seconds))}", _spread(seconds))
+    table.add_row("[bold]step time", f"[bold]{ms(result.median_seconds)}", _spread(result.step_seconds))
     table.add_row("first step", ms(result.first_step_seconds), "with set-up" + (" and compilation" if result.compiled else ""))
     table.add_row("[bold]tokens per second", f"[bold]{count(result.tokens_per_second)}")
-    table.add_row("FLOPs per token", f"{count(result.flops_per_token)}", "forward and backward, matrix multiplications")
-    table.add_row("speed", tflops(result.flops_per_second))
+    table.add_row("FLOPs per token", count(result.flops_per_token), "forward and backward, matrix multiplications")
+    table.add_row("speed", si(result.flops_per_second, "FLOP/s"))
     if result.peak_flops is None or result.mfu is None:
         table.add_row("MFU (vendor peak)", "unknown", "no vendor spec for this device")
     else:
-        table.add_row("[bold]MFU (vendor peak)", f"[bold]{percent(result.mfu)}", f"of {tflops(result.peak_flops)}")
-    measured = f"of {tflops(result.matmul_flops)}, measured for matmul"
+        table.add_row("[bold]MFU (vendor peak)", f"[bold]{percent(result.mfu)}", f"of {si(result.peak_flops, 'FLOP/s')}")
+    measured = f"of {si(result.matmul_flops, 'FLOP/s')}, measured for matmul"
     table.add_row("MFU (measured peak)", percent(result.mfu_of_matmul), measured)
     memory = "peak on the device" if result.precision.device_type == "cuda" else "peak of the whole process"
     table.add_row("memory", size_bytes(result.memory_bytes), memory)
     table.add_section()
-    parts = {
-        "data": (result.data_seconds, "waiting for batches"),
-        "forward": (result.forward_seconds, ""),
-        "backward": (result.backward_seconds, "and clipping"),
-        "optimizer": (result.optimizer_seconds, ""),
-    }
-    total = sum(part for part, _ in parts.values()) or 1.0
-    for name, (part, note) in parts.items():
-        table.add_row(name, ms(part), f"{percent(part / total):>6}" + (f"  {note}" if note else ""))
+    notes = {"data": "  waiting for batches", "backward": "  and clipping"}
+    total = sum(result.parts.values()) or 1.0
+    for name, seconds in result.parts.items():
+        table.add_row(name, ms(seconds), f"{percent(seconds / total):>6}{notes.get(name, '')}")
     return table
 
 
 def _operators(result: "BenchResult") -> Table:
-    """The operators that take the most time."""
     table = columns("operator (self time)", "calls per step", "ms per step", "fraction")
     table.columns[0].no_wrap, table.columns[0].max_width = True, 44
     total = sum(row.seconds for row in result.operators) or 1.0
@@ -167,20 +148,6 @@ def _operators(result: "BenchResult") -> Table:
 def _spread(seconds: Sequence[float]) -> str:
     """The range of step times; with 10 or more steps, the 10th to 90th percentile."""
     if len(seconds) < 10:
-        return f"median; {len(seconds)} steps from {ms(seconds[0])} to {ms(seconds[-1])}"
+        return f"median; {len(seconds)} steps from {ms(min(seconds))} to {ms(max(seconds))}"
     tenths = statistics.quantiles(seconds, n=10)
     return f"median; 8 of 10 between {ms(tenths[0])} and {ms(tenths[-1])}"
-
-
-def ms(seconds: float) -> str:
-    """`0.0123` -> `12.3 ms`, `1.234` -> `1.23 s`."""
-    if seconds >= 0.9995:
-        return f"{seconds:,.{1 if seconds >= 10 else 2}f} s"
-    value = seconds * 1e3
-    return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f} ms"
-
-
-def tflops(speed: float) -> str:
-    """`1.8e11` -> `180 GFLOP/s`, `9.89e14` -> `989 TFLOP/s`."""
-    scaled, unit = (speed / 1e12, "TFLOP/s") if speed >= 1e12 else (speed / 1e9, "GFLOP/s")
-    return f"{scaled:.{0 if scaled >= 100 else 1 if scaled >= 10 else 2}f} {unit}"

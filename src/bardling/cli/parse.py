@@ -9,6 +9,7 @@ import dataclasses
 import io
 import itertools
 import re
+import sys
 import typing
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -20,12 +21,13 @@ from bardling.errors import UserError, closest
 T = TypeVar("T")
 
 
-def parse(cls: type[T], argv: Sequence[str], *, prog: str, description: str, default: T | None = None) -> T:
-    """Parse `argv` into the dataclass `cls`; `--help` prints and exits with status 0.
+def note(text: str) -> None:
+    """Print a line about what the command does, on standard error."""
+    print(f"bardling: {text}", file=sys.stderr)
 
-    Raises:
-        UserError: an option is unknown, or a value is invalid.
-    """
+
+def parse(cls: type[T], argv: Sequence[str], *, prog: str, description: str, default: T | None = None) -> T:
+    """Parse `argv` into the dataclass `cls`; `--help` prints and exits with status 0, and a wrong option is a `UserError`."""
     message = io.StringIO()
     options: dict[str, Any] = {} if default is None else {"default": default}
     try:

@@ -15,6 +15,7 @@ from bardling.cli.recipe import Config, parse_recipe_command, with_depth
 from bardling.cli.tables import columns, facts, shape
 from bardling.config import RunConfig
 from bardling.errors import UserError, closest
+from bardling.monitor.format import count, duration, si, size_bytes
 from bardling.planning.costs import forward_table
 from bardling.planning.devices import ACCELERATORS, TERA, find_accelerator
 from bardling.planning.plan import Plan, plan
@@ -61,11 +62,7 @@ def run(argv: Sequence[str]) -> None:
         argv,
         "Estimate what a run needs: parameters, FLOPs, memory, disk and time, and compare it with compute-optimal training.",
     )
-    main(dataclasses.replace(args, config=with_depth(args.config, recipe, rest)), recipe)
-
-
-def main(args: PlanOptions, recipe: str) -> None:
-    """Print the plan of `args.config`."""
+    args = dataclasses.replace(args, config=with_depth(args.config, recipe, rest))
     for name in ("peak_tflops", "memory_gb", "dataset_tokens"):
         value = getattr(args, name)
         if value is not None and not (math.isfinite(value) and value > 0):
@@ -171,15 +168,15 @@ def _run(result: Plan, device: _Device) -> Table:
     _add_memory(table, result)
     table.add_section()
     stored = f"weights, optimizer{' and EMA' if result.memory.ema else ''}, float32"
-    table.add_row("checkpoint", size(result.checkpoint_bytes), stored)
-    table.add_row("[bold]disk", f"[bold]{size(result.disk_bytes)}", f"at most {result.checkpoints_kept} checkpoints at once")
+    table.add_row("checkpoint", size_bytes(result.checkpoint_bytes), stored)
+    disk = f"[bold]{size_bytes(result.disk_bytes)}"
+    table.add_row("[bold]disk", disk, f"at most {result.checkpoints_kept} checkpoints at once")
     table.add_section()
     _add_time(table, result, device)
     return table
 
 
 def _add_work(table: Table, result: Plan) -> None:
-    """Tokens and FLOPs."""
     batch = result.batch
     product = f"{batch.data_size} x {batch.accumulation} x {batch.micro_batch} sequences of {result.model.block_size:,}"
     table.add_row("tokens per step", f"{batch.tokens_per_step:,}", f"processes x accumulation x micro-batch: {product}")
@@ -203,29 +200,28 @@ def _add_work(table: Table, result: Plan) -> None:
 
 
 def _add_memory(table: Table, result: Plan) -> None:
-    """Memory of one device."""
     batch, memory = result.batch, result.memory
     activations = memory.activations
-    table.add_row("weights", size(memory.weights), "float32; replicated in every process")
-    table.add_row("gradients", size(memory.gradients), "float32")
     muon = "Muon: one float32 moment per matrix, two for the rest" if result.optimizer == "muon" else ""
-    table.add_row("optimizer", size(memory.optimizer), muon or "AdamW: two float32 moments")
-    if memory.ema:
-        table.add_row("EMA", size(memory.ema), "of the weights, float32")
     sequences = f"{batch.micro_batch} sequence{'s' if batch.micro_batch > 1 else ''}"
-    saved = activations.blocks + activations.embedding_and_head
-    table.add_row("activations", size(saved), f"of {sequences}, {result.precision}")
-    if activations.weight_copies:
-        table.add_row("weight copies", size(activations.weight_copies), f"matrices in {result.precision}")
-    if activations.recompute_buffer:
-        note = "in backward; not at the same time as copies and head"
-        table.add_row("recompute buffer", size(activations.recompute_buffer), note)
-    table.add_row("head", size(activations.head), "logits, one chunk at a time")
+    rows = (
+        ("weights", memory.weights, "float32; replicated in every process"),
+        ("gradients", memory.gradients, "float32"),
+        ("optimizer", memory.optimizer, muon or "AdamW: two float32 moments"),
+        ("EMA", memory.ema, "of the weights, float32"),
+        ("activations", activations.blocks + activations.embedding_and_head, f"of {sequences}, {result.precision}"),
+        ("weight copies", activations.weight_copies, f"matrices in {result.precision}"),
+        ("recompute buffer", activations.recompute_buffer, "in backward; not at the same time as copies and head"),
+        ("head", activations.head, "logits, one chunk at a time"),
+    )
+    for name, size, note in rows:
+        if size:
+            table.add_row(name, size_bytes(size), note)
     fraction = "device memory unknown"
     if result.device_memory is not None:
-        fraction = f"{memory.total / result.device_memory:.0%} of {size(result.device_memory)}"
+        fraction = f"{memory.total / result.device_memory:.0%} of {size_bytes(result.device_memory)}"
         fraction = f"[red]{fraction}: does not fit[/]" if memory.total > result.device_memory else fraction
-    table.add_row("[bold]total memory", f"[bold]{size(memory.total)}", fraction)
+    table.add_row("[bold]total memory", f"[bold]{size_bytes(memory.total)}", fraction)
 
 
 def _add_time(table: Table, result: Plan, device: _Device) -> None:
@@ -252,8 +248,7 @@ def _scaling(console: Console, result: Plan, args: PlanOptions) -> None:
         budget = f"the budget of {comparison.flops:.3g} FLOPs"
     table = columns("", "N", "D (tokens)", "D / N", "loss*", title=f"Compute-optimal for {budget}")
     rows = [(best.fit, best.parameters, best.tokens, best.loss) for best in comparison.optima]
-    rows.append(("this recipe", float(comparison.parameters), float(comparison.tokens), comparison.loss))
-    for name, n, d, loss in rows:
+    for name, n, d, loss in [*rows, ("this recipe", comparison.parameters, comparison.tokens, comparison.loss)]:
         table.add_row(name, count(n), count(d), count(d / n), f"{loss:.2f}")
     console.print()
     console.print(table)
@@ -270,35 +265,3 @@ def _scaling(console: Console, result: Plan, args: PlanOptions) -> None:
             table.add_row(f"1e{exponent}", *sizes, f"{three.loss:.2f}")
         console.print()
         console.print(table)
-
-
-def count(value: float) -> str:
-    """A count with three digits and a suffix: 124M."""
-    return _scaled(value, ("", "k", "M", "B", "T"))
-
-
-def si(value: float, unit: str) -> str:
-    """A value with three digits and a decimal prefix: 312 TFLOP/s."""
-    return _scaled(value, [f" {prefix}{unit}" for prefix in ("", "k", "M", "G", "T", "P", "E")])
-
-
-def size(value: float) -> str:
-    """Bytes with three digits and a decimal prefix: 1.49 GB."""
-    return si(value, "B")
-
-
-def _scaled(value: float, units: Sequence[str]) -> str:
-    """`value` with three digits in the first unit in which it is below 1000; each unit is 1000 times the previous one."""
-    rank = 0
-    while rank + 1 < len(units) and float(f"{value:.3g}") >= 1000:
-        value, rank = value / 1000, rank + 1
-    text = f"{value:,.0f}" if value >= 99.95 else f"{value:.3g}"
-    return text + units[rank]
-
-
-def duration(seconds: float) -> str:
-    """Time in a convenient unit: 45 s, 12 min, 3.5 h, 4.2 days."""
-    for limit, unit, length in ((120, "s", 1), (7200, "min", 60), (172_800, "h", 3600)):
-        if seconds < limit:
-            return f"{seconds / length:.3g} {unit}"
-    return f"{seconds / 86_400:,.1f} days"

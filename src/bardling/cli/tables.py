@@ -11,15 +11,8 @@ from bardling.config import ModelConfig
 
 def facts(title: str | None = None) -> Table:
     """A table without header, for rows of a name, a right-aligned value and a dim note."""
-    table = Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE,
-        show_header=False,
-        show_edge=False,
-        pad_edge=False,
-    )
+    table = columns(title=title)
+    table.show_header = False
     table.add_column(no_wrap=True)
     table.add_column(justify="right", no_wrap=True)
     table.add_column(style="dim")
@@ -35,7 +28,6 @@ def columns(*names: str, title: str | None = None) -> Table:
 
 
 def print_rows(rows: Iterable[tuple[str, str]], title: str | None = None) -> None:
-    """Print rows of a name and a value."""
     table = Table(box=None, show_header=False, pad_edge=False, title=title, title_justify="left")
     for row in rows:
         table.add_row(*row)

@@ -47,7 +47,6 @@ def run(argv: Sequence[str]) -> None:
 
 
 def show(result: "VerifyResult") -> None:
-    """Print a result as a table."""
     console = Console(highlight=False)
     console.print(f"{escape(result.device)}; precision {result.precision}")
     for note in result.notes:

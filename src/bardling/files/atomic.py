@@ -18,13 +18,13 @@ _PARTIAL = re.compile(r"\..+\.\d{1,10}\.partial")
 
 
 @contextmanager
-def os_error_as_user_error(path: Path, doing: str) -> Iterator[None]:
-    """Convert an `OSError` (full disk, missing permission, missing folder) into a `UserError`: "PATH: cannot DOING: reason"."""
+def os_error_as_user_error(path: Path, doing: str, *, remedy: str = "") -> Iterator[None]:
+    """Convert an `OSError` (full disk, missing folder) into a `UserError`: "PATH: cannot DOING: reason", then `remedy`."""
     try:
         yield
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
-        raise UserError(f"{error.filename or path}: cannot {doing}: {reason}") from error
+        raise UserError(f"{error.filename or path}: cannot {doing}: {reason}{remedy}") from error
 
 
 def partial_path(path: Path) -> Path:

@@ -19,8 +19,8 @@ from rich.rule import Rule
 from rich.text import Text
 
 from bardling.monitor.format import count, duration, percent, size_bytes
+from bardling.monitor.progress import PATIENCE
 
-PATIENCE = 2.0  # seconds before the progress of work between steps is shown
 PLAIN_INTERVAL = 10.0  # seconds between progress lines where there is no terminal
 
 # How each metric is displayed, in the order of the line.
@@ -53,7 +53,10 @@ class Console:
     def __init__(self, steps: int, first_step: int, *, stream: TextIO | None = None, width: int | None = None) -> None:
         self._steps = steps
         self._stream: TextIO | None = stream or sys.stdout
-        self._work = _Work()
+        self._clock = time.monotonic
+        self._work: tuple[str, int] | None = None  # the work between steps: label and total
+        self._begin = self._last_line = 0.0
+        self._first = self._done = 0
         self._display: _Display | None = None
         screen = rich.console.Console(file=self._stream, width=width, highlight=False, markup=False, emoji=False)
         if screen.is_terminal and not (screen.is_dumb_terminal or screen.is_jupyter):
@@ -94,13 +97,19 @@ class Console:
             self._display.update(self._display.training, total=steps)
 
     def progress(self, label: str, done: int, total: int) -> None:
-        """Show the progress of work between steps, once it has taken `PATIENCE` seconds."""
-        shown = self._work.advance(label, done, total)
-        left = f", {duration(self._work.seconds_left(done, total))} left"
+        """Show the progress of work between steps, once it has taken `PATIENCE` seconds and until it is done."""
+        now = self._clock()
+        if self._work != (label, total) or done < self._done:
+            self._begin, self._first, self._last_line = now, done, -math.inf
+        self._work, self._done = (label, total) if done < total else None, done
+        elapsed, progress = now - self._begin, done - self._first
+        shown = done < total and elapsed >= PATIENCE
+        left = f", {duration(elapsed / progress * (total - done) if progress > 0 else math.inf)} left"
         if self._display is not None:
             bar = self._display.work
             self._display.update(bar, visible=shown, description=label, total=total, completed=done, rest=left)
-        elif shown and self._work.line_due():
+        elif shown and now - self._last_line >= PLAIN_INTERVAL:
+            self._last_line = now
             self._print(f"{label}: {done:,}/{total:,}{left}")
 
     def flush(self) -> None:
@@ -155,37 +164,6 @@ class _Display(Progress):
     def get_renderables(self) -> Iterator[rich.console.RenderableType]:
         yield self.make_tasks_table(self.tasks)
         yield self.metrics
-
-
-class _Work:
-    """Times the work between steps and decides when to report its progress."""
-
-    def __init__(self) -> None:
-        self._clock = time.monotonic
-        self._key: tuple[str, int] | None = None
-        self._begin = self._last_line = 0.0
-        self._from = self._last = 0
-
-    def advance(self, label: str, done: int, total: int) -> bool:
-        """Whether to show the work's progress: once it has taken `PATIENCE` seconds, and until it is done."""
-        if self._key != (label, total) or done < self._last:
-            self._key, self._begin, self._from, self._last_line = (label, total), self._clock(), done, -math.inf
-        self._last = done
-        if done >= total:
-            self._key = None
-        return done < total and self._clock() - self._begin >= PATIENCE
-
-    def seconds_left(self, done: int, total: int) -> float:
-        """Remaining seconds at the average speed so far."""
-        progress = done - self._from
-        return (self._clock() - self._begin) / progress * (total - done) if progress > 0 else math.inf
-
-    def line_due(self) -> bool:
-        """Whether `PLAIN_INTERVAL` has passed since the last plain line."""
-        due = self._clock() - self._last_line >= PLAIN_INTERVAL
-        if due:
-            self._last_line = self._clock()
-        return due
 
 
 def format_metrics(record: Mapping[str, object]) -> dict[str, str]:

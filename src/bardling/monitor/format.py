@@ -1,18 +1,27 @@
 """Numbers for display: three digits and a unit."""
 
 import math
-
-_SI = ("", "k", "M", "B", "T", "P", "E")
+from collections.abc import Sequence
 
 
 def count(number: float) -> str:
     """`12345` -> `12.3k`, `1.5e9` -> `1.50B`: three digits and a suffix."""
-    return _short(number, _SI)
+    return _short(number, ("", "k", "M", "B", "T", "P", "E"))
+
+
+def si(number: float, unit: str) -> str:
+    """`3.12e14`, `FLOP/s` -> `312 TFLOP/s`: three digits and a decimal prefix (1 GB = 10^9 bytes)."""
+    return _short(number, [f" {prefix}{unit}" for prefix in ("", "k", "M", "G", "T", "P", "E")])
 
 
 def size_bytes(number: float) -> str:
-    """`1.4e9` -> `1.40 GB`: three digits, decimal units (1 GB = 10^9 bytes)."""
-    return _short(number, (" B", " kB", " MB", " GB", " TB", " PB", " EB"))
+    """`1.4e9` -> `1.40 GB`."""
+    return si(number, "B")
+
+
+def ms(seconds: float) -> str:
+    """`0.0123` -> `12.3 ms`, `1.234` -> `1.23 s`."""
+    return _short(seconds * 1e3, (" ms", " s"))
 
 
 def duration(seconds: float) -> str:
@@ -35,7 +44,7 @@ def percent(fraction: float) -> str:
     return f"{100 * fraction:.1f}%"
 
 
-def _short(number: float, units: tuple[str, ...]) -> str:
+def _short(number: float, units: Sequence[str]) -> str:
     """Three digits, in the unit in which the number lies between 1 and 1000."""
     if not math.isfinite(number):
         return f"{number}{units[0]}"

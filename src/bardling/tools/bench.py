@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, cast
@@ -40,6 +41,7 @@ from bardling.distributed.device import (
     synchronize,
 )
 from bardling.errors import UserError
+from bardling.files.atomic import os_error_as_user_error
 from bardling.planning.batching import Horizon, TrainPlan
 from bardling.planning.costs import flops_per_token
 from bardling.planning.depth import apply_depth
@@ -61,8 +63,6 @@ MATMUL_SIZE = {"cpu": 1024, "cuda": 8192, "mps": 4096}  # large enough to make l
 
 @dataclass(frozen=True)
 class Operator:
-    """One row of the profile."""
-
     name: str
     calls: float  # per step
     seconds: float  # per step, excluding the operators that it calls
@@ -81,10 +81,7 @@ class BenchResult:
     plan: TrainPlan
     first_step_seconds: float  # including compilation and set-up
     step_seconds: tuple[float, ...]  # of each measured step, in order
-    data_seconds: float  # waiting for the batches of a step
-    forward_seconds: float
-    backward_seconds: float  # including clipping
-    optimizer_seconds: float
+    parts: dict[str, float]  # of a step: data (waiting for the batches), forward, backward (including clipping), optimizer
     memory_bytes: int  # peak; of the whole process on a CPU
     flops_per_token: int
     peak_flops: float | None  # vendor spec; None if unknown for this device
@@ -100,12 +97,10 @@ class BenchResult:
 
     @property
     def tokens_per_second(self) -> float:
-        """Training speed at the median step time."""
         return self.plan.tokens_per_step / self.median_seconds
 
     @property
     def flops_per_second(self) -> float:
-        """Achieved compute speed (FLOP/s)."""
         return self.flops_per_token * self.tokens_per_second
 
     @property
@@ -141,11 +136,12 @@ def bench(
     Raises:
         UserError: an option or the recipe is invalid, or memory runs out.
     """
-    for name, value in (("steps", steps), ("warmup", warmup)):
+    for name, value in {"steps": steps, "warmup": warmup}.items():
         if value < 1:
             raise UserError(f"--{name} {value}: must be at least 1")
-    if profile is not None:
-        _make_folder(profile)
+    if profile is not None:  # now, rather than fail after the measurement
+        with os_error_as_user_error(profile, "create this folder for --profile", remedy=": name another folder"):
+            profile.mkdir(parents=True, exist_ok=True)
     with (
         distributed(config.device) as context,
         backend(context.device, deterministic=config.deterministic, attention=config.attention),
@@ -178,8 +174,6 @@ class RandomSequences:
 
 @dataclass
 class _Bench:
-    """One measurement."""
-
     run: ResolvedRun
     source: BatchSource
     context: Context
@@ -200,19 +194,16 @@ class _Bench:
         self.matmul = matmul_flops(self.device, DTYPES[precision.name], size=size, seconds=0.3)
 
     def measure(self, notes: list[str]) -> BenchResult:
-        """Warm up, measure, and collect the results."""
         run, device = self.run, self.device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         assembly = build(run.config.model, run.config.optim, run.execution, self.context, seed=run.config.seed)
         with Prefetcher(self.source, self.plan.requests(0, self.total, 0), device) as batches:
-            first = self._train(assembly, batches, 1)[0]
-            if self.warmup > 1:
-                self._train(assembly, batches, self.warmup - 1)
+            first = self._train(assembly, batches, self.warmup)[0]
             seconds = self._train(assembly, batches, self.steps)
             parts = self._parts(assembly, batches)
             memory = memory_used(device)
-            operators, trace = self._profile(assembly, batches) if self.profile else ((), None)
+            operators, trace = self._profile(assembly, batches, self.profile) if self.profile else ((), None)
         why = run.why("compile")
         return BenchResult(
             device=device_name(device),
@@ -224,10 +215,7 @@ class _Bench:
             plan=self.plan,
             first_step_seconds=first,
             step_seconds=tuple(seconds),
-            data_seconds=parts["data"],
-            forward_seconds=parts["forward"],
-            backward_seconds=parts["backward"],
-            optimizer_seconds=parts["optimizer"],
+            parts=parts,
             memory_bytes=memory,
             flops_per_token=flops_per_token(run.config.model),
             peak_flops=None if device.type == "cpu" else run.peak_flops,
@@ -246,19 +234,17 @@ class _Bench:
             if result is not None:
                 self.progress(state.step, self.total)
 
-        config, run_steps = self.run.config, self.run.plan.steps
+        config = self.run.config
         plan = dataclasses.replace(self.plan, horizon=Horizon(assembly.state.step + steps))
-
-        def lr_at(step: int) -> float:
-            return learning_rate(step, config.optim, run_steps)
-
+        lr_at = partial(learning_rate, config=config.optim, steps=self.run.plan.steps)
         fit(assembly, batches, plan, self.settings, lr_at=lr_at, seed=config.seed, hooks=[hook])
-        return _seconds_between(timestamps, self.device)
+        synchronize(self.device)
+        cuda, pairs = self.device.type == "cuda", itertools.pairwise(timestamps)
+        return [before.elapsed_time(after) / 1e3 if cuda else after - before for before, after in pairs]
 
     def _parts(self, assembly: Assembly, batches: Iterator[Batch]) -> dict[str, float]:
         """Seconds of the parts of a step, synchronising with the device around each."""
-        spent = {"data": 0.0, "forward": 0.0, "optimizer": 0.0}
-        update_started = 0.0
+        spent = dict.fromkeys(("data", "forward", "backward", "optimizer"), 0.0)
 
         def now() -> float:
             synchronize(self.device)
@@ -267,10 +253,8 @@ class _Bench:
         def timed_batches() -> Iterator[Batch]:
             while True:
                 start = now()
-                batch = next(batches, None)
+                batch = next(batches)
                 spent["data"] += now() - start
-                if batch is None:
-                    return
                 yield batch
 
         def timed_forward(*arguments: Any, **options: Any) -> torch.Tensor:
@@ -280,35 +264,30 @@ class _Bench:
             return loss
 
         def before_update(*_: object) -> None:
-            nonlocal update_started
-            update_started = now()
+            spent["optimizer"] -= now()
 
         def after_update(*_: object) -> None:
-            spent["optimizer"] += now() - update_started
+            spent["optimizer"] += now()
 
         optimizer, timed = assembly.state.optimizer, Assembly(assembly.state, timed_forward)
         hooks = [optimizer.register_step_pre_hook(before_update), optimizer.register_step_post_hook(after_update)]
-        try:
-            total = sum(self._train(timed, timed_batches(), self.parts))
-        finally:
-            for hook in hooks:
-                hook.remove()
+        total = sum(self._train(timed, timed_batches(), self.parts))
+        for hook in hooks:
+            hook.remove()
         spent["backward"] = max(total - sum(spent.values()), 0.0)
         return {name: seconds / self.parts for name, seconds in spent.items()}
 
-    def _profile(self, assembly: Assembly, batches: Iterator[Batch]) -> tuple[tuple[Operator, ...], Path]:
+    def _profile(self, assembly: Assembly, batches: Iterator[Batch], folder: Path) -> tuple[tuple[Operator, ...], Path]:
         """Run some steps under the profiler; write the trace and sum up its operators."""
-        from torch.profiler import ProfilerActivity
-        from torch.profiler import profile as profiler
+        from torch.profiler import ProfilerActivity, profile
 
-        assert self.profile is not None
         cuda = self.device.type == "cuda"
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-        with profiler(activities=activities) as record:
+        with profile(activities=activities) as record:
             self._train(assembly, batches, PROFILED_STEPS)
             synchronize(self.device)
         # TensorBoard's profiler page looks for this suffix; the time keeps earlier traces.
-        trace = self.profile / f"bardling-{time.time_ns() // 10**6}.pt.trace.json.gz"
+        trace = folder / f"bardling-{time.time_ns() // 10**6}.pt.trace.json.gz"
         record.export_chrome_trace(str(trace))
         operators = [
             Operator(
@@ -329,12 +308,6 @@ def _timestamp(device: torch.device) -> Any:
         return event
     synchronize(device)
     return time.perf_counter()
-
-
-def _seconds_between(timestamps: list[Any], device: torch.device) -> list[float]:
-    synchronize(device)
-    pairs = itertools.pairwise(timestamps)
-    return [before.elapsed_time(after) / 1e3 if device.type == "cuda" else after - before for before, after in pairs]
 
 
 @dataclass
@@ -371,13 +344,3 @@ def _prepare(config: RunConfig, context: Context, data: str) -> tuple[ResolvedRu
     if len(run.plan.stages) > 1:
         notes.append(f"measured with the final batch size and context; the run starts with {run.plan.describe_stages()}")
     return run, source, notes
-
-
-def _make_folder(path: Path) -> None:
-    """Create the folder for traces now, rather than fail after the measurement."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise UserError(f"--profile {path}: is a file; name a folder") from None
-    except OSError as error:
-        raise UserError(f"--profile {path}: cannot be created ({error.strerror}); name another folder") from None

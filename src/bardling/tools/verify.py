@@ -27,6 +27,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -44,6 +45,7 @@ from bardling.distributed.device import DTYPES, Precision, choose_device, choose
 from bardling.errors import UserError
 from bardling.evaluate.loss import evaluate_loss
 from bardling.generation.generate import generate
+from bardling.monitor.jsonl import metrics, read_jsonl
 from bardling.planning.costs import flops_per_token
 from bardling.planning.depth import apply_depth
 from bardling.training.build import Execution, build
@@ -57,8 +59,6 @@ _SMALL_FILE = 50 << 20  # bytes of text that can be prepared in seconds
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison."""
-
     name: str
     passed: bool | None  # None: skipped
     result: str  # the difference found, or why the check was skipped
@@ -68,16 +68,13 @@ class Check:
 
 @dataclass(frozen=True)
 class VerifyResult:
-    """All comparisons, and how the recipe was shrunk for them."""
-
     checks: list[Check]
-    notes: list[str]
+    notes: list[str]  # how the recipe was shrunk for them
     device: str
     precision: str
 
     @property
     def passed(self) -> bool:
-        """Whether no check failed."""
         return all(check.passed is not False for check in self.checks)
 
 
@@ -93,9 +90,6 @@ def verify(
     Args:
         seconds: approximate duration; checks that would start later are skipped.
         progress: called with (checks done, total checks).
-
-    Raises:
-        UserError: this machine cannot run the recipe.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("bardling verify starts its own processes: start it without torchrun")
@@ -152,10 +146,8 @@ def _small_data(data: DataConfig, folder: Path) -> tuple[DataConfig, list[str]]:
     path = Path(data.source)
     prepared = (path / "manifest.json").is_file()
     if not prepared and not (path.is_file() and path.stat().st_size <= _SMALL_FILE):
-        lines = _text().splitlines(keepends=True)
-        text = folder / "text.jsonl"  # about 200 documents
-        documents = ("".join(lines[first : first + 20]) for first in range(0, len(lines), 20))
-        text.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents), encoding="utf-8")
+        text = folder / "text.jsonl"
+        text.write_text("".join(json.dumps({"text": document}) + "\n" for document in _documents()), encoding="utf-8")
         data = dataclasses.replace(data, source=str(text), tokenizer="byte", cache=str(folder / "cache"))
         return data, ["synthetic text, because the recipe's data would take long to prepare"]
     data = dataclasses.replace(data, cache=data.cache or str(folder / "cache"))
@@ -188,21 +180,22 @@ def _shallower(model: ModelConfig) -> ModelConfig:
 
 def _narrower(model: ModelConfig) -> ModelConfig:
     """Fewer heads of the same width, with as many key-value heads as divide them; a vocabulary of bytes."""
-    heads, width = max(1, min(model.n_head, 4) // 2 or 1), model.n_embd // model.n_head
+    heads, width = min(model.n_head, 4) // 2 or 1, model.n_embd // model.n_head
     kv = None if model.n_kv_head is None else max(n for n in range(1, heads + 1) if heads % n == 0 and n <= model.n_kv_head)
     hidden = None if model.mlp_hidden is None else max(8, model.mlp_hidden * heads // model.n_head)
     return dataclasses.replace(model, n_head=heads, n_embd=heads * width, n_kv_head=kv, mlp_hidden=hidden, vocab_size=0)
 
 
-def _text() -> str:
-    """About 200 kB of text with some structure, always the same."""
+def _documents() -> list[str]:
+    """About 200 kB of text with some structure in 225 documents, always the same."""
     chance = random.Random(0)
     syllables = [a + b for a in "bdfgklmnprst" for b in "aeiou"]
     words = ["".join(chance.choices(syllables, k=chance.randint(1, 4))) for _ in range(400)]
-    return "".join(" ".join(chance.choices(words, k=chance.randint(4, 12))).capitalize() + ".\n" for _ in range(4500))
+    lines = [" ".join(chance.choices(words, k=chance.randint(4, 12))).capitalize() + ".\n" for _ in range(4500)]
+    return ["".join(lines[first : first + 20]) for first in range(0, len(lines), 20)]
 
 
-_Outcome = tuple[bool, str, str]  # passed, difference, tolerance
+_Outcome = tuple[bool | None, str, str]  # passed, difference, tolerance
 
 
 @dataclass
@@ -229,27 +222,32 @@ class _Verification:
             fp8=config.fp8 and native,
             model=dataclasses.replace(config.model, dropout=0.0),
         )
-        self.uninterrupted, self.base = self.folder / "uninterrupted", self.folder / "base"
+        self.uninterrupted, self.context = self.folder / "uninterrupted", dataclasses.replace(SINGLE, device=device)
+
+    @cached_property
+    def base(self) -> Path:
+        """The run that splits are compared with."""
+        if self.device.type == "cpu" and dataclasses.replace(self.split, device=self.config.device) == self.config:
+            return self.uninterrupted
+        return train(self.split, self.folder / "base", quiet=True).folder
 
     def checks(self) -> Iterator[Check]:
-        """Run the comparisons one after the other."""
-        order: list[tuple[str, Callable[[], _Outcome]]] = [
-            ("resumed = uninterrupted", self.resumed),
-            ("checkpoint round trip", self.round_trip),
-            ("micro-batches agree", self.micro_batches),
-            ("cached = full generation", self.generation),
-            ("1 process = 2", self.processes),
-            ("compiled = eager", self.compiled),
-        ]
-        for done, (name, check) in enumerate(order):
+        order = {
+            "resumed = uninterrupted": self.resumed,
+            "checkpoint round trip": self.round_trip,
+            "micro-batches agree": self.micro_batches,
+            "cached = full generation": self.generation,
+            "1 process = 2": self.processes,
+            "compiled = eager": self.compiled,
+        }
+        for done, (name, check) in enumerate(order.items()):
             self.progress(done, len(order))
             begin = time.monotonic()
-            passed: bool | None = None
             try:
-                passed, result, tolerance = check()
+                outcome = check()
             except _Skip as reason:
-                result, tolerance = str(reason), ""
-            yield Check(name, passed, result, tolerance, time.monotonic() - begin)
+                outcome = None, str(reason), ""
+            yield Check(name, *outcome, time.monotonic() - begin)
         self.progress(len(order), len(order))
 
     def resumed(self) -> _Outcome:
@@ -271,13 +269,11 @@ class _Verification:
         dataset = open_data(config.data)
         start = document_start(config.data.document_mask, dataset, dataset.tokenizer)
         sequences = EvalSequences(dataset.split("val"), config.model.block_size, config.eval.windows, start)
-        context = dataclasses.replace(SINGLE, device=self.device)
-        loss = evaluate_loss(model, sequences, batch_size=2, precision=self.precision, context=context).loss
+        loss = evaluate_loss(model, sequences, batch_size=2, precision=self.precision, context=self.context).loss
         return _compare([loss], [_losses(self.uninterrupted, "val")[-1]], 1e-6)
 
     def micro_batches(self) -> _Outcome:
         """The same batches in forward passes of 1, 2 and 4 sequences."""
-        self._train_base()
         losses = []
         for micro in (1, 4):
             run = self.folder / f"micro{micro}"
@@ -287,9 +283,7 @@ class _Verification:
         return _compare(losses, 2 * _losses(self.base), _tolerance(self.split.precision))
 
     def processes(self) -> _Outcome:
-        """Two processes under torchrun."""
         self._skip_if_late()
-        self._train_base()
         recipe, run = self.folder / "two.toml", self.folder / "two"
         recipe.write_text(config_to_toml(self.split), encoding="utf-8")
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -314,11 +308,9 @@ class _Verification:
         self._skip_if_late()
         config = dataclasses.replace(_shallower(RunFolder(self.uninterrupted).config().model), dropout=0.0)
         tokens = torch.randint(config.vocab_size, (2, config.block_size + 1), generator=torch.Generator().manual_seed(0))
-        documents = None
-        if self.config.data.document_mask:
-            documents = document_bounds(tokens[:, :-1], int(tokens[0, 5])).to(self.device)
-        inputs, targets = (part.contiguous().to(self.device) for part in (tokens[:, :-1], tokens[:, 1:]))
-        batch = Batch(inputs, targets, documents)
+        inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        documents = document_bounds(inputs, int(tokens[0, 5])) if self.config.data.document_mask else None
+        batch = Batch(inputs, targets, documents).to(self.device)
         (eager, expected), (loss, found) = (self._loss_and_gradients(config, batch, compiled=on) for on in (False, True))
         largest = max(gradient.abs().max().item() for gradient in expected)
         difference = max((a - b).abs().max().item() for a, b in zip(expected, found, strict=True))
@@ -328,8 +320,7 @@ class _Verification:
     def _loss_and_gradients(self, config: ModelConfig, batch: Batch, *, compiled: bool) -> tuple[float, list[torch.Tensor]]:
         recompute = self.config.train.recompute == "blocks"
         execution = Execution(self.precision, compiled=compiled, fp8=self.config.fp8, recompute=recompute)
-        context = dataclasses.replace(SINGLE, device=self.device)
-        assembly = build(config, self.config.optim, execution, context, seed=1)  # as in a run
+        assembly = build(config, self.config.optim, execution, self.context, seed=1)  # as in a run
         with self.precision.autocast():
             loss = NextToken()(assembly.forward, batch).loss
         loss.backward()  # type: ignore[no-untyped-call]
@@ -353,18 +344,8 @@ class _Verification:
         # Two nearly equal logits may be swapped; the chosen token must then be as good as the best one.
         return worst <= 1e-4, f"{worst:.1e} in logits", "1e-04"
 
-    def _train_base(self) -> None:
-        """Train the run that splits are compared with, once."""
-        if self.base.exists():
-            return
-        if self.device.type == "cpu" and dataclasses.replace(self.split, device=self.config.device) == self.config:
-            self.base = self.uninterrupted
-        else:
-            train(self.split, self.base, quiet=True)
-
     def _skip_if_late(self) -> None:
-        elapsed = time.monotonic() - self.begin
-        if elapsed > self.seconds:
+        if (elapsed := time.monotonic() - self.begin) > self.seconds:
             raise _Skip(f"{elapsed:.0f} s have passed; --seconds {2 * elapsed:.0f} leaves time for it")
 
 
@@ -373,8 +354,7 @@ def _last_checkpoint(run: Path) -> Path:
 
 
 def _losses(run: Path, kind: str = "train") -> list[float]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [line["loss"] for line in lines if line["kind"] == kind]
+    return [record["loss"] for record in metrics(read_jsonl(RunFolder(run).metrics_file), kind)]
 
 
 def _tolerance(precision: str) -> float:
@@ -385,5 +365,6 @@ def _compare(found: list[float], expected: list[float], tolerance: float) -> _Ou
     """Whether two lists agree within a relative difference of `tolerance`, and the largest difference."""
     if len(found) != len(expected):
         return False, f"{len(found)} losses instead of {len(expected)}", f"{tolerance:.0e}"
-    worst = max(abs(a - b) / max(abs(b), 1e-12) for a, b in zip(found, expected, strict=True))
-    return worst <= tolerance, f"{worst:.1e}", f"{tolerance:.0e}"  # NaN is not within the tolerance
+    differences = [abs(a - b) / max(abs(b), 1e-12) for a, b in zip(found, expected, strict=True)]
+    passed = all(difference <= tolerance for difference in differences)  # NaN is not within the tolerance
+    return passed, f"{max(differences):.1e}", f"{tolerance:.0e}"
