@@ -115,13 +115,13 @@ def test_a_malformed_line_is_reported(tmp_path: Path, line: str) -> None:
 
 
 def test_system_errors_are_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="cannot read"):
         read_jsonl(tmp_path / "absent")
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(UserError, match="cannot write: is a directory"):
         JsonlSink(tmp_path)
     sink = JsonlSink(Path("/dev/full"))
     sink.log({"step": 1})
-    with pytest.raises(UserError, match=r"/dev/full: cannot be written \(No space left on device\)"):
+    with pytest.raises(UserError, match="/dev/full: cannot write: no space left on device: free some space"):
         sink.flush()
 
 
@@ -148,7 +148,7 @@ def test_a_full_disk_does_not_stop_the_run_and_loses_no_line(tmp_path: Path, mon
     for step in (1, 2, 3):
         sink.log({"kind": "train", "step": step})
     assert (tmp_path / "m").stat().st_size == 30
-    with pytest.raises(UserError, match=r"m: cannot be written \(No space left on device\): free some space"):
+    with pytest.raises(UserError, match="m: cannot write: no space left on device: free some space"):
         sink.flush()
     disk.room = 10_000
     sink.log({"kind": "train", "step": 4})
@@ -163,5 +163,5 @@ def test_other_errors_are_raised_immediately(tmp_path: Path, monkeypatch: pytest
 
     sink = JsonlSink(tmp_path / "m")
     monkeypatch.setattr(sink, "_file", Broken())
-    with pytest.raises(UserError, match=r"m: cannot be written \(Input/output error\)"):
+    with pytest.raises(UserError, match="m: cannot write: input/output error"):
         sink.log({"step": 1})

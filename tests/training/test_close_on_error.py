@@ -87,7 +87,7 @@ def test_metrics_that_cannot_be_flushed_at_the_end_are_reported(tiny, tmp_path, 
         real(self)
 
     monkeypatch.setattr(RunMonitor, "close", close)
-    with pytest.raises(UserError, match=r"metrics.jsonl: cannot be written .*free some space"):
+    with pytest.raises(UserError, match=r"metrics.jsonl: cannot write: .*free some space"):
         train(tiny, tmp_path / "run")
     assert closed == ["Services", "Console"]
     assert len(restored) == 1

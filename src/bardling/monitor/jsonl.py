@@ -5,17 +5,17 @@ it. JSON has no NaN or infinity: they are written as the strings "NaN", "Infinit
 stays visible and every line is valid JSON; `float()` parses them.
 """
 
-import contextlib
 import errno
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from bardling.errors import UserError
-from bardling.files.atomic import atomic_file
+from bardling.files.atomic import atomic_file, os_error_as_user_error
+from bardling.files.reading import parse_json_object
 
 
 class JsonlSink:
@@ -30,7 +30,7 @@ class JsonlSink:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._pending = b""  # not yet in the file
-        with _os_error_as_user_error(path, "written"):
+        with os_error_as_user_error(path, "write"):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("ab", buffering=0)
 
@@ -42,7 +42,7 @@ class JsonlSink:
         except UnicodeEncodeError:  # a lone surrogate is not valid UTF-8; escaped, it is valid JSON
             line = json.dumps(values, allow_nan=False).encode()
         self._pending += line + b"\n"
-        with _os_error_as_user_error(self._path, "written", ": free some space"):
+        with os_error_as_user_error(self._path, "write", remedy=": free some space"):
             try:
                 self._write()
             except OSError as error:
@@ -51,7 +51,7 @@ class JsonlSink:
 
     def flush(self) -> None:
         """Write and sync all lines to disk."""
-        with _os_error_as_user_error(self._path, "written", ": free some space"):
+        with os_error_as_user_error(self._path, "write", remedy=": free some space"):
             self._write()
             os.fsync(self._file.fileno())
 
@@ -71,10 +71,9 @@ class JsonlSink:
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Read all records, ignoring an incomplete last line (one without a line break, cut off by a kill).
 
-    Raises:
-        UserError: the file cannot be read, or a line (named by its number) is not a JSON object.
+    A line that is not a JSON object is a `UserError` that names its number.
     """
-    with _os_error_as_user_error(path, "read"):
+    with os_error_as_user_error(path, "read"):
         data = _read(path)
     lines = data.split(b"\n")[:-1]  # after the last line break: nothing, or an incomplete line
     return [_parse(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
@@ -119,7 +118,7 @@ def truncate_after(path: Path, step: int) -> None:
     """
     if not path.exists():
         return
-    with _os_error_as_user_error(path, "written"):
+    with os_error_as_user_error(path, "write"):
         data = _read(path)
         kept = _lines_until(path, data.split(b"\n")[:-1], step)
         if kept != data:
@@ -148,12 +147,9 @@ def _lines_until(path: Path, lines: list[bytes], step: int) -> bytes:
 
 def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        raise UserError(f"{path}, line {number}: is not valid JSON: remove the line and try again") from None
-    if not isinstance(record, dict):
-        raise UserError(f"{path}, line {number}: is not a JSON object: remove the line and try again")
-    return record
+        return parse_json_object(line, f"{path}, line {number}")
+    except UserError as error:
+        raise UserError(f"{error}: remove the line and try again") from None
 
 
 def _json_value(value: object) -> object:
@@ -165,12 +161,3 @@ def _json_value(value: object) -> object:
     if isinstance(value, list | tuple):
         return [_json_value(item) for item in value]
     return value
-
-
-@contextlib.contextmanager
-def _os_error_as_user_error(path: Path, done: str, remedy: str = "") -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else error
-        raise UserError(f"{path}: cannot be {done} ({reason}){remedy}") from None
