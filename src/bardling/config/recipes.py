@@ -180,15 +180,16 @@ def config_to_toml(config: RunConfig) -> str:
 
 def changed_settings(before: RunConfig, after: RunConfig) -> dict[str, tuple[Any, Any]]:
     """Settings that differ, as sorted dotted name -> (value before, value after); None if unset."""
-    old, new = _flat(config_to_dict(before)), _flat(config_to_dict(after))
+    old, new = flatten(config_to_dict(before)), flatten(config_to_dict(after))
     return {key: (old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)}
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by dotted key."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value
     return flat

@@ -5,6 +5,7 @@ later is reported once and dropped; the run folder's own files still have every 
 `TensorBoardSink` to `SERVICES`; installed extensions add sinks through `extensions.SINKS`.
 """
 
+import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, Protocol
 
@@ -13,52 +14,44 @@ from bardling.errors import UserError
 from bardling.extensions import SINKS
 from bardling.monitor import RunInfo, Sink
 from bardling.monitor.tensorboard import TensorBoardSink
-from bardling.monitor.wandb import WandbSink
+from bardling.monitor.wandb import WandbSink, check_api_key, one_line
 
 
 class Service(Sink, Protocol):
-    """A sink that the configuration can turn on; its class opens it: `cls(run)`."""
+    """A sink that a setting turns on; its class opens it: `cls(run)`."""
 
     title: ClassVar[str]
+    package: ClassVar[str]  # also the names of the setting and of the extra
 
     def __init__(self, run: RunInfo) -> None: ...
-
-    @staticmethod
-    def enabled(config: MonitorConfig) -> bool:
-        """Whether the configuration asks for this service."""
-
-    @staticmethod
-    def check(config: MonitorConfig) -> None:
-        """Raise `UserError` if the service cannot be used: a missing package, say."""
 
 
 SERVICES: tuple[type[Service], ...] = (TensorBoardSink, WandbSink)
 
 
-def check_services(config: MonitorConfig) -> None:
-    """Check that every enabled service can be used.
+def enabled(config: MonitorConfig) -> list[type[Service]]:
+    return [service for service in SERVICES if getattr(config, service.package) not in (False, "off")]
 
-    Raises:
-        UserError: a package is not installed or cannot be imported, or Weights & Biases has no API key.
-    """
-    for service in SERVICES:
-        if service.enabled(config):
-            service.check(config)
+
+def check_services(config: MonitorConfig) -> None:
+    """Raise a `UserError` if an enabled service lacks its package, which must be importable, or its API key."""
+    for name in (service.package for service in enabled(config)):
+        if importlib.util.find_spec(name) is None:
+            needs = f"needs the package {name}: pip install 'bardling[{name}]'"
+            raise UserError(f"monitor.{name} = {getattr(config, name)!r}: {needs}")
+    if config.wandb == "online":
+        check_api_key()
     for name in config.sinks:
         SINKS.get("monitor.sinks", name)
 
 
 class Services:
-    """All enabled services, as one sink. `check_services` has been called before.
-
-    Raises:
-        UserError: wandb.json is damaged.
-    """
+    """All enabled services, as one sink. `check_services` has been called before; a damaged wandb.json is a `UserError`."""
 
     def __init__(self, run: RunInfo) -> None:
         self._report = run.report
         self._open: dict[str, Sink] = {}  # by title
-        makers: dict[str, Callable[[RunInfo], Sink]] = {one.title: one for one in SERVICES if one.enabled(run.config)}
+        makers: dict[str, Callable[[RunInfo], Sink]] = {one.title: one for one in enabled(run.config)}
         makers |= {f"the sink {name!r}": SINKS.get("monitor.sinks", name) for name in run.config.sinks}
         for title, make in makers.items():
             try:
@@ -91,7 +84,7 @@ class Services:
                 self._give_up(title, error)
 
     def _give_up(self, title: str, error: Exception) -> None:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = one_line(error) or type(error).__name__
         self._report(
             f"{title} failed; it receives no more metrics until the run is resumed (the run folder has all of them): {reason}"
         )

@@ -9,7 +9,6 @@ each kind. If a run resumes with changed settings, the repeated steps keep their
 outright, the last second of logging may be missing. `metrics.jsonl` is right in both cases.
 """
 
-import importlib.util
 import json
 import re
 import secrets
@@ -18,7 +17,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from bardling.config.monitor import MonitorConfig
 from bardling.errors import UserError
 from bardling.files.atomic import atomic_file
 from bardling.monitor import RunInfo
@@ -29,13 +27,10 @@ FLUSH_SECONDS = 1.0  # between writes to the local record
 
 
 class WandbSink:
-    """Sends metrics to one W&B run, the same one for every start of a run folder.
-
-    Raises:
-        UserError: wandb.json is damaged, or the server rejects the API key.
-    """
+    """Sends metrics to one W&B run; a `UserError` if wandb.json is damaged, or the server rejects the API key."""
 
     title: ClassVar[str] = "Weights & Biases"
+    package: ClassVar[str] = "wandb"
 
     def __init__(self, run: RunInfo) -> None:
         import wandb
@@ -49,7 +44,7 @@ class WandbSink:
             self._run = self._init(run, mode)
         except (wandb.errors.AuthenticationError, wandb.errors.UsageError) as error:
             raise UserError(
-                f"monitor.wandb = {mode!r}: {_one_line(error)}: log in with `wandb login`, or use --monitor.wandb offline"
+                f"monitor.wandb = {mode!r}: {one_line(error)}: log in with `wandb login`, or use --monitor.wandb offline"
             ) from None
         except wandb.Error as error:
             if mode == "offline":
@@ -57,31 +52,9 @@ class WandbSink:
             wandb.teardown()  # otherwise the library considers the id taken
             mode = "offline"
             self._run = self._init(run, mode)
-            run.report(f"Weights & Biases cannot be reached: {_one_line(error)}")
+            run.report(f"Weights & Biases cannot be reached: {one_line(error)}")
         sync = f"kept in the run folder; to upload it: wandb sync {run.folder / 'wandb'}/offline-run-*"
         run.report(f"Weights & Biases: {self._run.url if mode == 'online' else sync}")
-
-    @staticmethod
-    def enabled(config: MonitorConfig) -> bool:
-        return config.wandb != "off"
-
-    @staticmethod
-    def check(config: MonitorConfig) -> None:
-        """Raise `UserError` if the package or, online, an API key is missing. Neither prompts nor contacts the server."""
-        if importlib.util.find_spec("wandb") is None:
-            raise UserError(f"monitor.wandb = {config.wandb!r}: needs the package wandb: pip install 'bardling[wandb]'")
-        if config.wandb == "offline":
-            return
-        import wandb
-
-        remedy = "log in with `wandb login`, set WANDB_API_KEY, or use --monitor.wandb offline"
-        try:
-            wandb.setup(settings=wandb.Settings(silent=True, mode="online"))
-            found = wandb.login(prompt=False, verify=False)
-        except wandb.Error as error:
-            raise UserError(f"monitor.wandb = 'online': {_one_line(error)}: {remedy}") from None
-        if not found:
-            raise UserError(f"monitor.wandb = 'online': no API key for Weights & Biases: {remedy}")
 
     def _init(self, run: RunInfo, mode: str) -> Any:
         import wandb
@@ -138,6 +111,21 @@ class WandbSink:
         self._run.finish()
 
 
+def check_api_key() -> None:
+    """Raise `UserError` if there is no API key. Neither prompts nor contacts the server."""
+    import wandb
+
+    problem = "no API key for Weights & Biases"
+    try:
+        wandb.setup(settings=wandb.Settings(silent=True, mode="online"))
+        if wandb.login(prompt=False, verify=False):
+            return
+    except wandb.Error as error:
+        problem = one_line(error)
+    remedy = "log in with `wandb login`, set WANDB_API_KEY, or use --monitor.wandb offline"
+    raise UserError(f"monitor.wandb = 'online': {problem}: {remedy}")
+
+
 @dataclass
 class _State:
     """The content of `wandb.json`."""
@@ -171,5 +159,5 @@ def _encodable(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
