@@ -27,34 +27,24 @@ class Extensions:
         self._registered: dict[str, Any] = {}
 
     def register(self, name: str, component: Any) -> None:
-        """Add a component in this process.
-
-        Raises:
-            ValueError: the name is already in use.
-        """
+        """Add a component in this process; a `ValueError` if the name is already in use."""
         if name in self:
             raise ValueError(f"there is already a {self.kind} named {name!r}")
         self._registered[name] = component
 
     def names(self) -> list[str]:
-        """All names, built-in components first."""
         return [*self._built_in, *self._registered, *sorted(point.name for point in entry_points(group=self.group))]
 
     def __contains__(self, name: object) -> bool:
         return name in self._built_in or name in self._registered or bool(entry_points(group=self.group, name=str(name)))
 
     def check(self, key: str, name: str) -> None:
-        """Raise a `UserError` that names `key` unless there is a component `name`."""
         if name not in self:
             names = self.names()
             raise UserError(f"{key} = {name!r}: unknown {self.kind}; choose one of {', '.join(names)}{closest(name, names)}")
 
     def get(self, key: str, name: str) -> Any:
-        """The component `name`.
-
-        Raises:
-            UserError: there is no such component, or its package cannot be imported.
-        """
+        """The component `name`; a `UserError` that names `key` if there is none, or its package cannot be imported."""
         self.check(key, name)
         if name in self._registered:
             return self._registered[name]

@@ -3,15 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import tyro
 
 from bardling.cli.parse import parse
 from bardling.extensions import EXPORT_FORMATS
-
-if TYPE_CHECKING:
-    from bardling.checkpoint.export import ExportFormat
 
 
 @dataclass(frozen=True)
@@ -30,10 +26,9 @@ class ExportOptions:
 
 
 def run(argv: Sequence[str]) -> None:
-    options = parse(
-        ExportOptions, argv, prog="bardling export", description="Write a model in a format that other software loads."
-    )
-    target: ExportFormat = EXPORT_FORMATS.get("--format", options.format)
+    description = "Write a model in a format that other software loads."
+    options = parse(ExportOptions, argv, prog="bardling export", description=description)
+    target = EXPORT_FORMATS.get("--format", options.format)
     for note in target.write(options.model, options.out, best=options.best, dataset=options.dataset):
         print(f"note: {note}")
     print(target.usage.format(out=str(options.out)))

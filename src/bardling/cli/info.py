@@ -61,7 +61,6 @@ def run(argv: Sequence[str]) -> None:
 
 
 def _model_rows(config: ModelConfig, parameters: int, extra: str = "") -> list[tuple[str, str]]:
-    """A model's family in `transformers`, its shape and its size."""
     family = config.architecture.transformers_family or "custom architecture"
     return [
         ("model", f"{family}, {shape(config)}{extra}"),
@@ -78,7 +77,6 @@ def _report_damage(problems: list[str]) -> None:
 
 
 def show_dataset(dataset: "TokenDataset") -> None:
-    """Print a summary of a dataset."""
     tokenizer = dataset.tokenizer
     sizes = {split: len(dataset.split(split)) for split in ("train", "val")}
     rows = [(split, f"{tokens:,} tokens ({count(tokens)})") for split, tokens in sizes.items()]
@@ -182,16 +180,13 @@ def _verify_run(run: "RunFolder") -> None:
 
     with ProgressBar("verifying", unit="MB") as progress:
         verdicts = check_run(run, lambda done, total: progress(done // 1_000_000, total // 1_000_000))
-    rows = []
-    for verdict in verdicts:
-        state = "valid, lowest validation loss when saved" if verdict.best else "valid"
-        rows.append((verdict.name, f"{size_bytes(verdict.size):>8}  {'; '.join(verdict.problems) or state}"))
+    valid = {False: "valid", True: "valid, lowest validation loss when saved"}
+    rows = [(each.name, f"{size_bytes(each.size):>8}  {'; '.join(each.problems) or valid[each.best]}") for each in verdicts]
     print_rows(rows, "files and checkpoints")
     _report_damage([f"{verdict.name}: {problem}" for verdict in verdicts for problem in verdict.problems])
 
 
 def _show_step(path: Path, step: int) -> None:
-    """Print the sequences and documents of a step, its loss and its events."""
     from bardling.checkpoint.run_folder import open_run
     from bardling.training.recovery.guard import describe_event
     from bardling.training.recovery.trace import trace_step

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import NoReturn
 
+import bardling
 from bardling.distributed.openmp_spin import limit_spinning
 from bardling.errors import JobLost, Terminated, UserError, closest
 
@@ -48,7 +49,6 @@ _USER_ERRNOS = {
 
 
 def usage() -> str:
-    """The text of `bardling --help`."""
     from bardling.config.recipes import recipe_names
 
     commands = "\n".join(f"  {command:<9} {summary}" for command, summary in COMMANDS.items())
@@ -131,9 +131,7 @@ def _run(argv: Sequence[str] | None) -> None:
         print(usage())
         return
     if arguments[0] == "--version":
-        from importlib.metadata import version
-
-        print(f"bardling {version('bardling')}")
+        print(f"bardling {bardling.__version__}")
         return
     command = arguments[0]
     try:

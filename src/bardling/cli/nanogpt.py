@@ -10,6 +10,7 @@ import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from bardling.cli.parse import note
 from bardling.config import RunConfig
 from bardling.errors import UserError
 from bardling.interop.nanogpt import NanoGPTRun, run_config_from_nanogpt
@@ -37,22 +38,21 @@ def train(argv: Sequence[str]) -> None:
     """Do what nanoGPT's train.py would: train, resume, start from GPT-2, or only evaluate."""
     run = read_run(argv)
     if os.environ.get("RANK", "0") == "0":
-        for note in run.notes:
-            print(f"bardling: {note}", file=sys.stderr)
+        for text in run.notes:
+            note(text)
     if run.eval_only:
         _evaluate(run)
         return
     from bardling.training.run import resume, train
 
-    if run.init_from == "resume":
-        if (run.out / "config.toml").is_file():
-            result = resume(run.out, _with_shape_of_run(run))
-        else:
-            if not (run.out / "ckpt.pt").is_file():
-                raise UserError(f"{run.out}: contains neither a run nor a ckpt.pt to resume from; check --out_dir")
-            result = train(run.config, run.out, continue_from=str(run.out / "ckpt.pt"))
-    else:
+    if run.init_from != "resume":
         result = train(run.config, run.out)
+    elif (run.out / "config.toml").is_file():
+        result = resume(run.out, _with_shape_of_run(run))
+    elif (run.out / "ckpt.pt").is_file():
+        result = train(run.config, run.out, continue_from=str(run.out / "ckpt.pt"))
+    else:
+        raise UserError(f"{run.out}: contains neither a run nor a ckpt.pt to resume from; check --out_dir")
     if result.exit_status:
         sys.exit(result.exit_status)
 
@@ -71,7 +71,7 @@ def _with_shape_of_run(run: NanoGPTRun) -> RunConfig:
     keys = ("n_layer", "n_head", "n_embd", "block_size", "bias")
     kept = [f"{key} = {getattr(model, key)}" for key in keys if getattr(model, key) != getattr(requested, key)]
     if kept and os.environ.get("RANK", "0") == "0":
-        print(f"bardling: the run keeps {', '.join(kept)}", file=sys.stderr)
+        note(f"the run keeps {', '.join(kept)}")
     return dataclasses.replace(run.config, model=dataclasses.replace(model, dropout=requested.dropout))
 
 
@@ -87,20 +87,15 @@ def _evaluate(run: NanoGPTRun) -> None:
 
     if run.init_from == "scratch":
         raise UserError("eval_only with init_from = 'scratch' would measure random weights: set --init_from=resume or gpt2")
-    model = load(run.config.model.init or run.out).cropped(run.config.model.block_size).build()
-    with distributed(run.config.device) as context:
-        dataset = open_data(run.config.data)
-        precision = choose_precision(run.config.precision, context.device)
+    config = run.config
+    model = load(config.model.init or run.out).cropped(config.model.block_size).build()
+    block_size = model.config.block_size
+    with distributed(config.device) as context:
+        dataset = open_data(config.data)
+        precision = choose_precision(config.precision, context.device)
         model.to(context.device)
-        losses = [
-            evaluate_loss(
-                model,
-                EvalSequences(dataset.split(split), model.config.block_size, run.config.eval.windows),
-                batch_size=make_plan(run.config.train, model.config.block_size, context.world_size).micro_batch,
-                precision=precision,
-                context=context,
-            ).loss
-            for split in ("train", "val")
-        ]
+        sequences = [EvalSequences(dataset.split(split), block_size, config.eval.windows) for split in ("train", "val")]
+        batch_size = make_plan(config.train, block_size, context.world_size).micro_batch
+        losses = [evaluate_loss(model, s, batch_size=batch_size, precision=precision, context=context).loss for s in sequences]
         if context.is_primary:
             print(f"train loss {losses[0]:.4f}, val loss {losses[1]:.4f} (nats per token)")

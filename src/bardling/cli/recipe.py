@@ -1,12 +1,11 @@
 """Parsing of `bardling COMMAND RECIPE [options]`: the recipe's values are the defaults, and options override them."""
 
-import sys
 from collections.abc import Sequence
 from typing import Annotated, TypeVar
 
 import tyro
 
-from bardling.cli.parse import parse
+from bardling.cli.parse import note, parse
 from bardling.config import RunConfig
 from bardling.config.recipes import load_recipe, recipe_keys, recipe_names, validated
 from bardling.errors import UserError
@@ -22,18 +21,13 @@ def split_first(argv: Sequence[str]) -> tuple[str, Sequence[str]]:
 
 
 def wants_help(argv: Sequence[str]) -> bool:
-    """Whether `argv` asks for help."""
     return "-h" in argv or "--help" in argv
 
 
 def parse_recipe_command(command: str, cls: type[T], argv: Sequence[str], description: str) -> tuple[str, Sequence[str], T]:
     """Parse `RECIPE [options]` into `cls`, a dataclass with a field `config: RunConfig`.
 
-    Returns:
-        The recipe, the arguments after it, and the options.
-
-    Raises:
-        UserError: no recipe is given, it cannot be loaded, or an option is wrong.
+    Returns the recipe, the arguments after it, and the options.
     """
     recipe, rest = split_first(argv)
     names = ", ".join(recipe_names())
@@ -60,17 +54,13 @@ def given_settings(config: RunConfig, recipe: str, argv: Sequence[str]) -> set[s
 
 
 def with_depth(config: RunConfig, recipe: str, argv: Sequence[str]) -> RunConfig:
-    """`config`, validated, with the values that follow from its `model.depth`, which are printed.
-
-    Raises:
-        UserError: its sections do not fit each other.
-    """
+    """`config`, validated, with the values that follow from its `model.depth`, which are printed."""
     config = validated(config)
     if not config.model.depth:
         return config
     from bardling.planning.depth import apply_depth  # here, because few runs use it
 
     def show(key: str, value: object, why: str) -> None:
-        print(f"bardling: {key} = {value:g}  ({why})", file=sys.stderr)
+        note(f"{key} = {value:g}  ({why})")
 
     return apply_depth(config, given_settings(config, recipe, argv), record=show)

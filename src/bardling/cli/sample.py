@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from bardling.cli.parse import parse
+from bardling.cli.parse import note, parse
 from bardling.config import SampleConfig
 from bardling.errors import UserError
 
@@ -55,9 +55,9 @@ def run(argv: Sequence[str]) -> None:
         options = nanogpt_options(argv)
     else:
         options = parse(SampleOptions, argv, prog="bardling sample", description="Generate text with a trained model.")
-    names = ("num_samples", "max_new_tokens", "temperature", "top_k", "top_p")
+    sampling = {name: getattr(options, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p")}
     try:
-        config = SampleConfig(prompt=_prompt(options), **{name: getattr(options, name) for name in names})
+        config = SampleConfig(prompt=_prompt(options), num_samples=options.num_samples, **sampling)
     except UserError as error:  # this command's options have no section
         raise UserError(str(error).removeprefix("sample.")) from None
     from bardling.checkpoint.load import load, run_of
@@ -77,21 +77,16 @@ def run(argv: Sequence[str]) -> None:
     start = config.prompt or ("\n" if single_document else "")
     prompt = prompt_ids(tokenizer, start, allow_special=options.special)
     if will_slide(len(prompt), config.max_new_tokens, model.config.block_size):
-        print(
-            f"bardling: the text will exceed the model's context of {model.config.block_size} tokens; "
-            "the model then sees only the most recent ones",
-            file=sys.stderr,
-        )
-    seed = secrets.randbelow(2**31) if options.seed is None else options.seed
-    if options.seed is None:
-        print(f"bardling: --seed {seed}", file=sys.stderr)
+        context = model.config.block_size
+        note(f"the text will exceed the model's context of {context} tokens; the model then sees only the most recent ones")
+    seed = options.seed
+    if seed is None:
+        seed = secrets.randbelow(2**31)
+        note(f"--seed {seed}")
     steps = generate(
         model,
         [prompt] * config.num_samples,
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
+        **sampling,
         eot_id=tokenizer.eot_id,
         vocab_size=tokenizer.vocab_size,
         seed=seed,
@@ -149,8 +144,5 @@ def nanogpt_options(argv: Sequence[str]) -> SampleOptions:
 
     options = sample_from_nanogpt(read_nanogpt_arguments(argv, SAMPLE_KEYS))
     if options.pop("compile"):
-        print(
-            "bardling: compile = True: ignored; sampling is not compiled (nor is it in nanoGPT, despite this setting)",
-            file=sys.stderr,
-        )
+        note("compile = True: ignored; sampling is not compiled (nor is it in nanoGPT, despite this setting)")
     return SampleOptions(**options, special=True)  # nanoGPT parses <|endoftext|> in a prompt as the token

@@ -21,12 +21,10 @@ _FORMATS = {".png": ("Software", b"\x89PNG\r\n"), ".svg": ("Creator", b"<?xml"),
 _METADATA_RANGE = 4096  # bytes at the start or end of the file in which matplotlib writes the metadata
 
 
-Curve = tuple[list[float], list[float], str]
-"""Tokens (millions), values, and their unit: bits per byte if known, else nats per token."""
-
-
-def curve(records: Sequence[dict[str, Any]], kind: str, tokens_before: Callable[[int], int]) -> Curve:
-    """The points of one run; `tokens_before` tells how many tokens it has seen before a step."""
+def curve(
+    records: Sequence[dict[str, Any]], kind: str, tokens_before: Callable[[int], int]
+) -> tuple[list[float], list[float], str]:
+    """Tokens seen (millions), values and their unit (bits per byte if known); `tokens_before` counts those before a step."""
     chosen = metrics(records, kind)
     in_bits = bool(chosen) and all(record.get("bits_per_byte") is not None for record in chosen)
     tokens = [tokens_before(record["step"]) / 1e6 for record in chosen]
@@ -60,19 +58,15 @@ def draw_curves(runs: Sequence[Path], out: Path, *, marks: dict[str, float] | No
         raise UserError("drawing a figure needs the package matplotlib: pip install 'bardling[plot]'") from None
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    units = set()
-    highest: list[float] = []
-    for number, path in enumerate(runs):
-        values, unit = _draw_run(axes, path, f"C{number}")
-        units.add(unit)
-        highest += values[len(values) // 20 :]
+    drawn = [_draw_run(axes, path, f"C{number}") for number, path in enumerate(runs)]
+    highest = [value for values, _ in drawn for value in values[len(values) // 20 :]]
     for name, value in (marks or {}).items():
         axes.axhline(value, color="0.4", linestyle=":", linewidth=1)
         axes.annotate(name, (0.005, value), xycoords=("axes fraction", "data"), ha="left", va="bottom", fontsize=9, color="0.3")
     if highest:
         axes.set_ylim(top=max(highest) * 1.05)
     axes.set_xlabel("tokens seen (millions)")
-    axes.set_ylabel(" / ".join(sorted(units)))
+    axes.set_ylabel(" / ".join(sorted({unit for _, unit in drawn})))
     axes.grid(alpha=0.2)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
@@ -100,11 +94,7 @@ def _draw_run(axes: Any, path: Path, colour: str) -> tuple[list[float], str]:
 
 
 def check_image_path(out: Path) -> None:
-    """Check that an image can be written to `out` and would replace nothing but an image drawn by `bardling report`.
-
-    Raises:
-        UserError: the suffix is not a known image format, or `out` exists and was not drawn by `bardling report`.
-    """
+    """Raise a `UserError` unless `out` has the suffix of an image format and is new, or was drawn by `bardling report`."""
     suffix = out.suffix.lower()
     if suffix not in _FORMATS:
         raise UserError(f"{out}: is not an image file name: use a name that ends in {', '.join(_FORMATS)}")
