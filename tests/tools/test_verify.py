@@ -1,6 +1,7 @@
 """`bardling verify`: correct code passes, broken code fails."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -66,6 +67,11 @@ def test_checks_that_would_start_too_late_are_skipped_with_a_reason(tiny):
     found = checks(verify(tiny, seconds=0.001))
     assert found["1 process = 2"].passed is None
     assert "--seconds" in found["1 process = 2"].result
+
+
+@pytest.mark.parametrize("losses", [[math.nan, 1.0], [1.0, math.nan], [1.0]])
+def test_losses_that_are_missing_or_not_finite_fail_a_check(losses):
+    assert module._compare(losses, [1.0, 1.0], 1e-5)[0] is False
 
 
 @pytest.mark.parametrize("recipe", ["gpt2-124m", "gpt2-xl", "quickstart"])
