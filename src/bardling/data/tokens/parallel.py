@@ -1,9 +1,9 @@
 """Tokenization in several processes, in order, so that the result does not depend on their number.
 
 Each worker is a separate Python process that reads texts from its standard input and writes token ids to its standard output,
-both pickled. It is started fresh (never forked, because the tokenizer's threads do not survive a fork) and imports
-nothing from the program that uses this library, so scripts need no `__main__` guard. It ends when its input ends, even if its
-owner is killed; its owner notices a worker's end immediately from the end of its output. Terminal signals do not reach it.
+both pickled. It is started fresh (never forked, because the tokenizer's threads do not survive a fork) and imports nothing from
+the program that uses this library, so scripts need no `__main__` guard. It ends when its input ends, even if its owner is
+killed; its owner notices a worker's end immediately from the end of its output. Terminal signals do not reach it.
 
 Method: one thread per worker sends it a batch and waits for the answer. Answers are consumed in the order of the batches, and
 only a few batches are in flight, which bounds memory. Limits: a batch is answered as a whole, so a document of one gigabyte
