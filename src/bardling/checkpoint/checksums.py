@@ -5,7 +5,6 @@ untrusted: their size is limited, and no file name in them can point outside the
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 import re
@@ -14,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from bardling.files.digests import file_sha256
 from bardling.files.reading import parse_json_object
 
 MANIFEST_NAME = "manifest.json"
@@ -46,7 +46,7 @@ class Manifest:
 def build_manifest(folder: Path, step: int, best: bool) -> Manifest:
     """Describe a finished folder by reading every file in it."""
     paths = _list_files(folder)
-    return Manifest(step, best, {name: FileEntry(path.lstat().st_size, _sha256(path)) for name, path in paths.items()})
+    return Manifest(step, best, {name: FileEntry(path.lstat().st_size, file_sha256(path)) for name, path in paths.items()})
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -84,7 +84,7 @@ def find_problems(
                 problems.append(f"{name} is missing")
             elif (size := _regular_file_size(present[name])) != entry.size:
                 problems.append(f"{name} has {size:,} bytes instead of {entry.size:,}")
-            elif checksums and _sha256(present[name], progress) != entry.sha256:
+            elif checksums and file_sha256(present[name], progress) != entry.sha256:
                 problems.append(f"{name} has changed (checksum mismatch)")
         except ValueError as error:
             problems.append(str(error))
@@ -119,13 +119,3 @@ def _regular_file_size(path: Path) -> int:
     if not stat.S_ISREG(status.st_mode):
         raise ValueError(f"{path.name} is not a regular file")
     return status.st_size
-
-
-def _sha256(path: Path, progress: Callable[[int], None] | None = None) -> str:
-    digest, buffer = hashlib.sha256(), bytearray(1 << 20)
-    with path.open("rb", buffering=0) as file:
-        while size := file.readinto(buffer):
-            digest.update(memoryview(buffer)[:size])  # releases the GIL
-            if progress is not None:
-                progress(size)
-    return digest.hexdigest()

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from bardling.checkpoint.checksums import MANIFEST_NAME, build_manifest, find_problems, read_manifest
 from bardling.errors import UserError
-from bardling.files.atomic import other_process_alive, sync_folder
+from bardling.files.atomic import os_reason, other_process_alive, sync_folder
 from bardling.monitor.format import size_bytes
 
 _STEP = re.compile(r"(?:\.old-)?step-(\d{6,18})")
@@ -49,7 +49,7 @@ class CheckpointStore:
         except FileNotFoundError:
             return []
         except OSError as error:
-            raise UserError(f"{self.folder}: cannot be read ({_reason(error)})") from None
+            raise UserError(f"{self.folder}: cannot be read ({os_reason(error)})") from None
         return sorted({int(match[1]) for match in map(_STEP.fullmatch, names) if match})
 
     def path(self, step: int) -> Path:
@@ -62,7 +62,7 @@ class CheckpointStore:
         try:
             return self._check(path, checksums=True, progress=progress)
         except OSError as error:
-            return [f"{Path(error.filename or path).name} cannot be read ({_reason(error)})"]
+            return [f"{Path(error.filename or path).name} cannot be read ({os_reason(error)})"]
 
     def latest(self, report: Callable[[str], None]) -> Path | None:
         """The latest valid checkpoint, or None. Later, damaged ones are reported as by `valid_checkpoints`."""
@@ -198,7 +198,7 @@ class CheckpointStore:
         """A one-line message for a checkpoint that could not be saved."""
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             path = error.filename or self.folder
-            return f"{path}: cannot write the checkpoint ({_reason(error)}); older checkpoints are unchanged"
+            return f"{path}: cannot write the checkpoint ({os_reason(error)}); older checkpoints are unchanged"
         details = ""
         with contextlib.suppress(OSError):
             details = f", {size_bytes(shutil.disk_usage(self.folder).free)} are free"
@@ -215,7 +215,3 @@ class CheckpointStore:
 
     def _temporary(self, step: int) -> Path:
         return self.folder / f".tmp-step-{step:06d}-{os.getpid()}"
-
-
-def _reason(error: OSError) -> str:
-    return os.strerror(error.errno) if error.errno else str(error)

@@ -17,14 +17,18 @@ from bardling.errors import UserError
 _PARTIAL = re.compile(r"\..+\.\d{1,10}\.partial")
 
 
+def os_reason(error: OSError) -> str:
+    """Why the system refused."""
+    return error.strerror or str(error)
+
+
 @contextmanager
 def os_error_as_user_error(path: Path, doing: str, *, remedy: str = "") -> Iterator[None]:
     """Convert an `OSError` (full disk, missing folder) into a `UserError`: "PATH: cannot DOING: reason", then `remedy`."""
     try:
         yield
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise UserError(f"{error.filename or path}: cannot {doing}: {reason}{remedy}") from error
+        raise UserError(f"{error.filename or path}: cannot {doing}: {os_reason(error).lower()}{remedy}") from error
 
 
 def partial_path(path: Path) -> Path:

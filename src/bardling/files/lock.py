@@ -11,18 +11,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from bardling.errors import UserError
-from bardling.files.atomic import os_error_as_user_error
+from bardling.files.atomic import os_error_as_user_error, os_reason
 
 
 @contextmanager
 def locked(path: Path, *, timeout: float = -1, message: str = "", folder_moves: bool = False) -> Iterator[None]:
     """Wait until no other process holds the lock file `path`, and hold it. Only the holder may remove or move the file.
 
-    Args:
-        timeout: seconds to wait at most, before a `UserError`; negative waits forever.
-        message: of that error.
-        folder_moves: the holder renames or deletes the lock file's folder. Windows refuses that for a folder with an open
-            file, so there is no lock in this case on Windows.
+    After `timeout` seconds (negative: never), a `UserError` with this `message` is raised. `folder_moves` is for a holder that
+    renames or deletes the lock file's folder: Windows refuses that for a folder with an open file, so there is no lock there.
     """
     if folder_moves and os.name == "nt":
         yield
@@ -41,8 +38,8 @@ def locked(path: Path, *, timeout: float = -1, message: str = "", folder_moves: 
         except FileNotFoundError:  # its holder has moved or removed the folder
             continue
         except OSError as error:
-            reason = (error.strerror or str(error)).lower()
-            print(f"bardling: warning: {path}: cannot lock ({reason}); continuing unlocked", file=sys.stderr, flush=True)
+            warning = f"{path}: cannot lock ({os_reason(error).lower()}); continuing unlocked"
+            print(f"bardling: warning: {warning}", file=sys.stderr, flush=True)
         break
     try:
         yield

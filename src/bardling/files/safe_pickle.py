@@ -84,12 +84,10 @@ def _build(data: bytes) -> Any:
                 if below:
                     raise ValueError("values left over")
                 return result
-            case _ if name in _PUSH_CONSTANT:
-                stack.append(_PUSH_CONSTANT[name])
-            case _ if name in _PUSH_ARGUMENT:
+            case _ if name in _PUSH_ARGUMENT or name in _PUSH_CONSTANT:
                 if isinstance(argument, int) and argument.bit_length() > _MAX_INTEGER_BITS:
                     raise _RefusedError(f"it holds an integer of more than {_MAX_INTEGER_BITS} bits")
-                stack.append(argument)
+                stack.append(_PUSH_CONSTANT.get(name, argument))
             case _:
                 raise _RefusedError(f"it contains the opcode {name}, which can run code or create objects")
     raise ValueError("no end")
@@ -108,11 +106,9 @@ def _top(stack: list[Any], kind: type) -> Any:
     return stack[-1]
 
 
-def _check_depth(value: Any) -> None:
-    level: list[Any] = [[value]]
-    for _ in range(_MAX_DEPTH + 1):
-        items = (item for outer in level for item in (outer.values() if isinstance(outer, dict) else outer))
-        level = [item for item in items if isinstance(item, dict | list | tuple)]
-        if not level:
-            return
-    raise _RefusedError(f"it is nested more than {_MAX_DEPTH} levels deep")
+def _check_depth(value: Any, left: int = _MAX_DEPTH) -> None:
+    if isinstance(value, dict | list | tuple):
+        if not left:
+            raise _RefusedError(f"it is nested more than {_MAX_DEPTH} levels deep")
+        for item in value.values() if isinstance(value, dict) else value:
+            _check_depth(item, left - 1)

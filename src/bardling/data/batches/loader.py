@@ -2,8 +2,7 @@
 
 A batch source is pure: `batch(first, size)` returns samples `first` to `first + size - 1`, whatever was requested before. The
 loader's whole state is therefore one integer, and a resumed run, or one with another number of processes, sees the same
-sequences. `TrainSequences` follows a data order, `EvalSequences` is a fixed, evenly spread set, and `Prefetcher` requests
-batches ahead of time in a background thread.
+sequences.
 
 Shapes: B sequences, T tokens of context. Targets are the inputs shifted by one.
 """
@@ -11,6 +10,7 @@ Shapes: B sequences, T tokens of context. Targets are the inputs shifted by one.
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bardling.data.batches import IGNORE
-from bardling.data.batches.order import Int64s, SequenceOrder
+from bardling.data.batches.order import SequenceOrder
 from bardling.data.batches.packing import document_bounds, shorten_bounds
 from bardling.data.tokens.shards import TokenSplit
 from bardling.errors import UserError
@@ -29,15 +29,13 @@ class Batch(NamedTuple):
 
     inputs: Tensor
     targets: Tensor
-    documents: Tensor | None = None
-    """int32 cumulative document lengths (`packing.py`); None if attention crosses documents."""
+    documents: Tensor | None = None  # int32 cumulative document lengths (`packing.py`); None if attention crosses documents
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on a device; the copy is asynchronous from pinned memory."""
         return Batch._make(part if part is None else part.to(device, non_blocking=True) for part in self)
 
     def pinned(self) -> "Batch":
-        """The batch in pinned host memory."""
         return Batch._make(part if part is None else part.pin_memory() for part in self)
 
 
@@ -66,23 +64,16 @@ class TrainSequences:
 
     def batch(self, first_sample: int, size: int) -> Batch:
         """Samples `first_sample` to `first_sample + size - 1` of the run: [size, block_size]."""
-        time = self._order.block_size
-        tokens = np.empty((size, time + 1), np.int64)  # [B, T + 1]
-        for row, start in zip(tokens, self._order.starts(first_sample, size), strict=True):
-            row[:] = self._split.read(int(start), time + 1)
-        return _shifted(tokens, self._document_start)
+        starts = self._order.starts(first_sample, size).tolist()
+        return _read_batch(self._split, starts, self._order.block_size, self._document_start)
 
 
 class EvalSequences:
     """A fixed set of non-overlapping sequences, spread evenly over a split; `document_start` is as in `TrainSequences`.
 
-    Attributes:
-        n: sequences in the set: `windows`, or all in the split if that is None or more than there are. All of them together
-            have each token of the split except the first as a target exactly once; if the split ends within the last one, its
-            missing targets are `IGNORE`.
-
-    Raises:
-        UserError: if the split has fewer than two tokens.
+    `n` is their number: `windows`, or all in the split if that is None or more than there are. All of them together have each
+    token of the split except the first as a target exactly once; if the split ends within the last one, its missing targets are
+    `IGNORE`.
     """
 
     def __init__(self, split: TokenSplit, block_size: int, windows: int | None, document_start: int | None = None) -> None:
@@ -95,32 +86,29 @@ class EvalSequences:
 
     def batch(self, first_sample: int, size: int) -> Batch:
         """Sequences `first_sample` to `first_sample + size - 1`, fewer at the end of the set: [up to size, block_size]."""
-        time, chosen = self._block_size, range(first_sample, min(first_sample + size, self.n))
-        tokens = np.full((len(chosen), time + 1), IGNORE, np.int64)  # [B, T + 1]
-        for row, sample in zip(tokens, chosen, strict=True):
-            start = sample * self._available // self.n * time
-            count = min(time + 1, len(self._split) - start)
-            row[:count] = self._split.read(start, count)
-        return _shifted(tokens, self._document_start)
+        chosen = range(first_sample, min(first_sample + size, self.n))
+        starts = [sample * self._available // self.n * self._block_size for sample in chosen]
+        return _read_batch(self._split, starts, self._block_size, self._document_start)
 
 
-def _shifted(tokens: Int64s, document_start: int | None) -> Batch:
-    """Split [B, T + 1] into inputs and targets of [B, T]; padding, which is not a valid id, becomes token 0 in the inputs."""
+def _read_batch(split: TokenSplit, starts: list[int], time: int, document_start: int | None) -> Batch:
+    """The sequences from `starts` on; after the end of the split, targets are `IGNORE` and inputs are token 0."""
+    tokens = np.full((len(starts), time + 1), IGNORE, np.int64)  # [B, T + 1]
+    for row, start in zip(tokens, starts, strict=True):
+        count = min(time + 1, len(split) - start)
+        row[:count] = split.read(start, count)
     inputs = torch.from_numpy(np.where(tokens[:, :-1] == IGNORE, 0, tokens[:, :-1]))
     documents = None if document_start is None else document_bounds(inputs, document_start)
     return Batch(inputs, torch.from_numpy(np.ascontiguousarray(tokens[:, 1:])), documents)
 
 
-class Prefetcher:
+class Prefetcher(Iterator[Batch], AbstractContextManager["Prefetcher"]):
     """Iterates over batches on a device, of which a background thread prepares up to `depth` ahead of time.
 
-    Its whole state is the next request; to continue elsewhere, start another one from there. An exception in the source or the
-    requests is raised in place of the batch. For CUDA, batches wait in pinned memory, so that the copy overlaps with compute.
-    The consumer issues the copy, so it runs on the stream that uses the batch and needs no further synchronization.
-
-    Args:
-        source: source of the batches; used only by the thread.
-        requests: (first sample, size) of each batch, in order; may be endless.
+    An exception in the source or the requests is raised in place of the batch. For CUDA, batches wait in pinned memory, so that
+    the copy overlaps with compute. The consumer issues the copy, so it runs on the stream that uses the batch and needs no
+    further synchronization. `requests` are (first sample, size) of each batch, in order, and may be endless. Only the thread
+    uses `source`.
     """
 
     def __init__(self, source: BatchSource, requests: Iterator[tuple[int, int]], device: torch.device, depth: int = 4) -> None:
@@ -138,18 +126,14 @@ class Prefetcher:
         torch.cuda.set_device(self._device)  # per thread; otherwise pinning would initialize the first GPU
         return batch.pinned()
 
-    def __iter__(self) -> "Prefetcher":
-        return self
-
     def __next__(self) -> Batch:
         try:
             batch = self._waiting.popleft().result() if self._waiting else None
+            if batch is None:
+                raise StopIteration
         except BaseException:
             self.close()
             raise
-        if batch is None:
-            self.close()
-            raise StopIteration
         self._waiting.append(self._thread.submit(self._load))
         return batch.to(self._device)
 
@@ -157,9 +141,6 @@ class Prefetcher:
         """Stop the thread, wait for it to end, and drop waiting batches. Can be called repeatedly."""
         self._waiting.clear()
         self._thread.shutdown(cancel_futures=True)
-
-    def __enter__(self) -> "Prefetcher":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

@@ -43,10 +43,7 @@ def _feistel(x: _UInt64s, keys: _UInt64s, half: int) -> _UInt64s:
 
 
 def permute(x: _UInt64s, keys: _UInt64s, size: int) -> _UInt64s:
-    """Permute `x`, uint64 [count], each below `size`, which is at least 1, by the permutation that its key selects.
-
-    For any one key, this is a bijection of the numbers below `size`.
-    """
+    """Permute `x`, uint64 [count], each below `size` >= 1: for any one key, a bijection of the numbers below `size`."""
     half = max(1, -(-(size - 1).bit_length() // 2))  # size <= 2^(2 half) < 4 size: fewer than four walks on average
     out = _feistel(x, keys, half)
     outside = np.flatnonzero(out >= np.uint64(size))
@@ -58,11 +55,7 @@ def permute(x: _UInt64s, keys: _UInt64s, size: int) -> _UInt64s:
 
 @dataclass(frozen=True)
 class SequenceOrder:
-    """The order in which a run sees the sequences of one split.
-
-    Raises:
-        UserError: if the split is shorter than one sequence of `block_size` tokens and the token after it.
-    """
+    """The order in which a run sees the sequences of one split, which must have room for at least one."""
 
     seed: int  # of the run
     n_tokens: int  # in the split
@@ -72,10 +65,9 @@ class SequenceOrder:
         if self.block_size < 1:
             raise UserError(f"model.block_size = {self.block_size}: must be at least 1")
         if self.n_tokens < self.block_size + 1:
-            raise UserError(
-                f"the training split has {self.n_tokens:,} tokens, but one sequence needs model.block_size + 1 = "
-                f"{self.block_size + 1:,}: lower model.block_size to at most {max(self.n_tokens - 1, 1)}, or add text"
-            )
+            need = f"one sequence needs model.block_size + 1 = {self.block_size + 1:,}"
+            remedy = f"lower model.block_size to at most {max(self.n_tokens - 1, 1)}, or add text"
+            raise UserError(f"the training split has {self.n_tokens:,} tokens, but {need}: {remedy}")
 
     @property
     def sequences_per_epoch(self) -> int:

@@ -21,16 +21,10 @@ _TOKENS_PER_DOCUMENT = 64  # of the documents that a batch has room for
 
 
 def document_bounds(inputs: Tensor, start_id: int) -> Tensor:
-    """Cumulative lengths of the documents in a batch.
+    """Where each document, which token `start_id` begins, begins among the B * T tokens of `inputs`, [B, T] in host memory.
 
-    Args:
-        inputs: [B, T] ids in host memory.
-        start_id: the token that begins a document.
-
-    Returns:
-        int32 [N + 1]: where each document begins among the B * T tokens, padded with B * T, that is, with empty documents at
-        the end. N depends only on B and T unless there are more documents; then it is doubled until they fit. Compiled code
-        therefore usually sees the same shape in every batch.
+    Returns int32 [N + 1], padded with B * T, that is, with empty documents at the end. N depends only on B and T unless there
+    are more documents; then it is doubled until they fit. Compiled code therefore usually sees the same shape in every batch.
     """
     batch, time = inputs.shape
     starts = inputs == start_id  # [B, T]
@@ -54,20 +48,13 @@ def shorten_bounds(bounds: Tensor, tokens: int, context: int) -> Tensor:
 
 
 def document_start(masked: bool, dataset: TokenDataset, tokenizer: Tokenizer | None) -> int | None:
-    """The token that begins a document, or None if documents are not `masked` (`data.document_mask`).
-
-    The tokenizer is the dataset's, or that of a model trained on it.
-
-    Raises:
-        UserError: documents are to be masked, but cannot be told apart or there is only one.
-    """
+    """The token that begins a document, or None if documents are not `masked`; `tokenizer` is the dataset's or a model's."""
     if not masked:
         return None
     if tokenizer is None or tokenizer.eot_id is None:
-        raise UserError(
-            f"data.document_mask = True: the tokens of {dataset.path} have no end-of-text token to separate documents: "
-            "omit the setting, or use a tokenizer that has one (byte, bpe:SIZE, gpt2)"
-        )
+        fault = f"the tokens of {dataset.path} have no end-of-text token to separate documents"
+        remedy = "omit the setting, or use a tokenizer that has one (byte, bpe:SIZE, gpt2)"
+        raise UserError(f"data.document_mask = True: {fault}: {remedy}")
     if dataset.manifest.train.documents == 1:
         raise UserError(f"data.document_mask = True: {dataset.path} contains a single document: omit the setting")
     return tokenizer.eot_id

@@ -12,21 +12,17 @@ import numpy as np
 
 from bardling.data.batches.order import Int64s, SequenceOrder
 
-Range = tuple[int, int]
-"""First position in the data order, and number of sequences."""
+Range = tuple[int, int]  # first position in the data order, and number of sequences
 
 
 def merge_ranges(ranges: Iterable[Range]) -> tuple[Range, ...]:
     """The same positions in as few ranges as possible, sorted."""
     result: list[Range] = []
-    for first, count in sorted(ranges):
-        if count <= 0:
-            continue
+    for first, count in sorted(entry for entry in ranges if entry[1] > 0):
         if result and first <= sum(result[-1]):
-            begin, _ = result[-1]
-            result[-1] = (begin, max(sum(result[-1]), first + count) - begin)
-        else:
-            result.append((first, count))
+            begin, size = result.pop()
+            count, first = max(size, first + count - begin), begin
+        result.append((first, count))
     return tuple(result)
 
 
@@ -34,8 +30,7 @@ def merge_ranges(ranges: Iterable[Range]) -> tuple[Range, ...]:
 class SkippingOrder(SequenceOrder):
     """A data order without some ranges; made by `skip_ranges`."""
 
-    ranges: tuple[Range, ...]
-    """As returned by `merge_ranges`."""
+    ranges: tuple[Range, ...]  # as returned by `merge_ranges`
 
     def places(self, first: int, count: int) -> list[Range]:
         """Positions in the data order of samples `first` to `first + count - 1`, in as few ranges as possible."""
@@ -50,7 +45,6 @@ class SkippingOrder(SequenceOrder):
         return [*result, (position, count)] if count else result
 
     def starts(self, first: int, count: int) -> Int64s:
-        """See `SequenceOrder.starts`."""
         starts = super().starts
         parts = [starts(*place) for place in self.places(first, count)]
         return np.concatenate(parts) if parts else starts(first, 0)

@@ -10,7 +10,6 @@ Connections, TLS, redirects and the proxies named in the environment are handled
 Limits: HTTP and HTTPS. The timeout limits the silence between two bytes, not the whole transfer.
 """
 
-import hashlib
 import os
 import sys
 import time
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from bardling.errors import UserError
 from bardling.files.atomic import os_error_as_user_error, sync_folder
+from bardling.files.digests import file_sha256
 from bardling.files.lock import locked
 from bardling.monitor.progress import ProgressBar
 
@@ -55,10 +55,8 @@ def cache_root() -> Path:
 def download(remote: Remote, path: Path, *, timeout: float = 30.0, attempts: int = 5, pause: float = 1.0) -> Path:
     """Download a file to `path`, whose folder is created, unless a valid copy is already there; return `path`.
 
-    `attempts` are per address, the first `pause` seconds apart. `timeout` is the longest silence in seconds.
-
-    Raises:
-        UserError: if no address serves a valid file (names each address and its fault), or the disk refuses.
+    `attempts` are per address, the first `pause` seconds apart. `timeout` is the longest silence in seconds. A `UserError`
+    names each address and its fault.
     """
     with os_error_as_user_error(path, "write"):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -157,11 +155,9 @@ class _Transfer:
             raise _Fault("the server does not serve the missing range", transient=True, retry_after=0.0)
         if status not in (200, 206):
             after = headers.get("Retry-After", "")
-            raise _Fault(
-                f"the server answers {status} {response.reason_phrase}".strip(),
-                transient=status in (408, 425, 429) or status >= 500,
-                retry_after=float(after) if after.isdigit() else None,
-            )
+            pause = float(after) if after.isdigit() else None
+            reason = f"the server answers {status} {response.reason_phrase}".strip()
+            raise _Fault(reason, transient=status in (408, 425, 429) or status >= 500, retry_after=pause)
         kind = headers.get("Content-Type", "").partition(";")[0].strip().lower()
         if kind in ("text/html", "application/xhtml+xml"):
             raise _Fault(f"the server sends a web page ({kind}) instead of the text", transient=False)
@@ -175,9 +171,3 @@ def _content_fault(path: Path, remote: Remote) -> str:
         if (found := file_sha256(path)) != remote.sha256:
             return f"the file's SHA-256 is {found[:12]}…, not {remote.sha256[:12]}…: it is damaged or has changed"
     return ""
-
-
-def file_sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

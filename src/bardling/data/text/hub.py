@@ -11,7 +11,6 @@ large datasets in other formats; that part is used only if requested by its name
 """
 
 import fnmatch
-import hashlib
 import json
 import os
 import re
@@ -21,9 +20,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
-from bardling.data.text.download import cache_root, file_sha256
+from bardling.data.text.download import cache_root
 from bardling.errors import UserError, closest
 from bardling.files.atomic import os_error_as_user_error, write_atomically
+from bardling.files.digests import file_sha256, json_sha256
 from bardling.files.reading import read_json_object
 
 EXTRA = "pip install 'bardling[datasets]'"
@@ -53,14 +53,8 @@ class Listing:
 
 
 def listing(repository: str, config: str, split: str) -> Listing:
-    """The files of a split of NAME or OWNER/NAME: requested from the hub once, then read from the cache.
-
-    An empty `config` is the default one.
-
-    Raises:
-        UserError: if there is no such dataset, configuration or split, or the hub cannot be reached.
-    """
-    key = hashlib.sha256(json.dumps([_endpoint(), repository, config, split]).encode()).hexdigest()[:16]
+    """The files of a split of NAME or OWNER/NAME, requested once, then cached; an empty `config` is the default one."""
+    key = json_sha256([_endpoint(), repository, config, split])[:16]
     cached = cache_root() / "hub" / f"{repository.replace('/', '--')}-{key}.json"
     if cached.is_file():
         try:
@@ -76,11 +70,7 @@ def listing(repository: str, config: str, split: str) -> Listing:
 
 
 def fetch(found: Listing, file: HubFile) -> Path:
-    """Local path of a file, downloaded if it is not in the cache, and verified.
-
-    Raises:
-        UserError: if it cannot be downloaded, or differs from the hub's list (the wrong file is then removed).
-    """
+    """Local path of a file, downloaded if it is not cached; if it differs from the hub's list, it is refused and removed."""
     path = hub_file(found.repository, file.path, found.revision, "dataset")
     with os_error_as_user_error(path, "read"):
         size, changed = path.stat().st_size, path.stat().st_mtime_ns
@@ -152,23 +142,19 @@ def _request_listing(repository: str, config: str, split: str) -> Listing:
 
 
 def _tree(api: Any, repository: str, revision: str) -> list[HubFile]:
-    def call() -> list[HubFile]:
-        entries = api.list_repo_tree(repository, repo_type="dataset", revision=revision, recursive=True)
-        files = [entry for entry in entries if hasattr(entry, "blob_id")]
-        return [HubFile(file.path, file.size, file.lfs.sha256 if file.lfs else "") for file in files]
-
-    return sorted(_call_hub(f"hf:{repository}", call), key=lambda file: file.path)
+    options = {"repo_type": "dataset", "revision": revision, "recursive": True}
+    entries = _call_hub(f"hf:{repository}", lambda: list(api.list_repo_tree(repository, **options)))
+    files = sorted((entry for entry in entries if hasattr(entry, "blob_id")), key=lambda file: file.path)
+    return [HubFile(file.path, file.size, file.lfs.sha256 if file.lfs else "") for file in files]
 
 
 def _listed_in_card(configs: list[dict[str, Any]], config: str, split: str, files: list[HubFile]) -> list[HubFile]:
     """The files that the card lists; none if their format is not supported."""
-    if config:
-        matching = [entry for entry in configs if entry.get("config_name") == config]
-    else:
-        matching = [entry for entry in configs if entry.get("default") or entry.get("config_name") == "default"] or configs
-    if not matching:
+    wanted = config or "default"
+    named = [entry for entry in configs if entry.get("config_name") == wanted or (not config and entry.get("default"))]
+    if config and not named:
         return []
-    entry = matching[0]
+    entry = (named or configs)[0]
     folder = str(entry.get("data_dir") or "").strip("/")
     patterns = [f"{folder}/{pattern}" if folder else pattern for pattern in _patterns(entry["data_files"], split)]
     chosen = _matching(files, patterns)
@@ -226,10 +212,9 @@ def _converted(api: Any, repository: str, config: str, split: str, known: list[s
     inside = [file for file in files if file.path.startswith(f"{config}/") and file.path.endswith(".parquet")]
     splits = sorted({file.path.split("/")[1] for file in inside})
     if split not in splits and f"partial-{split}" in splits:
-        raise UserError(
-            f"hf:{repository}: the hub has converted only the first part to Parquet: use it with "
-            f"hf:{repository}:{config}:partial-{split}, or choose another copy of the dataset"
-        )
+        part = f"hf:{repository}:{config}:partial-{split}"
+        fault = "the hub has converted only the first part to Parquet"
+        raise UserError(f"hf:{repository}: {fault}: use it with {part}, or choose another copy of the dataset")
     if split not in splits:
         _raise_missing(repository, "split", split, splits)
     chosen = tuple(file for file in inside if file.path.split("/")[1] == split)
@@ -238,6 +223,5 @@ def _converted(api: Any, repository: str, config: str, split: str, known: list[s
 
 def _raise_missing(repository: str, what: str, name: str, names: list[str]) -> NoReturn:
     available = f"; it has {', '.join(names[:12])}" if names else " in Parquet or JSON Lines"
-    raise UserError(
-        f"hf:{repository}: has no {what} {name!r}{closest(name, names)}{available}: specify one as hf:NAME:CONFIG:SPLIT:FIELD"
-    )
+    fault = f"has no {what} {name!r}{closest(name, names)}{available}"
+    raise UserError(f"hf:{repository}: {fault}: specify one as hf:NAME:CONFIG:SPLIT:FIELD")

@@ -9,9 +9,7 @@ To use a local file or folder that has one of these names, write `./shakespeare`
 """
 
 import gzip
-import hashlib
 import itertools
-import json
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ from bardling.data.text.sources import Document, Source, json_lines, open_source
 from bardling.errors import UserError, closest
 from bardling.extensions import SOURCES
 from bardling.files.atomic import os_error_as_user_error
+from bardling.files.digests import json_sha256
 
 TINY_SHAKESPEARE = Remote(
     (
@@ -38,8 +37,7 @@ DEFAULTS: dict[str, tuple[str, float]] = {
     "shakespeare-char": ("char", 0.1),
     "openwebtext": ("gpt2", 0.0005),
     "fineweb-edu": ("gpt2", 0.0005),
-}
-"""Default tokenizer and validation fraction of each name."""
+}  # default tokenizer and validation fraction of each name
 _HUB_NAMES = {
     "openwebtext": ("Skylion007/openwebtext", ""),
     "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT"),
@@ -57,18 +55,15 @@ class RemoteText:
     remote: Remote
 
     def documents(self) -> Iterator[Document]:
-        """The document; raises a `UserError` if the file cannot be downloaded."""
         path = download(self.remote, cache_root() / "downloads" / f"{self.remote.sha256[:16]}.txt")
         with os_error_as_user_error(path, "read"):
             data = path.read_bytes()
         yield Document(self.name, data.decode())
 
     def identity(self) -> str:
-        """Digest of the content, which is known in advance."""
         return self.remote.sha256
 
     def size(self) -> int:
-        """Bytes of the file."""
         return self.remote.size
 
 
@@ -80,8 +75,7 @@ class HubSource:
     repository: str
     config: str = ""
     split: str = "train"
-    field: str = "text"
-    """The column that contains the text."""
+    field: str = "text"  # the column that contains the text
 
     def documents(self) -> Iterator[Document]:
         """All rows with text, named FILE:ROW with rows counted from 0; a `UserError` if one cannot be downloaded or read."""
@@ -108,10 +102,9 @@ class HubSource:
             row = 0
 
     def identity(self) -> str:
-        """Digest of the commit, the files and the field."""
         found = self._listing()
         files = [[file.path, file.size, file.sha256] for file in found.files]
-        return hashlib.sha256(json.dumps([found.repository, found.revision, files, self.field]).encode()).hexdigest()
+        return json_sha256([found.repository, found.revision, files, self.field])
 
     def size(self) -> int:
         """Approximate bytes of text, extrapolated from the first file; 0 if unknown."""
@@ -119,7 +112,10 @@ class HubSource:
         first = found.files[0]
         if not first.path.endswith(".parquet"):
             return 0
-        text = _text_bytes(hub.fetch(found, first), self.field, f"hf:{self.repository}/{first.path}")
+        with _parquet(hub.fetch(found, first), self.field, f"hf:{self.repository}/{first.path}") as opened:
+            column = opened.metadata.schema.names.index(self.field)
+            groups = map(opened.metadata.row_group, range(opened.metadata.num_row_groups))
+            text = sum(group.column(column).total_uncompressed_size for group in groups)
         return int(text / max(1, first.size) * sum(file.size for file in found.files))
 
 
@@ -163,15 +159,6 @@ def _parquet_rows(path: Path, field: str, first: int, label: str) -> Iterator[tu
             raise UserError(f"{label}: is damaged near row {row:,} ({_short(error)})") from error
 
 
-def _text_bytes(path: Path, field: str, label: str) -> int:
-    """Uncompressed bytes of one column."""
-    with _parquet(path, field, label) as opened:
-        metadata = opened.metadata
-        column = metadata.schema.names.index(field)
-        groups = range(metadata.num_row_groups)
-        return sum(metadata.row_group(group).column(column).total_uncompressed_size for group in groups)
-
-
 def _json_rows(path: Path, field: str, first: int, label: str) -> Iterator[tuple[int, str | None]]:
     """The same for JSON Lines, perhaps gzipped: a row is a line."""
     try:
@@ -187,8 +174,7 @@ def source_for(spec: str) -> Source:
     if spec in ("shakespeare", "shakespeare-char"):
         return RemoteText(spec, TINY_SHAKESPEARE)
     if spec in _HUB_NAMES:
-        repository, config = _HUB_NAMES[spec]
-        return HubSource(spec, repository, config)
+        return HubSource(spec, *_HUB_NAMES[spec])
     if spec.startswith("hf:"):
         return _hub_source(spec)
     name, _, rest = spec.partition(":")
@@ -204,8 +190,7 @@ def source_for(spec: str) -> Source:
 
 def documents_after(source: Source, count: int, name: str) -> Iterator[Document]:
     """The documents after the first `count`, the last of which is `name`; a source with `after` avoids reading the others."""
-    after = getattr(source, "after", None)
-    if after is not None:
+    if after := getattr(source, "after", None):
         return cast(Iterator[Document], after(name))
     return itertools.islice(source.documents(), count, None)
 

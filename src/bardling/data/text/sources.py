@@ -51,14 +51,8 @@ def json_lines(
 ) -> Iterator[tuple[int, str | None]]:
     """Line number (counted from 1) and text of each row of JSON Lines; the text is None if the field is null.
 
-    Args:
-        lines: such as a file opened in binary mode; blank ones are skipped.
-        label: name of the file in messages.
-        remedy: how to name another field, for messages.
-        skip: number of lines to pass without parsing them.
-
-    Raises:
-        UserError: naming the line, if it is not a JSON object with text in that field.
+    Blank lines are skipped, and so are the first `skip`, unparsed. A `UserError` names the file (`label`), the line that is not
+    a JSON object with text in the field, and how to name another field (`remedy`).
     """
     for number, line in enumerate(lines, 1):
         if number <= skip or not line.strip():
@@ -82,10 +76,7 @@ def json_lines(
 
 
 class Source(Protocol):
-    """A stream of documents that can be restarted.
-
-    A source that can start in the middle has a method `after(name)` besides: the documents after the one with this name.
-    """
+    """A stream of documents that can be restarted; if it has a method `after(name)`, also after the document of that name."""
 
     @property
     def name(self) -> str:
@@ -113,11 +104,7 @@ class FileSource:
     release: str = ""  # version of the software that the files belong to, if any
 
     def documents(self) -> Iterator[Document]:
-        """All non-empty documents.
-
-        Raises:
-            UserError: naming file and line, if a file is not text, not JSON Lines or lacks the field, or if all are empty.
-        """
+        """All non-empty documents; a `UserError` if there are none, or naming the file and line that is not text."""
         found = False
         for path in self.files:
             for document in self._lines(path) if path.suffix == ".jsonl" else self._whole(path):
@@ -155,7 +142,6 @@ class FileSource:
         return path.relative_to(self.root).as_posix()
 
     def identity(self) -> str:
-        """Digest that changes when a file is added, removed, renamed or edited, or when the spec names another field."""
         digest = hashlib.sha256(json.dumps([self.name, str(self.root), self.field, self.lenient, self.release]).encode())
         for path in self.files:
             with os_error_as_user_error(path, "read"):
@@ -164,7 +150,6 @@ class FileSource:
         return digest.hexdigest()
 
     def size(self) -> int:
-        """Total bytes of the files."""
         with os_error_as_user_error(self.root, "read"):
             return sum(path.stat().st_size for path in self.files)
 

@@ -5,21 +5,19 @@ from pathlib import Path
 from bardling.config import DataConfig
 from bardling.data.text.download import cache_root
 from bardling.data.text.named_datasets import source_for
-from bardling.data.tokens.journal import digest
 from bardling.data.tokens.manifest import FORMAT
 from bardling.data.tokens.prepare import METHOD, prepare
 from bardling.data.tokens.shards import TokenDataset, open_dataset
 from bardling.data.tokens.token_files import detect_token_folder, open_token_folder
 from bardling.data.tokens.tokenizer import check_tokenizer_spec, is_tokenizer_path, load_tokenizer
 from bardling.errors import UserError
+from bardling.files.digests import json_sha256
 
 
 def open_data(config: DataConfig) -> TokenDataset:
     """Open the dataset of `config`. Text is prepared once, in data.cache, else $BARDLING_CACHE, else ~/.cache/bardling.
 
-    Raises:
-        UserError: there is no such data, it is damaged or cannot be prepared, or was made with a tokenizer other than the file
-            in data.tokenizer.
+    If data.tokenizer is a file, a prepared dataset must have been made with it.
     """
     path, spec = Path(config.source).expanduser(), config.tokenizer
     try:
@@ -33,14 +31,13 @@ def open_data(config: DataConfig) -> TokenDataset:
     if prepared:
         dataset = open_dataset(path)
         if fingerprint not in ("", dataset.manifest.tokenizer):
-            raise UserError(
-                f"data.tokenizer = {spec!r}: has fingerprint {fingerprint}, but {dataset.path} was made with "
-                f"{dataset.manifest.tokenizer or 'none'}: omit data.tokenizer, or prepare the source again with this tokenizer"
-            )
+            fault = f"has fingerprint {fingerprint}, but {dataset.path} was made with {dataset.manifest.tokenizer or 'none'}"
+            remedy = "omit data.tokenizer, or prepare the source again with this tokenizer"
+            raise UserError(f"data.tokenizer = {spec!r}: {fault}: {remedy}")
         return dataset
     check_tokenizer_spec(spec)
     source = source_for(config.source)
-    key = digest(FORMAT, METHOD, source.identity(), fingerprint or spec, config.val_fraction)[:16]
+    key = json_sha256([FORMAT, METHOD, source.identity(), fingerprint or spec, config.val_fraction])[:16]
     cache = Path(config.cache).expanduser() if config.cache else cache_root()
     cached = cache / "datasets" / f"{source.name}-{fingerprint or spec.replace(':', '')}-{key}"
     if not cached.exists():

@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bardling.data.text.download import file_sha256
 from bardling.data.tokens.journal import cut_back
 from bardling.data.tokens.manifest import IndexFile, SplitName
 from bardling.data.tokens.shards import TokenDataset
 from bardling.errors import UserError
 from bardling.files.atomic import os_error_as_user_error
+from bardling.files.digests import file_sha256
 
 _REACH = 1 << 20  # tokens
 _ROW_BYTES = 16
@@ -47,14 +48,13 @@ class Document:
         return f"the document at {place}" if self.number is None else f"{self.name!r} (document {self.number:,}, {place})"
 
 
-class DocumentWriter:
+class DocumentWriter(AbstractContextManager["DocumentWriter"]):
     """Writes the index of one split; a context manager that closes its files."""
 
     def __init__(self, folder: Path, split: SplitName) -> None:
         self._paths = [folder / f"documents-{split}.bin", folder / f"documents-{split}.jsonl"]
         self._files = [path.open("ab") for path in self._paths]  # a split without documents has an index too
         self._tokens = 0
-        self._sizes = [0, 0]
 
     def add(self, lengths: npt.NDArray[np.int64], names: Sequence[str]) -> None:
         """Append documents with these names and numbers of tokens, [documents] both."""
@@ -62,10 +62,9 @@ class DocumentWriter:
         rows = np.zeros((len(lines), 2), "<u8")
         rows[:, 0] = self._tokens + np.cumsum(lengths) - lengths
         sizes = np.array([len(line) for line in lines], np.int64)
-        rows[:, 1] = self._sizes[1] + np.cumsum(sizes) - sizes
-        for number, data in enumerate((rows.tobytes(), b"".join(lines))):
-            self._files[number].write(data)
-            self._sizes[number] += len(data)
+        rows[:, 1] = self._files[1].tell() + np.cumsum(sizes) - sizes
+        self._files[0].write(rows.tobytes())
+        self._files[1].write(b"".join(lines))
         self._tokens += int(lengths.sum())
 
     def sync(self) -> dict[str, Any]:
@@ -73,23 +72,18 @@ class DocumentWriter:
         for file in self._files:
             file.flush()
             os.fsync(file.fileno())
-        return {"tokens": self._tokens, "sizes": list(self._sizes)}
+        return {"tokens": self._tokens, "sizes": [file.tell() for file in self._files]}
 
     def restore(self, state: dict[str, Any]) -> None:
         """See `ShardWriter.restore`."""
-        self._tokens, self._sizes = state["tokens"], list(state["sizes"])
-        for path, size in zip(self._paths, self._sizes, strict=True):
+        self._tokens = state["tokens"]
+        for path, file, size in zip(self._paths, self._files, state["sizes"], strict=True):
             cut_back(path, size)
+            file.seek(size)
 
-    def finish(self) -> tuple[IndexFile, IndexFile]:
-        """Sync the files and describe them."""
-        self.sync()
-        files = zip(self._paths, self._sizes, strict=True)
-        rows, names = (IndexFile(path.name, size, file_sha256(path)) for path, size in files)
-        return rows, names
-
-    def __enter__(self) -> "DocumentWriter":
-        return self
+    def finish(self) -> tuple[IndexFile, ...]:
+        sizes = self.sync()["sizes"]
+        return tuple(IndexFile(path.name, size, file_sha256(path)) for path, size in zip(self._paths, sizes, strict=True))
 
     def __exit__(self, *_: object) -> None:
         for file in self._files:
@@ -119,14 +113,9 @@ class Documents:
             if not size:
                 return []
             rows = np.memmap(path, "<u8", "r", shape=(size // _ROW_BYTES, 2))
-
-        def begin(number: int) -> int:
-            return int(rows[number, 0])
-
-        numbers = range(len(rows))
-        first = bisect.bisect_right(numbers, start, key=begin) - 1
-        last = bisect.bisect_left(numbers, stop, key=begin)
-        bounds = [begin(number) if number < len(rows) else len(self._split) for number in range(first, last + 1)]
+        begins = rows[:, 0]
+        first, last = bisect.bisect_right(begins, start) - 1, bisect.bisect_left(begins, stop)
+        bounds = [int(begins[number]) if number < len(rows) else len(self._split) for number in range(first, last + 1)]
         if first < 0 or any(start > end for start, end in itertools.pairwise(bounds)):
             raise UserError(f"{path}: is damaged, because its documents are out of order: prepare the dataset again")
         pairs = enumerate(itertools.pairwise(bounds), first)
@@ -149,14 +138,10 @@ class Documents:
         """Documents by the end-of-text tokens in and around a range; the whole split if the tokenizer has no such token."""
         if self._eot is None:
             return [Document(0, len(self._split))]
-        low, high = max(0, start - _REACH), min(len(self._split), stop + _REACH)
-        ends = self._eot_positions(max(0, start - 4096), min(len(self._split), stop + 4096))
-        if not ends or ends[0] >= start or ends[-1] < stop - 1:
-            ends = self._eot_positions(low, high)
-        # If the narrow search was enough, it has found bounds on both sides of the range, so `low` and `high` do not matter.
+        for reach in (4096, _REACH):
+            low, high = max(0, start - reach), min(len(self._split), stop + reach)
+            ends = (np.flatnonzero(self._split.read(low, high - low) == self._eot) + low).tolist()
+            if ends and ends[0] < start and ends[-1] >= stop - 1:
+                break  # with bounds on both sides of the range, `low` and `high` do not matter
         bounds = [low, *(end + 1 for end in ends), high]
         return [Document(a, b) for a, b in itertools.pairwise(bounds) if a < b and a < stop and b > start]
-
-    def _eot_positions(self, low: int, high: int) -> list[int]:
-        found: list[int] = (np.flatnonzero(self._split.read(low, high - low) == self._eot) + low).tolist()
-        return found

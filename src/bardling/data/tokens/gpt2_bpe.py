@@ -5,8 +5,6 @@ It is used only for a tokenizer with exactly GPT-2's vocabulary, merges and pre-
 to agree (a test compares them). `tokenizers` encodes everything else, and GPT-2's if `tiktoken` is missing.
 """
 
-import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +17,7 @@ import numpy.typing as npt
 from bardling.data.text.hub import hub_file
 from bardling.data.tokens.vocabulary import BYTE_OF, EOT
 from bardling.errors import UserError
+from bardling.files.digests import json_sha256
 from bardling.files.reading import read_json_object
 
 GPT2_DIGEST = "7af2255eedd60b16dd34cbba614d328a4b0726f23b66fb09c942a867f3ccac38"
@@ -34,7 +33,7 @@ def vocabulary_digest(content: Mapping[str, Any]) -> str:
     try:
         model = content["model"]
         merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
-        return hashlib.sha256(json.dumps([model["vocab"], merges], sort_keys=True).encode()).hexdigest()
+        return json_sha256([model["vocab"], merges], sort_keys=True)
     except (KeyError, TypeError):
         return ""
 
@@ -63,10 +62,8 @@ def fast_encoder(content: Mapping[str, Any], digest: str = GPT2_DIGEST) -> Encod
         return np.asarray(encoding.encode_to_numpy(text, disallowed_special=()), np.int64)
 
     def encode(texts: Sequence[str]) -> list[npt.NDArray[np.int64]]:
-        if threads == 1 or len(texts) == 1:
-            return list(map(encode_one, texts))
         with ThreadPoolExecutor(threads) as pool:
-            return list(pool.map(encode_one, texts, chunksize=1 + len(texts) // (4 * threads)))
+            return list(pool.map(encode_one, texts))
 
     return encode
 
@@ -82,11 +79,7 @@ def cached_gpt2_files() -> Iterator[Path]:
 
 
 def gpt2_tokenizer_file() -> Path:
-    """GPT-2's `tokenizer.json`, from the hub's cache on this machine or from the hub.
-
-    Raises:
-        UserError: if it is not available, or its vocabulary is not GPT-2's.
-    """
+    """GPT-2's `tokenizer.json`, from the hub's cache on this machine or from the hub; its vocabulary is checked."""
     try:
         path = next(cached_gpt2_files(), None) or hub_file(_REPOSITORIES[0], "tokenizer.json", None, "model")
     except UserError as error:

@@ -6,7 +6,6 @@ resuming, anything written later is cut off and half-replaced files are removed,
 the interruption happened.
 """
 
-import hashlib
 import json
 import os
 import time
@@ -18,12 +17,11 @@ from typing import Any
 
 from bardling.data.tokens.manifest import SplitName
 from bardling.errors import UserError
-from bardling.files.atomic import os_error_as_user_error, remove_partial_files, write_atomically
+from bardling.files.atomic import remove_partial_files, write_atomically
 from bardling.files.lock import locked
 
 JOURNAL = "journal.json"
-EVERY = 10.0
-"""Seconds between two entries: the most work that an interruption loses."""
+EVERY = 10.0  # seconds between two entries: the most work that an interruption loses
 
 
 @dataclass(frozen=True)
@@ -38,8 +36,6 @@ class Position:
 
 
 class Journal:
-    """The journal in a work folder."""
-
     def __init__(self, folder: Path) -> None:
         self._path = folder / JOURNAL
         self._written = time.monotonic()
@@ -53,17 +49,14 @@ class Journal:
         """The position of an earlier attempt with the same digest; None if there is none."""
         if not self.kept:
             return None
-        with os_error_as_user_error(self._path, "read"):
-            data = self._path.read_bytes()
         try:
-            position = Position(**json.loads(data))
+            position = Position(**json.loads(self._path.read_bytes()))
         except (ValueError, TypeError, RecursionError):  # damaged, or of another version: start over
             return None
         return position if position.made_of == made_of else None
 
     @property
     def due(self) -> bool:
-        """Whether it is time for an entry."""
         return time.monotonic() - self._written >= EVERY
 
     def write(self, position: Position) -> None:
@@ -79,11 +72,6 @@ def cut_back(path: Path, size: int) -> None:
     os.truncate(path, size)
 
 
-def digest(*parts: object) -> str:
-    """Digest of JSON values."""
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
 def work_folder(out: Path) -> Path:
     """The folder in which the dataset `out` is prepared before it is renamed."""
     return out.with_name(f".{out.name}.partial")
@@ -97,11 +85,7 @@ def refuse_existing(out: Path) -> None:
 
 @contextmanager
 def working_on(out: Path) -> Iterator[Path]:
-    """Lock and return the work folder of `out`; waits while another process prepares the same dataset.
-
-    Raises:
-        UserError: if `out` exists, perhaps because the other process has finished it.
-    """
+    """Lock the work folder of `out`, waiting for other processes; a `UserError` if `out` exists, perhaps made by one."""
     work = work_folder(out)
     with locked(work / "lock", folder_moves=True):
         if out.exists() or out.is_symlink():

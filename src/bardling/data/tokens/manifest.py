@@ -4,7 +4,6 @@ A manifest may come from anywhere, so it is checked field by field before anythi
 sizes agree with token counts, and the digest matches the content.
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from typing import Any, Literal
 
 from bardling.errors import UserError
 from bardling.files.atomic import write_atomically
+from bardling.files.digests import json_sha256
 from bardling.files.reading import read_json_object
 
 FORMAT = 1
@@ -30,8 +30,6 @@ def token_dtype(vocab_size: int) -> Dtype:
 
 @dataclass(frozen=True)
 class ShardFile:
-    """One file of tokens."""
-
     name: str
     tokens: int
     size: int  # bytes of the whole file
@@ -50,8 +48,6 @@ class IndexFile:
 
 @dataclass(frozen=True)
 class SplitInfo:
-    """One split of a dataset."""
-
     tokens: int
     documents: int
     bytes: int  # of the text in UTF-8; 0 if unknown
@@ -61,8 +57,6 @@ class SplitInfo:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The description of a dataset folder."""
-
     dtype: Dtype
     vocab_size: int
     tokenizer: str  # its fingerprint; empty if the dataset has none
@@ -73,7 +67,6 @@ class Manifest:
     format: int = FORMAT
 
     def split(self, name: SplitName) -> SplitInfo:
-        """The description of one split."""
         return self.train if name == "train" else self.val
 
     @property
@@ -84,7 +77,7 @@ class Manifest:
 
 
 def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return json_sha256(content, sort_keys=True, separators=(",", ":"))
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -1,9 +1,9 @@
 """Tokenization in several processes, in order, so that the result does not depend on their number.
 
 Each worker is a separate Python process that reads texts from its standard input and writes token ids to its standard output,
-as JSON and raw integers. It is started fresh (never forked, because the tokenizer's threads do not survive a fork) and imports
-nothing from the program that uses this library, so scripts need no `__main__` guard. It ends when its input ends, even if its
-owner is killed; its owner notices a worker's end immediately from the end of its output. Terminal signals do not reach it.
+both pickled. It is started fresh (never forked, because the tokenizer's threads do not survive a fork) and imports nothing from
+the program that uses this library, so scripts need no `__main__` guard. It ends when its input ends, even if its owner is
+killed; its owner notices a worker's end immediately from the end of its output. Terminal signals do not reach it.
 
 Method: one thread per worker sends it a batch and waits for the answer. Answers are consumed in the order of the batches, and
 only a few batches are in flight, which bounds memory. Limits: a batch is answered as a whole, so a document of one gigabyte
@@ -11,17 +11,15 @@ occupies a single worker.
 """
 
 import contextlib
-import json
 import os
-import struct
+import pickle
 import subprocess
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -31,14 +29,12 @@ from bardling.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from bardling.errors import UserError
 
 SPLITS: tuple[SplitName, ...] = ("train", "val")
-Piece = tuple[SplitName, str]
-"""Some text and its split."""
+Piece = tuple[SplitName, str]  # some text and its split
 _SMALL = 16 << 20  # bytes of text below which starting processes takes longer than it saves
 _START = "import sys; sys.path.append(sys.argv[1]); from bardling.data.tokens.parallel import serve; serve(sys.argv[2])"
 
 
-@dataclass(frozen=True)
-class TextBatch:
+class TextBatch(NamedTuple):
     """Consecutive documents as pieces of the splits."""
 
     pieces: list[Piece]
@@ -51,8 +47,7 @@ class TextBatch:
         return [name for name, (where, text) in zip(self.names, self.pieces, strict=True) if where == split and text]
 
 
-@dataclass(frozen=True)
-class Encoded:
+class Encoded(NamedTuple):
     """The tokens of one split in a batch."""
 
     ids: npt.NDArray[np.uint32]  # [tokens], with `end` after each non-empty piece
@@ -85,27 +80,23 @@ def default_workers(size: int, kind: str) -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-class Encoders:
+class Encoders(contextlib.AbstractContextManager["Encoders"]):
     """Tokenizes batches in order, appending `end` to each piece; a context manager that ends its processes.
 
     Several workers read the tokenizer from `folder`, where it is already saved; with one, this process does the work.
     """
 
     def __init__(self, tokenizer: Tokenizer, folder: Path, end: Sequence[int], workers: int) -> None:
-        self._tokenizer, self._folder, self._end, self._count = tokenizer, folder, tuple(end), workers
+        self._tokenizer, self._end, self._count = tokenizer, tuple(end), workers
         self._workers: list[_Worker] = []
         self._threads = ThreadPoolExecutor(workers)
-
-    def __enter__(self) -> "Encoders":
-        if self._count > 1:
-            try:
-                for _ in range(self._count):
-                    self._workers.append(_Worker(self._folder))
-            except OSError as error:
-                self.__exit__()
-                raise UserError(f"cannot start {self._count} processes ({error.strerror}): use fewer workers") from error
+        try:
+            for _ in range(workers if workers > 1 else 0):
+                self._workers.append(_Worker(folder))
+        except OSError as error:
+            self.__exit__()
+            raise UserError(f"cannot start {workers} processes ({error.strerror}): use fewer workers") from error
         self._idle = list(self._workers)
-        return self
 
     def run(self, batches: Iterable[TextBatch]) -> Iterator[tuple[TextBatch, list[Encoded]]]:
         """Each batch with its tokens, in order; a `UserError` if a text cannot be encoded, or a worker has ended."""
@@ -147,62 +138,42 @@ class _Worker:
             start_new_session=True,  # Ctrl-C reaches only the owner, which then ends the workers
             env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"},
         )
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._requests, self._answers = self._process.stdin, self._process.stdout
+        self._requests, self._answers = cast(IO[bytes], self._process.stdin), cast(IO[bytes], self._process.stdout)
 
     def encode(self, pieces: Sequence[Piece], end: Sequence[int]) -> list[Encoded]:
-        """Send pieces to the worker and wait for their tokens."""
         try:
-            _send(self._requests, [pieces, end])
-            answer, body = _receive(self._answers)
-        except (OSError, EOFError, ValueError) as error:  # ValueError: `stop` has closed the pipe
+            _send(self._requests, (pieces, end))
+            answer = pickle.load(self._answers)
+        except (OSError, EOFError, pickle.UnpicklingError, ValueError) as error:  # ValueError: `stop` has closed the pipe
             status = self._process.wait()
             how = f"signal {-status}" if status < 0 else f"status {status}"
             hint = "perhaps out of memory: use fewer workers" if status == -9 else "see its output above"
             raise UserError(f"a tokenization worker ended with {how}, {hint} (--workers 1 uses no other process)") from error
         if isinstance(answer, str):
             raise UserError(answer)
-        lengths = [np.array(part, np.int64) for _, part in answer]
-        rows = np.split(np.frombuffer(body, "<u4"), np.cumsum([part.sum() for part in lengths])[:-1])
-        return [Encoded(ids, size, part) for ids, (size, _), part in zip(rows, answer, lengths, strict=True)]
+        return cast(list[Encoded], answer)
 
     def stop(self) -> None:
-        """Kill the worker."""
         self._process.kill()
-        self._process.wait()
-        for pipe in (self._requests, self._answers):
-            with contextlib.suppress(OSError):  # unsent data in the buffer has no reader left
-                pipe.close()
+        with contextlib.suppress(OSError), self._process:  # closes the pipes and waits; unsent data has no reader left
+            pass
 
 
 def serve(folder: str) -> None:
-    """The worker's side: answer [pieces, end] on standard input until it ends, with the results or a user error's message."""
+    """The worker's side: answer (pieces, end) on standard input until it ends, with the results or a user error's message."""
     incoming, outgoing = sys.stdin.buffer, sys.stdout.buffer
     sys.stdout = sys.stderr  # keeps other output out of the answers
     tokenizer = load_tokenizer(folder)
-    with contextlib.suppress(EOFError):
+    with contextlib.suppress(EOFError, pickle.UnpicklingError):
         while True:
-            (pieces, end), _ = _receive(incoming)
+            pieces, end = pickle.load(incoming)
             try:
-                results = encode(tokenizer, pieces, end)
+                answer: list[Encoded] | str = encode(tokenizer, pieces, end)
             except UserError as error:
-                _send(outgoing, str(error))
-                continue
-            body = np.concatenate([part.ids for part in results]).astype("<u4").tobytes()
-            _send(outgoing, [[part.bytes, part.lengths.tolist()] for part in results], body)
+                answer = str(error)
+            _send(outgoing, answer)
 
 
-def _send(pipe: IO[bytes], message: object, body: bytes = b"") -> None:
-    head = json.dumps(message, ensure_ascii=False).encode("utf-8", "surrogatepass")
-    pipe.write(struct.pack("<QQ", len(head), len(body)) + head)
-    pipe.write(body)
+def _send(pipe: IO[bytes], message: object) -> None:
+    pickle.dump(message, pipe)
     pipe.flush()
-
-
-def _receive(pipe: IO[bytes]) -> tuple[Any, bytes]:
-    head_size, body_size = struct.unpack("<QQ", pipe.read(16).ljust(16, b"\0"))
-    head, body = pipe.read(head_size), pipe.read(body_size)
-    if not head or len(head) < head_size or len(body) < body_size:  # the other side has ended
-        raise EOFError
-    return json.loads(head.decode("utf-8", "surrogatepass")), body

@@ -23,23 +23,22 @@ from pathlib import Path
 from bardling.data.text.named_datasets import documents_after, source_for
 from bardling.data.text.sources import Document, Source
 from bardling.data.tokens.documents import DocumentWriter
-from bardling.data.tokens.journal import JOURNAL, Journal, Position, digest, refuse_existing, working_on
+from bardling.data.tokens.journal import JOURNAL, Journal, Position, refuse_existing, working_on
 from bardling.data.tokens.manifest import Manifest, token_dtype, write_manifest
 from bardling.data.tokens.parallel import SPLITS, Encoders, Piece, TextBatch, default_workers
 from bardling.data.tokens.shards import SHARD_TOKENS, ShardWriter, TokenDataset, open_dataset
 from bardling.data.tokens.tokenizer import Tokenizer, build_tokenizer, check_tokenizer_spec, load_tokenizer
 from bardling.errors import UserError
 from bardling.files.atomic import os_error_as_user_error, sync_folder
+from bardling.files.digests import json_sha256
 from bardling.monitor.progress import ProgressBar
 
-METHOD = 1
-"""Raise it if the same source starts to give other tokens, so that cached datasets are prepared again."""
+METHOD = 1  # raise it if the same source starts to give other tokens, so that cached datasets are prepared again
 _MANY = 100  # number of documents from which whole documents are held out
 _BATCH = 4 << 20  # characters tokenized at once
 _BATCH_OF_WORKER = 1 << 20  # the same for one of several processes
 
-Progress = Callable[[str, int, int], None]
-"""Called with (current activity, characters done, approximate total)."""
+Progress = Callable[[str, int, int], None]  # called with (current activity, characters done, approximate total)
 
 
 def held_out(text: str, val_fraction: float) -> bool:
@@ -54,17 +53,14 @@ class _Splitter:
     def __init__(self, source: Source, val_fraction: float) -> None:
         self._val_fraction = val_fraction
         count, splits = 0, set()
-        self.by_document = False
         for count, document in enumerate(source.documents(), 1):
             splits.add(held_out(document.text, val_fraction))
             if count >= _MANY and len(splits) == 2:
-                self.by_document = True
                 break
-        self.several = count > 1
+        self.several, self.by_document = count > 1, count >= _MANY and len(splits) == 2
         self.description = "whole documents by hash" if self.by_document else "the last part of each document"
 
     def split(self, text: str) -> list[Piece]:
-        """The pieces of one document."""
         if self.by_document:
             return [("val" if held_out(text, self._val_fraction) else "train", text)]
         cut = int(len(text) * (1 - self._val_fraction))
@@ -84,19 +80,11 @@ def prepare(
     shard_tokens: int = SHARD_TOKENS,
     workers: int | None = None,
 ) -> TokenDataset:
-    """Create a dataset folder, resuming an earlier attempt that was interrupted.
+    """Create the dataset folder `out`, which must not exist, resuming an earlier attempt that was interrupted.
 
-    Args:
-        source_spec: see `bardling.data.text.named_datasets.source_for`.
-        out: the folder to create; it must not exist.
-        tokenizer_spec: see `bardling.data.tokens.tokenizer.build_tokenizer`.
-        val_fraction: fraction of the text for validation, between 0 and 1.
-        progress: called with the progress; None shows a bar on a terminal if it takes more than two seconds.
-        shard_tokens: maximum of tokens per file.
-        workers: number of processes that tokenize; None chooses. The result does not depend on it.
-
-    Raises:
-        UserError: if the folder exists, the source or tokenizer cannot be used, or the disk refuses. Nothing is left at `out`.
+    For the specs, see `named_datasets.source_for` and `tokenizer.build_tokenizer`. A fraction of the text, between 0 and 1, is
+    for validation. A file has at most `shard_tokens` tokens. Without `progress`, a terminal shows a bar after two seconds.
+    The result does not depend on the number of processes that tokenize, `workers`; None chooses.
     """
     out = Path(out)
     if not 0.0 < val_fraction < 1.0:
@@ -117,8 +105,6 @@ def prepare(
 
 @dataclass(frozen=True)
 class _Job:
-    """What to prepare, and how."""
-
     source: Source
     source_spec: str
     tokenizer_spec: str
@@ -136,15 +122,14 @@ def _build(job: _Job, out: Path, work: Path) -> None:
         splitter = _Splitter(job.source, job.val_fraction)
         method = (METHOD, "indexed")  # attempts of versions that wrote no index are not resumed
         settings = (job.tokenizer_spec, job.val_fraction, job.shard_tokens, splitter.description)
-        made_of = digest(method, job.source.identity(), *settings)
-        position = journal.read(made_of)
-        if position is None:
+        made_of = json_sha256([method, job.source.identity(), *settings])
+        if position := journal.read(made_of):
+            tokenizer = load_tokenizer(work)
+        else:
             _empty(work)
             tokenizer = _tokenizer(job, splitter)
             tokenizer.save(work)
             position = Position(made_of, documents=0, last="", characters=0, splits={})
-        else:
-            tokenizer = load_tokenizer(work)
         write_manifest(work, _write(job, splitter, tokenizer, work, journal, position))
         sync_folder(work)
         work.rename(out)  # fails if another program has created a folder with files there in the meantime

@@ -11,9 +11,9 @@ does not grow as with the pages of a map. Every id is checked when it is read, s
 """
 
 import bisect
-import hashlib
 import itertools
 import os
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -22,18 +22,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bardling.data.text.download import file_sha256
 from bardling.data.tokens.journal import cut_back
 from bardling.data.tokens.manifest import IndexFile, Manifest, ShardFile, SplitInfo, SplitName, read_manifest, token_dtype
 from bardling.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from bardling.errors import UserError
-from bardling.files.atomic import os_error_as_user_error
+from bardling.files.atomic import os_error_as_user_error, os_reason
+from bardling.files.digests import file_sha256
 
-SHARD_TOKENS = 100_000_000
-"""Default maximum of tokens per file: 200 MB at 16 bits."""
+SHARD_TOKENS = 100_000_000  # default maximum of tokens per file: 200 MB at 16 bits
 
 
-class ShardWriter:
+class ShardWriter(AbstractContextManager["ShardWriter"]):
     """Writes one split into files of at most `shard_tokens` tokens; a context manager that closes its file.
 
     The files are `{split}-00000.bin` and so on in an existing folder. `vocab_size` limits the ids and sets the integer type.
@@ -55,22 +54,22 @@ class ShardWriter:
         self._bytes += text_bytes
         while ids.size:
             if self._open is None:
-                self._path = self._folder / f"{self._split}-{len(self._files):05d}.bin"
-                self._open = self._path.open("xb")
-                self._hash = hashlib.sha256()
+                self._open = self._path().open("xb")
             part, ids = ids[: self._shard_tokens - self._tokens], ids[self._shard_tokens - self._tokens :]
-            data = part.astype(self._dtype).tobytes()
-            self._open.write(data)
-            self._hash.update(data)
+            self._open.write(part.astype(self._dtype).tobytes())
             self._tokens += part.size
             if self._tokens == self._shard_tokens:
                 self._finish_file()
 
+    def _path(self) -> Path:
+        """The file being written."""
+        return self._folder / f"{self._split}-{len(self._files):05d}.bin"
+
     def _finish_file(self) -> None:
         self.sync()
         self._open.close()
-        size = self._tokens * self._dtype.itemsize
-        self._files.append(ShardFile(self._path.name, self._tokens, size, self._hash.hexdigest()))
+        path, size = self._path(), self._tokens * self._dtype.itemsize
+        self._files.append(ShardFile(path.name, self._tokens, size, file_sha256(path)))
         self._open, self._tokens = None, 0
 
     def sync(self) -> dict[str, Any]:
@@ -84,29 +83,23 @@ class ShardWriter:
     def restore(self, state: dict[str, Any]) -> None:
         """Continue, in a new writer for the same folder, from the point where `sync` returned `state`; see `cut_back`."""
         self._files = [ShardFile(**file) for file in state["files"]]
-        self._documents, self._bytes = state["documents"], state["bytes"]
-        sizes = {file.name: file.size for file in self._files}
-        if state["begun"]:
-            sizes[f"{self._split}-{len(self._files):05d}.bin"] = state["begun"] * self._dtype.itemsize
+        self._documents, self._bytes, self._tokens = state["documents"], state["bytes"], state["begun"]
+        sizes = {self._folder / file.name: file.size for file in self._files}
+        if self._tokens:
+            sizes[self._path()] = self._tokens * self._dtype.itemsize
         for path in self._folder.glob(f"{self._split}-*.bin"):
-            if path.name not in sizes:
+            if path not in sizes:
                 path.unlink()  # created after the state was saved
-        for name, size in sizes.items():
-            path = self._folder / name
+        for path, size in sizes.items():
             cut_back(path, size)
-        if state["begun"]:
-            self._path, self._tokens = path, state["begun"]
-            self._hash = hashlib.sha256(path.read_bytes())
-            self._open = path.open("ab")
+        if self._tokens:
+            self._open = self._path().open("ab")
 
     def finish(self) -> SplitInfo:
         """Sync and close the last file and describe the split."""
         if self._open is not None:
             self._finish_file()
         return SplitInfo(sum(file.tokens for file in self._files), self._documents, self._bytes, tuple(self._files))
-
-    def __enter__(self) -> "ShardWriter":
-        return self
 
     def __exit__(self, *_: object) -> None:
         if self._open is not None:
@@ -134,11 +127,9 @@ class TokenSplit:
         return self._paths[index].name, position - self._bounds[index]
 
     def read(self, start: int, count: int) -> npt.NDArray[np.int64]:
-        """`count` tokens from `start` on, across files: int64 [count].
+        """`count` tokens from `start` on, across files: int64 [count]; a `ValueError` if they are not within the split.
 
-        Raises:
-            UserError: naming file and position, if a file is shorter than in the manifest or has an id outside the vocabulary.
-            ValueError: if the range is not within the split.
+        A `UserError` names a file that is shorter than in the manifest, or the position of an id outside the vocabulary.
         """
         if start < 0 or count < 0 or start + count > len(self):
             raise ValueError(f"tokens {start} to {start + count} are not within the split's {len(self)}")
@@ -178,23 +169,16 @@ class TokenDataset:
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
-        """The tokenizer that made the tokens; None if the dataset has none.
-
-        Raises:
-            UserError: if `tokenizer.json` is missing, unreadable, or not the one in the manifest.
-        """
+        """The tokenizer that made the tokens; None if the dataset has none."""
         if not self.manifest.tokenizer:
             return None
         tokenizer = load_tokenizer(self.path)
         if tokenizer.fingerprint != self.manifest.tokenizer:
-            raise UserError(
-                f"{self.path / 'tokenizer.json'}: has fingerprint {tokenizer.fingerprint}, but the tokens were made with "
-                f"{self.manifest.tokenizer}: restore that tokenizer, or prepare the dataset again"
-            )
+            fault = f"has fingerprint {tokenizer.fingerprint}, but the tokens were made with {self.manifest.tokenizer}"
+            raise UserError(f"{self.path / 'tokenizer.json'}: {fault}: restore that tokenizer, or prepare the dataset again")
         return tokenizer
 
     def split(self, name: SplitName) -> TokenSplit:
-        """The tokens of one split."""
         return TokenSplit(self.path, name, self.manifest.split(name).files, self.manifest.dtype, self.vocab_size)
 
     def verify(self) -> list[str]:
@@ -219,25 +203,19 @@ def _file_fault(path: Path, file: ShardFile | IndexFile) -> str:
         if file.sha256 and file_sha256(path) != file.sha256:
             return f"{path}: its checksum does not match the manifest"
     except OSError as error:
-        return f"{path}: {(error.strerror or str(error)).lower()}"
+        return f"{path}: {os_reason(error).lower()}"
     return ""
 
 
 def open_dataset(folder: Path | str) -> TokenDataset:
-    """Open a dataset folder, checking its manifest and the presence and size of every file.
-
-    Raises:
-        UserError: naming the file, if the manifest is missing, damaged, edited or of another format, or a file is missing or
-            truncated.
-    """
+    """Open a dataset folder, checking its manifest and the presence and size of every file of tokens."""
     folder = Path(folder)
     manifest = read_manifest(folder / "manifest.json")
-    for split in (manifest.train, manifest.val):
-        for file in split.files:
-            path = folder / file.name
-            if not path.is_file():
-                raise UserError(f"{path}: is missing, but {folder / 'manifest.json'} lists it: prepare the dataset again")
-            if (size := path.stat().st_size) != file.size:
-                fault = f"has {size:,} bytes instead of {file.size:,}: it was truncated or changed"
-                raise UserError(f"{path}: {fault}; prepare the data again")
+    for file in (*manifest.train.files, *manifest.val.files):
+        path = folder / file.name
+        if not path.is_file():
+            raise UserError(f"{path}: is missing, but {folder / 'manifest.json'} lists it: prepare the dataset again")
+        if (size := path.stat().st_size) != file.size:
+            fault = f"has {size:,} bytes instead of {file.size:,}: it was truncated or changed"
+            raise UserError(f"{path}: {fault}; prepare the data again")
     return TokenDataset(folder, manifest)

@@ -39,8 +39,7 @@ Kind = Literal["nanogpt", "nano-gpt", "llm.c"]
 _Found = dict[tuple[Kind, str], dict[str, list[tuple[int, Path]]]]
 """(format, name of the dataset) -> split -> numbers and paths of its files."""
 
-NANOGPT_VOCAB = 50304
-"""nanoGPT's vocabulary if a folder specifies none: GPT-2's, rounded up to a multiple of 64."""
+NANOGPT_VOCAB = 50304  # nanoGPT's vocabulary if a folder specifies none: GPT-2's, rounded up to a multiple of 64
 _HEADER_BYTES = 256 * 4
 _HEADERS: Mapping[tuple[int, int], tuple[Dtype, int]] = {
     (20240520, 1): ("uint16", GPT2_VOCAB_SIZE),
@@ -60,12 +59,7 @@ def detect_token_folder(path: Path | str) -> Kind | None:
 
 
 def open_token_folder(path: Path | str) -> TokenDataset:
-    """Open the token files at `path`: a folder, or FOLDER/NAME if the folder contains several datasets.
-
-    Raises:
-        UserError: naming the file, if there are no such files, a split is missing, or a file is truncated, malformed or has ids
-            outside the vocabulary at its beginning or end.
-    """
+    """Open the token files at `path`: a folder, or FOLDER/NAME if the folder contains several datasets."""
     path = Path(path)
     datasets = _find(path)
     if not datasets:
@@ -93,21 +87,17 @@ def open_token_folder(path: Path | str) -> TokenDataset:
         tokenizer = gpt2_tokenizer()
     both = (tuple(file for file, _, _ in shards[split]) for split in ("train", "val"))
     train, val = (SplitInfo(sum(file.tokens for file in parts), documents=0, bytes=0, files=parts) for parts in both)
-    manifest = Manifest(
-        dtype=width,
-        vocab_size=tokenizer.vocab_size if tokenizer is not None else vocab_size,
-        tokenizer=tokenizer.fingerprint if tokenizer is not None else "",
-        source={"spec": str(path), "format": kind},
-        val_fraction=val.tokens / (train.tokens + val.tokens),
-        train=train,
-        val=val,
-    )
-    dataset = TokenDataset(folder, manifest)
+    vocab_size, fingerprint = (tokenizer.vocab_size, tokenizer.fingerprint) if tokenizer is not None else (vocab_size, "")
+    origin, val_fraction = {"spec": str(path), "format": kind}, val.tokens / (train.tokens + val.tokens)
+    dataset = TokenDataset(folder, Manifest(width, vocab_size, fingerprint, origin, val_fraction, train, val))
     dataset.tokenizer = tokenizer
     # of the files alone: the data is the same whether or not this machine has the tokenizer in its cache
     digest = hashlib.sha256(width.encode())
     for file in (*train.files, *val.files):
-        digest.update(f"{file.name}:{file.size}:{file.offset};".encode() + _first_and_last_bytes(folder / file.name))
+        with os_error_as_user_error(folder / file.name, "read"), (folder / file.name).open("rb") as opened:
+            digest.update(f"{file.name}:{file.size}:{file.offset};".encode() + opened.read(_SAMPLED))
+            opened.seek(max(0, file.size - _SAMPLED))
+            digest.update(opened.read(_SAMPLED))
     dataset.fingerprint = digest.hexdigest()[:16]
     for part in (dataset.split("train"), dataset.split("val")):
         for start in (0, max(0, len(part) - _SAMPLED)):
@@ -116,11 +106,7 @@ def open_token_folder(path: Path | str) -> TokenDataset:
 
 
 def read_meta(path: Path) -> tuple[int, Tokenizer | None]:
-    """nanoGPT's `meta.pkl`: the vocabulary size and, if it lists the characters, their tokenizer.
-
-    Raises:
-        UserError: naming the file, if it contains anything but plain data or its tables disagree.
-    """
+    """nanoGPT's `meta.pkl`: the vocabulary size and, if it lists the characters, their tokenizer."""
     meta = load_plain_pickle(path)
     size = meta.get("vocab_size") if isinstance(meta, dict) else None
     if type(size) is not int or not 1 <= size <= 1 << 16:
@@ -201,16 +187,14 @@ def _shard(kind: Kind, file: Path) -> tuple[ShardFile, Dtype, int]:
 
 def _npy_header(file: Path) -> tuple[Dtype, int, int]:
     """Integer type, bytes before the first token, and tokens of a NumPy array; the header is parsed, never unpickled."""
-    try:
-        with os_error_as_user_error(file, "read"), file.open("rb") as opened:
+    with os_error_as_user_error(file, "read"), file.open("rb") as opened:
+        try:
             version = np.lib.format.read_magic(opened)
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, _, dtype = read(opened)
             offset = opened.tell()
-    except UserError:
-        raise
-    except (ValueError, SyntaxError, TypeError, tokenize.TokenError, RecursionError, MemoryError) as error:
-        raise UserError(f"{file}: is not a NumPy array ({' '.join(str(error).split())[:120]})") from None
+        except (ValueError, SyntaxError, TypeError, tokenize.TokenError, RecursionError, MemoryError) as error:
+            raise UserError(f"{file}: is not a NumPy array ({' '.join(str(error).split())[:120]})") from None
     if dtype.hasobject:
         raise UserError(f"{file}: refused because it contains pickled objects, not numbers")
     if dtype not in (np.dtype("<u2"), np.dtype("<u4")) or len(shape) != 1:
@@ -229,10 +213,3 @@ def _llmc_header(file: Path) -> tuple[Dtype, int, int]:
     if (magic, version) not in _HEADERS:
         raise UserError(f"{file}: begins with {magic}, version {version}, which is not one of llm.c's token formats")
     return *_HEADERS[magic, version], tokens
-
-
-def _first_and_last_bytes(path: Path) -> bytes:
-    with os_error_as_user_error(path, "read"), path.open("rb") as opened:
-        first = opened.read(_SAMPLED)
-        opened.seek(max(0, path.stat().st_size - _SAMPLED))
-        return first + opened.read(_SAMPLED)

@@ -11,9 +11,9 @@ Limits: files of up to 256 MiB and ids below 2^24. Lone surrogates, which UTF-8 
 """
 
 import codecs
-import hashlib
 import json
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -29,10 +29,10 @@ from bardling.data.tokens.vocabulary import ANY_CHARACTER, BYTE_OF, EOT, byte_co
 from bardling.errors import UserError, closest
 from bardling.extensions import TOKENIZERS
 from bardling.files.atomic import write_atomically
+from bardling.files.digests import json_sha256
 from bardling.files.reading import read_json_object
 
-GPT2 = "gpt2"
-"""Spec of GPT-2's tokenizer."""
+GPT2 = "gpt2"  # spec of GPT-2's tokenizer
 Kind = Literal["byte", "char", "bpe", "other"]
 Ids = npt.NDArray[np.int64]
 
@@ -43,20 +43,13 @@ _FAST_MIN_CHARACTERS = 100_000  # fewer are not worth setting up the faster enco
 
 
 class Tokenizer:
-    """A tokenizer with its complete definition.
+    """A tokenizer from the `content` of a `tokenizer.json`, which errors call `name`.
 
     Attributes:
         kind: 'byte', 'char', 'bpe' (byte-level) or 'other'.
         vocab_size: the largest id plus 1.
-        eot_id: id of the token that ends a document; None if there is none.
+        eot_id: id of the token that ends a document, named by `eot`, else a common one; None if there is none.
         fingerprint: 16 hexadecimal digits; equal for equal tokenizers.
-
-    Args:
-        content: a parsed `tokenizer.json`; `name` is its name in errors.
-        eot: the token that ends a document; None looks for a common one.
-
-    Raises:
-        UserError: if the content is not a valid tokenizer.
     """
 
     def __init__(self, content: dict[str, Any], name: str, eot: str | None = None) -> None:
@@ -89,12 +82,11 @@ class Tokenizer:
         self.kind: Kind = self._find_kind(splitter, lossless)
         # with exactly GPT-2's pre-tokenization, long texts can be encoded in pieces
         self._splits_like_gpt2 = lossless and splitter.get("type") == "ByteLevel" and splitter.get("use_regex", True)
-        canonical = json.dumps(self._content, sort_keys=True, separators=(",", ":"))
-        self.fingerprint: str = hashlib.sha256(canonical.encode()).hexdigest()[:16]
+        self.fingerprint: str = json_sha256(self._content, sort_keys=True, separators=(",", ":"))[:16]
 
     def _find_kind(self, splitter: dict[str, Any], lossless: bool) -> Kind:
         model = self._content.get("model") or {}
-        if _has_step(splitter, "ByteLevel") and (self._content.get("decoder") or {}).get("type") == "ByteLevel":
+        if _has_byte_level(splitter) and (self._content.get("decoder") or {}).get("type") == "ByteLevel":
             only_bytes = not model.get("merges") and self._tokens[:256] == list(BYTE_OF)
             return "byte" if only_bytes and lossless and len(self._special) == self.vocab_size - 256 else "bpe"
         single = all(token is not None and (len(token) == 1 or i in self._special) for i, token in enumerate(self._tokens))
@@ -104,8 +96,7 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
         """Encode texts, int64 [tokens] each; special tokens written in them are ordinary text, and none are added.
 
-        Raises:
-            UserError: with 'char', for a character that is not in the vocabulary.
+        With 'char', a character that is not in the vocabulary is a `UserError`.
         """
         texts = [valid_text(text) for text in texts]
         if self.kind == "byte":
@@ -136,16 +127,14 @@ class Tokenizer:
 
     @cached_property
     def _character_ids(self) -> Ids:
-        """Id of each code point up to the largest in the vocabulary; -1 if it has none."""
+        """Id of each code point; -1 if it has none."""
         points = {ord(t): i for i, t in enumerate(self._tokens) if t is not None and len(t) == 1 and i not in self._special}
-        table = np.full(max(points, default=0) + 1, -1, np.int64)
+        table = np.full(sys.maxunicode + 1, -1, np.int64)
         table[list(points)] = list(points.values())
         return table
 
     def _encode_characters(self, text: str) -> Ids:
-        points = np.frombuffer(text.encode("utf-32-le"), "<u4")
-        table = self._character_ids
-        ids = np.where(points < table.size, table[np.minimum(points, table.size - 1)], -1)
+        ids: Ids = self._character_ids[np.frombuffer(text.encode("utf-32-le"), "<u4")]
         if ids.size and ids.min() < 0:
             place = int(np.argmax(ids < 0))
             line, column = text.count("\n", 0, place) + 1, place - (text.rfind("\n", 0, place) + 1) + 1
@@ -156,10 +145,9 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int] | Ids) -> str:
         """The text of some ids, with special tokens as their names and invalid UTF-8 as U+FFFD; a bad id is a `ValueError`."""
-        checked = [self._checked(index) for index in ids]
         if self.kind == "other":
-            return str(self._library.decode(checked, skip_special_tokens=False))
-        return b"".join(map(self.token_bytes, checked)).decode("utf-8", "replace")
+            return str(self._library.decode(list(map(self._checked, ids)), skip_special_tokens=False))
+        return b"".join(map(self.token_bytes, ids)).decode("utf-8", "replace")
 
     def _checked(self, index: int) -> int:
         if not 0 <= index < self.vocab_size:
@@ -168,6 +156,7 @@ class Tokenizer:
 
     def token_bytes(self, index: int) -> bytes:
         """UTF-8 bytes of a token, perhaps an incomplete character; of a special token, its name."""
+        index = self._checked(index)
         token = self._tokens[index]
         if token is None:
             return b""
@@ -217,7 +206,7 @@ class StreamDecoder:
     def push(self, token: int) -> str:
         """Text completed by this token; may be empty."""
         if self._tokenizer.kind != "other":
-            return self._utf8.decode(self._tokenizer.token_bytes(self._tokenizer._checked(token)))
+            return self._utf8.decode(self._tokenizer.token_bytes(token))
         self._ids.append(token)
         return self._new_text(final=False)
 
@@ -235,12 +224,11 @@ class StreamDecoder:
         return text[len(before) :]
 
 
-def _has_step(part: Any, kind: str) -> bool:
-    """Whether a pre-tokenizer or decoder is of a kind, or is a sequence that contains one."""
+def _has_byte_level(part: Any) -> bool:
+    """Whether a pre-tokenizer is `ByteLevel`, or a sequence that contains it."""
     if not isinstance(part, dict):
         return False
-    steps = part.get("pretokenizers") or part.get("decoders") or []
-    return part.get("type") == kind or any(_has_step(step, kind) for step in steps)
+    return part.get("type") == "ByteLevel" or any(map(_has_byte_level, part.get("pretokenizers") or ()))
 
 
 def load_tokenizer(path: Path | str) -> Tokenizer:
@@ -259,13 +247,11 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
 
 def check_tokenizer_spec(spec: str) -> int | None:
     """The SIZE of 'bpe:SIZE', or None for any other valid spec (see `build_tokenizer`); a `UserError` if it is invalid."""
-    if spec in ("byte", "char", GPT2) or spec in TOKENIZERS:
+    if spec in ("byte", "char", GPT2) or spec in TOKENIZERS or Path(spec).exists():
         return None
-    kind, colon, size = spec.partition(":")
-    if Path(spec).exists():
-        return None
+    kind, _, size = spec.partition(":")
     if kind == "bpe":
-        if not colon or not size.isascii() or not size.isdigit() or len(size) > 8:
+        if not re.fullmatch("[0-9]{1,8}", size):
             raise UserError(f"data.tokenizer = {spec!r}: SIZE must be a number, as in bpe:4096")
         if not 257 <= int(size) <= _MAX_VOCAB_SIZE:
             raise UserError(f"data.tokenizer = {spec!r}: SIZE must be between 257 (all bytes and {EOT}) and {_MAX_VOCAB_SIZE}")
@@ -286,12 +272,8 @@ def build_tokenizer(spec: str, texts: Iterable[str]) -> Tokenizer:
     by `<|endoftext|>` only if there are several texts to separate); 'bpe:SIZE' (byte-level BPE trained on the texts,
     `<|endoftext|>` last; SIZE counts all entries, and the vocabulary is smaller if the texts yield too few merges); 'gpt2'
     (GPT-2's own, 50,257 entries, from the Hugging Face hub or its local cache); or a `tokenizer.json` or its folder.
-
-    Raises:
-        UserError: if the spec is wrong or the texts are empty.
     """
-    size = check_tokenizer_spec(spec)
-    if size is not None:
+    if (size := check_tokenizer_spec(spec)) is not None:
         return Tokenizer(train_bpe_content(texts, size), spec)
     if spec in TOKENIZERS:
         return cast(Tokenizer, TOKENIZERS.get("data.tokenizer", spec)(texts))

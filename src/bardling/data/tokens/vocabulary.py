@@ -12,26 +12,18 @@ from typing import Any, cast
 
 from bardling.errors import UserError
 
-EOT = "<|endoftext|>"
-"""The end-of-text token, which ends a document, as in GPT-2."""
-ANY_CHARACTER = r"[\s\S]"
-"""Regular expression that splits a text into characters."""
+EOT = "<|endoftext|>"  # the end-of-text token, which ends a document, as in GPT-2
+ANY_CHARACTER = r"[\s\S]"  # regular expression that splits a text into characters
 _PIECE = 1 << 20  # characters; longer texts are encoded in pieces, to bound memory and use all cores
 _SAFE_CUT = re.compile(r"(?<=\S)\n(?=\S)")
 
 
-def byte_alphabet() -> list[str]:
-    """The character that represents each byte in byte-level vocabularies, as in GPT-2.
+_PRINTABLE = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+_SUBSTITUTES = iter(range(0x100, 0x200))
+BYTE_OF = {chr(byte if byte in _PRINTABLE else next(_SUBSTITUTES)): byte for byte in range(256)}
+"""The byte that each character represents in byte-level vocabularies, in the order of the bytes, as in GPT-2.
 
-    Bytes that are printable in Latin-1 represent themselves; the others map, in order, to U+0100 and up.
-    """
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    substitutes = iter(range(0x100, 0x200))
-    return [chr(byte if byte in printable else next(substitutes)) for byte in range(256)]
-
-
-BYTE_OF = {character: byte for byte, character in enumerate(byte_alphabet())}
-"""The inverse of `byte_alphabet`."""
+Bytes that are printable in Latin-1 represent themselves; the others map, in order, to U+0100 and up."""
 
 
 def pieces(text: str) -> Iterator[str]:
@@ -57,11 +49,7 @@ def byte_content() -> dict[str, Any]:
 
 
 def char_content(texts: Iterable[str]) -> dict[str, Any]:
-    """The characters of the texts by code point, as in nanoGPT, then `EOT` if there are several texts.
-
-    Raises:
-        UserError: if the texts are empty.
-    """
+    """The characters of the texts by code point, as in nanoGPT, then `EOT` if there are several texts."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     characters: set[str] = set()
@@ -80,44 +68,38 @@ def train_bpe_content(texts: Iterable[str], size: int) -> dict[str, Any]:
     """Byte-level BPE (R. Sennrich et al., ACL 2016; over bytes as in GPT-2) with `size` entries: bytes, merges, then `EOT`.
 
     Deterministic: equally frequent pairs are merged in order of their ids.
-
-    Raises:
-        UserError: if the texts are empty.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     library = Tokenizer(models.BPE())
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=size - 1, initial_alphabet=byte_alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=size - 1, initial_alphabet=list(BYTE_OF), show_progress=False)
     characters = 0
+    stopped = threading.Event()
 
-    def counted() -> Iterator[str]:
+    def until_stopped() -> Iterator[str]:
         nonlocal characters
         for text in texts:
             characters += len(text)
-            yield from pieces(text)
+            for piece in pieces(text):
+                if stopped.is_set():
+                    raise InterruptedError("the process is about to end")
+                yield piece
 
-    _interruptible(lambda texts: library.train_from_iterator(texts, trainer), counted())
+    _interruptible(lambda: library.train_from_iterator(until_stopped(), trainer), stopped)
     if not characters:
         raise UserError(f"data.tokenizer = 'bpe:{size}': the text is empty, so there is nothing to train on")
     return _content(library, with_eot=True)
 
 
-def _interruptible(work: Callable[[Iterator[str]], None], texts: Iterator[str]) -> None:
-    """Run a library call on `texts` in a thread, so that signals are handled while it runs."""
+def _interruptible(work: Callable[[], None], stopped: threading.Event) -> None:
+    """Run a library call in a thread, so that signals are handled while it runs; one of them sets `stopped`."""
     done: Future[None] = Future()
-    stopped = threading.Event()
-
-    def until_stopped() -> Iterator[str]:
-        for text in texts:
-            if stopped.is_set():
-                raise InterruptedError("the process is about to end")
-            yield text
 
     def call() -> None:
         try:
-            work(until_stopped())
+            work()
             done.set_result(None)
         except BaseException as error:  # noqa: BLE001 (raised again in the caller's thread)
             done.set_exception(error)
