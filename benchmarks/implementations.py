@@ -31,7 +31,7 @@ from bardling.planning.batching import make_plan
 from bardling.planning.costs import flops_per_token
 from bardling.planning.devices import peak_flops
 from bardling.training.build import Assembly, Execution, build
-from bardling.training.compile_choice import compile_pays, forced_choice
+from bardling.training.compile_choice import choose_compile
 from bardling.training.loop import fit
 from bardling.training.objective import NextToken
 from bardling.training.step import StepSettings
@@ -88,11 +88,10 @@ def run_ours(spec: Spec, server: StepServer) -> None:
         name = device_name(context.device)
         peak = peak_flops(name, precision.name) or matmul_flops(context.device, DTYPES[precision.name], seconds=0.2)
         graphs = "cuda-graphs" in more
-        choice = forced_choice("off" if "compile" in without else spec.compile, graphs, context.device)
-        if choice is None:
-            work = float(flops_per_token(spec.config)) * spec.tokens_per_step * spec.run_steps
-            choice = compile_pays(work, peak, context.device)
-        execution = Execution(precision, choice[0], graphs, "fp8" in more, spec.recompute == "blocks")
+        setting = "off" if "compile" in without else spec.compile
+        work = float(flops_per_token(spec.config)) * spec.tokens_per_step * spec.run_steps
+        compiled, _ = choose_compile(setting, graphs, context.device, work, peak)
+        execution = Execution(precision, compiled, graphs, "fp8" in more, spec.recompute == "blocks")
         assembly = build(spec.config, OptimConfig(lr=spec.lr), execution, context)
         if "fused-optimizer" in without:
             assembly.state.optimizer = make_adamw(assembly.state.model, fused=False, foreach=False)

@@ -12,7 +12,7 @@ from bardling.errors import UserError
 from bardling.model.gpt import GPT
 from bardling.optim.build import build_optimizer
 from bardling.tools.bench import bench
-from bardling.training.compile_choice import forced_choice
+from bardling.training.compile_choice import choose_compile
 from bardling.training.objective import NextToken
 from bardling.training.run import train
 from bardling.training.state import TrainState
@@ -75,10 +75,10 @@ def test_replayed_passes_compute_the_same():
 
 
 def test_cuda_graphs_imply_compilation_unless_it_is_off():
-    assert forced_choice("auto", True, CUDA) == (True, "for CUDA graphs")
-    assert forced_choice("on", True, CUDA) == (True, "as configured")
-    assert forced_choice("auto", False, CUDA) is None
-    assert forced_choice("off", False, CUDA) == (False, "as configured")
+    assert choose_compile("auto", True, CUDA, 0.0, 1.0) == (True, "for CUDA graphs")
+    assert choose_compile("on", True, CUDA, 0.0, 1.0) == (True, "as configured")
+    assert choose_compile("auto", False, CUDA, 0.0, 1.0) == (False, "would save about 0 s and cost about 60 s")
+    assert choose_compile("off", False, CUDA, 1e9, 1.0) == (False, "as configured")
 
 
 def test_cuda_graphs_are_refused_on_other_devices(tiny, change, tmp_path):

@@ -60,7 +60,7 @@ def test_nothing_is_left_open_and_the_result_is_a_recipe():
     assert run.config.optim.muon_precision == "float32"
     assert "auto" not in (run.config.precision, run.config.compile, run.config.optim.muon_precision)
     assert {reason.setting for reason in run.reasons} == {"model.vocab_size", "precision", "compile"}
-    assert parse_recipe(run.recipe, "test") == run.config
+    assert parse_recipe(config_to_toml(run.config), "test") == run.config
     again = resolve(run.config, FakeFacts())
     assert again.config == run.config, "a resolved configuration resolves to itself"
 

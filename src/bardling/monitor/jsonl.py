@@ -36,7 +36,7 @@ class JsonlSink:
 
     def log(self, record: Mapping[str, object]) -> None:
         """Append one line. It survives the process immediately, and a power cut after `flush`."""
-        values = _json_value(record)
+        values = json_value(record)
         try:
             line = json.dumps(values, ensure_ascii=False, allow_nan=False).encode()
         except UnicodeEncodeError:  # a lone surrogate is not valid UTF-8; escaped, it is valid JSON
@@ -152,12 +152,12 @@ def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
         raise UserError(f"{error}: remove the line and try again") from None
 
 
-def _json_value(value: object) -> object:
-    """`value` with non-finite numbers as strings."""
+def json_value(value: object) -> object:
+    """`value` with non-finite numbers, which JSON lacks, as strings that `float` parses."""
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if isinstance(value, Mapping):
-        return {key: _json_value(item) for key, item in value.items()}
+        return {key: json_value(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_json_value(item) for item in value]
+        return [json_value(item) for item in value]
     return value

@@ -36,8 +36,6 @@ class Execution:
 
 @dataclass(frozen=True)
 class Assembly:
-    """What a training loop needs."""
-
     state: TrainState
     forward: Forward  # the model, compiled and distributed
 

@@ -12,30 +12,33 @@ _SAVED_FRACTION = {"cpu": 0.15, "cuda": 0.35}
 _TYPICAL_MFU = {"cpu": 0.5, "cuda": 0.3}
 
 
-def forced_choice(setting: str, cuda_graphs: bool, device: torch.device) -> tuple[bool, str] | None:
-    """Whether to compile, and why, if the configuration decides it; None if `compile_pays` should.
-
-    Raises:
-        UserError: CUDA graphs are requested on a device that is not an NVIDIA GPU.
-    """
-    if cuda_graphs and device.type != "cuda":
-        raise UserError(f"cuda_graphs = True on {device.type}: only NVIDIA GPUs have CUDA graphs; leave it out")
-    if setting == "auto":
-        return (True, "for CUDA graphs") if cuda_graphs else None
-    return setting == "on", AS_CONFIGURED
-
-
-def compile_pays(
-    run_flops: float, peak_flops: float | None, device: torch.device, shapes: int = 1, *, deadline: float | None = None
+def choose_compile(
+    setting: str,
+    cuda_graphs: bool,
+    device: torch.device,
+    run_flops: float,
+    peak_flops: float | None,
+    shapes: int = 1,
+    *,
+    deadline: float | None = None,
 ) -> tuple[bool, str]:
-    """Judge whether compiling saves time over the whole run, with the reason.
+    """Whether to compile, and why: as configured, or if that saves time over the whole run.
 
     Args:
         run_flops: FLOPs that this process's device will compute in the whole run.
         peak_flops: peak of the device (FLOP/s), or None when unknown.
         shapes: number of different batch shapes; each is compiled separately.
         deadline: seconds that the run lasts whatever its number of steps, if it has a deadline.
+
+    Raises:
+        UserError: CUDA graphs are requested on a device that is not an NVIDIA GPU.
     """
+    if cuda_graphs and device.type != "cuda":
+        raise UserError(f"cuda_graphs = True on {device.type}: only NVIDIA GPUs have CUDA graphs; leave it out")
+    if setting != "auto":
+        return setting == "on", AS_CONFIGURED
+    if cuda_graphs:
+        return True, "for CUDA graphs"
     if device.type not in _COST_SECONDS:
         return False, f"not reliable on {device.type}"
     if peak_flops is None:

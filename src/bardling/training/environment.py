@@ -17,7 +17,6 @@ from bardling.config import RunConfig
 from bardling.data.tokens.shards import TokenDataset
 from bardling.distributed.context import Context
 from bardling.distributed.device import device_name
-from bardling.errors import UserError
 from bardling.files.reading import read_json_object
 
 
@@ -31,16 +30,6 @@ def dataset_record(dataset: TokenDataset) -> str:
         "val_tokens": len(dataset.split("val")),
     }
     return json.dumps(facts, indent=2) + "\n"
-
-
-def check_dataset(dataset: TokenDataset, folder: RunFolder) -> None:
-    """Refuse to continue a run with other data than it started with."""
-    before = folder.dataset_record()
-    if before.get("fingerprint") != dataset.fingerprint:
-        raise UserError(
-            f"{dataset.path}: is not the dataset that {folder.path} started with (fingerprint {dataset.fingerprint}, was "
-            f"{before.get('fingerprint')}): restore the data, or start a new run"
-        )
 
 
 def environment_facts(context: Context, step: int, fingerprint: str, continues: str | None = None) -> dict[str, Any]:
@@ -68,13 +57,15 @@ def environment_facts(context: Context, step: int, fingerprint: str, continues: 
     }
 
 
+def recorded_starts(folder: RunFolder) -> list[dict[str, Any]]:
+    """The facts of every start of the run, in order; a start whose record is damaged is empty."""
+    starts = read_json_object(folder.environment_file).get("starts") if folder.environment_file.is_file() else None
+    return [start if isinstance(start, dict) else {} for start in starts] if isinstance(starts, list) else []
+
+
 def continued_checkpoint(folder: RunFolder) -> str | None:
     """The checkpoint of another trainer that a run was started to continue; it matters until the run has its own."""
-    if not folder.environment_file.is_file():
-        return None
-    starts = read_json_object(folder.environment_file).get("starts")
-    first = starts[0] if isinstance(starts, list) and starts else None
-    checkpoint = first.get("continues") if isinstance(first, dict) else None
+    checkpoint = next((start.get("continues") for start in recorded_starts(folder)), None)
     return checkpoint if isinstance(checkpoint, str) else None
 
 
@@ -99,17 +90,14 @@ def started_by_this_job(folder: RunFolder, fingerprint: str) -> bool:
     """
     restarted = os.environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0")
     jobs = {name for name in job_ids() if restarted or not name.startswith("slurm ")}
-    if not jobs or not folder.config_file.is_file() or not folder.environment_file.is_file():
+    if not jobs or not folder.config_file.is_file():
         return False
-    starts = read_json_object(folder.environment_file).get("starts")
-    return isinstance(starts, list) and any(
-        isinstance(start, dict) and start.get("asked") == fingerprint and jobs.intersection(start.get("jobs") or ())
-        for start in starts
+    return any(
+        start.get("asked") == fingerprint and jobs.intersection(start.get("jobs") or ()) for start in recorded_starts(folder)
     )
 
 
 def _git_commit() -> str | None:
-    """The commit of the working directory, if it is in a git repository."""
     try:
         answer = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
     except (OSError, subprocess.TimeoutExpired):

@@ -21,13 +21,12 @@ from bardling.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from bardling.distributed.context import Context
 from bardling.distributed.device import bfloat16_speedup, matmul_flops
 from bardling.distributed.heartbeat import LONG_PATIENCE, UNLIMITED_PATIENCE
-from bardling.training.environment import check_dataset, continued_checkpoint
+from bardling.errors import UserError
+from bardling.training.environment import continued_checkpoint
 
 
 @dataclass
 class Facts:
-    """The environment of one run."""
-
     context: Context
     folder: RunFolder
     resumed: bool = False
@@ -52,8 +51,12 @@ class Facts:
             self.context.activity("preparing the data", UNLIMITED_PATIENCE)
             self._datasets[data] = open_data(data)
             self.context.activity("setting up", LONG_PATIENCE)
-            if self.resumed:
-                check_dataset(self._datasets[data], self.folder)
+            found, before = self._datasets[data], self.folder.dataset_record().get("fingerprint") if self.resumed else None
+            if self.resumed and before != found.fingerprint:
+                raise UserError(
+                    f"{found.path}: is not the dataset that {self.folder.path} started with (fingerprint {found.fingerprint}, "
+                    f"was {before}): restore the data, or start a new run"
+                )
         return self._datasets[data]
 
     @cached_property
@@ -81,10 +84,6 @@ class Facts:
     @cached_property
     def own_tokenizer(self) -> Tokenizer | None:
         return load_tokenizer(self.folder.path) if self.resumed and (self.folder.path / "tokenizer.json").is_file() else None
-
-    def release_checkpoint(self) -> None:
-        """Free the checkpoint's tensors, once the state has been restored from them."""
-        self.__dict__["checkpoint"] = None
 
     def bfloat16_speedup(self, device: torch.device) -> float:
         return self.context.on_primary(lambda: bfloat16_speedup(device))

@@ -11,7 +11,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from bardling.config import ModelConfig, OptimConfig, TrainConfig
+from bardling.config import OptimConfig, TrainConfig
 from bardling.data.batches.loader import Batch
 from bardling.distributed.context import SINGLE, Context
 from bardling.distributed.device import Precision
@@ -82,15 +82,15 @@ def fit_batches(
     monitor, timer = _CallbackMonitor(on_record), StepTimer(context.device)
     shared = HookContext(monitor, timer, plan, context, precision, seed=seed, bytes_per_token=bytes_per_token)
     assembly = build(model, optim, Execution(precision, recompute=train.recompute == "blocks"), context, optimizer=optimizer)
-    fit(
-        assembly,
-        _batches(itertools.chain([first], stream)),
-        plan,
-        StepSettings(objective or NextToken(bytes_per_token), precision, context, grad_clip=train.grad_clip),
-        lr_at=lambda step: learning_rate(step, optim, plan.steps),
-        seed=seed,
-        hooks=_hooks(shared, model.config, train.log_every, val_batches, eval_every, after_step),
-    )
+    cost = cache(partial(flops_per_token, model.config))
+    hooks: list[Hook] = [Log(shared, every=train.log_every, sequences_per_epoch=None, flops_per_token=cost, peak_flops=None)]
+    if val_batches is not None:
+        hooks.append(Validate(shared, _ValidationSet(val_batches), every=eval_every, batch_size=plan.micro_batch))
+    if after_step is not None:
+        hooks.append(lambda state, result: None if result is None else after_step(state))
+    settings = StepSettings(objective or NextToken(bytes_per_token), precision, context, grad_clip=train.grad_clip)
+    source = _batches(itertools.chain([first], stream))
+    fit(assembly, source, plan, settings, lr_at=lambda step: learning_rate(step, optim, plan.steps), seed=seed, hooks=hooks)
     return assembly.state
 
 
@@ -109,23 +109,6 @@ def _checked_plan(train: TrainConfig, rows: int, time: int, context: Context) ->
             f"least {rows * context.data_size}"
         )
     return plan
-
-
-def _hooks(
-    shared: HookContext,
-    model: ModelConfig,
-    log_every: int,
-    val_batches: Iterable[Pair] | None,
-    eval_every: int,
-    after_step: Callable[[TrainState], None] | None,
-) -> list[Hook]:
-    cost = cache(partial(flops_per_token, model))
-    hooks: list[Hook] = [Log(shared, every=log_every, sequences_per_epoch=None, flops_per_token=cost, peak_flops=None)]
-    if val_batches is not None:
-        hooks.append(Validate(shared, _ValidationSet(val_batches), every=eval_every, batch_size=shared.plan.micro_batch))
-    if after_step is not None:
-        hooks.append(lambda state, result: None if result is None else after_step(state))
-    return hooks
 
 
 def _batches(pairs: Iterable[Pair]) -> Iterator[Batch]:
@@ -149,8 +132,6 @@ class _ValidationSet:
 
 
 class _CallbackMonitor:
-    """Passes records to a function; progress is not shown."""
-
     def __init__(self, on_record: Callable[[Record], None]) -> None:
         self.log = on_record
 

@@ -17,8 +17,6 @@ from bardling.training.step import StepResult, StepSettings, seed_dropout, train
 
 
 class Hook(Protocol):
-    """Something done between steps."""
-
     def __call__(self, state: TrainState, result: StepResult | None) -> None:
         """Act on the state after a step; `result` is None when a run resumes at this step."""
 

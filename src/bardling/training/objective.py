@@ -71,11 +71,9 @@ class NextToken(Objective):
         self._bytes_per_token = bytes_per_token
 
     def denominator(self, batch: Batch) -> Tensor:
-        """Number of targets that are not ignored."""
         return (batch.targets != IGNORE).sum()
 
     def __call__(self, forward: Forward, batch: Batch) -> Sums:
-        """Loss sum and, if known, the bytes of the targets."""
         loss = forward(batch.inputs, batch.targets, reduction="sum", documents=batch.documents)
         if self._bytes_per_token is None:
             return Sums(loss)
@@ -84,11 +82,14 @@ class NextToken(Objective):
 
 
 def build_objective(train: TrainConfig, tokenizer: Tokenizer | None, device: torch.device) -> Objective:
-    """The objective that `train.objective` names."""
     objective: Objective = OBJECTIVES.get("train.objective", train.objective)(tokenizer, device)
     return objective
 
 
 def next_token(tokenizer: Tokenizer | None, device: torch.device) -> Objective:
-    """The objective of pretraining."""
-    return NextToken(None if tokenizer is None else torch.from_numpy(tokenizer.bytes_per_token()).to(device))
+    return NextToken(bytes_per_token(tokenizer, device))
+
+
+def bytes_per_token(tokenizer: Tokenizer | None, device: torch.device) -> Tensor | None:
+    """UTF-8 bytes of each token [vocab]; None without a tokenizer."""
+    return None if tokenizer is None else torch.from_numpy(tokenizer.bytes_per_token()).to(device)

@@ -8,13 +8,13 @@ result is written to the run folder and is itself a recipe.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from bardling.checkpoint.load import Loaded
 from bardling.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
-from bardling.config.recipes import changed_settings, config_to_dict, config_to_toml
+from bardling.config.recipes import changed_settings
 from bardling.data.tokens.shards import TokenDataset
 from bardling.data.tokens.tokenizer import Tokenizer
 from bardling.distributed.device import DTYPES, choose_precision, device_name
@@ -26,15 +26,13 @@ from bardling.planning.depth import apply_depth
 from bardling.planning.devices import peak_flops
 from bardling.planning.layout import Layout
 from bardling.training.build import Execution
-from bardling.training.compile_choice import compile_pays, forced_choice
+from bardling.training.compile_choice import choose_compile
 from bardling.training.facts import Facts
 from bardling.training.recovery.memory import choose_micro_batch
 
 
 @dataclass(frozen=True)
 class Reason:
-    """Why a setting has its value."""
-
     setting: str  # dotted name
     value: object
     why: str
@@ -46,8 +44,6 @@ class Reason:
 
 @dataclass(frozen=True)
 class ResolvedRun:
-    """A run with nothing left open."""
-
     config: RunConfig  # every open setting filled in; itself a recipe
     layout: Layout
     plan: TrainPlan
@@ -56,14 +52,6 @@ class ResolvedRun:
     changes: tuple[str, ...]  # what differs from the previous start, or from what was asked
     tokenizer: Tokenizer | None
     peak_flops: float | None  # of one process's device in this precision (FLOP/s); None when unknown
-
-    @cached_property
-    def recipe(self) -> str:
-        return config_to_toml(self.config)
-
-    @cached_property
-    def settings(self) -> dict[str, Any]:
-        return config_to_dict(self.config)
 
     def why(self, setting: str) -> str:
         return next(reason.why for reason in self.reasons if reason.setting == setting)
@@ -97,13 +85,12 @@ def resolve(config: RunConfig, facts: Facts) -> ResolvedRun:
     previous = facts.previous
     if previous is not None:
         asked, optim, train = _keep(asked, optim, train, previous.model, previous.train, previous.precision)
-        config = replace(
-            config,
-            precision=previous.precision if config.precision == "auto" else config.precision,
-            compile=previous.compile if config.compile == "auto" else config.compile,
-        )
-        kept, init = _absolute_paths(previous.data, previous.model)
-        before = replace(previous, data=kept, model=init)
+        kept: dict[str, Any] = {
+            key: getattr(previous, key) for key in ("precision", "compile") if getattr(config, key) == "auto"
+        }
+        config = replace(config, **kept)
+        old_data, old_model = _absolute_paths(previous.data, previous.model)
+        before = replace(previous, data=old_data, model=old_model)
         now = replace(config, data=data, model=asked, optim=optim, train=train)
         log.changes += _checked_changes(changed_settings(before, now))
 
@@ -126,13 +113,11 @@ def resolve(config: RunConfig, facts: Facts) -> ResolvedRun:
     layout = Layout(replicate=facts.context.world_size)
     plan = make_plan(train, model.block_size, layout.data_size)
     execution = Execution(precision, False, config.cuda_graphs, config.fp8, train.recompute == "blocks")
-    compiling = forced_choice(config.compile, config.cuda_graphs, device)
-    if compiling is None:
-        flops = _run_flops(model, plan, execution) / layout.data_size
-        compiling = compile_pays(flops, peak, device, plan.shapes, deadline=train.deadline_seconds)
-    execution = replace(execution, compiled=compiling[0])
-    compiled: Literal["on", "off"] = "on" if compiling[0] else "off"
-    log.add("compile", compiled, compiling[1])
+    flops, deadline = _run_flops(model, plan, execution) / layout.data_size, train.deadline_seconds
+    compiles, why = choose_compile(config.compile, config.cuda_graphs, device, flops, peak, plan.shapes, deadline=deadline)
+    execution = replace(execution, compiled=compiles)
+    compiled: Literal["on", "off"] = "on" if compiles else "off"
+    log.add("compile", compiled, why)
 
     mask = data.document_mask
     chosen = choose_micro_batch(model, optim, train, plan, execution, facts.context, tokenizer=tokenizer, document_mask=mask)
@@ -227,23 +212,19 @@ def _vocabulary(dataset: TokenDataset, vocab_size: int, start: Loaded | None, fa
 def _model(
     asked: ModelConfig, vocab_size: int, start: Loaded | None, dataset: TokenDataset, tokenizer: Tokenizer | None, log: _Log
 ) -> ModelConfig:
-    """The architecture with its vocabulary size: the recipe's, or that of the weights to start from."""
+    """The architecture with its vocabulary size: the recipe's, or that of the weights to start from.
+
+    With such weights, only the context, which may be shorter, and dropout follow the recipe.
+    """
     if asked.vocab_size and asked.vocab_size < vocab_size:
         raise UserError(
             f"model.vocab_size = {asked.vocab_size} is smaller than the tokenizer's {vocab_size}: leave it out, or set it to "
             "at least that"
         )
-    if start is not None:
-        return _model_of_weights(asked, start, dataset, tokenizer, log)
-    if not asked.vocab_size:
-        log.add("model.vocab_size", vocab_size, "the tokenizer's")
-    return replace(asked, vocab_size=asked.vocab_size or vocab_size).resolved()
-
-
-def _model_of_weights(
-    asked: ModelConfig, start: Loaded, dataset: TokenDataset, tokenizer: Tokenizer | None, log: _Log
-) -> ModelConfig:
-    """The architecture of the weights that the run starts from; the context may be shorter, and dropout is free."""
+    if start is None:
+        if not asked.vocab_size:
+            log.add("model.vocab_size", vocab_size, "the tokenizer's")
+        return replace(asked, vocab_size=asked.vocab_size or vocab_size).resolved()
     own = start.tokenizer
     if own is not None and tokenizer is not None and own.fingerprint != tokenizer.fingerprint:
         raise UserError(

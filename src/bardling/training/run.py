@@ -4,15 +4,14 @@ The path from a configuration to a trained model goes straight down: `resolve` d
 open, `Session` assembles the parts and trains, and each part receives only its own section of the configuration.
 """
 
-from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import Literal
 
 from bardling.checkpoint.run_folder import RunFolder, open_run, refuse_existing, run_lock
 from bardling.config import MonitorConfig, RunConfig
-from bardling.distributed.context import Context, distributed
+from bardling.distributed.context import distributed
 from bardling.distributed.device import backend
 from bardling.evaluate.tasks import check_task
 from bardling.monitor.services import check_services
@@ -50,7 +49,8 @@ def train(
         else:
             context.on_primary(lambda: refuse_existing(folder.path))
             facts = Facts(context, folder, continue_from=continue_from, given=given)
-        cleanup.enter_context(_prepared(context, config.monitor, config.eval.tasks, config.deterministic, config.attention))
+        context.on_primary(partial(_check_requirements, config.monitor, config.eval.tasks))
+        cleanup.enter_context(backend(context.device, deterministic=config.deterministic, attention=config.attention))
         return Session(resolve(config, facts), facts, fingerprint=fingerprint, quiet=quiet).train()
 
 
@@ -65,27 +65,16 @@ def resume(run: Path | str, config: RunConfig | None = None, *, quiet: bool = Fa
     """
     folder = open_run(Path(run))
     config = config or folder.config()
-    with distributed(config.device, rank_timeout=config.train.rank_timeout) as context, run_lock(folder, context):
+    with distributed(config.device, rank_timeout=config.train.rank_timeout) as context, ExitStack() as cleanup:
+        cleanup.enter_context(run_lock(folder, context))
         facts, fingerprint = Facts(context, folder, resumed=True), config_fingerprint(config)
-        with _prepared(context, config.monitor, config.eval.tasks, config.deterministic, config.attention):
-            return Session(resolve(config, facts), facts, fingerprint=fingerprint, quiet=quiet).train()
+        context.on_primary(partial(_check_requirements, config.monitor, config.eval.tasks))
+        cleanup.enter_context(backend(context.device, deterministic=config.deterministic, attention=config.attention))
+        return Session(resolve(config, facts), facts, fingerprint=fingerprint, quiet=quiet).train()
 
 
-@contextmanager
-def _prepared(
-    context: Context,
-    monitor: MonitorConfig,
-    tasks: tuple[str, ...],
-    deterministic: bool,
-    attention: Literal["auto", "fa3", "fa4"],
-) -> Iterator[None]:
-    """Check what a run needs from outside, and set up the backend before anything is measured on it."""
-
-    def check() -> None:
-        check_services(monitor)
-        for task in tasks:
-            check_task(task)
-
-    context.on_primary(check)
-    with backend(context.device, deterministic=deterministic, attention=attention):
-        yield
+def _check_requirements(monitor: MonitorConfig, tasks: tuple[str, ...]) -> None:
+    """Check what a run needs from outside."""
+    check_services(monitor)
+    for task in tasks:
+        check_task(task)

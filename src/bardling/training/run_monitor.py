@@ -4,7 +4,7 @@ from dataclasses import replace
 from types import TracebackType
 
 from bardling.checkpoint.run_folder import RunFolder
-from bardling.monitor import RunInfo
+from bardling.monitor import RunInfo, Sink
 from bardling.monitor.console import Console
 from bardling.monitor.jsonl import JsonlSink, truncate_after
 from bardling.monitor.records import EventRecord, Record, SampleRecord
@@ -21,13 +21,11 @@ class RunMonitor:
     """
 
     def __init__(self, folder: RunFolder, info: RunInfo, steps: int, *, prompt: str, primary: bool, quiet: bool) -> None:
+        self._folder, self._info, self._prompt, self._primary = folder, info, prompt, primary
         self._metrics: JsonlSink | None = None
         self._samples: JsonlSink | None = None
-        self._console: Console | None = None
         self._services: Services | None = None
-        self._folder, self._info, self._prompt, self._primary = folder, info, prompt, primary
-        if primary and not quiet:
-            self._console = Console(steps, info.step)
+        self._console = Console(steps, info.step) if primary and not quiet else None
         try:
             self._open(info.step)
         except BaseException as error:
@@ -42,32 +40,29 @@ class RunMonitor:
         self._metrics, self._samples = JsonlSink(self._folder.metrics_file), JsonlSink(self._folder.samples_file)
         self._services = Services(replace(self._info, step=step, report=self.note))
 
+    def _written(self) -> list[Sink | JsonlSink]:
+        """The open destinations besides the terminal."""
+        return [sink for sink in (self._metrics, self._samples, self._services) if sink is not None]
+
     def rewind(self, step: int) -> None:
         """Remove the records of steps after `step`, to which the run has returned, as if it had been resumed there."""
-        for sink in (self._metrics, self._samples, self._services):
-            if sink is not None:
-                sink.close()
+        for sink in self._written():
+            sink.close()
         self._open(step)
 
     def log(self, record: Record) -> None:
-        values = record.as_dict()
-        if isinstance(record, SampleRecord):
-            if self._samples is not None:
-                self._samples.log(values)
-            if self._console is not None:
-                # As `bardling sample` prints it: the requested prompt, then the completion.
-                self._console.sample(record.step, self._prompt, record.texts)
-            if self._services is not None:
-                self._services.sample(record.step, record.prompt, record.texts)
-            return
-        if self._metrics is not None:
-            self._metrics.log(values)
+        values, file = record.as_dict(), self._samples if isinstance(record, SampleRecord) else self._metrics
+        if file is not None:
+            file.log(values)
         if isinstance(record, EventRecord):  # not a point of a curve; the guard also prints it
             return
-        if self._console is not None:
-            self._console.log(values)
-        if self._services is not None:
-            self._services.log(values)
+        sinks: tuple[Sink | None, ...] = (self._console, self._services)
+        for sink in filter(None, sinks):
+            if isinstance(record, SampleRecord):
+                # As `bardling sample`, the terminal shows the requested prompt, then the completion.
+                sink.sample(record.step, self._prompt if sink is self._console else record.prompt, record.texts)
+            else:
+                sink.log(values)
 
     def note(self, text: str) -> None:
         if self._console is not None:
@@ -86,9 +81,8 @@ class RunMonitor:
 
     def flush(self) -> None:
         """Make everything logged so far durable."""
-        for sink in (self._metrics, self._samples, self._services):
-            if sink is not None:
-                sink.flush()
+        for sink in self._written():
+            sink.flush()
 
     def close(self) -> None:
         """Flush and close everything, and restore the terminal.
@@ -97,10 +91,9 @@ class RunMonitor:
             UserError: a file cannot be written; everything else is closed nevertheless.
         """
         failure: Exception | None = None
-        for sink in (self._metrics, self._samples, self._services, self._console):
+        for sink in (*self._written(), *([self._console] if self._console else [])):
             try:
-                if sink is not None:
-                    sink.close()
+                sink.close()
             except Exception as error:  # noqa: BLE001  raised below, once the others are closed
                 failure = failure or error
         if failure is not None:

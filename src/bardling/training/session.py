@@ -4,42 +4,42 @@ import signal
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 
-import torch
-
 from bardling.checkpoint.disk_space import check_space
+from bardling.checkpoint.load import latest_checkpoint
 from bardling.checkpoint.run_folder import create_run, run_lock
 from bardling.checkpoint.saver import RunIdentity, Saver
-from bardling.data.batches.loader import Prefetcher, TrainSequences
+from bardling.config.recipes import config_to_dict, config_to_toml
+from bardling.data.batches.loader import EvalSequences, Prefetcher, TrainSequences
 from bardling.data.batches.order import SequenceOrder
 from bardling.data.batches.packing import document_start
 from bardling.distributed.context import SINGLE, Context
+from bardling.distributed.device import device_name
 from bardling.distributed.heartbeat import LONG_PATIENCE
-from bardling.extensions import EXPORT_FORMATS
+from bardling.extensions import EXPORT_FORMATS, HOOKS
 from bardling.files.atomic import remove_partial_files, write_atomically
 from bardling.monitor import RunInfo
+from bardling.planning.costs import flops_per_token
 from bardling.planning.schedules import learning_rate
-from bardling.training.announce import opening, resumption
 from bardling.training.build import Assembly, Execution, build
 from bardling.training.environment import dataset_record, environment_facts
 from bardling.training.facts import Facts
 from bardling.training.hooks.base import HookContext, StepTimer
-from bardling.training.hooks.make import make_hooks
+from bardling.training.hooks.log import Log
+from bardling.training.hooks.new_shapes import NewShapes
+from bardling.training.hooks.sample import Sample
 from bardling.training.hooks.save import Save
+from bardling.training.hooks.tasks import Tasks
+from bardling.training.hooks.validate import Validate
 from bardling.training.loop import Hook, fit
-from bardling.training.objective import build_objective
-from bardling.training.recovery.deadline import UNBOUNDED_STEPS, Deadline, estimate_finishing_time
+from bardling.training.objective import build_objective, bytes_per_token
+from bardling.training.recovery.deadline import UNBOUNDED_STEPS, Deadline, finishing_time
 from bardling.training.recovery.explain import Explainer
 from bardling.training.recovery.guard import Guard, RollbackRequested
-from bardling.training.recovery.memory import (
-    FIRST_STEPS,
-    UpdateTracker,
-    out_of_memory,
-    out_of_memory_error,
-    reduced_micro_batch,
-)
-from bardling.training.recovery.rollback import load_rollbacks, roll_back
+from bardling.training.recovery.memory import FIRST_STEPS, UpdateTracker, out_of_memory, reduced_micro_batch
+from bardling.training.recovery.rollback_log import Rollback, load_rollbacks, write_rollbacks
 from bardling.training.recovery.signals import StopOnSignal, Stopped
 from bardling.training.recovery.trace import sample_position
 from bardling.training.resolve import ResolvedRun
@@ -60,11 +60,8 @@ class RunResult:
 
 
 class Session:
-    """One start of a run."""
-
     def __init__(self, run: ResolvedRun, facts: Facts, *, fingerprint: str, quiet: bool) -> None:
         self.run, self.facts, self.fingerprint, self.quiet = run, facts, fingerprint, quiet
-        self.recipe, self.settings = run.recipe, run.settings
         self.context, self.folder = facts.context.arranged(run.layout), facts.folder
         config = run.config
         self.dataset = facts.dataset(config.data)
@@ -74,14 +71,15 @@ class Session:
         self.objective = build_objective(config.train, run.tokenizer, self.context.device)
 
     def train(self) -> RunResult:
-        """Train to the end or until a signal."""
         context = self.context
         with StopOnSignal() as signals, ExitStack() as cleanup:
             assembly = self._assemble()
             state = assembly.state
             self.seconds_before = state.seconds
-            if self.facts.resumed and context.is_primary:
-                self._remove_leftovers()
+            if self.facts.resumed and context.is_primary:  # a killed start left files that take space
+                remove_partial_files(self.folder.path)
+                with suppress(OSError):  # the first save reports it
+                    self.folder.store().tidy(exclusive=True)
             warning = self._check_space(state)
             if not self.facts.resumed:
                 cleanup.enter_context(run_lock(self.folder, context))
@@ -107,12 +105,11 @@ class Session:
         return RunResult(self.folder.path, state.step, True, state.best_val_loss, 0)
 
     def _assemble(self) -> Assembly:
-        """Model, optimizer and the rest, at the step where this start begins."""
         checkpoint = self.facts.checkpoint
         assembly = self._build(self.run.execution, self.context, restoring=checkpoint is not None)
         if checkpoint is not None:
             assembly.state.restore(checkpoint)
-            self.facts.release_checkpoint()
+            self.facts.checkpoint = None  # frees its tensors
         return assembly
 
     def _initial_state(self) -> TrainState:
@@ -132,24 +129,14 @@ class Session:
             assembly.state.take_over(start, self.run.plan.samples_before)
         return assembly
 
-    def _remove_leftovers(self) -> None:
-        """Remove the leftovers of a killed start, before the free space is checked."""
-        remove_partial_files(self.folder.path)
-        with suppress(OSError):  # the first save reports it
-            self.folder.store().tidy(exclusive=True)
-
     def _check_space(self, state: TrainState) -> str | None:
         """Check that the checkpoints will fit on the disk, before anything is written; returns a warning if space is tight."""
-        config, steps = self.run.config, self.run.plan.steps - state.step
+        config, steps, size = self.run.config, self.run.plan.steps - state.step, state.checkpoint_bytes()
         validations = steps // config.eval.every if config.eval.every else 1
-        checkpoint_bytes = state.checkpoint_bytes()
-
-        def check() -> str | None:
-            return check_space(
-                self.folder.checkpoints, checkpoint_bytes, config.checkpoint, steps=steps, best_steps=validations
-            )
-
-        return self.context.on_primary(check)
+        folder = self.folder.checkpoints
+        return self.context.on_primary(
+            lambda: check_space(folder, size, config.checkpoint, steps=steps, best_steps=validations)
+        )
 
     def _write_folder(self, state: TrainState) -> None:
         """Write the files of a run folder other than metrics and checkpoints."""
@@ -159,7 +146,7 @@ class Session:
             "reasons": [{"setting": r.setting, "value": r.value, "why": r.why} for r in self.run.reasons],
         }
         if self.facts.resumed:
-            self.folder.write_config(self.recipe)
+            self.folder.write_config(config_to_toml(self.run.config))
             self.folder.add_environment(facts)
             return
 
@@ -169,35 +156,46 @@ class Session:
                 self.run.tokenizer.save(self.folder.path)
             self.folder.add_environment(facts)
 
-        create_run(self.folder.path, self.recipe, share_folder=bool(self.facts.continued), write_files=write_files)
+        recipe, shared = config_to_toml(self.run.config), bool(self.facts.continued)
+        create_run(self.folder.path, recipe, share_folder=shared, write_files=write_files)
 
     def _monitor(self, state: TrainState) -> RunMonitor:
-        config, primary = self.run.config, self.context.is_primary
-        info = RunInfo(
-            folder=self.folder.path,
-            step=state.step,
-            config=config.monitor,
-            values=self.settings,
-            recipe=self.recipe,
-            report=print,
-        )
-        return RunMonitor(
-            self.folder, info, self.run.plan.steps, prompt=config.sample.prompt, primary=primary, quiet=self.quiet
-        )
+        config, steps, primary = self.run.config, self.run.plan.steps, self.context.is_primary
+        values, recipe = config_to_dict(config), config_to_toml(config)
+        info = RunInfo(self.folder.path, state.step, config.monitor, values, recipe, report=print)
+        return RunMonitor(self.folder, info, steps, prompt=config.sample.prompt, primary=primary, quiet=self.quiet)
 
     def _new_saver(self, monitor: RunMonitor) -> None:
-        identity = RunIdentity(self.run.config.model, self.run.tokenizer, self.settings)
-        checkpoint = self.run.config.checkpoint
-        self.saver = Saver(self.folder, checkpoint, identity, self.context, note=monitor.note, flush=monitor.flush)
+        config = self.run.config
+        identity = RunIdentity(config.model, self.run.tokenizer, config_to_dict(config))
+        self.saver = Saver(self.folder, config.checkpoint, identity, self.context, note=monitor.note, flush=monitor.flush)
 
     def _announce(self, monitor: RunMonitor, state: TrainState) -> None:
+        """Print the model, steps, data and device, what `auto` chose, and what changed."""
+        run, config, plan = self.run, self.run.config, self.run.plan
+        for reason in run.reasons:
+            if reason.from_depth:
+                monitor.note(str(reason))
         parameters = sum(parameter.numel() for parameter in state.model.parameters())
-        for line in opening(self.run, self.order, parameters, self.context.device):
-            monitor.note(line)
+        epochs = plan.samples_before(plan.steps) / self.order.sequences_per_epoch
+        passes = "pass" if plan.accumulation == 1 else "passes"
+        monitor.note(
+            f"{parameters / 1e6:.2f}M parameters, {plan.steps:,} steps of {plan.samples_per_step} x {plan.block_size} "
+            f"tokens ({plan.accumulation} forward {passes} of {plan.micro_batch}), {epochs:.2f} epochs of "
+            f"{self.order.n_tokens:,} tokens"
+        )
+        if len(plan.stages) > 1:
+            monitor.note(f"batch and context grow: {plan.describe_stages()}")
+        where = device_name(self.context.device) + (f" x {run.layout.world_size}" if run.layout.world_size > 1 else "")
+        precision, compiled = run.why("precision"), run.why("compile")
+        monitor.note(f"{where}; precision {config.precision} ({precision}); compile {config.compile} ({compiled})")
         if self.facts.resumed:
-            deadline = self.run.config.train.deadline is not None
-            monitor.note(resumption(self.folder.path, state.step, self.run.plan, deadline=deadline))
-        for change in self.run.changes:
+            deadline, place = config.train.deadline is not None, self.folder.path
+            if state.step < plan.steps or deadline:  # with a deadline, only the run itself can tell whether it is finished
+                monitor.note(f"resuming {place} at step {state.step:,}" + ("" if deadline else f" of {plan.steps:,}"))
+            else:
+                monitor.note(f"{place} is finished: all {state.step:,} steps are complete; raise --train.steps to continue it")
+        for change in run.changes:
             monitor.note(f"changed: {change}")
 
     def _fit_in_memory(self, assembly: Assembly, monitor: RunMonitor, signals: StopOnSignal) -> None:
@@ -213,13 +211,12 @@ class Session:
                 if not out_of_memory(error):
                     raise
                 early = state.step - max(first, plan.at(state.step).first_step) < FIRST_STEPS
-                micro = reduced_micro_batch(error, plan, state.model, early=early, updating=update.updating)
-                if micro is None:
-                    raise out_of_memory_error(plan, state.model, self.context.device, state.step, self.folder.path) from None
+                retry = early and not update.updating
+                device, run = self.context.device, self.folder.path
+                micro = reduced_micro_batch(plan, state.model, device, state.step, run, retry=retry)
             self.saver.wait()
             self.run = self.run.with_micro_batch(micro)
-            self.recipe, self.settings = self.run.recipe, self.run.settings
-            self.folder.write_config(self.recipe)
+            self.folder.write_config(config_to_toml(self.run.config))
             self._new_saver(monitor)
             monitor.note(
                 f"memory ran out at step {state.step + 1}: continuing with {self.run.plan.accumulation} passes of {micro} "
@@ -229,20 +226,25 @@ class Session:
     def _fit(self, assembly: Assembly, monitor: RunMonitor, signals: StopOnSignal) -> None:
         """Train to the end, returning to earlier checkpoints as the guard requests."""
         config, plan, context, state = self.run.config, self.run.plan, self.context, assembly.state
+        order, precision = self.order, self.run.execution.precision
 
         def stop_requested() -> bool:  # called wherever work progresses
             context.progressed()
-            return signals.requested()
+            return signals.signal is not None
 
         settings = StepSettings(
             self.objective,
-            self.run.execution.precision,
+            precision,
             context,
             grad_clip=config.train.grad_clip,
             keep_gradients=config.cuda_graphs,
             stop_requested=stop_requested,
         )
-        guard = self._guard(state, monitor)
+        explainer = Explainer(
+            self.dataset, order, self.objective, context.device, precision, plan.micro_batch, self.document_start
+        )
+        rollbacks = load_rollbacks(self.folder, state, context)
+        guard = Guard(config.guard, context, order, rollbacks, explainer, plan=plan, log=monitor.log, note=monitor.note)
         hooks = self._hooks(guard, monitor, stop_requested)
         # With a deadline, the decay ends there.
         optim = config.optim if config.train.deadline is None else replace(config.optim, decay_steps=None)
@@ -259,8 +261,33 @@ class Session:
                     fit(assembly, batches, plan, settings, lr_at=lr_at, seed=config.seed, hooks=hooks, guard=guard)
                 return
             except RollbackRequested as request:
-                initial = self._initial_state
-                roll_back(request, guard, state, self.folder, context, saver=self.saver, monitor=monitor, initial_state=initial)
+                self._roll_back(request.rollback, guard, state, monitor)
+
+    def _roll_back(self, rollback: Rollback, guard: Guard, state: TrainState, monitor: RunMonitor) -> None:
+        """Record the rollback, return `state` to the latest valid checkpoint or the start of the run, and undo later metrics.
+
+        The record comes first, and metrics are removed as a resumed run removes them, so a run that rolled back and one that
+        was killed meanwhile and resumed are identical byte for byte. The state changes in place: wrappers and compiled code
+        keep their weights.
+        """
+        context, folder = self.context, self.folder
+        context.activity(f"rolling back from step {state.step} to the latest checkpoint", LONG_PATIENCE)
+
+        def record() -> None:
+            self.saver.wait()
+            write_rollbacks(folder, [*guard.rollbacks, rollback])
+
+        context.on_primary(record)
+        guard.add_rollback(rollback)
+        checkpoint = latest_checkpoint(folder, context)
+        if checkpoint is not None:
+            state.restore(checkpoint)
+        else:
+            state.reset(self._initial_state())
+        state.history.rollbacks = len(guard.rollbacks)
+        state.optimizer.zero_grad(set_to_none=True)
+        monitor.rewind(state.step)
+        monitor.note(f"rolled back to step {state.step:,}")
 
     def _export(self, monitor: RunMonitor, state: TrainState) -> None:
         """Export the final model to the formats that the configuration names."""
@@ -270,39 +297,51 @@ class Session:
                 EXPORT_FORMATS.get("checkpoint.export", name).write(str(self.folder.path), out, best=False, dataset="bardling")
                 monitor.note(f"exported to {out}")
 
-    def _guard(self, state: TrainState, monitor: RunMonitor) -> Guard:
-        config, context, order, plan = self.run.config.guard, self.context, self.order, self.run.plan
-        device, precision, start = context.device, self.run.execution.precision, self.document_start
-        explainer = Explainer(self.dataset, order, self.objective, device, precision, plan.micro_batch, start)
-        rollbacks = load_rollbacks(self.folder, state, context)
-        return Guard(config, context, order, rollbacks, explainer, plan=plan, log=monitor.log, note=monitor.note)
-
     def _hooks(self, guard: Guard, monitor: RunMonitor, stop_requested: Callable[[], bool]) -> list[Hook]:
-        device, tokenizer = self.context.device, self.run.tokenizer
+        """What acts between steps, in the order of the calls."""
+        run, config, plan, context = self.run, self.run.config, self.run.plan, self.context
+        tokenizer, timer = run.tokenizer, StepTimer(context.device)
         shared = HookContext(
             monitor,
-            StepTimer(device),
-            self.run.plan,
-            self.context,
-            self.run.execution.precision,
-            seed=self.run.config.seed,
+            timer,
+            plan,
+            context,
+            run.execution.precision,
+            seed=config.seed,
             tokenizer=tokenizer,
-            bytes_per_token=None if tokenizer is None else torch.from_numpy(tokenizer.bytes_per_token()).to(device),
+            bytes_per_token=bytes_per_token(tokenizer, context.device),
             stop_requested=stop_requested,
         )
-        config, plan = self.run.config, self.run.plan
-        per_epoch, start = self.order.sequences_per_epoch, self.document_start
-        hooks = make_hooks(self.run, shared, self.dataset, sequences_per_epoch=per_epoch, document_start=start)
+        validation = EvalSequences(self.dataset.split("val"), config.model.block_size, config.eval.windows, self.document_start)
+        hooks: list[Hook] = [
+            NewShapes(plan, context, compiled=run.execution.compiled),
+            Log(
+                shared,
+                every=config.train.log_every,
+                sequences_per_epoch=self.order.sequences_per_epoch,
+                flops_per_token=cache(partial(flops_per_token, config.model)),
+                peak_flops=run.peak_flops,
+            ),
+            Validate(shared, validation, every=config.eval.every, batch_size=plan.micro_batch),
+        ]
+        if tokenizer is not None:
+            # Text of a single document has no end-of-text token to start after, so an empty prompt becomes a line break.
+            single = self.dataset.manifest.train.documents == 1
+            prompt = config.sample.prompt or ("\n" if single else "")
+            hooks.append(Sample(shared, replace(config.sample, prompt=prompt), tokenizer))
+            if config.eval.tasks:
+                hooks.append(Tasks(shared, config.eval, tokenizer))
+        hooks += [HOOKS.get("train.hooks", name)(shared) for name in config.train.hooks]
         hooks.append(Save(shared, self.saver, config.checkpoint, check=guard.judge_pending))
         seconds = config.train.deadline_seconds
         if seconds is not None:
             deadline = Deadline(
                 seconds,
                 plan.horizon,
-                self.context,
+                context,
                 started_at=self.facts.started_at,
                 seconds_before=self.seconds_before,
-                finishing_time=estimate_finishing_time(hooks, seconds, config.eval.windows / plan.samples_per_step / 2),
+                finishing_time=partial(finishing_time, hooks, seconds, config.eval.windows / plan.samples_per_step / 2),
                 on_change=monitor.planned,
             )
             hooks.insert(0, deadline)

@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -57,7 +57,7 @@ class TrainState:
             "best_step": self.best_step,
             "hooks_done": dict(self.hooks_done),
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
-            "guard": self.history.to_json(),
+            "guard": asdict(self.history),
             **({"seconds": self.seconds, "planned_steps": self.planned} if self.planned else {}),
         }
         return SavedState(self.step, self.best_step == self.step, model, optimizer, meta, facts)
@@ -80,7 +80,6 @@ class TrainState:
     def _load(
         self, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], meta: Mapping[str, Any], training: Mapping[str, Any]
     ) -> None:
-        """Take over the parts of a `SavedState`."""
         names = dict(self.model.named_parameters())
         raw = {name.removeprefix(RAW): tensor for name, tensor in optimizer.items() if name.startswith(RAW)}
         for name, tensor in raw.items():
@@ -99,7 +98,11 @@ class TrainState:
         if self.scaler is not None and training.get("scaler"):
             self.scaler.load_state_dict(training["scaler"])
         where = f"the checkpoint of step {self.step}"
-        self.seconds, self.planned = _deadline_facts(training, where)
+        seconds, planned = training.get("seconds", 0.0), training.get("planned_steps", 0)
+        if not isinstance(seconds, int | float) or not isinstance(planned, int) or not 0 <= seconds < 1e12 or planned < 0:
+            found = f"seconds = {seconds!r}, planned_steps = {planned!r}"
+            raise UserError(f"{where}: {found}: the checkpoint is damaged; resume from another one")
+        self.seconds, self.planned = float(seconds), planned
         self.history = StepHistory.from_json(training.get("guard"), where)
 
     def take_over(self, start: Loaded, samples_before: Callable[[int], int]) -> None:
@@ -121,12 +124,3 @@ class TrainState:
         groups = self.optimizer.param_groups
         moments: int = sum(p.numel() * (4 if group.get("muon") else 8) for group in groups for p in group["params"])
         return weights * (1 if self.ema is None else 2) + moments + 100_000
-
-
-def _deadline_facts(training: Mapping[str, Any], where: str) -> tuple[float, int]:
-    seconds, planned = training.get("seconds", 0.0), training.get("planned_steps", 0)
-    if not isinstance(seconds, int | float) or not isinstance(planned, int) or not 0 <= seconds < 1e12 or planned < 0:
-        raise UserError(
-            f"{where}: seconds = {seconds!r}, planned_steps = {planned!r}: the checkpoint is damaged; resume from another one"
-        )
-    return float(seconds), planned

@@ -77,7 +77,11 @@ def train_step(
         Stopped: `stop_requested` returned true in any process; the state is that before the step.
     """
     context, objective = settings.context, settings.objective
-    _clear_gradients(state, keep=settings.keep_gradients)
+    state.optimizer.zero_grad(set_to_none=not settings.keep_gradients)
+    if settings.keep_gradients:
+        for parameter in state.model.parameters():
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
     tokens = context.sum(torch.stack([objective.denominator(batch) for batch in batches]).sum())
     totals: Tensor | None = None  # loss sum, then the objective's further sums
     names: tuple[str, ...] = ()
@@ -100,14 +104,6 @@ def train_step(
     return StepResult(loss_sum / tokens, loss_sum, tokens, dict(zip(names, others, strict=True)), norm, lr, bad)
 
 
-def _clear_gradients(state: TrainState, *, keep: bool) -> None:
-    state.optimizer.zero_grad(set_to_none=not keep)
-    if keep:
-        for parameter in state.model.parameters():
-            if parameter.requires_grad and parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-
-
 def _update(
     state: TrainState, settings: StepSettings, loss: Tensor, lr: float, limits: Limits | None
 ) -> tuple[Tensor, Tensor | None]:
@@ -117,39 +113,28 @@ def _update(
     parameters = [parameter for parameter in state.model.parameters() if parameter.grad is not None]
     norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
     set_learning_rate(state.optimizer, lr)
-    if limits is None:
-        _apply_gradients(state, parameters, norm, settings.grad_clip, None)
-        return norm, None
-    # NaN is below no limit. The sum is a vote: processes must not disagree because of rounding.
-    within = (loss <= limits.loss) & (norm <= limits.grad_norm)
-    bad = (settings.context.sum((~within).float()) > 0).float()
-    on_device = bad.is_cuda if settings.skip_on_device is None else settings.skip_on_device
-    if on_device and getattr(state.optimizer, "_step_supports_amp_scaling", False):
-        _apply_gradients(state, parameters, norm, settings.grad_clip, bad)
-    elif not bad.item():
-        _apply_gradients(state, parameters, norm, settings.grad_clip, None)
-    elif state.scaler is not None:
-        state.scaler.update()
-    return norm, bad
-
-
-def _apply_gradients(
-    state: TrainState, parameters: list[nn.Parameter], norm: Tensor, grad_clip: float, bad: Tensor | None
-) -> None:
-    """Clip and update, unless `bad` (a scalar on the device, for an optimizer that supports it) is 1."""
-    if grad_clip:
-        nn.utils.clip_grads_with_norm_(parameters, grad_clip, norm)
-    if bad is not None:
-        # Gradients that overflow float16 make the norm infinite, so this flag covers the scaler's own.
-        state.optimizer.found_inf = bad  # type: ignore[attr-defined]
-        state.optimizer.step()
-        del state.optimizer.found_inf  # type: ignore[attr-defined]
-    elif state.scaler is None:
-        state.optimizer.step()
-    else:
-        state.scaler.step(state.optimizer)
+    bad, on_device = None, False
+    if limits is not None:
+        # NaN is below no limit. The sum is a vote: processes must not disagree because of rounding.
+        within = (loss <= limits.loss) & (norm <= limits.grad_norm)
+        bad = (settings.context.sum((~within).float()) > 0).float()
+        on_device = bad.is_cuda if settings.skip_on_device is None else settings.skip_on_device
+        on_device = on_device and getattr(state.optimizer, "_step_supports_amp_scaling", False)
+    if bad is None or on_device or not bad.item():
+        if settings.grad_clip:
+            nn.utils.clip_grads_with_norm_(parameters, settings.grad_clip, norm)
+        if on_device:
+            # Gradients that overflow float16 make the norm infinite, so this flag covers the scaler's own.
+            state.optimizer.found_inf = bad  # type: ignore[attr-defined]
+            state.optimizer.step()
+            del state.optimizer.found_inf  # type: ignore[attr-defined]
+        elif state.scaler is None:
+            state.optimizer.step()
+        else:
+            state.scaler.step(state.optimizer)
     if state.scaler is not None:
         state.scaler.update()
+    return norm, bad
 
 
 def seed_dropout(seed: int, step: int, data_rank: int) -> None:

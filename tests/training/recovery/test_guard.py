@@ -5,12 +5,13 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 
-from bardling.config import CheckpointConfig, DataConfig, EvalConfig, GuardConfig, SampleConfig
+from bardling.config import CheckpointConfig, DataConfig, EvalConfig, GuardConfig, SampleConfig, TrainConfig
 from bardling.config.recipes import config_to_toml
 from bardling.data.tokens.documents import Documents
 from bardling.errors import UserError
@@ -139,7 +140,7 @@ def test_spike_scores_match_a_plain_computation():
     assert "the gradient norm is infinite" in history.reason(31, 3.0, math.inf, config)
     assert "deviations above" in history.reason(31, 9.0, 1.0, config)
     assert history.reason(31, 3.0, 1e9, config) == ""
-    assert StepHistory.from_json(json.loads(json.dumps(history.to_json())), "here") == history
+    assert StepHistory.from_json(json.loads(json.dumps(asdict(history))), "here") == history
 
 
 @pytest.mark.parametrize(
@@ -226,15 +227,15 @@ def test_without_a_checkpoint_a_rollback_returns_to_the_start(guarded, change, e
 def test_a_run_killed_during_a_rollback_and_resumed_equals_an_uninterrupted_one(
     guarded, change, explode, tmp_path, monkeypatch, ramp
 ):
+    from bardling.training import session
     from bardling.training.hooks.validate import Validate
-    from bardling.training.recovery import rollback
 
     explode(60.0)
     guarded = change(guarded, train=ramp)
     whole = train(guarded, tmp_path / "whole", quiet=True).folder
     places = [
-        ("before the record", rollback, "write_rollbacks", 1),
-        ("after the record", rollback, "latest_checkpoint", 1),
+        ("before the record", session, "write_rollbacks", 1),
+        ("after the record", session, "latest_checkpoint", 1),
         ("later", Validate, "work", 5),
     ]
     for name, owner, victim, number in places:
@@ -408,11 +409,13 @@ def test_updates_above_the_limits_are_skipped_and_others_unchanged(scaled, on_de
 def test_float16_overflows_are_bad_only_when_repeated():
     from bardling.data.batches.order import SequenceOrder
     from bardling.distributed.context import SINGLE
+    from bardling.planning.batching import make_plan
     from bardling.training.step import StepResult
 
     logged = []
     order, config = SequenceOrder(0, 1000, 8), GuardConfig()
-    guard = Guard(config, SINGLE, order, (), _NoExplanation(), log=logged.append, note=lambda text: None)
+    plan = make_plan(TrainConfig(), 8, 1)
+    guard = Guard(config, SINGLE, order, (), _NoExplanation(), plan=plan, log=logged.append, note=lambda text: None)
     state = small(scaled=True)
 
     def overflow(loss=2.0):

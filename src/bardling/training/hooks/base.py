@@ -12,9 +12,11 @@ from torch import Tensor
 
 from bardling.data.tokens.tokenizer import Tokenizer
 from bardling.distributed.context import Context
-from bardling.distributed.device import Precision
+from bardling.distributed.device import Precision, synchronize
+from bardling.evaluate.loss import Interrupted
 from bardling.monitor.records import Record
 from bardling.planning.batching import TrainPlan
+from bardling.training.recovery.signals import Stopped
 from bardling.training.state import TrainState
 from bardling.training.step import StepResult
 
@@ -22,11 +24,9 @@ from bardling.training.step import StepResult
 class Monitor(Protocol):
     """Where records go; only the primary process writes them."""
 
-    def log(self, record: Record) -> None:
-        """Log one record."""
+    def log(self, record: Record) -> None: ...
 
-    def progress(self, label: str, done: int, total: int) -> None:
-        """Show the progress of long work."""
+    def progress(self, label: str, done: int, total: int) -> None: ...
 
 
 class StepTimer:
@@ -43,8 +43,7 @@ class StepTimer:
 
     def pause(self) -> None:
         """Stop the clock, once the device has finished its work."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        synchronize(self._device)
         self._seconds += time.perf_counter() - self._since
 
     def resume(self) -> None:
@@ -88,27 +87,25 @@ class TimedHook(ABC):
         self.run, self._every = run, every
         self.seconds: float | None = None  # duration of the latest work
 
-    @property
-    def last(self) -> int:
-        return self.run.plan.steps
-
     def is_due(self, state: TrainState) -> bool:
         """Whether the work is due at this step; the same in every process."""
-        return due(state.step, self._every, self.last)
+        return due(state.step, self._every, self.run.plan.steps)
 
     @abstractmethod
     def work(self, state: TrainState) -> None:
-        """Do the work."""
+        """Do the work; `Interrupted` means that the run was asked to stop."""
 
     def __call__(self, state: TrainState, result: StepResult | None) -> None:
-        """Do the work if it is due and has not been done at this step."""
         if not self.is_due(state) or state.hooks_done.get(self.name) == state.step:
             return
         self.run.timer.pause()
         self.run.context.activity(f"{self.name} after step {state.step}")
         begin = time.monotonic()
-        with state.evaluation_weights() if self.uses_ema else contextlib.nullcontext():
-            self.work(state)
+        try:
+            with state.evaluation_weights() if self.uses_ema else contextlib.nullcontext():
+                self.work(state)
+        except Interrupted:
+            raise Stopped from None
         self.seconds = time.monotonic() - begin
         state.hooks_done[self.name] = state.step
         self.run.timer.resume()

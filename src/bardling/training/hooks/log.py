@@ -1,4 +1,4 @@
-"""Logs the step's metrics."""
+"""Logs the metrics of every `every`-th step, and of the first and the last one."""
 
 import math
 import time
@@ -14,8 +14,6 @@ from bardling.training.step import StepResult
 
 @dataclass
 class Log:
-    """Logs every `every` steps, and after the first and the last one."""
-
     run: HookContext
     _: KW_ONLY
     every: int

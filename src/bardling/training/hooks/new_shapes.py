@@ -10,14 +10,11 @@ from bardling.training.step import StepResult
 
 @dataclass
 class NewShapes:
-    """Announces steps that compile a new shape to the heartbeat."""
-
     plan: TrainPlan
     context: Context
     compiled: bool
 
     def __call__(self, state: TrainState, result: StepResult | None) -> None:
-        """Announce a slow step at the beginning of a stage, and normal ones otherwise."""
         if self.compiled and self.plan.at(state.step).first_step == state.step:
             self.context.warming_up()
         elif result is not None:

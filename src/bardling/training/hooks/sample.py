@@ -1,18 +1,16 @@
-"""Generates text while the model trains."""
+"""Generates text while the model trains: the same completions in every process; the primary one logs them."""
 
 from bardling.config import SampleConfig
 from bardling.data.tokens.tokenizer import Tokenizer
+from bardling.evaluate.loss import Interrupted
 from bardling.generation.generate import generate, prompt_ids
 from bardling.model.gpt import evaluation_mode
 from bardling.monitor.records import SampleRecord
 from bardling.training.hooks.base import HookContext, TimedHook
-from bardling.training.recovery.signals import Stopped
 from bardling.training.state import TrainState
 
 
 class Sample(TimedHook):
-    """Generates the same completions in every process; the primary one logs them."""
-
     name = "sample"
 
     def __init__(self, run: HookContext, config: SampleConfig, tokenizer: Tokenizer) -> None:
@@ -24,14 +22,11 @@ class Sample(TimedHook):
         return self._config.every > 0 and super().is_due(state)
 
     def work(self, state: TrainState) -> None:
-        """Generate the completions of this step; they are the same in every repetition of the run."""
         config, tokenizer, run = self._config, self._tokenizer, self.run
-        prompt = prompt_ids(tokenizer, config.prompt)
-        rows: list[list[int]] = [[] for _ in range(config.num_samples)]
         with evaluation_mode(state.model):
-            for tokens in generate(
+            steps = generate(
                 state.model,
-                [prompt] * config.num_samples,
+                [prompt_ids(tokenizer, config.prompt)] * config.num_samples,
                 max_new_tokens=config.max_new_tokens,
                 temperature=config.temperature,
                 top_k=config.top_k,
@@ -42,10 +37,9 @@ class Sample(TimedHook):
                 autocast=run.precision.autocast,
                 should_stop=lambda: run.context.any(run.stop_requested()),  # all processes stop at the same token
                 agree=run.context.broadcast,
-            ):
-                for row, token in zip(rows, tokens, strict=True):
-                    if token is not None:
-                        row.append(token)
+            )
+            rows = list(zip(*steps, strict=True))
         if run.context.any(run.stop_requested()):
-            raise Stopped
-        run.monitor.log(SampleRecord(state.step, config.prompt, [tokenizer.decode(row) for row in rows]))
+            raise Interrupted
+        texts = [tokenizer.decode([token for token in row if token is not None]) for row in rows]
+        run.monitor.log(SampleRecord(state.step, config.prompt, texts))

@@ -34,7 +34,6 @@ class Save(TimedHook):
         self._check, self._clock, self._since = check, clock, clock()
 
     def is_due(self, state: TrainState) -> bool:
-        """Whether to save: at intervals, at the end, and at a new best validation loss."""
         if super().is_due(state) or (self._save_best and state.best_step == state.step and state.step > 0):
             return True
         if self._seconds is None or state.step == 0:
@@ -53,5 +52,5 @@ class Save(TimedHook):
     def work(self, state: TrainState) -> None:
         self._check(state)
         state.hooks_done[self.name] = state.step
-        self._saver.save(state, last=state.step == self.last)
+        self._saver.save(state, last=state.step == self.run.plan.steps)
         self._since = self._clock()

@@ -1,21 +1,17 @@
-"""Measures multiple-choice tasks."""
+"""Measures accuracy on multiple-choice tasks, whose items are divided among the processes."""
 
 from functools import partial
 
 from bardling.config import EvalConfig
 from bardling.data.tokens.tokenizer import Tokenizer
-from bardling.evaluate.loss import Interrupted
 from bardling.evaluate.multiple_choice import evaluate_choices
 from bardling.evaluate.tasks import draw_items, load_items, task_name
 from bardling.monitor.records import TaskRecord
 from bardling.training.hooks.base import HookContext, TimedHook
-from bardling.training.recovery.signals import Stopped
 from bardling.training.state import TrainState
 
 
 class Tasks(TimedHook):
-    """Measures accuracy on tasks, whose items are divided among the processes."""
-
     name = "tasks"
 
     def __init__(self, run: HookContext, config: EvalConfig, tokenizer: Tokenizer) -> None:
@@ -29,19 +25,16 @@ class Tasks(TimedHook):
         """Evaluate all tasks; their results are logged together, so that none is logged twice after an interruption."""
         run, records = self.run, []
         for task, items in self._items.items():
-            try:
-                result = evaluate_choices(
-                    state.model,
-                    self._tokenizer,
-                    items,
-                    precision=run.precision,
-                    task=task,
-                    context=run.context,
-                    stop_requested=run.stop_requested,
-                    progress=partial(run.monitor.progress, task),
-                )
-            except Interrupted:
-                raise Stopped from None
+            result = evaluate_choices(
+                state.model,
+                self._tokenizer,
+                items,
+                precision=run.precision,
+                task=task,
+                context=run.context,
+                stop_requested=run.stop_requested,
+                progress=partial(run.monitor.progress, task),
+            )
             accuracies = result.accuracy("sum"), result.accuracy("tokens"), result.stderr("tokens")
             records.append(TaskRecord(state.step, task, *accuracies, result.total))
         for record in records:

@@ -1,15 +1,14 @@
-"""Measures the validation loss."""
+"""Measures the loss on a fixed set of validation sequences, and records a new best."""
 
-from bardling.evaluate.loss import Interrupted, SequenceSet, evaluate_loss
+from functools import partial
+
+from bardling.evaluate.loss import SequenceSet, evaluate_loss
 from bardling.monitor.records import ValRecord
 from bardling.training.hooks.base import HookContext, TimedHook
-from bardling.training.recovery.signals import Stopped
 from bardling.training.state import TrainState
 
 
 class Validate(TimedHook):
-    """Measures the loss on a fixed set of validation sequences, and records a new best."""
-
     name = "validate"
 
     def __init__(self, run: HookContext, sequences: SequenceSet, *, every: int, batch_size: int) -> None:
@@ -18,19 +17,16 @@ class Validate(TimedHook):
 
     def work(self, state: TrainState) -> None:
         run = self.run
-        try:
-            result = evaluate_loss(
-                state.model,
-                self._sequences,
-                batch_size=self._batch_size,
-                precision=run.precision,
-                context=run.context,
-                bytes_per_token=run.bytes_per_token,
-                stop_requested=run.stop_requested,
-                progress=lambda done, total: run.monitor.progress("validating", done, total),
-            )
-        except Interrupted:
-            raise Stopped from None
+        result = evaluate_loss(
+            state.model,
+            self._sequences,
+            batch_size=self._batch_size,
+            precision=run.precision,
+            context=run.context,
+            bytes_per_token=run.bytes_per_token,
+            stop_requested=run.stop_requested,
+            progress=partial(run.monitor.progress, "validating"),
+        )
         best = result.loss < state.best_val_loss
         if best:
             state.best_val_loss, state.best_step = result.loss, state.step

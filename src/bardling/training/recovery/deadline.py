@@ -13,9 +13,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 
-import torch
-
 from bardling.distributed.context import Context
+from bardling.distributed.device import synchronize
 from bardling.planning.batching import Horizon
 from bardling.training.state import TrainState
 from bardling.training.step import StepResult
@@ -50,54 +49,44 @@ class Deadline:
             if 0 < self.horizon.steps <= state.step:  # the run was finished; has the deadline been extended since?
                 extended = self.budget - state.seconds > 0.05 * self.budget
                 if self.context.any(self.context.is_primary and extended):
-                    self._set(state, self._plan(state, state.seconds / state.step))
+                    self._plan(state, state.seconds / state.step)
             return
         if state.step < self._next:
             return
-        if self.context.device.type == "cuda":
-            torch.cuda.synchronize(self.context.device)
-            state.seconds = self._elapsed()
+        synchronize(self.context.device)
+        state.seconds = self._elapsed()
         self._marks = [mark for mark in self._marks if mark[0] < state.step]  # a rollback has undone the others
         # The speed since the middle one of the plannings so far; this excludes the first step, with its set-up, early on.
         step, seconds = self._marks[len(self._marks) // 2]
-        self._set(state, self._plan(state, (state.seconds - seconds) / (state.step - step)))
+        self._plan(state, (state.seconds - seconds) / (state.step - step))
         self._marks.append((state.step, state.seconds))
 
     def _elapsed(self) -> float:
         return self.seconds_before + self.clock() - self.started_at
 
-    def _plan(self, state: TrainState, seconds_per_step: float) -> int:
-        """The last step that ends in time."""
-        left = self.budget - state.seconds - self.finishing_time(seconds_per_step)
-        return state.step + max(0, int(left / max(seconds_per_step, 1e-9)))
-
-    def _set(self, state: TrainState, steps: int) -> None:
-        steps, seconds = self.context.broadcast((steps, state.seconds))  # as measured by the primary process
-        state.seconds = seconds
+    def _plan(self, state: TrainState, seconds_per_step: float) -> None:
+        """Make the last step the last one that ends in time."""
+        time_left = self.budget - state.seconds - self.finishing_time(seconds_per_step)
+        steps = state.step + max(0, int(time_left / max(seconds_per_step, 1e-9)))
+        steps, state.seconds = self.context.broadcast((steps, state.seconds))  # as measured by the primary process
         previous, self.horizon.steps, state.planned = state.planned, steps, steps
         left = steps - state.step
         self._next = state.step + max(1, min(state.step - self._marks[0][0], left // 10))
         message = ""
         if abs(steps - previous) > 0.05 * max(previous, 1) and left > 0:
-            message = f"deadline: {steps:,} steps are planned, {left:,} of them in the next {self._time_left(seconds)}"
+            rest = max(0.0, self.budget - state.seconds)
+            ending = f"{rest:.0f} s" if rest < 120 else f"{rest / 60:.0f} min" if rest < 7200 else f"{rest / 3600:.1f} h"
+            message = f"deadline: {steps:,} steps are planned, {left:,} of them in the next {ending}"
         self.on_change(steps, message)
 
-    def _time_left(self, seconds: float) -> str:
-        left = max(0.0, self.budget - seconds)
-        return f"{left:.0f} s" if left < 120 else f"{left / 60:.0f} min" if left < 7200 else f"{left / 3600:.1f} h"
 
-
-def estimate_finishing_time(hooks: Sequence[object], budget: float, validation_steps: float) -> Callable[[float], float]:
+def finishing_time(hooks: Sequence[object], budget: float, validation_steps: float, seconds_per_step: float) -> float:
     """How long the hooks after the last step will take: as long as the last time, plus a margin.
 
     Args:
         validation_steps: cost of a validation, in steps, until one has been timed.
     """
-
-    def seconds(seconds_per_step: float) -> float:
-        durations = [hook.seconds for hook in hooks if hasattr(hook, "seconds")]
-        measured: float = sum(duration for duration in durations if duration is not None)
-        unmeasured = validation_steps * seconds_per_step if None in durations else 0.0
-        return 1.3 * measured + unmeasured + max(0.2, 0.005 * budget)
-
-    return seconds
+    durations = [hook.seconds for hook in hooks if hasattr(hook, "seconds")]
+    measured: float = sum(duration for duration in durations if duration is not None)
+    unmeasured = validation_steps * seconds_per_step if None in durations else 0.0
+    return 1.3 * measured + unmeasured + max(0.2, 0.005 * budget)

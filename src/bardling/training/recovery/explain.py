@@ -50,11 +50,11 @@ class Explainer:
         self._source = TrainSequences(self.dataset.split("train"), self.order, self.document_start)
         self._tracer = Tracer(self.dataset, self.order)
 
-    def worst_sequences(self, state: TrainState, ranges: list[Range], context: int | None = None) -> list[dict[str, Any]]:
+    def worst_sequences(self, state: TrainState, ranges: list[Range], context: int) -> list[dict[str, Any]]:
         """Describe the worst sequences of `ranges` of the data order, worst first.
 
         Args:
-            context: tokens of the pieces into which the step cut its sequences; None if it did not cut them.
+            context: tokens of the pieces into which the step cut its sequences.
         """
         found: list[tuple[float, int, Tensor]] = []
         with evaluation_mode(state.model):
@@ -70,9 +70,8 @@ class Explainer:
         found.sort(key=lambda item: (-item[0], item[1]))
         return [self._describe(sample, row) for _, sample, row in found[:_SEQUENCES]]
 
-    def _batch(self, first: int, count: int, context: int | None) -> Batch:
-        batch = self._source.batch(first, count).to(self.device)
-        return shorten_context(batch, context or batch.inputs.size(1))
+    def _batch(self, first: int, count: int, context: int) -> Batch:
+        return shorten_context(self._source.batch(first, count).to(self.device), context)
 
     def _describe(self, sample: int, losses: Tensor) -> dict[str, Any]:
         """Describe a sequence with the given loss of each target [block_size]."""
@@ -97,7 +96,7 @@ class Explainer:
             "documents": len(sequence.documents),
         }
 
-    def largest_gradients(self, state: TrainState, sample: int | None, context: int | None = None) -> list[dict[str, Any]]:
+    def largest_gradients(self, state: TrainState, sample: int | None, context: int) -> list[dict[str, Any]]:
         """Describe the tensors with the largest gradients; those with non-finite entries first, in the model's order.
 
         Args:
@@ -108,7 +107,7 @@ class Explainer:
         if sample is not None:
             with self.precision.autocast():
                 sums = self.objective(cast(Forward, state.model), self._batch(sample, 1, context))
-                loss = sums.loss / self._tracer.block_size
+                loss = sums.loss / self.order.block_size
             # Not `backward`, which would start DDP's gradient exchange.
             gradients = list(torch.autograd.grad(loss, [parameter for _, parameter in named], allow_unused=True))
         entries = []

@@ -4,7 +4,7 @@ A step is bad if its loss or gradient norm is NaN, infinite or a spike (`spikes.
 the policies differ in what follows:
 
 - skip: the step counts as done, and training continues. `max_skips` consecutive bad steps end the run.
-- rollback: the run returns to its latest checkpoint, and skips the step's sequences from then on (`rollback.py`).
+- rollback: the run returns to its latest checkpoint, and skips the step's sequences from then on (`session.py`).
   After `max_rollbacks` rollbacks, the next bad step ends the run.
 - stop: the run ends; its checkpoints precede the bad step.
 
@@ -71,15 +71,13 @@ class _StepMetrics:
 
 @dataclass
 class Guard:
-    """Judges the steps of one run."""
-
     config: GuardConfig
     context: Context
     data_order: SequenceOrder  # before anything is skipped
     rollbacks: tuple[Rollback, ...]  # of the run so far
     explainer: Explainer  # runs a bad step's sequences once more, in all processes alike
     _: KW_ONLY
-    plan: TrainPlan | None = None  # shapes of the steps; None if all are the same
+    plan: TrainPlan  # shapes of the steps
     log: Callable[[Record], None]  # receives the events
     note: Callable[[str], None]  # prints a line for the user
     late: bool | None = None  # judge each step after the next one has been launched; None: on CUDA only
@@ -106,7 +104,7 @@ class Guard:
 
     def _context_since(self, step: int) -> int:
         """First step, counted from 1, with the context length of `step`: the loss depends on the context length."""
-        return 0 if self.plan is None else self.plan.context_start_step(step - 1) + 1
+        return self.plan.context_start_step(step - 1) + 1
 
     def judge(self, state: TrainState, result: StepResult, samples: int) -> None:
         """Judge the step of `samples` samples that `state` has just made, or on CUDA the one before it.
@@ -123,12 +121,11 @@ class Guard:
         if result.bad is None:
             return
         self._pending.append(_copy_metrics(state.step, state.samples - samples, samples, result))
-        while len(self._pending) > (1 if self._late else 0):
-            self._judge(state, self._pending.popleft())
+        self.judge_pending(state, keep=1 if self._late else 0)
 
-    def judge_pending(self, state: TrainState) -> None:
-        """Judge all steps so far; raises as `judge` does."""
-        while self._pending:
+    def judge_pending(self, state: TrainState, keep: int = 0) -> None:
+        """Judge all steps so far but the last `keep`; raises as `judge` does."""
+        while len(self._pending) > keep:
             self._judge(state, self._pending.popleft())
 
     def _judge(self, state: TrainState, metrics: _StepMetrics) -> None:
@@ -176,7 +173,7 @@ class Guard:
     ) -> EventRecord:
         step = metrics.step
         self.context.activity(f"explaining step {step}")
-        context = None if self.plan is None else self.plan.at(step - 1).context
+        context = self.plan.at(step - 1).context
         sequences = self.explainer.worst_sequences(state, ranges, context)
         worst = sequences[0]["sample"] if sequences and self._late else None
         reason = state.history.reason(step, loss, norm, self.config, self._context_since(step))

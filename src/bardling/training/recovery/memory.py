@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from torch import nn
 
 from bardling.config import ModelConfig, OptimConfig, TrainConfig
 from bardling.data.batches.loader import Batch
@@ -64,11 +63,8 @@ class UpdateTracker:
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.updating = False
-        optimizer.register_step_pre_hook(lambda *_: self._set(True))
-        optimizer.register_step_post_hook(lambda *_: self._set(False))
-
-    def _set(self, updating: bool) -> None:
-        self.updating = updating
+        optimizer.register_step_pre_hook(lambda *_: setattr(self, "updating", True))
+        optimizer.register_step_post_hook(lambda *_: setattr(self, "updating", False))
 
 
 def choose_micro_batch(
@@ -112,12 +108,12 @@ class TrialPasses:
     def attempt(self, micro_batch: int) -> float | None:
         """Seconds of one forward and backward pass; None if memory runs out."""
         self.context.activity(f"trying passes of {micro_batch} sequences", LONG_PATIENCE)
-        seconds: float | None = None
         try:
-            seconds = self._forward_backward(micro_batch)
+            seconds: float | None = self._forward_backward(micro_batch)
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
+            seconds = None
         if self._model is not None:
             self._model.zero_grad(set_to_none=True)
         if seconds is None and self.context.device.type == "cuda":
@@ -237,23 +233,21 @@ def _remedy(recompute: bool) -> str:
     return f"{'' if recompute else 'set --train.recompute blocks, '}shorten model.block_size, or use a smaller model"
 
 
-def _next_smaller(plan: TrainPlan) -> int | None:
-    """The next size of a pass that is at most half as large; None if there is none."""
-    return next((size for size in divisors(plan.micro_batch * plan.accumulation) if 2 * size <= plan.micro_batch), None)
+def reduced_micro_batch(plan: TrainPlan, model: GPT, device: torch.device, step: int, run: Path, *, retry: bool) -> int:
+    """The size of passes to continue with after memory ran out: at most half as large. Frees the memory of the failed step.
 
+    Args:
+        retry: whether the step may be repeated.
 
-def out_of_memory_error(plan: TrainPlan, model: GPT, device: torch.device, step: int, run: Path) -> UserError:
-    """The error of a run that cannot reduce its passes by itself."""
-    size = _next_smaller(plan)
-    remedy = f"continue with: bardling resume {run} --train.micro_batch {size}" if size else _remedy(model.recompute)
-    return UserError(f"train.micro_batch = {plan.micro_batch}: the memory of {device} ran out at step {step + 1}: {remedy}")
-
-
-def reduced_micro_batch(error: BaseException, plan: TrainPlan, model: nn.Module, *, early: bool, updating: bool) -> int | None:
-    """The size of passes to continue with after `error`; None if the run must end. Frees the memory of the failed step."""
+    Raises:
+        UserError: the run must end; the message names the setting with which it can be resumed.
+    """
     model.zero_grad(set_to_none=True)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    if not early or updating or plan.data_size > 1 or not out_of_memory(error):
-        return None
-    return _next_smaller(plan)
+    size = next((size for size in divisors(plan.micro_batch * plan.accumulation) if 2 * size <= plan.micro_batch), None)
+    if size is not None and retry and plan.data_size == 1:
+        return size
+    remedy = f"continue with: bardling resume {run} --train.micro_batch {size}" if size else _remedy(model.recompute)
+    where = f"the memory of {device} ran out at step {step + 1}"
+    raise UserError(f"train.micro_batch = {plan.micro_batch}: {where}: {remedy}") from None

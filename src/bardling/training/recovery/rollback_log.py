@@ -5,7 +5,6 @@ seed and of this file, and a run killed during a rollback has rolled back when i
 """
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +12,13 @@ from typing import Any
 
 from bardling.checkpoint.run_folder import RunFolder
 from bardling.data.batches.skipped_ranges import Range
+from bardling.distributed.context import Context
 from bardling.errors import UserError
 from bardling.files.atomic import atomic_file
 from bardling.files.reading import read_json_object
+from bardling.monitor.jsonl import json_value
 from bardling.monitor.records import EventRecord
+from bardling.training.state import TrainState
 
 FORMAT = 1
 _LARGEST = 1 << 62
@@ -31,7 +33,6 @@ class Rollback:
 
 
 def rollback_log(folder: RunFolder) -> Path:
-    """The file that lists a run's rollbacks."""
     return folder.path / "skips.json"
 
 
@@ -53,6 +54,22 @@ def read_rollbacks(folder: RunFolder) -> tuple[Rollback, ...]:
         raise UserError(f"{path}: is damaged ({error}): restore it from a copy, or start a new run") from error
 
 
+def load_rollbacks(folder: RunFolder, state: TrainState, context: Context) -> tuple[Rollback, ...]:
+    """The rollbacks of a run that starts with `state`, as read by the primary process.
+
+    Raises:
+        UserError: the file is damaged, or lacks rollbacks that preceded `state`.
+    """
+    rollbacks = context.on_primary(lambda: read_rollbacks(folder))
+    if len(rollbacks) < state.history.rollbacks:
+        raise UserError(
+            f"{rollback_log(folder)}: lists {len(rollbacks)} rollbacks, but {state.history.rollbacks} preceded the checkpoint "
+            f"of step {state.step}: restore the file from a copy, because it decides the data order"
+        )
+    state.history.rollbacks = len(rollbacks)
+    return rollbacks
+
+
 def write_rollbacks(folder: RunFolder, rollbacks: Sequence[Rollback]) -> None:
     """Replace the file, durably.
 
@@ -60,7 +77,7 @@ def write_rollbacks(folder: RunFolder, rollbacks: Sequence[Rollback]) -> None:
         UserError: it cannot be written.
     """
     path = rollback_log(folder)
-    entries = [{"ranges": rollback.ranges, "event": _json_values(rollback.event.as_dict())} for rollback in rollbacks]
+    entries = [{"ranges": rollback.ranges, "event": json_value(rollback.event.as_dict())} for rollback in rollbacks]
     content = json.dumps({"format": FORMAT, "rollbacks": entries}, indent=1, allow_nan=False) + "\n"
     try:
         with atomic_file(path) as file:
@@ -78,12 +95,3 @@ def _rollback(entry: dict[str, Any]) -> Rollback:
     event = {key: value for key, value in entry["event"].items() if key != "kind"}
     event |= {key: float(event[key]) for key in ("loss", "grad_norm")}
     return Rollback(EventRecord(**event), tuple(ranges))
-
-
-def _json_values(value: Any) -> Any:
-    """Replace non-finite numbers, which JSON lacks, by strings that `float` reads."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    if isinstance(value, dict):
-        return {key: _json_values(item) for key, item in value.items()}
-    return [_json_values(item) for item in value] if isinstance(value, list | tuple) else value

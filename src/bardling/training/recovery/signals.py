@@ -1,6 +1,6 @@
 """Stopping on request: the first SIGINT, SIGTERM or SIGUSR1 asks the run to save and stop, a second one exits at once.
 
-Long work checks `requested` often (between forward passes, validation batches and generated tokens) and raises `Stopped`,
+Long work asks for `signal` often (between forward passes, validation batches and generated tokens) and raises `Stopped`,
 which the run turns into a checkpoint and the exit status that schedulers expect: 128 + the signal's number. That is 130 for
 SIGINT, 143 for SIGTERM and, on Linux, 138 for SIGUSR1, by which Slurm announces the end of a job (`#SBATCH --signal`): a script
 that sees 138 requeues the job (`examples/slurm/`).
@@ -23,11 +23,8 @@ class StopOnSignal:
     """A context in which signals request a stop instead of ending the process."""
 
     def __init__(self) -> None:
-        self.signal: int | None = None
+        self.signal: int | None = None  # the first one received
         self._previous: dict[int, Any] = {}
-
-    def requested(self) -> bool:
-        return self.signal is not None
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:

@@ -11,7 +11,7 @@ The rule is the same on all devices, so that a resumed run judges as an uninterr
 
 import math
 import statistics
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from bardling.config import GuardConfig
@@ -83,16 +83,12 @@ class StepHistory:
                 )
         return " and ".join(reasons)
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain values, not shared with this object."""
-        return asdict(self)
-
     @classmethod
     def from_json(cls, values: Any, where: str) -> "StepHistory":
-        """The inverse of `to_json`; an empty history for None, which checkpoints of earlier versions give.
+        """The inverse of `asdict`; an empty history for None, which checkpoints of earlier versions give.
 
         Raises:
-            UserError: naming `where`, if `values` is not what `to_json` returns.
+            UserError: naming `where`, if `values` is not what `asdict` returns.
         """
         if values is None:
             return cls()

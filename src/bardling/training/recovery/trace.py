@@ -19,8 +19,8 @@ from bardling.data.tokens.dataset import open_data
 from bardling.data.tokens.documents import Document, Documents
 from bardling.data.tokens.shards import TokenDataset
 from bardling.errors import UserError
-from bardling.files.reading import read_json_object
 from bardling.planning.schedules import Ramp, batch_size_at, samples_before
+from bardling.training.environment import recorded_starts
 from bardling.training.recovery.rollback_log import Rollback, read_rollbacks
 
 _MAX_SEQUENCES = 1 << 13  # of a step
@@ -29,8 +29,6 @@ _LAST_SAMPLE = 1 << 60
 
 @dataclass(frozen=True)
 class TracedSequence:
-    """A sequence of tokens that a run trained on."""
-
     sample: int  # its number in the data order
     start: int  # position of its first token in the split
     length: int  # tokens, including the last target
@@ -41,8 +39,6 @@ class TracedSequence:
 
 @dataclass(frozen=True)
 class TracedStep:
-    """What one step saw."""
-
     step: int
     dataset: TokenDataset
     named: bool  # whether documents have names
@@ -62,11 +58,10 @@ class Tracer:
 
     def __init__(self, dataset: TokenDataset, order: SequenceOrder) -> None:
         self._split, self._order = dataset.split("train"), order
-        self.block_size = order.block_size
         self.documents = Documents(dataset, "train")
 
     def sequences(self, ranges: list[Range]) -> list[TracedSequence]:
-        found, length = [], self.block_size + 1
+        found, length = [], self._order.block_size + 1
         for first, count in ranges:
             for sample, start in enumerate(self._order.starts(first, count).tolist(), first):
                 file, offset = self._split.place(start)
@@ -125,12 +120,10 @@ def sample_position(config: TrainConfig, first_sample: int) -> dict[str, Any]:
 
 def _samples(folder: RunFolder, config: RunConfig, step: int) -> tuple[int, int]:
     """First sample of a step and their number, according to the last start before it."""
-    starts = read_json_object(folder.environment_file).get("starts") if folder.environment_file.is_file() else None
-    for start in reversed(starts if isinstance(starts, list) else []):
-        names = ("first_step", "first_sample", "samples_per_step")
-        facts = [start.get(name) if isinstance(start, dict) else None for name in names]
+    for start in reversed(recorded_starts(folder)):
+        facts = [start.get(name) for name in ("first_step", "first_sample", "samples_per_step")]
         numbers = [fact for fact in facts if type(fact) is int and fact >= 0]
-        if len(numbers) == len(names) and numbers[0] < step:
+        if len(numbers) == len(facts) and numbers[0] < step:
             first_step, first_sample, batch_size = numbers
             ramp, steps = _recorded_ramp(start.get("batch_ramp"), batch_size, folder)
             before, already = (samples_before(n, steps, batch_size, ramp) for n in (step - 1, first_step))
