@@ -10,7 +10,7 @@ import torch
 
 from bardling.checkpoint.disk_space import check_space
 from bardling.checkpoint.run_folder import create_run, run_lock
-from bardling.checkpoint.saver import RunIdentity, Saver
+from bardling.checkpoint.saver import Saver
 from bardling.data.batches.loader import Prefetcher, TrainSequences
 from bardling.data.batches.order import SequenceOrder
 from bardling.data.batches.packing import document_start
@@ -186,9 +186,15 @@ class Session:
         )
 
     def _new_saver(self, monitor: RunMonitor) -> None:
-        identity = RunIdentity(self.run.config.model, self.run.tokenizer, self.settings)
-        checkpoint = self.run.config.checkpoint
-        self.saver = Saver(self.folder, checkpoint, identity, self.context, note=monitor.note, flush=monitor.flush)
+        self.saver = Saver(
+            self.folder,
+            self.run.config.checkpoint,
+            self.context,
+            tokenizer=self.run.tokenizer,
+            run_config=self.settings,
+            note=monitor.note,
+            flush=monitor.flush,
+        )
 
     def _announce(self, monitor: RunMonitor, state: TrainState) -> None:
         parameters = sum(parameter.numel() for parameter in state.model.parameters())
