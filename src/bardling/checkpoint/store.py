@@ -82,7 +82,7 @@ class CheckpointStore:
         """The valid checkpoint with the best validation loss, or None."""
         for path in map(self.path, reversed(self.steps())):
             with contextlib.suppress(OSError):  # for a reader, an unreadable checkpoint is as good as damaged
-                if self._is_best(path) and not self.verify(path):
+                if self.is_best(path) and not self.verify(path):
                     return path
         return None
 
@@ -144,7 +144,7 @@ class CheckpointStore:
             return
         older = [step for step in reversed(self.steps()) if step < saved]
         complete = [step for step in older if not self._check(self.path(step), checksums=False)]
-        best = [step for step in [saved, *complete] if self._is_best(self.path(step))]
+        best = [step for step in [saved, *complete] if self.is_best(self.path(step))]
         keep = {*complete[: self.keep_last - 1], *best[: self.keep_best]}
         keep.update(step for step in complete if self.keep_every and step % self.keep_every == 0)
         for step in older:
@@ -187,7 +187,7 @@ class CheckpointStore:
             return [f"it contains step {manifest.step}, unlike its name"]
         return find_problems(path, manifest, checksums=checksums, progress=progress)
 
-    def _is_best(self, path: Path) -> bool:
+    def is_best(self, path: Path) -> bool:
         """Whether the checkpoint was the best when it was saved; the latest such checkpoint is the best of all."""
         try:
             return read_manifest(path).best

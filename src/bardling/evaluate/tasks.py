@@ -20,6 +20,8 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
+from bardling.data.text.download import file_sha256
+from bardling.data.text.hub import EXTRA, hub_file
 from bardling.errors import UserError, closest
 from bardling.files.atomic import os_error_as_user_error
 
@@ -180,10 +182,8 @@ def _short(value: Any) -> str:
     return text if len(text := repr(value)) <= 60 else text[:57] + "..."
 
 
-def read_hub_items(source: HubFile, *, endpoint: str | None = None) -> tuple[ChoiceItem, ...]:
-    """Download and read the items of a parquet file on the hub at `endpoint` (None for the default).
-
-    The download uses `huggingface_hub` and its cache, so HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE apply.
+def read_hub_items(source: HubFile) -> tuple[ChoiceItem, ...]:
+    """Download and read the items of a parquet file on the hub; environment variables apply as in `data/text/hub.py`.
 
     Raises:
         UserError: a package is missing, the download failed, or the file differs from the pinned one.
@@ -191,19 +191,13 @@ def read_hub_items(source: HubFile, *, endpoint: str | None = None) -> tuple[Cho
     otherwise = "or give the path of a HellaSwag file (JSON Lines) instead of the name"
     try:
         import pyarrow.parquet as parquet  # type: ignore[import-not-found,import-untyped,unused-ignore]
-        from huggingface_hub import hf_hub_download
     except ImportError as error:
-        raise UserError(
-            f"{source.repo} needs the package {error.name}: pip install 'bardling[datasets]', {otherwise}"
-        ) from None
+        raise UserError(f"{source.repo} needs the package {error.name}: {EXTRA}, {otherwise}") from None
     try:
-        path = Path(hf_hub_download(source.repo, source.path, repo_type="dataset", revision=source.revision, endpoint=endpoint))
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    except Exception as error:  # the errors of the hub's client and its transport have no common base
-        first = error.__cause__ or error  # the hub's client wraps the original error in advice
-        reason = " ".join(str(first).split())[:200] or type(first).__name__
-        raise UserError(f"{source.repo}: cannot download ({reason}): check the network and try again, {otherwise}") from error
-    if digest != source.sha256:
+        path = hub_file(source.repo, source.path, source.revision, "dataset")
+    except UserError as error:
+        raise UserError(f"{error}, {otherwise}") from error
+    if (digest := file_sha256(path)) != source.sha256:
         raise UserError(
             f"{path}: is corrupt (its SHA-256 is {digest[:12]}..., not {source.sha256[:12]}...): delete it and try again"
         )

@@ -16,6 +16,7 @@ from bardling.data.batches.order import SequenceOrder
 from bardling.data.batches.packing import document_start
 from bardling.distributed.context import SINGLE, Context
 from bardling.distributed.heartbeat import LONG_PATIENCE
+from bardling.errors import UserError
 from bardling.extensions import EXPORT_FORMATS
 from bardling.files.atomic import remove_partial_files, write_atomically
 from bardling.monitor import RunInfo
@@ -67,6 +68,9 @@ class Session:
         self.recipe, self.settings = run.recipe, run.settings
         self.context, self.folder = facts.context.arranged(run.layout), facts.folder
         config = run.config
+        for name in config.checkpoint.export:
+            if refusal := EXPORT_FORMATS.get("checkpoint.export", name).refusal(config.model):
+                raise UserError(f"checkpoint.export = {name!r}: the model {refusal}")
         self.dataset = facts.dataset(config.data)
         self.start = facts.start(config.model.init)
         self.document_start = document_start(config.data.document_mask, self.dataset, run.tokenizer)
