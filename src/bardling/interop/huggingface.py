@@ -10,7 +10,7 @@ are checked strictly, tensor sizes are compared with them before memory is alloc
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,7 +34,6 @@ from bardling.interop.families import (
     tensor_parts,
 )
 from bardling.interop.tensor_file import open_tensors
-from bardling.model.gpt import GPT
 from bardling.planning.parameter_shapes import EMBEDDING, HEAD, parameter_shapes
 
 _PREFIXES = {"gpt2": "transformer.", "llama": "model.", "qwen3": "model.", BARDLING: ""}
@@ -43,7 +42,7 @@ _BUFFER = re.compile(  # causal masks and rotary frequencies in old files
     r"transformer\.h\.\d+\.attn\.(bias|masked_bias)|model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
 )
 _LAYER = re.compile(r"(?:transformer\.h|model\.layers)\.(\d+)\.")
-_ACTIVATIONS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "erf"}
+_ACTIVATIONS: dict[str, Literal["tanh", "erf"]] = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "erf"}
 _DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 _FIXED: dict[str, tuple[object, ...]] = {  # settings not implemented here, and their only supported values
     "layer_norm_epsilon": (1e-5,),
@@ -101,13 +100,13 @@ def model_config_from_hf(values: Mapping[str, Any], source: str = "config.json")
         raise UserError(f"{source}: model_type = {kind!r}: only 'gpt2', 'llama', 'qwen3' and 'bardling' are supported")
     check_fixed(values, _FIXED, source)
     n_embd = positive_int(values, "n_embd", 768, source)
-    if values.get("n_inner") not in (None, 4 * n_embd):
-        found = values["n_inner"]
-        raise UserError(f"{source}: n_inner = {found!r} is not supported; it must be null or 4 * n_embd = {4 * n_embd}")
+    if (inner := values.get("n_inner")) not in (None, 4 * n_embd):
+        raise UserError(f"{source}: n_inner = {inner!r} is not supported; it must be null or 4 * n_embd = {4 * n_embd}")
     activation = values.get("activation_function", "gelu_new")
     if not isinstance(activation, str) or activation not in _ACTIVATIONS:
-        choices = ", ".join(_ACTIVATIONS)
-        raise UserError(f"{source}: activation_function = {activation!r} is not supported; choose from {choices}")
+        raise UserError(
+            f"{source}: activation_function = {activation!r} is not supported; choose from {', '.join(_ACTIVATIONS)}"
+        )
     ours = bardling_section(values, source)
     return ModelConfig(
         n_layer=positive_int(values, "n_layer", 12, source),
@@ -117,7 +116,7 @@ def model_config_from_hf(values: Mapping[str, Any], source: str = "config.json")
         vocab_size=positive_int(values, "vocab_size", GPT2_VOCAB_SIZE, source),
         dropout=_dropout(values, ours, source),
         bias=ours.get("bias", True),
-        gelu="tanh" if _ACTIVATIONS[activation] == "tanh" else "erf",
+        gelu=_ACTIVATIONS[activation],
         # No tensor in the file confirms the padding, so it is limited.
         vocab_multiple=positive_int(ours, "vocab_multiple", ModelConfig.vocab_multiple, source, limit=4096),
     )
@@ -196,9 +195,9 @@ def check_hf_shapes(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig, 
     if len(layers) != config.n_layer:
         raise UserError(f"{source}: has {len(layers)} layers, but the configuration says n_layer = {config.n_layer}")
     expected, parts = hf_shapes(config), tensor_parts(config)
-    for part in (part for group in parts.values() for part in group):
-        if part.name not in shapes:
-            raise UserError(f"{source}: {part.name} is missing: the file is incomplete or of another architecture")
+    for name in (part.name for group in parts.values() for part in group):
+        if name not in shapes:
+            raise UserError(f"{source}: {name} is missing: the file is incomplete or of another architecture")
     (embedding,) = parts[EMBEDDING]
     for name, shape in shapes.items():
         if _BUFFER.fullmatch(name):
@@ -215,9 +214,10 @@ def _full_name(name: str, config: ModelConfig) -> str:
     return name if name.startswith((prefix, "lm_head.")) else prefix + name
 
 
-def load_hf_folder(folder: str | Path) -> GPT:
-    """Load a model from `config.json` and `model.safetensors` (or its shards and their index), float32 on the CPU."""
-    folder = Path(folder)
+def read_hf_folder(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Read `config.json` and `model.safetensors` (or its shards and their index): the architecture and our state dict, float32
+    on the CPU.
+    """
     path = folder / "config.json"
     config = model_config_from_hf(read_json_object(path, limit=_MAX_INDEX_BYTES), str(path))
     files = _weight_files(folder)
@@ -225,10 +225,7 @@ def load_hf_folder(folder: str | Path) -> GPT:
     check_hf_shapes(shapes, config, str(folder))
     state = _read_each(files, _float_copy)
     refuse_nonfinite(state, folder)
-    with torch.device("meta"):
-        model = GPT(config, seed=None)
-    model.load_state_dict(from_hf_state(state, config, str(folder)), assign=True)
-    return model
+    return config, from_hf_state(state, config, str(folder))
 
 
 def refuse_nonfinite(state: Mapping[str, Tensor], where: str | Path) -> None:
@@ -244,10 +241,9 @@ def _weight_files(folder: Path) -> dict[Path, list[str] | None]:
     if single.is_file():
         return {single: None}
     if not index.is_file():
-        pickled = sorted(path.name for path in folder.glob("*.bin"))
-        if pickled:
+        if pickled := sorted(folder.glob("*.bin")):
             raise UserError(
-                f"{folder / pickled[0]}: pickled weights can execute code and are refused: "
+                f"{pickled[0]}: pickled weights can execute code and are refused: "
                 "save the model again with save_pretrained(..., safe_serialization=True)"
             )
         raise UserError(f"{folder}: has no model.safetensors")
@@ -268,10 +264,9 @@ def _read_each(files: Mapping[Path, list[str] | None], read: Callable[[Path, Any
     for path, names in files.items():
         with open_tensors(path) as file:
             known = set(file.keys())
-            missing = [name for name in names or () if name not in known]
-            if missing:
+            if missing := [name for name in names or () if name not in known]:
                 raise UserError(f"{path}: {missing[0]} is missing: the file does not match its index")
-            result |= {name: read(path, file, name) for name in (sorted(known) if names is None else names)}
+            result |= {name: read(path, file, name) for name in names or sorted(known)}
     return result
 
 
