@@ -53,8 +53,7 @@ def read_manifest(folder: Path) -> Manifest:
     """Read a folder's manifest; raises a `ValueError` if it is missing or malformed, an `OSError` if the disk fails."""
     path = folder / MANIFEST_NAME
     try:
-        size = _regular_file_size(path)
-        if size > _MAX_BYTES:
+        if (size := _regular_file_size(path)) > _MAX_BYTES:
             raise ValueError(f"{MANIFEST_NAME} is too large ({size:,} bytes)")
         data = parse_json_object(path.read_bytes(), MANIFEST_NAME)
     except FileNotFoundError:

@@ -70,10 +70,8 @@ def read_checkpoint(folder: Path, *, optimizer: bool = True) -> Checkpoint:
     meta = training.pop("optimizer", {})
     if not isinstance(meta, dict):
         raise UserError(f"{folder / 'training.json'}: optimizer = {meta!r} must be an object")
-    optimizer_tensors, rng = (
-        read_tensors(folder / f"{name}.safetensors") if optimizer else {} for name in ("optimizer", "rng")
-    )
-    return Checkpoint(model_config, model_state, optimizer_tensors, meta, training, rng)
+    tensors = [read_tensors(folder / f"{name}.safetensors") if optimizer else {} for name in ("optimizer", "rng")]
+    return Checkpoint(model_config, model_state, tensors[0], meta, training, tensors[1])
 
 
 def read_model(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:

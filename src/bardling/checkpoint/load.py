@@ -124,7 +124,7 @@ def find_checkpoint(path: Path, *, best: bool = False) -> Path:
 def load_tokenizer_of(spec: Path | str) -> Tokenizer:
     """Load the tokenizer of a run, a checkpoint or a model folder."""
     folder = fetch_model(str(spec)) if is_hub_name(str(spec)) else Path(spec)
-    if not (folder / "tokenizer.json").is_file() and not (folder / "ckpt.pt").is_file() and folder.is_dir():
+    if folder.is_dir() and not any((folder / name).is_file() for name in ("tokenizer.json", "ckpt.pt")):
         folder = find_checkpoint(folder)
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"{folder}: has no tokenizer.json: copy the model's tokenizer there")
@@ -133,10 +133,8 @@ def load_tokenizer_of(spec: Path | str) -> Tokenizer:
 
 def run_of(path: Path) -> RunFolder | None:
     """The run at `path`, or the run that the checkpoint `path` belongs to."""
-    for folder in (path, path.absolute().parent.parent):
-        if (folder / "config.toml").is_file():
-            return RunFolder(folder)
-    return None
+    runs = map(RunFolder, (path, path.absolute().parent.parent))
+    return next((run for run in runs if run.config_file.is_file()), None)
 
 
 def latest_checkpoint(folder: RunFolder, context: Context) -> Checkpoint | None:

@@ -79,11 +79,7 @@ class Saver:
             self._job = self._writer.submit(self._memory.prepare, _tensors(state.saved()))
 
     def save(self, state: Savable, *, last: bool = False) -> None:
-        """Begin to save `state`, which may change once this returns.
-
-        Args:
-            last: nothing will change the state any more: save it now, without a copy.
-        """
+        """Begin to save `state`, which may change once this returns; after the `last` step, save it now, without a copy."""
         if not self._context.is_primary:
             return
         self._context.activity(f"saving step {state.step}", LONG_PATIENCE)  # may wait for the previous checkpoint to be written
@@ -124,19 +120,19 @@ class Saver:
 
     def finish(self, state: Savable) -> None:
         """Wait for the last save, and try a failed one once more; raises a `UserError` in all processes if that fails too."""
-        message = None
-        if self._context.is_primary:
+
+        def finish() -> None:
             self._context.activity(f"saving step {state.step}", LONG_PATIENCE)
             self.wait()
             if self._training is None:
                 self.save(state, last=True)
             if self._training is None:
-                message = (
+                raise UserError(
                     f"the state at step {state.step} could not be saved ({self._reason}); once that is fixed, continue from "
                     f"the latest checkpoint with: bardling resume {self._run}"
                 )
-        if (message := self._context.broadcast(message)) is not None:
-            raise UserError(message)
+
+        self._context.on_primary(finish)
 
     def _write(self, saved: Checkpoint, tensors: Mapping[str, Tensor], rng: dict[str, Tensor]) -> None:
         """What the writer's thread does; it touches nothing that training changes."""

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from bardling.checkpoint.checksums import MANIFEST_NAME, build_manifest, find_problems, read_manifest
 from bardling.errors import UserError
-from bardling.files.atomic import other_process_alive, sync_folder
+from bardling.files.atomic import os_error_as_user_error, other_process_alive, sync_folder
 from bardling.monitor.format import size_bytes
 
 _STEP = re.compile(r"(?:\.old-)?step-(\d{6,18})")
@@ -44,12 +44,9 @@ class CheckpointStore:
 
     def steps(self) -> list[int]:
         """Steps of all checkpoints in ascending order, including damaged ones."""
-        try:
+        names: list[str] = []
+        with os_error_as_user_error(self.folder, "read"), contextlib.suppress(FileNotFoundError):
             names = [entry.name for entry in self.folder.iterdir() if entry.is_dir() and not entry.is_symlink()]
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise UserError(f"{self.folder}: cannot be read ({_reason(error)})") from None
         return sorted({int(match[1]) for match in map(_STEP.fullmatch, names) if match})
 
     def path(self, step: int) -> Path:
@@ -95,8 +92,7 @@ class CheckpointStore:
             write: writes the files into the empty folder it receives.
             best: the validation loss at this step is the lowest so far.
         """
-        path, old = self._visible(step), self._old(step)
-        temporary = self._temporary(step)
+        path, old, temporary = self._visible(step), self._old(step), self._temporary(step)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.tidy()
@@ -122,15 +118,12 @@ class CheckpointStore:
         return path
 
     def _seal(self, folder: Path, step: int, best: bool) -> None:
-        """Sync a folder's files to disk and add the manifest."""
+        """Add the manifest to a folder, and sync its files to disk."""
         manifest = build_manifest(folder, step, best)
-        for name in manifest.files:
+        (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
+        for name in [*manifest.files, MANIFEST_NAME]:
             with (folder / name).open("rb") as file:
                 os.fsync(file.fileno())
-        with (folder / MANIFEST_NAME).open("w", encoding="utf-8") as text:
-            text.write(manifest.to_json())
-            text.flush()
-            os.fsync(text.fileno())
         for root, _, _ in os.walk(folder, topdown=False):
             sync_folder(Path(root))
 
@@ -195,7 +188,6 @@ class CheckpointStore:
             return False
 
     def _save_error(self, error: OSError) -> str:
-        """A one-line message for a checkpoint that could not be saved."""
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             path = error.filename or self.folder
             return f"{path}: cannot write the checkpoint ({_reason(error)}); older checkpoints are unchanged"

@@ -67,15 +67,10 @@ HUB_TASKS = {
 
 
 def check_task(task: str) -> None:
-    """Check, without reading or downloading, that `task` can be a task.
-
-    Raises:
-        UserError: it is neither a known name nor a file.
-    """
-    if task in HUB_TASKS or Path(task).is_file():
-        return
-    hint = closest(task, list(HUB_TASKS))
-    raise UserError(f"task {task!r}{hint}: is neither {', '.join(HUB_TASKS)} nor a JSON Lines file in HellaSwag's format")
+    """Raise a `UserError`, without reading or downloading, if `task` is neither a known name nor a file."""
+    if task not in HUB_TASKS and not Path(task).is_file():
+        hint = closest(task, list(HUB_TASKS))
+        raise UserError(f"task {task!r}{hint}: is neither {', '.join(HUB_TASKS)} nor a JSON Lines file in HellaSwag's format")
 
 
 def task_name(task: str) -> str:
@@ -84,10 +79,8 @@ def task_name(task: str) -> str:
 
 
 def load_items(task: str) -> tuple[ChoiceItem, ...]:
-    """All items of 'hellaswag' (downloaded once, then read from the hub client's cache) or of a file, in the order of the file.
-
-    Raises:
-        UserError: the task is unknown, cannot be downloaded, or has an invalid line; the message names line and field.
+    """All items of 'hellaswag' (downloaded once, then read from the hub client's cache) or of a file, in the order of the file;
+    a `UserError` about an invalid line names line and field.
     """
     check_task(task)
     return read_hub_items(HUB_TASKS[task]) if task in HUB_TASKS else read_items(Path(task))
@@ -115,8 +108,7 @@ def _lines(file: IO[bytes] | gzip.GzipFile, path: Path) -> Iterator[tuple[str, A
         if total > _MAX_BYTES:
             raise UserError(f"{place}: the file exceeds the limit of {_MAX_BYTES >> 30} GiB")
         try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-            if text:
+            if text := line.decode("utf-8-sig" if number == 1 else "utf-8").strip():
                 yield place, json.loads(text)
         except UnicodeDecodeError:
             raise UserError(f"{place}: is not UTF-8: is this a JSON Lines file?") from None
@@ -144,8 +136,9 @@ def _item(row: Any, place: str) -> ChoiceItem:
             raise UserError(f"{place}: endings[{index}] = {_short(ending)}: must be a non-empty string")
     label = _label(row.get("label"), len(endings), place)
     name = row.get("ind")
-    named = isinstance(name, str | int) and not isinstance(name, bool) and len(str(name)) <= 100
-    return ChoiceItem(_context(row, place), tuple(endings), label, str(name) if named else place.rpartition(", ")[2])
+    if not isinstance(name, str | int) or isinstance(name, bool) or len(str(name)) > 100:
+        name = place.rpartition(", ")[2]
+    return ChoiceItem(_context(row, place), tuple(endings), label, str(name))
 
 
 def _label(value: Any, count: int, place: str) -> int:
@@ -158,21 +151,14 @@ def _label(value: Any, count: int, place: str) -> int:
     return label
 
 
-def _text(row: dict[str, Any], field: str, place: str) -> str:
-    value = row.get(field)
-    if not isinstance(value, str):
-        raise UserError(f"{place}: {field} = {_short(value)}: must be a string")
-    return value
-
-
 def _context(row: dict[str, Any], place: str) -> str:
-    if "ctx" in row or "ctx_a" not in row:
-        field, context = "ctx", _text(row, "ctx", place)
-    else:
-        parts = _text(row, "ctx_a", place), _text(row, "ctx_b", place)
-        field, context = "ctx_a", " ".join(part for part in parts if part)
+    fields = ["ctx"] if "ctx" in row or "ctx_a" not in row else ["ctx_a", "ctx_b"]
+    for field in fields:
+        if not isinstance(row.get(field), str):
+            raise UserError(f"{place}: {field} = {_short(row.get(field))}: must be a string")
+    context = " ".join(row[field] for field in fields if row[field])
     if not context.strip():
-        raise UserError(f"{place}: {field} is empty: an ending needs something to follow")
+        raise UserError(f"{place}: {fields[0]} is empty: an ending needs something to follow")
     return context
 
 
@@ -183,11 +169,7 @@ def _short(value: Any) -> str:
 
 
 def read_hub_items(source: HubFile) -> tuple[ChoiceItem, ...]:
-    """Download and read the items of a parquet file on the hub; environment variables apply as in `data/text/hub.py`.
-
-    Raises:
-        UserError: a package is missing, the download failed, or the file differs from the pinned one.
-    """
+    """Download and read the items of a parquet file on the hub, which must be the pinned one."""
     otherwise = "or give the path of a HellaSwag file (JSON Lines) instead of the name"
     try:
         import pyarrow.parquet as parquet  # type: ignore[import-not-found,import-untyped,unused-ignore]

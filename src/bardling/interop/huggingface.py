@@ -1,10 +1,10 @@
 """The Hugging Face format: `config.json` and `model.safetensors`, as `transformers` reads and writes them.
 
 This module has GPT-2 (the names are ours, the vocabulary is not padded, and there are always biases), the conversion of tensors
-and the reading of folders; `interop/families.py` has the other families and the layouts. Conversion is exact: a round trip
-returns the same bits. Settings that transformers' configuration lacks (no biases, vocabulary padding, a single dropout) are
-stored in `config.json` under the key `bardling`, which transformers preserves and ignores. Files are untrusted: configurations
-are checked strictly, tensor sizes are compared with them before memory is allocated, and pickled weights are refused.
+and the reading of folders; `interop/families.py` has the rest. Conversion is exact. Settings that transformers' configuration
+lacks (no biases, vocabulary padding, a single dropout) are stored in `config.json` under the key `bardling`, which transformers
+preserves and ignores. Files are untrusted: configurations are checked strictly, tensor sizes are compared with them before
+memory is allocated, and pickled weights are refused.
 """
 
 import re
@@ -125,11 +125,11 @@ def model_config_from_hf(values: Mapping[str, Any], source: str = "config.json")
 def _dropout(values: Mapping[str, Any], ours: Mapping[str, Any], source: str) -> float:
     """Our single dropout, or the value that GPT-2's three dropouts share (0.1 if missing)."""
     found = {"bardling.dropout": ours["dropout"]} if "dropout" in ours else {key: values.get(key, 0.1) for key in _DROPOUTS}
-    rates = {key: dropout_rate(key, value, source) for key, value in found.items()}
-    if len(set(rates.values())) > 1:
+    rates = {dropout_rate(key, value, source) for key, value in found.items()}
+    if len(rates) > 1:
         listed = ", ".join(f"{key} = {value}" for key, value in found.items())
         raise UserError(f"{source}: {listed}: different dropouts are not supported; set all three to the same value")
-    return next(iter(rates.values()))
+    return rates.pop()
 
 
 def hf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -176,21 +176,21 @@ def from_hf_state(state: Mapping[str, Tensor], config: ModelConfig, source: str 
     other difference from `config` is refused. `source` names the tensors in errors.
     """
     named = {_full_name(name, config): tensor for name, tensor in state.items()}
-    check_hf_shapes({name: tuple(tensor.shape) for name, tensor in named.items()}, config, source)
+    _check_shapes({name: tuple(tensor.shape) for name, tensor in named.items()}, config, source)
     parts = tensor_parts(config)
     (embedding,) = parts[EMBEDDING]
     if HEAD in named and HEAD not in parts and not torch.equal(named[HEAD], named[embedding.name]):
         raise UserError(f"{source}: {HEAD} differs from {embedding.name}, but the configuration ties the head")
-    wanted = {part.name for group in parts.values() for part in group}
+    known = {HEAD, *(part.name for group in parts.values() for part in group)}
     for name, tensor in named.items():
-        surplus = name not in wanted and name != HEAD and not _BUFFER.fullmatch(name)
-        if surplus and bool(torch.any(tensor != 0)):
+        if name not in known and not _BUFFER.fullmatch(name) and bool(torch.any(tensor != 0)):
             raise UserError(f"{source}: {name} is not zero, but model.bias = False: use a configuration with biases")
     return {name: _join(named, parts[name], shape[0]) for name, shape in parameter_shapes(config).items()}
 
 
-def check_hf_shapes(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig, source: str) -> None:
-    """Refuse tensor shapes, by full name, that are not those of `config`, before any memory is allocated."""
+def _check_shapes(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig, source: str) -> None:
+    """Refuse tensor shapes that are not those of `config`, before any memory is allocated."""
+    shapes = {_full_name(name, config): shape for name, shape in shapes.items()}
     layers = {int(match[1]) for match in map(_LAYER.match, shapes) if match}
     if len(layers) != config.n_layer:
         raise UserError(f"{source}: has {len(layers)} layers, but the configuration says n_layer = {config.n_layer}")
@@ -221,8 +221,7 @@ def read_hf_folder(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     path = folder / "config.json"
     config = model_config_from_hf(read_json_object(path, limit=_MAX_INDEX_BYTES), str(path))
     files = _weight_files(folder)
-    shapes = {_full_name(name, config): shape for name, shape in _read_each(files, _shape).items()}
-    check_hf_shapes(shapes, config, str(folder))
+    _check_shapes(_read_each(files, _shape), config, str(folder))
     state = _read_each(files, _float_copy)
     refuse_nonfinite(state, folder)
     return config, from_hf_state(state, config, str(folder))

@@ -132,7 +132,7 @@ def _adamw_state(path: Path, state: object, config: ModelConfig) -> dict[str, Te
         return None
     shapes = unpadded_shapes(config)
     decayed, others = optimizer_order(shapes)
-    entries = [numbered.get(number) for number in range(len(shapes))]
+    entries: list[Any] = [numbered.get(number) for number in range(len(shapes))]
     found = [getattr(entry.get("exp_avg"), "shape", None) if isinstance(entry, Mapping) else None for entry in entries]
     for names in (decayed + others, sorted(decayed) + sorted(others)):
         if found == [shapes[name] for name in names]:

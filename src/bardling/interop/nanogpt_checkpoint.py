@@ -40,9 +40,8 @@ def read_nanogpt_checkpoint(path: Path) -> ImportedCheckpoint:
     content = read_content(path, "nanoGPT", ("model", "model_args"))
     args = string_keyed(path, content["model_args"], "model_args")
     # Old files have neither key; these models always have biases.
-    bias = args.get("bias", True)
     dropout = number_at(path, args, "dropout") if "dropout" in args else 0.0
-    if not isinstance(bias, bool):
+    if not isinstance(bias := args.get("bias", True), bool):
         raise UserError(f"{path}: its 'bias' is not a bool")
     config = model_config_from_sizes(path, args, bias=bias, dropout=dropout, gelu="erf")
     settings = plain_values(string_keyed(path, content.get("config", {}), "config"))
@@ -68,8 +67,7 @@ def write_nanogpt_checkpoint(
         optimizer: AdamW's tensors by name, as `optimizer_tensors` returns them. If they are those of another optimizer, the
             state is left empty and nanoGPT starts AdamW from scratch.
         best_val_loss: nats per token; None before the first validation.
-        out: the folder that nanoGPT would use as out_dir.
-        dataset: the folder below nanoGPT's `data/` where its sample.py looks for meta.pkl.
+        out, dataset: as for `nanogpt_settings`.
     """
     model, notes = config.model, []
     if model.gelu != "erf":
