@@ -16,8 +16,7 @@ def check_space(checkpoints: Path, size: int, config: CheckpointConfig, *, steps
         size: of one checkpoint (bytes).
         steps: remaining ones, `best_steps` of which validate and so may save a checkpoint.
 
-    Returns:
-        A warning if checkpoints can be saved but not all kept; None if everything fits or the free space is unknown.
+    Returns a warning if checkpoints can be saved but not all kept; None if everything fits or the free space is unknown.
     """
     existing = [sum(file.lstat().st_size for file in folder.rglob("*")) for folder in checkpoints.glob("step-*")]
     folder = next(path for path in (checkpoints, *checkpoints.parents) if path.exists())

@@ -54,11 +54,8 @@ def export_hf(spec: str, out: Path, *, best: bool = False, dataset: str = "") ->
 def export_nanogpt(spec: str, out: Path, *, best: bool = False, dataset: str = "bardling") -> list[str]:
     """Write the model `spec` and its optimizer state as `out/ckpt.pt`, and `meta.pkl` beside it for a character vocabulary.
 
-    Args:
-        dataset: the folder below nanoGPT's `data/` where its programs look for data and `meta.pkl`.
-
-    Returns:
-        What nanoGPT does differently or needs besides, one sentence each.
+    `dataset` is the folder below nanoGPT's `data/` where its programs look for data and `meta.pkl`. Returns what nanoGPT does
+    differently or needs besides, one sentence each.
     """
     loaded = _load(spec, out, NANOGPT, best=best, training=True)
     run = run_of(Path(spec))

@@ -60,12 +60,10 @@ class Loaded:
 
 
 def load(spec: str | Path, *, best: bool = False, training: bool = False) -> Loaded:
-    """Open a model; raises a `UserError` if there is no such model, or it is damaged or unsafe.
+    """Open a model: a run, a checkpoint, a folder or file of another trainer, or a name on the hub.
 
-    Args:
-        spec: a run, a checkpoint, a folder or file of another trainer, or a name on the hub.
-        best: of a run, the checkpoint with the best validation loss instead of the latest.
-        training: also read the optimizer state, if there is one.
+    `best`: of a run, the checkpoint with the best validation loss instead of the latest. `training`: also read the optimizer
+    state, if there is one. Raises a `UserError` if there is no such model, or it is damaged or unsafe.
     """
     path, from_hub = Path(spec), is_hub_name(str(spec))
     if path.is_file():

@@ -87,9 +87,8 @@ def create_run(
 ) -> RunFolder:
     """Create the folder of a new run, which must not contain a run. What a killed start left there is removed.
 
-    Args:
-        share_folder: the folder may hold other files, such as the checkpoint of another trainer that the run continues.
-        write_files: writes the run's other files. The configuration is written last: it makes the folder a run.
+    With `share_folder`, it may hold other files, such as the checkpoint of another trainer that the run continues.
+    `write_files` writes the run's other files. The configuration is written last: it makes the folder a run.
     """
     run = RunFolder(path)
     refuse_existing(path)

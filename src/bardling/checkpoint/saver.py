@@ -41,8 +41,7 @@ class Saver:
     """Saves a run's checkpoints. In all processes but the primary one it only takes part in `finish`.
 
     Args:
-        tokenizer: the run's; all checkpoints contain it.
-        run_config: the resolved configuration, which all checkpoints contain.
+        tokenizer, run_config: the run's; all checkpoints contain them.
         note: prints a line for the user.
         flush: makes the metrics logged so far durable.
     """

@@ -86,11 +86,8 @@ class CheckpointStore:
     def save(self, step: int, write: Callable[[Path], None], *, best: bool = False) -> Path:
         """Save a checkpoint, replacing one of the same step, then delete those that are no longer kept.
 
-        If the disk is full or the folder cannot be written, a `UserError` says so, and all older checkpoints are unchanged.
-
-        Args:
-            write: writes the files into the empty folder it receives.
-            best: the validation loss at this step is the lowest so far.
+        `write` writes the files into the empty folder it receives; `best`: the validation loss is the lowest so far. If the
+        disk is full or the folder cannot be written, a `UserError` says so, and all older checkpoints are unchanged.
         """
         path, old, temporary = self._visible(step), self._old(step), self._temporary(step)
         try:
@@ -145,11 +142,8 @@ class CheckpointStore:
                 self._delete(self.path(step), step)
 
     def tidy(self, *, exclusive: bool = False) -> None:
-        """Remove what killed processes left behind, and finish their replacements.
-
-        Args:
-            exclusive: no other process saves here, so temporary folders whose process seems to be alive are removed too:
-                process ids repeat in containers.
+        """Remove what killed processes left behind, and finish their replacements. If no other process saves here
+        (`exclusive`), temporary folders whose process seems to be alive are removed too: process ids repeat in containers.
         """
         for entry in self.folder.glob(".tmp-*"):
             match = _TEMPORARY.fullmatch(entry.name)

@@ -48,19 +48,17 @@ _ALLOWED_SYNTAX = (
 
 
 def read_py_config(path: Path, allowed: Mapping[str, Kind], known: Mapping[str, object] | None = None) -> dict[str, object]:
-    """Read the settings that the nanoGPT-style configuration at `path` (UTF-8) assigns, each with its type in `allowed`.
-
-    Args:
-        allowed: the type of every key that may be set. Integers are accepted for floats, and integral floats for integers.
-        known: further values that the file may refer to (defaults, and what earlier files set).
+    """Read the settings that the nanoGPT-style configuration at `path` (UTF-8) assigns. `allowed` has the type of every key
+    that may be set (integers are accepted for floats, and integral floats for integers), `known` further values that the file
+    may refer to (defaults, and what earlier files set).
     """
     text = read_small_text(path, limit=_MAX_FILE_BYTES).removeprefix("\ufeff")
     reader = _Reader(allowed, dict(known or {}))
     try:
         reader.run(text)
     except ValueError as error:
-        shown = text.split("\n")[reader.line - 1 : reader.line]
-        raise UserError(f"{path}:{reader.line}: {_printable(''.join(shown).strip())}: {error}") from None
+        shown = "".join(text.split("\n")[reader.line - 1 : reader.line])
+        raise UserError(f"{path}:{reader.line}: {_printable(shown.strip())}: {error}") from None
     return reader.settings
 
 
