@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 from bardling.checkpoint.run_folder import RunFolder
-from bardling.checkpoint.saver import RunIdentity, Saver
+from bardling.checkpoint.saver import Saver
 from bardling.cli.parse import parse
 from bardling.config import CheckpointConfig, ModelConfig, OptimConfig, RunConfig
 from bardling.config.recipes import config_to_dict
@@ -68,7 +68,8 @@ def main(argv: Sequence[str]) -> None:
     name = "tiny" if options.tiny else "gpt2-124m"
     device = choose_device(options.device, 0)
     state = build_state(SIZES[name], device)
-    size = sum(tensor.numel() * tensor.element_size() for tensor in state.saved().tensors().values())
+    saved = state.saved()
+    size = sum(tensor.nbytes for tensor in [*saved.model_state.values(), *saved.optimizer_tensors.values()])
     room = Path(tempfile.mkdtemp(prefix="checkpoint-stall-", dir=options.folder))
     try:
         if shutil.disk_usage(room).free < 5 * size:
@@ -107,13 +108,14 @@ def measure(
     """Save in pairs; returns the rows, notes, and the median ratio of stall to synchronous save."""
     kinds = ("synchronous", "asynchronous")
     runs = {kind: RunFolder(room / kind) for kind in kinds}
-    identity = RunIdentity(model, None, config_to_dict(dataclasses.replace(RunConfig(), model=model)))
+    run_config = config_to_dict(dataclasses.replace(RunConfig(), model=model))
     savers = {
         kind: Saver(
             runs[kind],
             CheckpointConfig(keep_last=1, asynchronous=kind == "asynchronous"),
-            identity,
             Context(0, 1, device),
+            tokenizer=None,
+            run_config=run_config,
             note=say,
             flush=lambda: None,
         )

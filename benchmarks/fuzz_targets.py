@@ -174,7 +174,7 @@ def make_foreign(folder: Path) -> None:
     config = open_run(run).config()
     write_nanogpt_checkpoint(
         folder / "ckpt.pt", config=config, weights=loaded.state, optimizer=loaded.optimizer_tensors, step=3,
-        best_val_loss=2.5, dataset="plays"
+        best_val_loss=2.5, out=folder, dataset="plays"
     )  # fmt: skip
     assert loaded.tokenizer is not None
     write_meta(folder / "meta.pkl", loaded.tokenizer)

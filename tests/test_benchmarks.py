@@ -244,6 +244,7 @@ def test_time_to_loss(tmp_path: Path, text: Path, recipe: Path) -> None:
         optimizer={},
         step=7,
         best_val_loss=None,
+        out=checkout,
         dataset="shakespeare_char",
     )
     arguments = ["--recipe", str(recipe), "--text", str(text), "--target", "3.2", "--every", "4", "--nanogpt", str(checkout)]

@@ -14,6 +14,7 @@ from bardling.checkpoint.load import load
 from bardling.checkpoint.run_folder import RunFolder
 from bardling.cli.main import main
 from bardling.config import RunConfig
+from bardling.errors import UserError
 from bardling.files.safe_pickle import load_plain_pickle
 from bardling.training.run import resume, train
 
@@ -148,9 +149,21 @@ def test_exports_overwrite_nothing(tiny, change, tmp_path, capsys):
         before = {path: path.read_bytes() for path in out.iterdir()}
         assert "already exists" in refused(capsys, "export", run, "--format", kind, "--out", out)
         assert {path: path.read_bytes() for path in out.iterdir()} == before
-    (tmp_path / "nanogpt" / "ckpt.pt").unlink()
-    assert "meta.pkl: already exists" in refused(capsys, "export", run, "--format", "nanogpt", "--out", tmp_path / "nanogpt")
-    assert not (tmp_path / "nanogpt" / "ckpt.pt").exists()
+
+
+def test_a_format_that_cannot_hold_the_model_is_refused_before_training(tiny, change, tmp_path):
+    for name, model, message in (
+        (
+            "nanogpt",
+            {"family": "llama"},
+            "cannot be exported for nanoGPT, which does not support model.norm = rmsnorm",
+        ),
+        ("hf", {"logit_softcap": 15.0}, "cannot be exported for transformers: model.logit_softcap = 15.0"),
+    ):
+        config = change(tiny, model=model, checkpoint={"export": (name,)})
+        with pytest.raises(UserError, match=f"checkpoint.export = '{name}': the model {message}"):
+            train(config, tmp_path / name, quiet=True)
+        assert not (tmp_path / name / "metrics.jsonl").exists()
 
 
 def test_an_export_tells_nothing_of_this_machine(tiny, change, tmp_path):

@@ -16,7 +16,7 @@ import torch
 from bardling.checkpoint import saver as saving
 from bardling.checkpoint import store as storing
 from bardling.checkpoint.run_folder import RunFolder
-from bardling.checkpoint.saver import RunIdentity, Saver
+from bardling.checkpoint.saver import Saver
 from bardling.config import CheckpointConfig, TrainConfig
 from bardling.config.recipes import config_to_dict, config_to_toml
 from bardling.distributed.context import SINGLE
@@ -65,8 +65,8 @@ def started(tiny, change, tmp_path):
 
         def saver(self, flush=lambda: None, **checkpoint):
             saved = dataclasses.replace(config.checkpoint, **checkpoint)
-            identity = RunIdentity(config.model, None, config_to_dict(config))
-            return Saver(RunFolder(self.run), saved, identity, SINGLE, note=self.told.append, flush=flush)
+            facts = {"tokenizer": None, "run_config": config_to_dict(config)}
+            return Saver(RunFolder(self.run), saved, SINGLE, **facts, note=self.told.append, flush=flush)
 
     started = Started()
     started.told = []  # what was said

@@ -207,6 +207,7 @@ def hub(tmp_path, monkeypatch):
     server.address = f"http://127.0.0.1:{server.server_address[1]}"
     server.file = HubFile("some/quiz", REVISION, "data/validation.parquet", hashlib.sha256(server.content).hexdigest())
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_ENDPOINT", server.address)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -214,31 +215,31 @@ def hub(tmp_path, monkeypatch):
 
 
 def test_items_come_from_the_hub_once(hub):
-    items = read_hub_items(hub.file, endpoint=hub.address)
+    items = read_hub_items(hub.file)
     assert [(item.id, item.label, len(item.endings)) for item in items] == [("24", 1, 2), ("25", 0, 2)]
     assert hub.paths[0] == f"/datasets/some/quiz/resolve/{REVISION}/data/validation.parquet"
     hub.shutdown()
     hub.server_close()
-    assert read_hub_items(hub.file, endpoint=hub.address) == items, "the second time it is there already"
+    assert read_hub_items(hub.file) == items, "the second time it is there already"
 
 
 def test_another_file_than_the_pinned_one_is_refused(hub):
     hub.content += b"more"
     with pytest.raises(UserError, match=r"is corrupt \(its SHA-256 is"):
-        read_hub_items(hub.file, endpoint=hub.address)
+        read_hub_items(hub.file)
 
 
 def test_a_download_that_fails_says_what_to_do(hub):
     hub.status = 404
-    with pytest.raises(UserError, match=r"cannot download \(.*404.*or give the path of a HellaSwag file") as caught:
-        read_hub_items(hub.file, endpoint=hub.address)
+    with pytest.raises(UserError, match=r"cannot be downloaded .*404.*or give the path of a HellaSwag file") as caught:
+        read_hub_items(hub.file)
     assert "\n" not in str(caught.value)
 
 
 def test_a_download_that_is_cut_off_gives_no_items(hub):
     hub.cut = 100
-    with pytest.raises(UserError, match="cannot download"):
-        read_hub_items(hub.file, endpoint=hub.address)
+    with pytest.raises(UserError, match="cannot be downloaded"):
+        read_hub_items(hub.file)
 
 
 @pytest.mark.parametrize("package", ["huggingface_hub", "pyarrow.parquet"])

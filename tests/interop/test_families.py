@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from bardling.checkpoint.contents import read_model, write_model
 from bardling.checkpoint.export import export_hf, export_nanogpt
+from bardling.checkpoint.load import Loaded
 from bardling.config import ModelConfig
 from bardling.errors import UserError
 from bardling.interop.huggingface import (
@@ -18,8 +19,8 @@ from bardling.interop.huggingface import (
     hf_config,
     hf_shapes,
     hf_state,
-    load_hf_folder,
     model_config_from_hf,
+    read_hf_folder,
 )
 from bardling.interop.tensor_file import METADATA
 from bardling.model.gpt import GPT
@@ -62,6 +63,10 @@ def perturbed(config: ModelConfig) -> GPT:
 
 def tokens(seed: int = 0) -> torch.Tensor:
     return torch.randint(0, 75, (2, 48), generator=torch.Generator().manual_seed(seed))
+
+
+def load_hf_folder(folder: Path) -> GPT:
+    return Loaded(*read_hf_folder(folder)).build()
 
 
 def write(folder: Path, model: GPT, **config: Any) -> Path:

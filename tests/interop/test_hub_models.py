@@ -28,6 +28,8 @@ class HubHandler(Handler):
         files = self.server.models.get(about[1] if about else file[1] if file else "")
         if files is None:
             return self.answer(b"{}", 401, X_Error_Code="RepoNotFound")
+        if files == "gated":
+            return self.answer(b"{}", 403, X_Error_Code="GatedRepo")
         if about and "/tree/" in path:
             entries = [{"type": "file", "path": name, "size": len(data), "oid": "0" * 40} for name, data in files.items()]
             return self.answer(json.dumps(entries).encode(), Content_Type="application/json")
@@ -81,15 +83,24 @@ def test_a_run_starts_from_weights_on_the_hub_with_a_shorter_context(hub, gpt2, 
 
 
 def test_names_that_the_hub_does_not_have_are_one_line(hub):
-    with pytest.raises(UserError, match="nobody/nothing: the hub has no model") as error:
+    with pytest.raises(
+        UserError, match="no such local folder, and the model nobody/nothing: does not exist on the hub"
+    ) as error:
         load("nobody/nothing")
+    assert "\n" not in str(error.value)
+
+
+def test_a_gated_model_is_not_reported_as_missing(hub):
+    hub.models["some/gated"] = "gated"
+    with pytest.raises(UserError, match=r"model some/gated: is gated: accept its terms at .*set HF_TOKEN") as error:
+        load("some/gated")
     assert "\n" not in str(error.value)
 
 
 def test_without_network_the_error_names_the_remedy(hub, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("time.sleep", lambda _: None)
-    with pytest.raises(UserError, match="gpt2-medium: download failed") as error:
+    with pytest.raises(UserError, match=r"gpt2-medium: .*cannot be downloaded from http://127.0.0.1:9") as error:
         load("gpt2-medium")
     assert "\n" not in str(error.value)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from bardling.checkpoint.load import Loaded
 from bardling.config import ModelConfig
 from bardling.errors import UserError
 from bardling.interop.huggingface import (
@@ -16,8 +17,8 @@ from bardling.interop.huggingface import (
     hf_config,
     hf_shapes,
     hf_state,
-    load_hf_folder,
     model_config_from_hf,
+    read_hf_folder,
 )
 from bardling.interop.tensor_file import METADATA
 from bardling.model.gpt import GPT
@@ -34,6 +35,10 @@ def trained(config: ModelConfig) -> GPT:
     model(tokens, tokens.flip(1)).backward()
     optimizer.step()
     return model.eval()
+
+
+def load_hf_folder(folder: Path) -> GPT:
+    return Loaded(*read_hf_folder(folder)).build()
 
 
 def write(folder: Path, model: GPT, **config: Any) -> Path:

@@ -178,12 +178,14 @@ def test_round_trip_is_equal_to_the_bit(tmp_path: Path, bias: bool) -> None:
     imported = read_nanogpt_checkpoint(saved(tmp_path, content))
     config = replace(run_config_from_nanogpt({**imported.settings, "learning_rate": 1e-3}).config, model=imported.config)
     path = tmp_path / "out" / "ckpt.pt"
+    path.parent.mkdir()
     arguments: dict[str, Any] = {
         "config": config,
         "weights": imported.weights,
         "optimizer": imported.optimizer,
         "step": imported.step,
         "best_val_loss": imported.best_val_loss,
+        "out": path.parent,
         "dataset": "plays",
     }
     assert write_nanogpt_checkpoint(path, **arguments) == []

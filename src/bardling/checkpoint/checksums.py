@@ -53,8 +53,7 @@ def read_manifest(folder: Path) -> Manifest:
     """Read a folder's manifest; raises a `ValueError` if it is missing or malformed, an `OSError` if the disk fails."""
     path = folder / MANIFEST_NAME
     try:
-        size = _regular_file_size(path)
-        if size > _MAX_BYTES:
+        if (size := _regular_file_size(path)) > _MAX_BYTES:
             raise ValueError(f"{MANIFEST_NAME} is too large ({size:,} bytes)")
         data = parse_json_object(path.read_bytes(), MANIFEST_NAME)
     except FileNotFoundError:
@@ -70,11 +69,8 @@ def read_manifest(folder: Path) -> Manifest:
 def find_problems(
     folder: Path, manifest: Manifest, *, checksums: bool, progress: Callable[[int], None] | None = None
 ) -> list[str]:
-    """Compare a folder with its manifest; the list is empty if they agree.
-
-    Args:
-        checksums: also read every file; otherwise only names and sizes are compared.
-        progress: called regularly with the number of bytes read since the last call.
+    """Compare names and sizes, with `checksums` also contents, with the manifest; the list is empty if they agree. `progress`
+    is called regularly with the number of bytes read since the last call.
     """
     present = _list_files(folder)
     problems = []

@@ -15,7 +15,7 @@ limited in size and checked, tensors must have the shapes that the configuration
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +33,14 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The parts of a checkpoint; `optimizer_tensors` and `rng` are empty unless requested."""
+    """The parts of a checkpoint that change during a run, and the model's configuration."""
 
     model_config: ModelConfig
     model_state: dict[str, Tensor]  # GPT.state_dict(): float32, padded
-    optimizer_tensors: dict[str, Tensor]
+    optimizer_tensors: dict[str, Tensor]  # empty unless requested
     optimizer_meta: Mapping[str, Any]
     training: Mapping[str, Any]  # JSON values: step, samples, best_val_loss (inf: never validated), best_step, hooks_done, ...
-    rng: dict[str, Tensor]
-    run_config: Mapping[str, Any]
+    rng: dict[str, Tensor] = field(default_factory=dict)  # empty unless requested
 
 
 def write_model(folder: Path, config: ModelConfig, state: Mapping[str, Tensor], tokenizer: Tokenizer | None) -> None:
@@ -53,7 +52,7 @@ def write_model(folder: Path, config: ModelConfig, state: Mapping[str, Tensor], 
         tokenizer.save(folder)
 
 
-def write_checkpoint(folder: Path, content: Checkpoint, tokenizer: Tokenizer | None) -> None:
+def write_checkpoint(folder: Path, content: Checkpoint, tokenizer: Tokenizer | None, run_config: Mapping[str, Any]) -> None:
     """Write the files of a checkpoint into an existing, empty folder, which `CheckpointStore.save` then makes visible."""
     write_model(folder, content.model_config, content.model_state, tokenizer)
     write_tensors(folder / "optimizer.safetensors", content.optimizer_tensors)
@@ -61,7 +60,7 @@ def write_checkpoint(folder: Path, content: Checkpoint, tokenizer: Tokenizer | N
     best = content.training["best_val_loss"]
     values = {**content.training, "best_val_loss": best if math.isfinite(best) else None}  # JSON has no infinity
     _write_json(folder / "training.json", {"format": _FORMAT, **values, "optimizer": content.optimizer_meta})
-    _write_json(folder / "run_config.json", content.run_config)
+    _write_json(folder / "run_config.json", run_config)
 
 
 def read_checkpoint(folder: Path, *, optimizer: bool = True) -> Checkpoint:
@@ -71,11 +70,8 @@ def read_checkpoint(folder: Path, *, optimizer: bool = True) -> Checkpoint:
     meta = training.pop("optimizer", {})
     if not isinstance(meta, dict):
         raise UserError(f"{folder / 'training.json'}: optimizer = {meta!r} must be an object")
-    optimizer_tensors, rng = (
-        read_tensors(folder / f"{name}.safetensors") if optimizer else {} for name in ("optimizer", "rng")
-    )
-    run_config = read_json_object(folder / "run_config.json")
-    return Checkpoint(model_config, model_state, optimizer_tensors, meta, training, rng, run_config)
+    tensors = [read_tensors(folder / f"{name}.safetensors") if optimizer else {} for name in ("optimizer", "rng")]
+    return Checkpoint(model_config, model_state, tensors[0], meta, training, tensors[1])
 
 
 def read_model(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:

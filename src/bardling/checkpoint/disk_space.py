@@ -14,16 +14,12 @@ def check_space(checkpoints: Path, size: int, config: CheckpointConfig, *, steps
     Args:
         checkpoints: the run's checkpoint folder, which need not exist yet.
         size: of one checkpoint (bytes).
-        steps: remaining steps.
-        best_steps: how many of them validate, each of which may save a checkpoint.
+        steps: remaining ones, `best_steps` of which validate and so may save a checkpoint.
 
-    Returns:
-        A warning if checkpoints can be saved but not all kept; None if everything fits or the free space is unknown.
+    Returns a warning if checkpoints can be saved but not all kept; None if everything fits or the free space is unknown.
     """
     existing = [sum(file.lstat().st_size for file in folder.rglob("*")) for folder in checkpoints.glob("step-*")]
-    folder = checkpoints
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
+    folder = next(path for path in (checkpoints, *checkpoints.parents) if path.exists())
     try:
         usage = shutil.disk_usage(folder)
     except OSError:

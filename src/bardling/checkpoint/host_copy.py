@@ -73,9 +73,8 @@ def _allocate(size: int, *, pinned: bool) -> Tensor:
     """A new uint8 [size] tensor, in huge pages where available: these are faulted in much faster."""
     if hasattr(mmap, "MAP_ANONYMOUS"):
         pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            with contextlib.suppress(OSError):  # not supported by this kernel
-                pages.madvise(mmap.MADV_HUGEPAGE)
+        with contextlib.suppress(AttributeError, OSError):  # not supported by this system or kernel
+            pages.madvise(mmap.MADV_HUGEPAGE)
         block = torch.frombuffer(pages, dtype=torch.uint8)  # keeps `pages` alive
     else:
         block = torch.empty(size, dtype=torch.uint8)

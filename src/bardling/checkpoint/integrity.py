@@ -6,7 +6,6 @@ The files beside the checkpoints change during training and have no checksums.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from bardling.checkpoint.checksums import read_manifest
 from bardling.checkpoint.run_folder import RunFolder
 from bardling.data.tokens.tokenizer import load_tokenizer
 from bardling.errors import UserError
@@ -39,7 +38,7 @@ def check_run(run: RunFolder, progress: Callable[[int, int], None]) -> list[Chec
     results = _check_own_files(run)
     for folder, size in zip(folders, sizes, strict=True):
         problems = store.verify(folder, advance)
-        results.append(CheckResult(folder.name, size, not problems and read_manifest(folder).best, problems))
+        results.append(CheckResult(folder.name, size, not problems and store.is_best(folder), problems))
     return results
 
 

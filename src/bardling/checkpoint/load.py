@@ -19,7 +19,7 @@ from bardling.data.tokens.token_files import gpt2_tokenizer, read_meta
 from bardling.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from bardling.distributed.context import Context
 from bardling.errors import UserError
-from bardling.interop.huggingface import load_hf_folder
+from bardling.interop.huggingface import read_hf_folder
 from bardling.interop.imported import ImportedCheckpoint
 from bardling.interop.nano_gpt import read_nano_gpt_checkpoint
 from bardling.interop.nanogpt_checkpoint import read_nanogpt_checkpoint
@@ -60,26 +60,20 @@ class Loaded:
 
 
 def load(spec: str | Path, *, best: bool = False, training: bool = False) -> Loaded:
-    """Open a model; raises a `UserError` if there is no such model, or it is damaged or unsafe.
+    """Open a model: a run, a checkpoint, a folder or file of another trainer, or a name on the hub.
 
-    Args:
-        spec: a run, a checkpoint, a folder or file of another trainer, or a name on the hub.
-        best: of a run, the checkpoint with the best validation loss instead of the latest.
-        training: also read the optimizer state, if there is one.
+    `best`: of a run, the checkpoint with the best validation loss instead of the latest. `training`: also read the optimizer
+    state, if there is one. Raises a `UserError` if there is no such model, or it is damaged or unsafe.
     """
-    path = Path(spec)
+    path, from_hub = Path(spec), is_hub_name(str(spec))
     if path.is_file():
         return _load_imported(path)
-    if is_hub_name(str(spec)):
-        return _load_hf(fetch_model(str(spec)))
-    if path.is_dir() and not (path / "config.toml").is_file() and (path / "ckpt.pt").is_file():
+    if not from_hub and not (path / "config.toml").is_file() and (path / "ckpt.pt").is_file():
         return _load_imported(path / "ckpt.pt")
-    folder = find_checkpoint(path, best=best)
-    if not (folder / "training.json").is_file():
-        return _load_hf(folder)
-    if not training:
-        config, state = read_model(folder)
-        return Loaded(config, state, _tokenizer(folder))
+    folder = fetch_model(str(spec)) if from_hub else find_checkpoint(path, best=best)
+    if not training or not (folder / "training.json").is_file():
+        read = read_model if (folder / "training.json").is_file() else read_hf_folder
+        return Loaded(*read(folder), _tokenizer(folder))
     found = read_checkpoint(folder)
     tokenizer, step, loss = _tokenizer(folder), found.training["step"], found.training["best_val_loss"]
     return Loaded(found.model_config, found.model_state, tokenizer, found.optimizer_tensors, found.optimizer_meta, step, loss)
@@ -88,11 +82,6 @@ def load(spec: str | Path, *, best: bool = False, training: bool = False) -> Loa
 def load_model(spec: Path | str, *, best: bool = False) -> GPT:
     """Load the model `spec` (see `load`) in host memory and evaluation mode."""
     return load(spec, best=best).build()
-
-
-def _load_hf(folder: Path) -> Loaded:
-    model = load_hf_folder(folder)
-    return Loaded(model.config, model.state_dict(), _tokenizer(folder))
 
 
 def _load_imported(path: Path) -> Loaded:
@@ -133,7 +122,7 @@ def find_checkpoint(path: Path, *, best: bool = False) -> Path:
 def load_tokenizer_of(spec: Path | str) -> Tokenizer:
     """Load the tokenizer of a run, a checkpoint or a model folder."""
     folder = fetch_model(str(spec)) if is_hub_name(str(spec)) else Path(spec)
-    if not (folder / "tokenizer.json").is_file() and not (folder / "ckpt.pt").is_file() and folder.is_dir():
+    if folder.is_dir() and not any((folder / name).is_file() for name in ("tokenizer.json", "ckpt.pt")):
         folder = find_checkpoint(folder)
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"{folder}: has no tokenizer.json: copy the model's tokenizer there")
@@ -142,10 +131,8 @@ def load_tokenizer_of(spec: Path | str) -> Tokenizer:
 
 def run_of(path: Path) -> RunFolder | None:
     """The run at `path`, or the run that the checkpoint `path` belongs to."""
-    for folder in (path, path.absolute().parent.parent):
-        if (folder / "config.toml").is_file():
-            return RunFolder(folder)
-    return None
+    runs = map(RunFolder, (path, path.absolute().parent.parent))
+    return next((run for run in runs if run.config_file.is_file()), None)
 
 
 def latest_checkpoint(folder: RunFolder, context: Context) -> Checkpoint | None:

@@ -31,9 +31,7 @@ def rng_state() -> dict[str, Tensor]:
         "numpy.gauss": torch.tensor([cached], dtype=torch.float64),
         "torch": torch.get_rng_state(),
     }
-    if torch.cuda.is_available():
-        state |= {f"cuda.{index}": torch.cuda.get_rng_state(index) for index in range(torch.cuda.device_count())}
-    return state
+    return state | {f"cuda.{index}": torch.cuda.get_rng_state(index) for index in range(torch.cuda.device_count())}
 
 
 def restore_rng(state: Mapping[str, Tensor]) -> None:
@@ -47,7 +45,7 @@ def restore_rng(state: Mapping[str, Tensor]) -> None:
             ("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, float(state["numpy.gauss"].item()))
         )
         torch.set_rng_state(state["torch"])
-        for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        for index in range(torch.cuda.device_count()):
             if f"cuda.{index}" in state:
                 torch.cuda.set_rng_state(state[f"cuda.{index}"], index)
     except (KeyError, ValueError, TypeError, OverflowError, RuntimeError) as error:

@@ -48,7 +48,6 @@ class RunFolder:
         return CheckpointStore(self.checkpoints, config.keep_last, keep_best=config.keep_best, keep_every=config.keep_every)
 
     def config(self) -> RunConfig:
-        """Read the resolved configuration."""
         return parse_recipe(read_small_text(self.config_file), str(self.config_file))
 
     def write_config(self, recipe: str) -> None:
@@ -56,7 +55,6 @@ class RunFolder:
         write_atomically(self.config_file, recipe.encode())
 
     def dataset_record(self) -> dict[str, Any]:
-        """Read the description of the dataset that the run trains on."""
         return read_json_object(self.dataset_file)
 
     def add_environment(self, facts: dict[str, Any]) -> None:
@@ -89,9 +87,8 @@ def create_run(
 ) -> RunFolder:
     """Create the folder of a new run, which must not contain a run. What a killed start left there is removed.
 
-    Args:
-        share_folder: the folder may hold other files, such as the checkpoint of another trainer that the run continues.
-        write_files: writes the run's other files. The configuration is written last: it makes the folder a run.
+    With `share_folder`, it may hold other files, such as the checkpoint of another trainer that the run continues.
+    `write_files` writes the run's other files. The configuration is written last: it makes the folder a run.
     """
     run = RunFolder(path)
     refuse_existing(path)
@@ -119,13 +116,9 @@ def _is_leftover(entry: Path) -> bool:
 @contextlib.contextmanager
 def run_lock(folder: RunFolder, context: Context) -> Iterator[None]:
     """Hold the run's lock on behalf of all processes of this job; if another job holds it, all raise a `UserError`."""
+    message = f"{folder.path}: another process is training this run: wait for it to finish, or stop it"
     with contextlib.ExitStack() as stack:
-
-        def lock() -> None:
-            message = f"{folder.path}: another process is training this run: wait for it to finish, or stop it"
-            stack.enter_context(locked(folder.lock_file, timeout=LOCK_TIMEOUT, message=message))
-
-        context.on_primary(lock)
+        context.on_primary(lambda: stack.enter_context(locked(folder.lock_file, timeout=LOCK_TIMEOUT, message=message)))
         try:
             yield
         finally:

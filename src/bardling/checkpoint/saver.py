@@ -10,7 +10,7 @@ the last save fails twice does the run end with an error.
 import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -19,7 +19,7 @@ from bardling.checkpoint.contents import Checkpoint, write_checkpoint
 from bardling.checkpoint.host_copy import HostCopy
 from bardling.checkpoint.rng import rng_state
 from bardling.checkpoint.run_folder import RunFolder
-from bardling.config import CheckpointConfig, ModelConfig
+from bardling.config import CheckpointConfig
 from bardling.data.tokens.tokenizer import Tokenizer
 from bardling.distributed.context import Context
 from bardling.distributed.heartbeat import LONG_PATIENCE
@@ -28,45 +28,20 @@ from bardling.errors import UserError
 _OPTIMIZER = "optimizer:"  # prefix of the optimizer's tensors, so that they and the model's can share one dictionary
 
 
-@dataclass(frozen=True)
-class SavedState:
-    """What changes from checkpoint to checkpoint."""
-
-    step: int
-    best: bool  # whether the validation loss is the best so far
-    model: Mapping[str, Tensor]  # by the names of `GPT.state_dict()`
-    optimizer: Mapping[str, Tensor]
-    optimizer_meta: Mapping[str, Any]
-    training: Mapping[str, Any]  # the content of training.json
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All tensors in one dictionary."""
-        return {**self.model, **{_OPTIMIZER + name: tensor for name, tensor in self.optimizer.items()}}
-
-
 class Savable(Protocol):
     """A training state."""
 
     step: int
 
-    def saved(self) -> SavedState:
-        """What a checkpoint of it holds."""
-
-
-@dataclass(frozen=True)
-class RunIdentity:
-    """What all checkpoints of a run have in common."""
-
-    model: ModelConfig
-    tokenizer: Tokenizer | None
-    run_config: Mapping[str, Any]  # the resolved configuration
+    def saved(self) -> Checkpoint:
+        """What a checkpoint of it contains, without random number generators."""
 
 
 class Saver:
     """Saves a run's checkpoints. In all processes but the primary one it only takes part in `finish`.
 
     Args:
-        identity: what all checkpoints contain.
+        tokenizer, run_config: the run's; all checkpoints contain them.
         note: prints a line for the user.
         flush: makes the metrics logged so far durable.
     """
@@ -75,13 +50,15 @@ class Saver:
         self,
         folder: RunFolder,
         config: CheckpointConfig,
-        identity: RunIdentity,
         context: Context,
         *,
+        tokenizer: Tokenizer | None,
+        run_config: Mapping[str, Any],
         note: Callable[[str], None],
         flush: Callable[[], None],
     ) -> None:
-        self._run, self._identity, self._context = folder.path, identity, context
+        self._run, self._context = folder.path, context
+        self._tokenizer, self._run_config = tokenizer, run_config
         self._note, self._flush = note, flush
         self._store = folder.store(config)
         self._writer = ThreadPoolExecutor(1, "checkpoint-writer")  # Python waits for it at exit
@@ -98,14 +75,10 @@ class Saver:
         if self._asynchronous and not self._prepared:
             self._prepared = True
             self.wait()
-            self._job = self._writer.submit(self._memory.prepare, state.saved().tensors())
+            self._job = self._writer.submit(self._memory.prepare, _tensors(state.saved()))
 
     def save(self, state: Savable, *, last: bool = False) -> None:
-        """Begin to save `state`, which may change once this returns.
-
-        Args:
-            last: nothing will change the state any more: save it now, without a copy.
-        """
+        """Begin to save `state`, which may change once this returns; after the `last` step, save it now, without a copy."""
         if not self._context.is_primary:
             return
         self._context.activity(f"saving step {state.step}", LONG_PATIENCE)  # may wait for the previous checkpoint to be written
@@ -119,7 +92,7 @@ class Saver:
         except UserError as error:
             self._failed(error)
             return
-        tensors: Mapping[str, Tensor] = saved.tensors()
+        tensors = _tensors(saved)
         copied = self._asynchronous and not last
         if copied:
             try:
@@ -146,32 +119,34 @@ class Saver:
 
     def finish(self, state: Savable) -> None:
         """Wait for the last save, and try a failed one once more; raises a `UserError` in all processes if that fails too."""
-        message = None
-        if self._context.is_primary:
+
+        def finish() -> None:
             self._context.activity(f"saving step {state.step}", LONG_PATIENCE)
             self.wait()
             if self._training is None:
                 self.save(state, last=True)
             if self._training is None:
-                message = (
+                raise UserError(
                     f"the state at step {state.step} could not be saved ({self._reason}); once that is fixed, continue from "
                     f"the latest checkpoint with: bardling resume {self._run}"
                 )
-        if (message := self._context.broadcast(message)) is not None:
-            raise UserError(message)
 
-    def _write(self, saved: SavedState, tensors: Mapping[str, Tensor], rng: dict[str, Tensor]) -> None:
+        self._context.on_primary(finish)
+
+    def _write(self, saved: Checkpoint, tensors: Mapping[str, Tensor], rng: dict[str, Tensor]) -> None:
         """What the writer's thread does; it touches nothing that training changes."""
-        content = Checkpoint(
-            model_config=self._identity.model,
-            model_state={name: tensors[name] for name in saved.model},
-            optimizer_tensors={name: tensors[_OPTIMIZER + name] for name in saved.optimizer},
-            optimizer_meta=saved.optimizer_meta,
-            training=saved.training,
+        content = replace(
+            saved,
+            model_state={name: tensors[name] for name in saved.model_state},
+            optimizer_tensors={name: tensors[_OPTIMIZER + name] for name in saved.optimizer_tensors},
             rng=rng,
-            run_config=self._identity.run_config,
         )
-        self._store.save(saved.step, lambda place: write_checkpoint(place, content, self._identity.tokenizer), best=saved.best)
+        step, best_step = saved.training["step"], saved.training["best_step"]
+        self._store.save(
+            step,
+            lambda place: write_checkpoint(place, content, self._tokenizer, self._run_config),
+            best=step == best_step,
+        )
 
     def _failed(self, error: BaseException) -> None:
         self._training = None
@@ -185,3 +160,8 @@ class Saver:
     def _warn(self, text: str) -> None:
         self._note(f"WARNING: {text}")
         print(f"bardling: warning: {text}", file=sys.stderr, flush=True)
+
+
+def _tensors(saved: Checkpoint) -> dict[str, Tensor]:
+    """All tensors of the model and the optimizer in one dictionary."""
+    return saved.model_state | {_OPTIMIZER + name: tensor for name, tensor in saved.optimizer_tensors.items()}

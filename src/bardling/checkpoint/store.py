@@ -17,7 +17,7 @@ from pathlib import Path
 
 from bardling.checkpoint.checksums import MANIFEST_NAME, build_manifest, find_problems, read_manifest
 from bardling.errors import UserError
-from bardling.files.atomic import os_reason, other_process_alive, sync_folder
+from bardling.files.atomic import os_error_as_user_error, os_reason, other_process_alive, sync_folder
 from bardling.monitor.format import size_bytes
 
 _STEP = re.compile(r"(?:\.old-)?step-(\d{6,18})")
@@ -44,12 +44,9 @@ class CheckpointStore:
 
     def steps(self) -> list[int]:
         """Steps of all checkpoints in ascending order, including damaged ones."""
-        try:
+        names: list[str] = []
+        with os_error_as_user_error(self.folder, "read"), contextlib.suppress(FileNotFoundError):
             names = [entry.name for entry in self.folder.iterdir() if entry.is_dir() and not entry.is_symlink()]
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise UserError(f"{self.folder}: cannot be read ({os_reason(error)})") from None
         return sorted({int(match[1]) for match in map(_STEP.fullmatch, names) if match})
 
     def path(self, step: int) -> Path:
@@ -82,21 +79,17 @@ class CheckpointStore:
         """The valid checkpoint with the best validation loss, or None."""
         for path in map(self.path, reversed(self.steps())):
             with contextlib.suppress(OSError):  # for a reader, an unreadable checkpoint is as good as damaged
-                if self._is_best(path) and not self.verify(path):
+                if self.is_best(path) and not self.verify(path):
                     return path
         return None
 
     def save(self, step: int, write: Callable[[Path], None], *, best: bool = False) -> Path:
         """Save a checkpoint, replacing one of the same step, then delete those that are no longer kept.
 
-        If the disk is full or the folder cannot be written, a `UserError` says so, and all older checkpoints are unchanged.
-
-        Args:
-            write: writes the files into the empty folder it receives.
-            best: the validation loss at this step is the lowest so far.
+        `write` writes the files into the empty folder it receives; `best`: the validation loss is the lowest so far. If the
+        disk is full or the folder cannot be written, a `UserError` says so, and all older checkpoints are unchanged.
         """
-        path, old = self._visible(step), self._old(step)
-        temporary = self._temporary(step)
+        path, old, temporary = self._visible(step), self._old(step), self._temporary(step)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.tidy()
@@ -122,15 +115,12 @@ class CheckpointStore:
         return path
 
     def _seal(self, folder: Path, step: int, best: bool) -> None:
-        """Sync a folder's files to disk and add the manifest."""
+        """Add the manifest to a folder, and sync its files to disk."""
         manifest = build_manifest(folder, step, best)
-        for name in manifest.files:
+        (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
+        for name in [*manifest.files, MANIFEST_NAME]:
             with (folder / name).open("rb") as file:
                 os.fsync(file.fileno())
-        with (folder / MANIFEST_NAME).open("w", encoding="utf-8") as text:
-            text.write(manifest.to_json())
-            text.flush()
-            os.fsync(text.fileno())
         for root, _, _ in os.walk(folder, topdown=False):
             sync_folder(Path(root))
 
@@ -144,7 +134,7 @@ class CheckpointStore:
             return
         older = [step for step in reversed(self.steps()) if step < saved]
         complete = [step for step in older if not self._check(self.path(step), checksums=False)]
-        best = [step for step in [saved, *complete] if self._is_best(self.path(step))]
+        best = [step for step in [saved, *complete] if self.is_best(self.path(step))]
         keep = {*complete[: self.keep_last - 1], *best[: self.keep_best]}
         keep.update(step for step in complete if self.keep_every and step % self.keep_every == 0)
         for step in older:
@@ -152,11 +142,8 @@ class CheckpointStore:
                 self._delete(self.path(step), step)
 
     def tidy(self, *, exclusive: bool = False) -> None:
-        """Remove what killed processes left behind, and finish their replacements.
-
-        Args:
-            exclusive: no other process saves here, so temporary folders whose process seems to be alive are removed too:
-                process ids repeat in containers.
+        """Remove what killed processes left behind, and finish their replacements. If no other process saves here
+        (`exclusive`), temporary folders whose process seems to be alive are removed too: process ids repeat in containers.
         """
         for entry in self.folder.glob(".tmp-*"):
             match = _TEMPORARY.fullmatch(entry.name)
@@ -187,7 +174,7 @@ class CheckpointStore:
             return [f"it contains step {manifest.step}, unlike its name"]
         return find_problems(path, manifest, checksums=checksums, progress=progress)
 
-    def _is_best(self, path: Path) -> bool:
+    def is_best(self, path: Path) -> bool:
         """Whether the checkpoint was the best when it was saved; the latest such checkpoint is the best of all."""
         try:
             return read_manifest(path).best
@@ -195,7 +182,6 @@ class CheckpointStore:
             return False
 
     def _save_error(self, error: OSError) -> str:
-        """A one-line message for a checkpoint that could not be saved."""
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             path = error.filename or self.folder
             return f"{path}: cannot write the checkpoint ({os_reason(error)}); older checkpoints are unchanged"

@@ -87,10 +87,8 @@ def evaluate_loss(
             if progress is not None:
                 progress(min(first + stride, sequences.n), sequences.n)
     loss_sum, tokens, size_in_bytes = context.sum(totals).tolist()
-    loss = loss_sum / tokens
-    if bytes_per_token is None or not size_in_bytes:
-        return LossResult(loss, None, int(tokens), None)
-    return LossResult(loss, loss_sum / math.log(2) / size_in_bytes, int(tokens), int(size_in_bytes))
+    bits_per_byte = loss_sum / math.log(2) / size_in_bytes if size_in_bytes else None
+    return LossResult(loss_sum / tokens, bits_per_byte, int(tokens), int(size_in_bytes) or None)
 
 
 def _own_batch(sequences: SequenceSet, start: int, batch_size: int) -> Batch:

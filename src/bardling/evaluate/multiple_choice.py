@@ -188,18 +188,16 @@ def _record(batch: Sequence[_Encoded], losses: Tensor, table: Tensor, cuts: Tens
 def _encode_share(
     tokenizer: Tokenizer, items: Sequence[ChoiceItem], block_size: int, task: str, context: Context
 ) -> list[_Encoded]:
-    """This process's items as tokens."""
     # Dealt from longest to shortest, so that all processes have equal work. Measuring characters is accurate enough, and saves
     # each process from encoding the others' items.
     order = sorted(range(len(items)), key=lambda index: -len(items[index].context) - sum(map(len, items[index].endings)))
-    encoded: list[_Encoded] = []
-    error: UserError | None = None
     try:
         encoded = _encode(tokenizer, items, order[context.data_rank :: context.data_size], block_size, task)
-    except UserError as caught:
-        error = caught
-    if context.any(error is not None):  # all stop together; otherwise the others would wait for this process
-        raise error or UserError(f"{task}: another process could not encode its items; see its error message")
+    except UserError:
+        context.any(True)  # all stop together; otherwise the others would wait for this process
+        raise
+    if context.any(False):
+        raise UserError(f"{task}: another process could not encode its items; see its error message")
     return encoded
 
 
@@ -216,9 +214,13 @@ def _encode(
     texts = [text for index in chosen for text in items[index].texts]
     try:
         ids = iter(tokenizer.encode_batch(texts))
-    except UserError as error:
-        culprits = (f"item {items[index].id}" for index in chosen if not _encodable(tokenizer, items[index]))
-        raise UserError(f"{task}, {next(culprits, 'an item')}: {error}") from error
+    except UserError:
+        for index in chosen:
+            try:
+                tokenizer.encode_batch(items[index].texts)
+            except UserError as error:
+                raise UserError(f"{task}, item {items[index].id}: {error}") from error
+        raise
     encoded = []
     for index in chosen:
         start = next(ids)
@@ -233,14 +235,6 @@ def _encode(
         cut_endings = sum(len(ending) > block_size for ending in whole)
         encoded.append(_Encoded(index, start[-room:], endings, len(start) > room, cut_endings))
     return encoded
-
-
-def _encodable(tokenizer: Tokenizer, item: ChoiceItem) -> bool:
-    try:
-        tokenizer.encode_batch(item.texts)
-    except UserError:
-        return False
-    return True
 
 
 def _batches(encoded: list[_Encoded], batch_tokens: int, block_size: int) -> list[list[_Encoded]]:

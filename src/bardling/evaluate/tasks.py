@@ -20,8 +20,10 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
+from bardling.data.text.hub import EXTRA, hub_file
 from bardling.errors import UserError, closest
 from bardling.files.atomic import os_error_as_user_error
+from bardling.files.digests import file_sha256
 
 _MAX_LINE = 1 << 20  # bytes
 _MAX_BYTES = 1 << 30
@@ -65,15 +67,10 @@ HUB_TASKS = {
 
 
 def check_task(task: str) -> None:
-    """Check, without reading or downloading, that `task` can be a task.
-
-    Raises:
-        UserError: it is neither a known name nor a file.
-    """
-    if task in HUB_TASKS or Path(task).is_file():
-        return
-    hint = closest(task, list(HUB_TASKS))
-    raise UserError(f"task {task!r}{hint}: is neither {', '.join(HUB_TASKS)} nor a JSON Lines file in HellaSwag's format")
+    """Raise a `UserError`, without reading or downloading, if `task` is neither a known name nor a file."""
+    if task not in HUB_TASKS and not Path(task).is_file():
+        hint = closest(task, list(HUB_TASKS))
+        raise UserError(f"task {task!r}{hint}: is neither {', '.join(HUB_TASKS)} nor a JSON Lines file in HellaSwag's format")
 
 
 def task_name(task: str) -> str:
@@ -82,10 +79,8 @@ def task_name(task: str) -> str:
 
 
 def load_items(task: str) -> tuple[ChoiceItem, ...]:
-    """All items of 'hellaswag' (downloaded once, then read from the hub client's cache) or of a file, in the order of the file.
-
-    Raises:
-        UserError: the task is unknown, cannot be downloaded, or has an invalid line; the message names line and field.
+    """All items of 'hellaswag' (downloaded once, then read from the hub client's cache) or of a file, in the order of the file;
+    a `UserError` about an invalid line names line and field.
     """
     check_task(task)
     return read_hub_items(HUB_TASKS[task]) if task in HUB_TASKS else read_items(Path(task))
@@ -113,8 +108,7 @@ def _lines(file: IO[bytes] | gzip.GzipFile, path: Path) -> Iterator[tuple[str, A
         if total > _MAX_BYTES:
             raise UserError(f"{place}: the file exceeds the limit of {_MAX_BYTES >> 30} GiB")
         try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-            if text:
+            if text := line.decode("utf-8-sig" if number == 1 else "utf-8").strip():
                 yield place, json.loads(text)
         except UnicodeDecodeError:
             raise UserError(f"{place}: is not UTF-8: is this a JSON Lines file?") from None
@@ -142,8 +136,9 @@ def _item(row: Any, place: str) -> ChoiceItem:
             raise UserError(f"{place}: endings[{index}] = {_short(ending)}: must be a non-empty string")
     label = _label(row.get("label"), len(endings), place)
     name = row.get("ind")
-    named = isinstance(name, str | int) and not isinstance(name, bool) and len(str(name)) <= 100
-    return ChoiceItem(_context(row, place), tuple(endings), label, str(name) if named else place.rpartition(", ")[2])
+    if not isinstance(name, str | int) or isinstance(name, bool) or len(str(name)) > 100:
+        name = place.rpartition(", ")[2]
+    return ChoiceItem(_context(row, place), tuple(endings), label, str(name))
 
 
 def _label(value: Any, count: int, place: str) -> int:
@@ -156,21 +151,14 @@ def _label(value: Any, count: int, place: str) -> int:
     return label
 
 
-def _text(row: dict[str, Any], field: str, place: str) -> str:
-    value = row.get(field)
-    if not isinstance(value, str):
-        raise UserError(f"{place}: {field} = {_short(value)}: must be a string")
-    return value
-
-
 def _context(row: dict[str, Any], place: str) -> str:
-    if "ctx" in row or "ctx_a" not in row:
-        field, context = "ctx", _text(row, "ctx", place)
-    else:
-        parts = _text(row, "ctx_a", place), _text(row, "ctx_b", place)
-        field, context = "ctx_a", " ".join(part for part in parts if part)
+    fields = ["ctx"] if "ctx" in row or "ctx_a" not in row else ["ctx_a", "ctx_b"]
+    for field in fields:
+        if not isinstance(row.get(field), str):
+            raise UserError(f"{place}: {field} = {_short(row.get(field))}: must be a string")
+    context = " ".join(row[field] for field in fields if row[field])
     if not context.strip():
-        raise UserError(f"{place}: {field} is empty: an ending needs something to follow")
+        raise UserError(f"{place}: {fields[0]} is empty: an ending needs something to follow")
     return context
 
 
@@ -180,30 +168,18 @@ def _short(value: Any) -> str:
     return text if len(text := repr(value)) <= 60 else text[:57] + "..."
 
 
-def read_hub_items(source: HubFile, *, endpoint: str | None = None) -> tuple[ChoiceItem, ...]:
-    """Download and read the items of a parquet file on the hub at `endpoint` (None for the default).
-
-    The download uses `huggingface_hub` and its cache, so HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE apply.
-
-    Raises:
-        UserError: a package is missing, the download failed, or the file differs from the pinned one.
-    """
+def read_hub_items(source: HubFile) -> tuple[ChoiceItem, ...]:
+    """Download and read the items of a parquet file on the hub, which must be the pinned one."""
     otherwise = "or give the path of a HellaSwag file (JSON Lines) instead of the name"
     try:
         import pyarrow.parquet as parquet  # type: ignore[import-not-found,import-untyped,unused-ignore]
-        from huggingface_hub import hf_hub_download
     except ImportError as error:
-        raise UserError(
-            f"{source.repo} needs the package {error.name}: pip install 'bardling[datasets]', {otherwise}"
-        ) from None
+        raise UserError(f"{source.repo} needs the package {error.name}: {EXTRA}, {otherwise}") from None
     try:
-        path = Path(hf_hub_download(source.repo, source.path, repo_type="dataset", revision=source.revision, endpoint=endpoint))
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    except Exception as error:  # the errors of the hub's client and its transport have no common base
-        first = error.__cause__ or error  # the hub's client wraps the original error in advice
-        reason = " ".join(str(first).split())[:200] or type(first).__name__
-        raise UserError(f"{source.repo}: cannot download ({reason}): check the network and try again, {otherwise}") from error
-    if digest != source.sha256:
+        path = hub_file(source.repo, source.path, source.revision, "dataset")
+    except UserError as error:
+        raise UserError(f"{error}, {otherwise}") from error
+    if (digest := file_sha256(path)) != source.sha256:
         raise UserError(
             f"{path}: is corrupt (its SHA-256 is {digest[:12]}..., not {source.sha256[:12]}...): delete it and try again"
         )

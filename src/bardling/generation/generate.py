@@ -34,30 +34,6 @@ class _Row:
     random: torch.Generator
 
 
-@dataclass(frozen=True)
-class _Sampling:
-    """How `generate` chooses tokens."""
-
-    temperature: float
-    top_k: int | None
-    top_p: float | None
-    eot_id: int | None
-    vocab_size: int | None
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise UserError(f"temperature = {self.temperature}: must be at least 0 and finite (0: greedy)")
-        if self.top_k is not None and self.top_k < 1:
-            raise UserError(f"top_k = {self.top_k}: must be at least 1")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise UserError(f"top_p = {self.top_p}: must be above 0, at most 1")
-
-    def next_tokens(self, logits: Tensor, rows: Sequence[_Row]) -> list[int]:
-        """A token for each row, from logits [B, V]."""
-        draws = [float(torch.rand((), generator=row.random, dtype=torch.float64)) for row in rows] if self.temperature else None
-        return choose(logits[:, : self.vocab_size], draws, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
-
-
 def will_slide(prompt_length: int, max_new_tokens: int, block_size: int) -> bool:
     """Whether generating `max_new_tokens` after a prompt of this length discards the beginning of the text. The last token is
     never read by the model, so it needs no room."""
@@ -110,7 +86,7 @@ def generate(
     Raises:
         UserError: no prompt, an empty prompt, an id outside the vocabulary, a setting out of range, or non-finite logits.
     """
-    sampling = _Sampling(temperature, top_k, top_p, eot_id, vocab_size)
+    _check_sampling(temperature, top_k, top_p)
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens = {max_new_tokens}: must be at least 1")
     if not prompts:
@@ -123,17 +99,31 @@ def generate(
                 f"prompt {index} holds the id {outside[0]}, outside the vocabulary of {model.config.vocab_size} tokens"
             )
     rows = [_Row(index, list(prompt), named_generator(seed, f"sample:{index}")) for index, prompt in enumerate(prompts)]
-    return _steps(model, rows, max_new_tokens, sampling, autocast, should_stop or (lambda: False), agree)
+
+    def pick(logits: Tensor) -> list[int]:  # a token for each row, from logits [B, V]
+        draws = [float(torch.rand((), generator=row.random, dtype=torch.float64)) for row in rows] if temperature else None
+        return agree(choose(logits[:, :vocab_size], draws, temperature=temperature, top_k=top_k, top_p=top_p))
+
+    return _steps(model, rows, max_new_tokens, pick, eot_id, autocast, should_stop or (lambda: False))
+
+
+def _check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    if not 0 <= temperature < float("inf"):
+        raise UserError(f"temperature = {temperature}: must be at least 0 and finite (0: greedy)")
+    if top_k is not None and top_k < 1:
+        raise UserError(f"top_k = {top_k}: must be at least 1")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise UserError(f"top_p = {top_p}: must be above 0, at most 1")
 
 
 def _steps(
     model: GPT,
     rows: list[_Row],
     max_new_tokens: int,
-    sampling: _Sampling,
+    pick: Callable[[Tensor], list[int]],
+    eot_id: int | None,
     autocast: Autocast,
     should_stop: Callable[[], bool],
-    agree: Callable[[list[int]], list[int]],
 ) -> Iterator[list[int | None]]:
     prompts, longest = len(rows), max(len(row.tokens) for row in rows)
     cache = KVCache(model.config, prompts, capacity=min(longest + max_new_tokens, model.config.block_size))
@@ -143,12 +133,12 @@ def _steps(
         with evaluation_mode(model), torch.no_grad(), autocast():
             logits = _prefill(model, cache, [row.tokens for row in rows]) if number == 0 else _decode(model, cache, rows)
         step: list[int | None] = [None] * prompts
-        for row, token in zip(rows, agree(sampling.next_tokens(logits, rows)), strict=True):
+        for row, token in zip(rows, pick(logits), strict=True):
             step[row.index] = token
             row.tokens.append(token)
         yield step
         for place in reversed(range(len(rows))):
-            if rows[place].tokens[-1] == sampling.eot_id:  # the last row takes the place, as it does in the cache
+            if rows[place].tokens[-1] == eot_id:  # the last row takes the place, as it does in the cache
                 cache.drop(place)
                 rows[place] = rows[-1]
                 rows.pop()

@@ -1,16 +1,16 @@
 """The Hugging Face format: `config.json` and `model.safetensors`, as `transformers` reads and writes them.
 
 This module has GPT-2 (the names are ours, the vocabulary is not padded, and there are always biases), the conversion of tensors
-and the reading of folders; `interop/families.py` has the other families and the layouts. Conversion is exact: a round trip
-returns the same bits. Settings that transformers' configuration lacks (no biases, vocabulary padding, a single dropout) are
-stored in `config.json` under the key `bardling`, which transformers preserves and ignores. Files are untrusted: configurations
-are checked strictly, tensor sizes are compared with them before memory is allocated, and pickled weights are refused.
+and the reading of folders; `interop/families.py` has the rest. Conversion is exact. Settings that transformers' configuration
+lacks (no biases, vocabulary padding, a single dropout) are stored in `config.json` under the key `bardling`, which transformers
+preserves and ignores. Files are untrusted: configurations are checked strictly, tensor sizes are compared with them before
+memory is allocated, and pickled weights are refused.
 """
 
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,7 +34,6 @@ from bardling.interop.families import (
     tensor_parts,
 )
 from bardling.interop.tensor_file import open_tensors
-from bardling.model.gpt import GPT
 from bardling.planning.parameter_shapes import EMBEDDING, HEAD, parameter_shapes
 
 _PREFIXES = {"gpt2": "transformer.", "llama": "model.", "qwen3": "model.", BARDLING: ""}
@@ -43,7 +42,7 @@ _BUFFER = re.compile(  # causal masks and rotary frequencies in old files
     r"transformer\.h\.\d+\.attn\.(bias|masked_bias)|model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
 )
 _LAYER = re.compile(r"(?:transformer\.h|model\.layers)\.(\d+)\.")
-_ACTIVATIONS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "erf"}
+_ACTIVATIONS: dict[str, Literal["tanh", "erf"]] = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "erf"}
 _DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 _FIXED: dict[str, tuple[object, ...]] = {  # settings not implemented here, and their only supported values
     "layer_norm_epsilon": (1e-5,),
@@ -101,13 +100,13 @@ def model_config_from_hf(values: Mapping[str, Any], source: str = "config.json")
         raise UserError(f"{source}: model_type = {kind!r}: only 'gpt2', 'llama', 'qwen3' and 'bardling' are supported")
     check_fixed(values, _FIXED, source)
     n_embd = positive_int(values, "n_embd", 768, source)
-    if values.get("n_inner") not in (None, 4 * n_embd):
-        found = values["n_inner"]
-        raise UserError(f"{source}: n_inner = {found!r} is not supported; it must be null or 4 * n_embd = {4 * n_embd}")
+    if (inner := values.get("n_inner")) not in (None, 4 * n_embd):
+        raise UserError(f"{source}: n_inner = {inner!r} is not supported; it must be null or 4 * n_embd = {4 * n_embd}")
     activation = values.get("activation_function", "gelu_new")
     if not isinstance(activation, str) or activation not in _ACTIVATIONS:
-        choices = ", ".join(_ACTIVATIONS)
-        raise UserError(f"{source}: activation_function = {activation!r} is not supported; choose from {choices}")
+        raise UserError(
+            f"{source}: activation_function = {activation!r} is not supported; choose from {', '.join(_ACTIVATIONS)}"
+        )
     ours = bardling_section(values, source)
     return ModelConfig(
         n_layer=positive_int(values, "n_layer", 12, source),
@@ -117,7 +116,7 @@ def model_config_from_hf(values: Mapping[str, Any], source: str = "config.json")
         vocab_size=positive_int(values, "vocab_size", GPT2_VOCAB_SIZE, source),
         dropout=_dropout(values, ours, source),
         bias=ours.get("bias", True),
-        gelu="tanh" if _ACTIVATIONS[activation] == "tanh" else "erf",
+        gelu=_ACTIVATIONS[activation],
         # No tensor in the file confirms the padding, so it is limited.
         vocab_multiple=positive_int(ours, "vocab_multiple", ModelConfig.vocab_multiple, source, limit=4096),
     )
@@ -126,11 +125,11 @@ def model_config_from_hf(values: Mapping[str, Any], source: str = "config.json")
 def _dropout(values: Mapping[str, Any], ours: Mapping[str, Any], source: str) -> float:
     """Our single dropout, or the value that GPT-2's three dropouts share (0.1 if missing)."""
     found = {"bardling.dropout": ours["dropout"]} if "dropout" in ours else {key: values.get(key, 0.1) for key in _DROPOUTS}
-    rates = {key: dropout_rate(key, value, source) for key, value in found.items()}
-    if len(set(rates.values())) > 1:
+    rates = {dropout_rate(key, value, source) for key, value in found.items()}
+    if len(rates) > 1:
         listed = ", ".join(f"{key} = {value}" for key, value in found.items())
         raise UserError(f"{source}: {listed}: different dropouts are not supported; set all three to the same value")
-    return next(iter(rates.values()))
+    return rates.pop()
 
 
 def hf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -177,28 +176,28 @@ def from_hf_state(state: Mapping[str, Tensor], config: ModelConfig, source: str 
     other difference from `config` is refused. `source` names the tensors in errors.
     """
     named = {_full_name(name, config): tensor for name, tensor in state.items()}
-    check_hf_shapes({name: tuple(tensor.shape) for name, tensor in named.items()}, config, source)
+    _check_shapes({name: tuple(tensor.shape) for name, tensor in named.items()}, config, source)
     parts = tensor_parts(config)
     (embedding,) = parts[EMBEDDING]
     if HEAD in named and HEAD not in parts and not torch.equal(named[HEAD], named[embedding.name]):
         raise UserError(f"{source}: {HEAD} differs from {embedding.name}, but the configuration ties the head")
-    wanted = {part.name for group in parts.values() for part in group}
+    known = {HEAD, *(part.name for group in parts.values() for part in group)}
     for name, tensor in named.items():
-        surplus = name not in wanted and name != HEAD and not _BUFFER.fullmatch(name)
-        if surplus and bool(torch.any(tensor != 0)):
+        if name not in known and not _BUFFER.fullmatch(name) and bool(torch.any(tensor != 0)):
             raise UserError(f"{source}: {name} is not zero, but model.bias = False: use a configuration with biases")
     return {name: _join(named, parts[name], shape[0]) for name, shape in parameter_shapes(config).items()}
 
 
-def check_hf_shapes(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig, source: str) -> None:
-    """Refuse tensor shapes, by full name, that are not those of `config`, before any memory is allocated."""
+def _check_shapes(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig, source: str) -> None:
+    """Refuse tensor shapes that are not those of `config`, before any memory is allocated."""
+    shapes = {_full_name(name, config): shape for name, shape in shapes.items()}
     layers = {int(match[1]) for match in map(_LAYER.match, shapes) if match}
     if len(layers) != config.n_layer:
         raise UserError(f"{source}: has {len(layers)} layers, but the configuration says n_layer = {config.n_layer}")
     expected, parts = hf_shapes(config), tensor_parts(config)
-    for part in (part for group in parts.values() for part in group):
-        if part.name not in shapes:
-            raise UserError(f"{source}: {part.name} is missing: the file is incomplete or of another architecture")
+    for name in (part.name for group in parts.values() for part in group):
+        if name not in shapes:
+            raise UserError(f"{source}: {name} is missing: the file is incomplete or of another architecture")
     (embedding,) = parts[EMBEDDING]
     for name, shape in shapes.items():
         if _BUFFER.fullmatch(name):
@@ -215,20 +214,17 @@ def _full_name(name: str, config: ModelConfig) -> str:
     return name if name.startswith((prefix, "lm_head.")) else prefix + name
 
 
-def load_hf_folder(folder: str | Path) -> GPT:
-    """Load a model from `config.json` and `model.safetensors` (or its shards and their index), float32 on the CPU."""
-    folder = Path(folder)
+def read_hf_folder(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Read `config.json` and `model.safetensors` (or its shards and their index): the architecture and our state dict, float32
+    on the CPU.
+    """
     path = folder / "config.json"
     config = model_config_from_hf(read_json_object(path, limit=_MAX_INDEX_BYTES), str(path))
     files = _weight_files(folder)
-    shapes = {_full_name(name, config): shape for name, shape in _read_each(files, _shape).items()}
-    check_hf_shapes(shapes, config, str(folder))
+    _check_shapes(_read_each(files, _shape), config, str(folder))
     state = _read_each(files, _float_copy)
     refuse_nonfinite(state, folder)
-    with torch.device("meta"):
-        model = GPT(config, seed=None)
-    model.load_state_dict(from_hf_state(state, config, str(folder)), assign=True)
-    return model
+    return config, from_hf_state(state, config, str(folder))
 
 
 def refuse_nonfinite(state: Mapping[str, Tensor], where: str | Path) -> None:
@@ -244,10 +240,9 @@ def _weight_files(folder: Path) -> dict[Path, list[str] | None]:
     if single.is_file():
         return {single: None}
     if not index.is_file():
-        pickled = sorted(path.name for path in folder.glob("*.bin"))
-        if pickled:
+        if pickled := sorted(folder.glob("*.bin")):
             raise UserError(
-                f"{folder / pickled[0]}: pickled weights can execute code and are refused: "
+                f"{pickled[0]}: pickled weights can execute code and are refused: "
                 "save the model again with save_pretrained(..., safe_serialization=True)"
             )
         raise UserError(f"{folder}: has no model.safetensors")
@@ -268,10 +263,9 @@ def _read_each(files: Mapping[Path, list[str] | None], read: Callable[[Path, Any
     for path, names in files.items():
         with open_tensors(path) as file:
             known = set(file.keys())
-            missing = [name for name in names or () if name not in known]
-            if missing:
+            if missing := [name for name in names or () if name not in known]:
                 raise UserError(f"{path}: {missing[0]} is missing: the file does not match its index")
-            result |= {name: read(path, file, name) for name in (sorted(known) if names is None else names)}
+            result |= {name: read(path, file, name) for name in names or sorted(known)}
     return result
 
 

@@ -132,16 +132,17 @@ def _adamw_state(path: Path, state: object, config: ModelConfig) -> dict[str, Te
         return None
     shapes = unpadded_shapes(config)
     decayed, others = optimizer_order(shapes)
+    entries: list[Any] = [numbered.get(number) for number in range(len(shapes))]
+    found = [getattr(entry.get("exp_avg"), "shape", None) if isinstance(entry, Mapping) else None for entry in entries]
     for names in (decayed + others, sorted(decayed) + sorted(others)):
-        if all(_moment_shape(numbered.get(number)) == shapes[name] for number, name in enumerate(names)):
+        if found == [shapes[name] for name in names]:
             break
     else:
         raise UserError(f"{path}: its optimizer state does not match its model")
-    if set(numbered) != set(range(len(names))):
+    if len(numbered) != len(names):
         raise UserError(f"{path}: its optimizer state has {len(numbered)} entries for {len(names)} parameters")
     result: dict[str, Tensor] = {}
-    for number, name in enumerate(names):
-        entry = numbered[number]
+    for name, entry in zip(names, entries, strict=True):
         for key in MOMENTS:
             _check_tensor(path, f"{name}.{key}", entry.get(key), shapes[name])
             result[f"{name}.{key}"] = _padded(name, entry[key], config)
@@ -178,11 +179,6 @@ def plain_values(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _item(value: Any) -> Any:
     return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
-
-
-def _moment_shape(entry: object) -> tuple[int, ...] | None:
-    moment = entry.get("exp_avg") if isinstance(entry, Mapping) else None
-    return tuple(moment.shape) if isinstance(moment, Tensor) else None
 
 
 def _check_tensor(path: Path, name: str, value: object, shape: tuple[int, ...]) -> None:

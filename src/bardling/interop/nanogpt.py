@@ -62,9 +62,7 @@ def run_config_from_nanogpt(settings: Mapping[str, Any], world_size: int = 1, da
         raise UserError(f"init_from = {init_from!r}: choose scratch, resume or one of {', '.join(GPT2_NAMES)}")
     _check_counts(values, world_size)
     micro = values["batch_size"]
-    wandb: dict[str, Any] = {}
-    if values["wandb_log"]:
-        wandb = {"wandb": "online", "wandb_project": values["wandb_project"], "wandb_name": values["wandb_run_name"]}
+    wandb = MonitorConfig(wandb="online", wandb_project=values["wandb_project"], wandb_name=values["wandb_run_name"])
     try:
         config = RunConfig(
             seed=1337,
@@ -85,7 +83,7 @@ def run_config_from_nanogpt(settings: Mapping[str, Any], world_size: int = 1, da
             checkpoint=CheckpointConfig(
                 every=values["eval_interval"] if values["always_save_checkpoint"] else 0, save_best=True
             ),
-            monitor=MonitorConfig(**wandb),
+            monitor=wandb if values["wandb_log"] else MonitorConfig(),
         )
     except UserError as error:
         raise UserError(_with_nanogpt_names(str(error))) from None
@@ -123,16 +121,14 @@ def _model(values: Mapping[str, Any], init_from: str, notes: list[str]) -> Model
 
 
 def _optim(values: Mapping[str, Any], notes: list[str]) -> OptimConfig:
-    common = OptimConfig(
-        lr=values["learning_rate"], weight_decay=values["weight_decay"], betas=(values["beta1"], values["beta2"]), min_lr=0.0
-    )
+    lr = values["learning_rate"]
+    common = OptimConfig(lr=lr, weight_decay=values["weight_decay"], betas=(values["beta1"], values["beta2"]), min_lr=0.0)
     if not values["decay_lr"]:
         return replace(common, schedule="constant", warmup_steps=0, min_lr=None)
     warmup, end, low = values["warmup_iters"], values["lr_decay_iters"], values["min_lr"]
-    if low > values["learning_rate"]:
+    if low > lr:
         raise UserError(
-            f"min_lr = {low} is above learning_rate = {values['learning_rate']}: lower min_lr, or set decay_lr = False for a "
-            "constant learning rate"
+            f"min_lr = {low} is above learning_rate = {lr}: lower min_lr, or set decay_lr = False for a constant learning rate"
         )
     if warmup >= end:
         raise UserError(
@@ -226,16 +222,11 @@ def _toml_line(place: str, value: Any) -> str:
 
 
 def nanogpt_settings(config: RunConfig, out: Path, dataset: str) -> dict[str, Any]:
-    """The reverse of `run_config_from_nanogpt`: all 33 training keys, as an exported checkpoint contains them.
-
-    Args:
-        config: a run's configuration, with the vocabulary size set.
-        out: the folder nanoGPT would use as out_dir.
-        dataset: the folder below nanoGPT's `data/` where it looks for meta.pkl.
+    """The reverse of `run_config_from_nanogpt`: all 33 training keys, as an exported checkpoint contains them. `out` is the
+    folder that nanoGPT would use as out_dir, `dataset` the one below its `data/` where it looks for meta.pkl.
     """
     model, optim, train = config.model, config.optim, config.train
-    requested = train.micro_batch if isinstance(train.micro_batch, int) else train.batch_size
-    micro = math.gcd(requested, train.batch_size)
+    micro = math.gcd(train.micro_batch if isinstance(train.micro_batch, int) else train.batch_size, train.batch_size)
     values = {
         "out_dir": os.fspath(out),
         "eval_interval": config.eval.every or train.steps,

@@ -16,7 +16,7 @@ from torch import Tensor
 from bardling.config import OptimConfig, RunConfig
 from bardling.data.tokens.tokenizer import Tokenizer
 from bardling.errors import UserError
-from bardling.files.atomic import atomic_file, os_error_as_user_error, remove_stale_partials, write_atomically
+from bardling.files.atomic import os_error_as_user_error
 from bardling.interop.imported import (
     MOMENTS,
     NO_LOSS_YET,
@@ -40,9 +40,8 @@ def read_nanogpt_checkpoint(path: Path) -> ImportedCheckpoint:
     content = read_content(path, "nanoGPT", ("model", "model_args"))
     args = string_keyed(path, content["model_args"], "model_args")
     # Old files have neither key; these models always have biases.
-    bias = args.get("bias", True)
     dropout = number_at(path, args, "dropout") if "dropout" in args else 0.0
-    if not isinstance(bias, bool):
+    if not isinstance(bias := args.get("bias", True), bool):
         raise UserError(f"{path}: its 'bias' is not a bool")
     config = model_config_from_sizes(path, args, bias=bias, dropout=dropout, gelu="erf")
     settings = plain_values(string_keyed(path, content.get("config", {}), "config"))
@@ -57,18 +56,18 @@ def write_nanogpt_checkpoint(
     optimizer: Mapping[str, Tensor],
     step: int,
     best_val_loss: float | None,
+    out: Path,
     dataset: str,
 ) -> list[str]:
     """Write a `ckpt.pt` that nanoGPT's programs accept, and return what nanoGPT will do differently, one sentence each.
 
     Args:
-        path: the file to write, usually `OUT_DIR/ckpt.pt`; its folder is created if missing.
         config: the run's configuration, with `model.vocab_size` set.
         weights: the model's parameters by name, the embedding padded or not.
         optimizer: AdamW's tensors by name, as `optimizer_tensors` returns them. If they are those of another optimizer, the
             state is left empty and nanoGPT starts AdamW from scratch.
         best_val_loss: nats per token; None before the first validation.
-        dataset: the folder below nanoGPT's `data/` where its sample.py looks for meta.pkl.
+        out, dataset: as for `nanogpt_settings`.
     """
     model, notes = config.model, []
     if model.gelu != "erf":
@@ -88,9 +87,13 @@ def write_nanogpt_checkpoint(
         "model_args": {**{key: getattr(model, key) for key in SIZES}, "bias": model.bias, "dropout": model.dropout},
         "iter_num": step,
         "best_val_loss": torch.tensor(NO_LOSS_YET if best_val_loss is None else best_val_loss),
-        "config": nanogpt_settings(config, path.parent, dataset),
+        "config": nanogpt_settings(config, out, dataset),
     }
-    _save(path, content)
+    with os_error_as_user_error(path, "write"):
+        try:
+            torch.save(content, path)
+        except RuntimeError as error:  # how PyTorch's writer reports system errors such as a full disk
+            raise UserError(f"{out / path.name}: cannot write: {str(error).splitlines()[0][:200]}") from None
     return notes
 
 
@@ -100,9 +103,9 @@ def write_meta(path: Path, tokenizer: Tokenizer) -> None:
     The end-of-document token, if there is one, appears in the tables under its name.
     """
     itos = {number: tokenizer.decode([number]) for number in range(tokenizer.vocab_size)}
-    remove_stale_partials(path)
     meta = {"vocab_size": tokenizer.vocab_size, "itos": itos, "stoi": {text: number for number, text in itos.items()}}
-    write_atomically(path, pickle.dumps(meta, protocol=4))
+    with os_error_as_user_error(path, "write"):
+        path.write_bytes(pickle.dumps(meta, protocol=4))
 
 
 def _unpadded(name: str, value: Tensor | None, shape: tuple[int, ...]) -> Tensor:
@@ -131,15 +134,3 @@ def _optimizer_state(
             state[number] = {"step": optimizer[f"{name}.step"].detach().to("cpu", torch.float32, copy=True).reshape(())}
             state[number] |= {key: _unpadded(name, optimizer[f"{name}.{key}"], shapes[name]) for key in MOMENTS}
     return state, param_groups
-
-
-def _save(path: Path, content: dict[str, Any]) -> None:
-    """`torch.save`, atomically and durably."""
-    with os_error_as_user_error(path, "write"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove_stale_partials(path)
-        try:
-            with atomic_file(path) as file:
-                torch.save(content, file)
-        except RuntimeError as error:  # how PyTorch's writer reports system errors such as a full disk
-            raise UserError(f"{path}: cannot write: {str(error).splitlines()[0][:200]}") from None

@@ -1,10 +1,9 @@
 """Models from the Hugging Face hub: only configuration, safetensors and tokenizer files are downloaded, no code."""
 
-import os
 import re
 from pathlib import Path
 
-from bardling.errors import UserError
+from bardling.data.text.hub import call_hub, hub_endpoint, hub_library
 
 # The names that nanoGPT and nano-gpt use, and where these models are on the hub.
 GPT2_NAMES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
@@ -19,18 +18,6 @@ def is_hub_name(spec: str) -> bool:
 
 def fetch_model(spec: str) -> Path:
     """Download a model, or find it in the hub's cache, and return its folder."""
-    try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
-    except ImportError:
-        raise UserError(f"{spec}: models from the hub need the 'hf' extra: pip install 'bardling[hf]'") from None
-    repository = GPT2_NAMES.get(spec, spec)
-    try:
-        # Read the endpoint now, so that setting HF_ENDPOINT works even after huggingface_hub was imported.
-        endpoint = os.environ.get("HF_ENDPOINT") or None
-        return Path(snapshot_download(repository, allow_patterns=list(_FILES), endpoint=endpoint))
-    except (RepositoryNotFoundError, HFValidationError):
-        raise UserError(f"{spec}: the hub has no model {repository}, and there is no such local folder") from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{spec}: download failed ({reason}): check the network, or give a local folder") from None
+    download, repository = hub_library("snapshot_download"), GPT2_NAMES.get(spec, spec)
+    what = f"{spec}: no such local folder, and the model {repository}"
+    return Path(call_hub(what, lambda: download(repository, allow_patterns=list(_FILES), endpoint=hub_endpoint())))

@@ -7,6 +7,7 @@ characters, expressions of 100 levels, files of 256 KiB.
 """
 
 import ast
+import contextlib
 import math
 import operator
 import time
@@ -47,19 +48,17 @@ _ALLOWED_SYNTAX = (
 
 
 def read_py_config(path: Path, allowed: Mapping[str, Kind], known: Mapping[str, object] | None = None) -> dict[str, object]:
-    """Read the settings that the nanoGPT-style configuration at `path` (UTF-8) assigns, each with its type in `allowed`.
-
-    Args:
-        allowed: the type of every key that may be set. Integers are accepted for floats, and integral floats for integers.
-        known: further values that the file may refer to (defaults, and what earlier files set).
+    """Read the settings that the nanoGPT-style configuration at `path` (UTF-8) assigns. `allowed` has the type of every key
+    that may be set (integers are accepted for floats, and integral floats for integers), `known` further values that the file
+    may refer to (defaults, and what earlier files set).
     """
     text = read_small_text(path, limit=_MAX_FILE_BYTES).removeprefix("\ufeff")
     reader = _Reader(allowed, dict(known or {}))
     try:
         reader.run(text)
     except ValueError as error:
-        shown = text.split("\n")[reader.line - 1 : reader.line]
-        raise UserError(f"{path}:{reader.line}: {_printable(''.join(shown).strip())}: {error}") from None
+        shown = "".join(text.split("\n")[reader.line - 1 : reader.line])
+        raise UserError(f"{path}:{reader.line}: {_printable(shown.strip())}: {error}") from None
     return reader.settings
 
 
@@ -89,11 +88,8 @@ def parse_flat_flags(args: Sequence[str], allowed: Mapping[str, Kind]) -> dict[s
 def read_nanogpt_arguments(
     args: Sequence[str], allowed: Mapping[str, Kind], defaults: Mapping[str, object] | None = None
 ) -> dict[str, object]:
-    """Read a nanoGPT command line, such as `["config/a.py", "--batch_size=8"]`; later arguments override earlier ones.
-
-    Args:
-        allowed: the type of every key that may be set.
-        defaults: values that files may refer to before they are set.
+    """Read a nanoGPT command line, such as `["config/a.py", "--batch_size=8"]`; later arguments override earlier ones, and
+    files may refer to `defaults`.
     """
     settings: dict[str, object] = {}
     for arg in args:
@@ -112,11 +108,10 @@ def _printable(text: str) -> str:
 
 def _flag_value(text: str, kind: Kind) -> object:
     if str in (get_args(kind) or (kind,)):
-        try:
-            quoted = ast.literal_eval(text) if text[:1] in ("'", '"') else None
-        except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
-            quoted = None
-        return quoted if isinstance(quoted, str) else text
+        with contextlib.suppress(SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
+            if text[:1] in ("'", '"') and isinstance(quoted := ast.literal_eval(text), str):
+                return quoted
+        return text
     if text in ("true", "false"):
         return text == "true"
     reader = _Reader({}, {})
@@ -150,14 +145,11 @@ class _Reader:
 
     def parse(self, text: str, mode: str) -> Any:
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # about invalid escapes such as "\d", which are harmless here
+            with warnings.catch_warnings(action="ignore"):  # of invalid escapes such as "\d", which are harmless here
                 return ast.parse(text, mode=mode)
-        except SyntaxError as error:
-            self.line = error.lineno or 1
-            raise ValueError(f"is not valid Python ({error.msg})") from None
-        except ValueError as error:
-            raise ValueError(f"is not valid Python ({error})") from None
+        except (SyntaxError, ValueError) as error:
+            self.line = getattr(error, "lineno", None) or 1
+            raise ValueError(f"is not valid Python ({getattr(error, 'msg', error)})") from None
         except (RecursionError, MemoryError):
             raise ValueError("is nested too deeply") from None
 

@@ -29,8 +29,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         save_file(plain, path, metadata=METADATA)
     except SafetensorError as error:
         # The library reports the system's error number only in the message.
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
+        if (number := re.search(r"os error (\d+)", str(error))) is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
 

@@ -39,7 +39,7 @@ def load_torch_file(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
+        first = (str(error).strip().splitlines() or ["no reason given"])[0]
         raise UserError(f"{path}: refused: it contains more than tensors and plain data ({first[:200]})") from None
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, OSError, AssertionError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]

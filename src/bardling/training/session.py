@@ -10,7 +10,7 @@ from pathlib import Path
 from bardling.checkpoint.disk_space import check_space
 from bardling.checkpoint.load import latest_checkpoint
 from bardling.checkpoint.run_folder import create_run, run_lock
-from bardling.checkpoint.saver import RunIdentity, Saver
+from bardling.checkpoint.saver import Saver
 from bardling.config.recipes import config_to_dict, config_to_toml
 from bardling.data.batches.loader import EvalSequences, Prefetcher, TrainSequences
 from bardling.data.batches.order import SequenceOrder
@@ -18,6 +18,7 @@ from bardling.data.batches.packing import document_start
 from bardling.distributed.context import SINGLE, Context
 from bardling.distributed.device import device_name
 from bardling.distributed.heartbeat import LONG_PATIENCE
+from bardling.errors import UserError
 from bardling.extensions import EXPORT_FORMATS, HOOKS
 from bardling.files.atomic import remove_partial_files, write_atomically
 from bardling.monitor import RunInfo
@@ -64,6 +65,9 @@ class Session:
         self.run, self.facts, self.fingerprint, self.quiet = run, facts, fingerprint, quiet
         self.context, self.folder = facts.context.arranged(run.layout), facts.folder
         config = run.config
+        for name in config.checkpoint.export:
+            if refusal := EXPORT_FORMATS.get("checkpoint.export", name).refusal(config.model):
+                raise UserError(f"checkpoint.export = {name!r}: the model {refusal}")
         self.dataset = facts.dataset(config.data)
         self.start = facts.start(config.model.init)
         self.document_start = document_start(config.data.document_mask, self.dataset, run.tokenizer)
@@ -167,8 +171,15 @@ class Session:
 
     def _new_saver(self, monitor: RunMonitor) -> None:
         config = self.run.config
-        identity = RunIdentity(config.model, self.run.tokenizer, config_to_dict(config))
-        self.saver = Saver(self.folder, config.checkpoint, identity, self.context, note=monitor.note, flush=monitor.flush)
+        self.saver = Saver(
+            self.folder,
+            config.checkpoint,
+            self.context,
+            tokenizer=self.run.tokenizer,
+            run_config=config_to_dict(config),
+            note=monitor.note,
+            flush=monitor.flush,
+        )
 
     def _announce(self, monitor: RunMonitor, state: TrainState) -> None:
         """Print the model, steps, data and device, what `auto` chose, and what changed."""

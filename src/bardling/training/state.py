@@ -2,17 +2,14 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from bardling.checkpoint.contents import Checkpoint
 from bardling.checkpoint.load import Loaded
 from bardling.checkpoint.rng import restore_rng
-from bardling.checkpoint.saver import SavedState
 from bardling.errors import UserError
 from bardling.model.gpt import GPT
 from bardling.optim.ema import Ema
@@ -43,8 +40,8 @@ class TrainState:
         """A context in which the model has the weights that users get: the EMA, if there is one."""
         return contextlib.nullcontext() if self.ema is None else self.ema.applied()
 
-    def saved(self) -> SavedState:
-        """The contents of a checkpoint; the tensors are not copies."""
+    def saved(self) -> Checkpoint:
+        """The contents of a checkpoint without random number generators; the tensors are not copies."""
         optimizer, meta = optimizer_tensors(self.optimizer, dict(self.model.named_parameters()))
         model = self.model.state_dict()
         if self.ema is not None:  # the model file gets the EMA, which is what was validated
@@ -60,7 +57,7 @@ class TrainState:
             "guard": asdict(self.history),
             **({"seconds": self.seconds, "planned_steps": self.planned} if self.planned else {}),
         }
-        return SavedState(self.step, self.best_step == self.step, model, optimizer, meta, facts)
+        return Checkpoint(self.model.config, model, optimizer, meta, facts)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Return to the state in `checkpoint`, in place: wrappers and compiled code keep their weights.
@@ -68,18 +65,18 @@ class TrainState:
         Raises:
             UserError: the checkpoint is of another model, or damaged.
         """
-        self._load(checkpoint.model_state, checkpoint.optimizer_tensors, checkpoint.optimizer_meta, checkpoint.training)
+        self._load(checkpoint)
         restore_rng(checkpoint.rng)
 
     def reset(self, start: "TrainState") -> None:
         """Become a copy of `start`, in place, except for the plan of a deadline."""
-        saved, planned = start.saved(), self.planned
-        self._load(saved.model, saved.optimizer, saved.optimizer_meta, saved.training)
+        planned = self.planned
+        self._load(start.saved())
         self.planned = planned
 
-    def _load(
-        self, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], meta: Mapping[str, Any], training: Mapping[str, Any]
-    ) -> None:
+    def _load(self, saved: Checkpoint) -> None:
+        """Take over everything in `saved` but the random number generators."""
+        model, optimizer, training = saved.model_state, saved.optimizer_tensors, saved.training
         names = dict(self.model.named_parameters())
         raw = {name.removeprefix(RAW): tensor for name, tensor in optimizer.items() if name.startswith(RAW)}
         for name, tensor in raw.items():
@@ -91,7 +88,7 @@ class TrainState:
         if self.ema is not None:
             self.ema.load_tensors({name: model[name] for name in names})
         own = {name: tensor for name, tensor in optimizer.items() if not name.startswith(RAW)}
-        load_optimizer_tensors(self.optimizer, names, own, meta)
+        load_optimizer_tensors(self.optimizer, names, own, saved.optimizer_meta)
         self.step, self.samples = training["step"], training["samples"]
         self.best_val_loss, self.best_step = training["best_val_loss"], training["best_step"]
         self.hooks_done = dict(training["hooks_done"])

@@ -54,7 +54,7 @@ class Listing:
 
 def listing(repository: str, config: str, split: str) -> Listing:
     """The files of a split of NAME or OWNER/NAME, requested once, then cached; an empty `config` is the default one."""
-    key = json_sha256([_endpoint(), repository, config, split])[:16]
+    key = json_sha256([hub_endpoint(), repository, config, split])[:16]
     cached = cache_root() / "hub" / f"{repository.replace('/', '--')}-{key}.json"
     if cached.is_file():
         try:
@@ -94,22 +94,24 @@ def hub_library(name: str) -> Any:
     try:
         import huggingface_hub
     except ImportError as error:
-        raise UserError(f"the Hugging Face hub needs the package huggingface_hub: {EXTRA}, or use local files") from error
+        raise UserError(
+            "the Hugging Face hub needs huggingface_hub: pip install huggingface_hub, or use local files"
+        ) from error
     return getattr(huggingface_hub, name)
 
 
-def _endpoint() -> str:
+def hub_endpoint() -> str:
     return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 
 
-def _call_hub(what: str, call: Callable[[], Any]) -> Any:
+def call_hub(what: str, call: Callable[[], Any]) -> Any:
     """Call the library, turning its errors into one line about `what`."""
     from huggingface_hub import errors
 
     try:
         return call()
     except errors.GatedRepoError as error:
-        raise UserError(f"{what}: is gated: accept its terms at {_endpoint()}, then set HF_TOKEN") from error
+        raise UserError(f"{what}: is gated: accept its terms at {hub_endpoint()}, then set HF_TOKEN") from error
     except errors.RevisionNotFoundError:
         raise
     except errors.RepositoryNotFoundError as error:
@@ -117,21 +119,22 @@ def _call_hub(what: str, call: Callable[[], Any]) -> Any:
     except errors.HFValidationError as error:
         raise UserError(f"{what}: is not a valid repository name") from error
     except Exception as error:  # the classes of its HTTP client differ between versions
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        first = error.__cause__ or error  # the library wraps the original error in advice
+        reason = " ".join(str(first).split())[:160] or type(first).__name__
         remedy = "check the connection and retry, or use local files"
-        raise UserError(f"{what}: cannot be downloaded from {_endpoint()} ({reason}): {remedy}") from error
+        raise UserError(f"{what}: cannot be downloaded from {hub_endpoint()} ({reason}): {remedy}") from error
 
 
 def hub_file(repository: str, path: str, revision: str | None, kind: str) -> Path:
     """Local path of one file of a repository, downloaded if it is not cached; `kind` is 'model' or 'dataset'."""
     download = hub_library("hf_hub_download")
-    options = {"repo_type": kind, "revision": revision, "endpoint": _endpoint()}
-    return Path(_call_hub(f"{repository}/{path}", lambda: download(repository, path, **options)))
+    options = {"repo_type": kind, "revision": revision, "endpoint": hub_endpoint()}
+    return Path(call_hub(f"{repository}/{path}", lambda: download(repository, path, **options)))
 
 
 def _request_listing(repository: str, config: str, split: str) -> Listing:
-    api = hub_library("HfApi")(endpoint=_endpoint())
-    info = _call_hub(f"hf:{repository}", lambda: api.dataset_info(repository))
+    api = hub_library("HfApi")(endpoint=hub_endpoint())
+    info = call_hub(f"hf:{repository}", lambda: api.dataset_info(repository))
     files = _tree(api, repository, info.sha)
     card = info.card_data.to_dict() if info.card_data is not None else {}
     configs = [entry for entry in card.get("configs") or [] if isinstance(entry, dict) and entry.get("data_files")]
@@ -143,7 +146,7 @@ def _request_listing(repository: str, config: str, split: str) -> Listing:
 
 def _tree(api: Any, repository: str, revision: str) -> list[HubFile]:
     options = {"repo_type": "dataset", "revision": revision, "recursive": True}
-    entries = _call_hub(f"hf:{repository}", lambda: list(api.list_repo_tree(repository, **options)))
+    entries = call_hub(f"hf:{repository}", lambda: list(api.list_repo_tree(repository, **options)))
     files = sorted((entry for entry in entries if hasattr(entry, "blob_id")), key=lambda file: file.path)
     return [HubFile(file.path, file.size, file.lfs.sha256 if file.lfs else "") for file in files]
 
@@ -200,7 +203,7 @@ def _converted(api: Any, repository: str, config: str, split: str, known: list[s
     from huggingface_hub import errors
 
     try:
-        info = _call_hub(f"hf:{repository}", lambda: api.dataset_info(repository, revision=_CONVERTED))
+        info = call_hub(f"hf:{repository}", lambda: api.dataset_info(repository, revision=_CONVERTED))
         files = _tree(api, repository, info.sha)
     except errors.RevisionNotFoundError:
         _raise_missing(repository, "configuration or split", f"{config or 'default'}:{split}", known)
