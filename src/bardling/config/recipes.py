@@ -4,6 +4,7 @@ Every value is checked against the type of its dataclass field; an invalid one r
 and the closest valid name. A recipe needs only the keys that differ from the defaults.
 """
 
+import contextlib
 import dataclasses
 import tomllib
 import types
@@ -32,9 +33,7 @@ def recipe_text(name: str) -> str:
 def recipe_keys(name_or_path: str) -> set[str]:
     """Dotted names of the settings in a valid recipe, such as "model.n_layer"."""
     text = recipe_text(name_or_path) if name_or_path in recipe_names() else read_small_text(Path(name_or_path))
-    values = tomllib.loads(text)
-    nested = {f"{section}.{key}" for section, table in values.items() if isinstance(table, dict) for key in table}
-    return nested | {key for key, value in values.items() if not isinstance(value, dict)}
+    return set(_flat(tomllib.loads(text)))
 
 
 def load_recipe(name_or_path: str, *, validate: bool = True) -> RunConfig:
@@ -116,14 +115,9 @@ def _convert(hint: Any, value: Any, where: str, key: str) -> Any:
         raise UserError(f"{where}: {key} = {_format(value)}: choose one of {', '.join(choices)}{closest(str(value), choices)}")
     elif get_origin(hint) in (Union, types.UnionType):
         for option in get_args(hint):
-            if option is type(None):
-                if value is None:
-                    return None
-                continue
-            try:
+            # Another member of the union may match; otherwise the error below names them all.
+            with contextlib.suppress(UserError):
                 return _convert(option, value, where, key)
-            except UserError:
-                continue  # another member of the union may match; otherwise the error below names them all
     elif get_origin(hint) is tuple:
         parts = get_args(hint)
         if isinstance(value, list | tuple):
@@ -161,14 +155,11 @@ def _describe(hint: Any) -> str:
 
 def config_to_dict(config: Any) -> dict[str, Any]:
     """Convert a config to nested plain values; unset settings (None) are omitted, because TOML cannot express them."""
-    values: dict[str, Any] = {}
-    for item in dataclasses.fields(config):
-        value = getattr(config, item.name)
-        if dataclasses.is_dataclass(value):
-            values[item.name] = config_to_dict(value)
-        elif value is not None:
-            values[item.name] = list(value) if isinstance(value, tuple) else value
-    return values
+
+    def plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in items if value is not None}
+
+    return dataclasses.asdict(config, dict_factory=plain)
 
 
 def config_to_toml(config: RunConfig) -> str:
@@ -187,8 +178,5 @@ def changed_settings(before: RunConfig, after: RunConfig) -> dict[str, tuple[Any
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
