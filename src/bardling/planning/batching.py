@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from bardling.config import TrainConfig
 from bardling.errors import UserError
-from bardling.planning.schedules import Ramp, batch_size_at, block_size_at
+from bardling.planning.schedules import Ramp
 
 
 @dataclass
@@ -156,7 +156,7 @@ def make_plan(config: TrainConfig, block_size: int, data_size: int) -> TrainPlan
     first_steps = {ramp.start(stage, config.steps) for ramp in (batch, context) for stage in range(ramp.doublings + 1)}
     stages = []
     for first_step in sorted(first_steps):
-        samples = batch_size_at(first_step, config.steps, config.batch_size, batch)
+        samples = batch.size_at(first_step, config.steps, config.batch_size)
         size = _largest_divisor(samples // data_size, micro_batch)
         stages.append(
             Stage(
@@ -164,7 +164,7 @@ def make_plan(config: TrainConfig, block_size: int, data_size: int) -> TrainPlan
                 accumulation=samples // data_size // size,
                 micro_batch=size,
                 samples=samples,
-                context=block_size_at(first_step, config.steps, block_size, context),
+                context=context.size_at(first_step, config.steps, block_size),
             )
         )
     return TrainPlan(horizon=Horizon(config.steps), stages=tuple(stages), block_size=block_size, data_size=data_size)
