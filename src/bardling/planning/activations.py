@@ -35,13 +35,13 @@ from bardling.planning.costs import (
     FLOAT32_BYTES,
     RECAST_MIN_ELEMENTS,
     attention_weights_kept,
-    block_matrices,
     context_length,
     fp8_layers,
     is_blocked,
     is_varlen,
     scores_computed,
 )
+from bardling.planning.parameter_shapes import block_matrices
 
 # Limits in `model/kernels/head_loss.py`: a chunk of float32 logits, and the gradients of several chunks.
 LOGIT_CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
@@ -155,7 +155,7 @@ class _Memory:
 
     def norm_per_token(self) -> int:
         """Input, mean and 1/std of a norm."""
-        return self.config.n_embd * FLOAT32_BYTES + (2 if self.arch.norm == "layernorm" else 1) * FLOAT32_BYTES
+        return (self.config.n_embd + (2 if self.arch.norm == "layernorm" else 1)) * FLOAT32_BYTES
 
     def block(self, layer: int) -> int:
         """Saved by a block that keeps its activations."""
@@ -168,7 +168,7 @@ class _Memory:
         scales = 0
         if self.fp8:
             matrices, layers = block_matrices(self.config), fp8_layers(self.config)[0]
-            per_token += sum(matrices[name][1] * (1 if name == "attn.c_proj" else 1 - s) for name in layers)
+            per_token += sum(matrices[name][0] * (1 if name == "attn.c_proj" else 1 - s) for name in layers)
             scales = 2 * FLOAT32_BYTES * len(layers)
         return scales + self.tokens * per_token + self.attention(layer)
 
@@ -208,7 +208,7 @@ class _Memory:
         s = self.value_bytes
         if self.precision == "float32":
             return 0
-        sizes = {name: i * o for name, (_, i, o) in block_matrices(self.config).items()}
+        sizes = {name: i * o for name, (i, o) in block_matrices(self.config).items()}
         kept = s * sum(size for size in sizes.values() if not self.on_cpu or size < RECAST_MIN_ELEMENTS)
         return kept + (sum(sizes[name] * (1 - s) for name in fp8_layers(self.config)[0]) if self.fp8 else 0)
 
