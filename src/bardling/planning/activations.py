@@ -35,7 +35,6 @@ from bardling.planning.costs import (
     FLOAT32_BYTES,
     RECAST_MIN_ELEMENTS,
     attention_weights_kept,
-    context_length,
     fp8_layers,
     is_blocked,
     is_varlen,
@@ -81,7 +80,6 @@ def activation_bytes(
     *,
     precision: str = "bfloat16",
     device_type: str = "cuda",
-    context: int | None = None,
     fp8: bool = False,
     recompute: str = "none",
     document_mask: bool = False,
@@ -93,15 +91,14 @@ def activation_bytes(
         micro_batch: sequences per forward pass of one process.
         precision: 'float32', 'bfloat16' or 'float16'.
         device_type: 'cpu', 'cuda' or 'mps'; it determines the size of a chunk of logits.
-        context: tokens per sequence; None for block_size.
         fp8: whether the linear layers of blocks run in float8.
         recompute: 'none', or 'blocks' as for `train.recompute`.
         document_mask: whether attention is limited to documents. Without a varlen kernel, this adds s bytes per attention score
             of a sequence, once for all layers.
     """
-    arch, t = config.architecture, context_length(config, context)
+    arch = config.architecture
     varlen = document_mask and is_varlen(device_type, precision, arch.head_dim, config.dropout)
-    memory = _Memory(config, arch, micro_batch, t, precision, device_type, fp8, document_mask, varlen)
+    memory = _Memory(config, arch, micro_batch, config.block_size, precision, device_type, fp8, document_mask, varlen)
     layers = [memory.block(layer) for layer in range(config.n_layer)]
     weight_copies = memory.weight_copies_per_block()
     blocks, recompute_buffer = sum(layers), 0

@@ -102,9 +102,8 @@ def parameters(config: ModelConfig, *, positions: bool = True, padding: bool = F
             positions, because the token embedding is also the head; see `matmul_parameters` for other models.
         padding: include the embedding rows that pad the vocabulary, as memory and files do. Published sizes exclude them.
     """
-    skip = set() if positions else {"embedding.positions"}
-    skip |= set() if padding else {"embedding.padding"}
-    return sum(part.total for part in parameter_table(config) if part.name not in skip)
+    included = {"embedding.positions": positions, "embedding.padding": padding}
+    return sum(part.total for part in parameter_table(config) if included.get(part.name, True))
 
 
 def matmul_parameters(config: ModelConfig) -> int:
@@ -232,8 +231,9 @@ def recomputed_flops_per_token(
     recast = device_type == "cpu" and precision != "float32" and inputs * outputs >= RECAST_MIN_ELEMENTS
     full_blocks = config.dropout or (not compiled and (in_float8 or recast))
     rows = [row for row in forward_table(config, t) if row.name.startswith("block.")]
-    flops = sum(row.total for row in rows if full_blocks or row.name != "block.mlp.down")
-    return (flops + sum(row.each for row in rows if row.name == "block.mlp.down" and compiled and not full_blocks)) // t
+    down = next(row for row in rows if row.name == "block.mlp.down")
+    skipped = 0 if full_blocks else down.total - down.each * compiled
+    return (sum(row.total for row in rows) - skipped) // t
 
 
 def palm_flops_per_token(config: ModelConfig, context: int | None = None) -> int:

@@ -23,7 +23,7 @@ class Accelerator:
     """One product, with its names and vendor specs."""
 
     key: str  # short name, as users type it
-    pattern: str  # must match the full name reported by the driver, in lower case and without the vendor
+    pattern: str  # regex that must match the full name reported by the driver, in lower case and without the vendor
     bfloat16: float | None  # TFLOP/s, as for the columns below; None if not supported
     float16: float | None
     tf32: float | None  # float32 matmuls with a 10-bit mantissa

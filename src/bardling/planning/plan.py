@@ -45,31 +45,21 @@ MAX_USEFUL_EPOCHS = 4  # Muennighoff et al. 2023 (arXiv:2305.16264): up to four 
 class Plan:
     """What a run will need. Bytes are per process; FLOPs are for all processes together."""
 
-    config: RunConfig
-    """The recipe, with `model.depth` applied."""
-    model: ModelConfig
-    """The model, with its vocabulary size."""
-    batch: TrainPlan
-    """Steps, forward passes and tokens."""
-    dataset_tokens: int | None
-    """Tokens in the training split; None if unknown."""
-    flops_training: int
-    """Forward and backward passes of the whole run."""
-    flops_recomputed: int
-    """Recomputation of blocks (`train.recompute`) in the whole run, which does not count as the model's FLOPs."""
+    config: RunConfig  # the recipe, with `model.depth` applied
+    model: ModelConfig  # with its vocabulary size
+    batch: TrainPlan  # steps, forward passes and tokens
+    dataset_tokens: int | None  # in the training split; None if unknown
+    flops_training: int  # forward and backward passes of the whole run
+    flops_recomputed: int  # by `train.recompute` in the whole run; these do not count as the model's FLOPs
     memory: MemoryPlan
     precision: str
     device_name: str
     device_type: str
-    device_memory: int | None
-    """Bytes; None if unknown."""
-    peak_flops: float | None
-    """Peak of one device (FLOP/s); None if unknown."""
-    mfu: float
-    """Expected fraction of the peak, including recomputation."""
+    device_memory: int | None  # bytes; None if unknown
+    peak_flops: float | None  # of one device (FLOP/s); None if unknown
+    mfu: float  # expected fraction of the peak, including recomputation
     comparison: Comparison
-    notes: tuple[str, ...] = ()
-    """Assumptions and warnings, one sentence each."""
+    notes: tuple[str, ...] = ()  # assumptions and warnings, one sentence each
 
     @property
     def components(self) -> tuple[Component, ...]:
