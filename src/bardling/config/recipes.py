@@ -26,7 +26,6 @@ def recipe_names() -> list[str]:
 
 
 def recipe_text(name: str) -> str:
-    """The TOML text of the shipped recipe `name`."""
     return (resources.files("bardling") / "recipes" / f"{name}.toml").read_text(encoding="utf-8")
 
 
@@ -121,8 +120,7 @@ def _convert(hint: Any, value: Any, where: str, key: str) -> Any:
     elif get_origin(hint) is tuple:
         parts = get_args(hint)
         if isinstance(value, list | tuple):
-            if parts[-1] is Ellipsis:
-                return tuple(_convert(parts[0], part, where, key) for part in value)
+            parts = parts[:1] * len(value) if parts[-1] is Ellipsis else parts
             if len(value) == len(parts):
                 return tuple(_convert(part, item, where, key) for part, item in zip(parts, value, strict=True))
     elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):

@@ -48,8 +48,6 @@ def load_optimizer_tensors(
 ) -> None:
     """Load the result of `optimizer_tensors`; the optimizer changes only if all of it is valid.
 
-    Tensors are copied to the device of their parameters.
-
     Raises:
         UserError: the state is another optimizer's, or does not match the parameters.
     """

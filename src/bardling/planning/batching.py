@@ -51,7 +51,6 @@ class TrainPlan:
 
     @property
     def accumulation(self) -> int:
-        """Gradient accumulation steps."""
         return self.stages[-1].accumulation
 
     @property
@@ -76,10 +75,7 @@ class TrainPlan:
 
     def at(self, step: int) -> Stage:
         """The stage of a step, counted from 0."""
-        for stage in reversed(self.stages):
-            if step >= stage.first_step:
-                return stage
-        raise ValueError(f"step {step}: must be at least 0")
+        return next(stage for stage in reversed(self.stages) if step >= stage.first_step)
 
     def spans(self, begin: int, end: int) -> Iterator[tuple[Stage, int]]:
         """Yield each stage that has steps in [begin, end), with their number."""
@@ -94,7 +90,6 @@ class TrainPlan:
         return sum(count * stage.samples for stage, count in self.spans(0, step))
 
     def tokens_before(self, step: int) -> int:
-        """Tokens read before `step`."""
         return self.samples_before(step) * self.block_size
 
     def cost(self, per_token: Callable[[int], int], begin: int = 0, end: int | None = None) -> int:

@@ -116,7 +116,7 @@ def matmul_parameters(config: ModelConfig) -> int:
 
 
 def block_parameters(config: ModelConfig) -> int:
-    """Count the parameters of all transformer blocks."""
+    """Parameters of all transformer blocks."""
     return sum(part.total for part in parameter_table(config) if part.name.startswith("block."))
 
 

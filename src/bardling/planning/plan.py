@@ -5,8 +5,7 @@ Method: for one recipe, this module combines batch sizes (`planning/batching.py`
 torch.
 
 Limits: time is FLOPs, including recomputation, divided by the speed at the given fraction of the peak; start-up, compilation,
-sampling and saving come on top. Memory is that of one process in plain data parallelism, where each process holds the whole
-model.
+sampling and saving come on top. Memory has the limits of `planning/memory.py`.
 """
 
 import dataclasses
@@ -63,7 +62,6 @@ class Plan:
 
     @property
     def components(self) -> tuple[Component, ...]:
-        """Parameters by component."""
         return parameter_table(self.model)
 
     @property
@@ -73,7 +71,6 @@ class Plan:
 
     @property
     def block_parameters(self) -> int:
-        """Parameters of the transformer blocks."""
         return block_parameters(self.model)
 
     @property
