@@ -18,13 +18,17 @@ from bardling.errors import UserError
 from bardling.model.gpt import GPT
 from bardling.optim.build import build_optimizer, resolve_muon_precision, row_splits, set_learning_rate
 from bardling.optim.muon import Muon
-from bardling.optim.polar import SAFETY, coefficients, orthogonalize, quintic
+from bardling.optim.polar import SAFETY, coefficients, newton_schulz, quintic
 from bardling.optim.serialization import load_optimizer_tensors, optimizer_tensors
 
 CPU = torch.device("cpu")
 MODEL = ModelConfig(n_layer=2, n_head=4, n_embd=16, block_size=8, vocab_size=20, vocab_multiple=4)
 CONFIG = OptimConfig(name="muon", lr=1e-3, muon_lr=0.02, embed_lr=4e-3, weight_decay=0.1, muon_precision="float32")
 SPLITS = row_splits(MODEL)
+
+
+def orthogonalize(x: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    return newton_schulz(x, coefficients(steps))
 
 
 def polar_factor(matrix: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,6 @@ from bardling.errors import UserError
 from bardling.model.gpt import GPT
 from bardling.planning.costs import (
     block_parameters,
-    flops_per_sequence,
     flops_per_token,
     forward_table,
     palm_flops_per_token,
@@ -59,8 +58,7 @@ def test_published_gpt2_sizes_with_biases() -> None:
 
 def test_gpt2_124m_flops_are_the_notebooks() -> None:
     assert {row.name: row.each for row in forward_table(GPT2)} == NOTEBOOK_FORWARD
-    assert sum(row.forward for row in forward_table(GPT2)) == 291_648_307_200
-    assert flops_per_sequence(GPT2) == 874_944_921_600
+    assert sum(row.total for row in forward_table(GPT2)) == 291_648_307_200
     assert flops_per_token(GPT2) * 1024 == 874_944_921_600
     assert palm_flops_per_token(GPT2) * 1024 == 875_062_886_400
 
@@ -111,7 +109,7 @@ def test_forward_flops_are_those_that_torch_counts(context: int) -> None:
     # The plain attention kernel, since the counter does not know the CPU's fused one.
     with counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         model(tokens)  # all logits, so that the head is one product
-    assert counter.get_total_flops() == 3 * sum(row.forward for row in forward_table(config, context))
+    assert counter.get_total_flops() == 3 * sum(row.total for row in forward_table(config, context))
 
 
 def test_unknown_vocabulary_and_bad_context_are_refused() -> None:

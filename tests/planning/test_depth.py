@@ -8,17 +8,21 @@ from bardling.checkpoint.run_folder import RunFolder
 from bardling.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from bardling.errors import UserError
 from bardling.planning.costs import matmul_parameters
-from bardling.planning.depth import apply_depth, derive, derived_values, expected_vocab_size
+from bardling.planning.depth import apply_depth, derive, expected_vocab_size
 from bardling.planning.plan import plan
 from bardling.training.run import train
 
 MUON = OptimConfig(name="muon")
 
 
+def with_depth(depth, *, optim=MUON, **model):
+    return RunConfig(model=ModelConfig(depth=depth, **{"vocab_size": 50257, **model}), optim=optim)
+
+
 def test_sizes_grow_with_depth_and_rates_fall():
     before = None
     for depth in range(1, 49):
-        now = {key: derived.value for key, derived in derive(depth, 50257, optim=MUON).items()}
+        now = {key: derived.value for key, derived in derive(with_depth(depth), set()).items()}
         assert now["model.n_embd"] % now["model.n_head"] == 0
         assert now["model.n_embd"] // now["model.n_head"] == 64
         assert now["train.batch_size"] & (now["train.batch_size"] - 1) == 0
@@ -34,7 +38,8 @@ def test_sizes_grow_with_depth_and_rates_fall():
 
 
 def test_depth_twelve_is_gpt2_with_chinchillas_horizon():
-    values = {key: derived.value for key, derived in derive(12, 50257, model=ModelConfig(block_size=1024)).items()}
+    config = with_depth(12, optim=OptimConfig(), block_size=1024)
+    values = {key: derived.value for key, derived in derive(config, set()).items()}
     assert (values["model.n_embd"], values["model.n_head"]) == (768, 12)
     tokens = values["train.steps"] * values["train.batch_size"] * 1024
     assert tokens == pytest.approx(20 * 123.65e6, rel=0.01)
@@ -43,12 +48,12 @@ def test_depth_twelve_is_gpt2_with_chinchillas_horizon():
     assert "optim.muon_lr" not in values
 
 
-def test_a_published_run_is_reproduced():
+def test_a_published_run_is_reproduced(monkeypatch):
     # DeepSeek LLM 7B (30 layers, 4096 channels, 2T tokens, context 4096): 2304 sequences, learning rate 4.2e-4 (its table 2).
-    model = ModelConfig(family="llama", n_layer=30, n_embd=4096, n_head=32, block_size=4096, mlp_hidden=11008)
-    given = {"model.n_layer": 30, "model.n_embd": 4096, "model.n_head": 32}
-    n = matmul_parameters(dataclasses.replace(model, vocab_size=102400))
-    values = derive(30, 102400, model=model, given=given, tokens_per_parameter=2e12 / n)
+    sizes = {"n_layer": 30, "n_embd": 4096, "n_head": 32}
+    config = with_depth(30, family="llama", **sizes, block_size=4096, mlp_hidden=11008, vocab_size=102400)
+    monkeypatch.setattr("bardling.planning.depth.TOKENS_PER_PARAMETER", 2e12 / matmul_parameters(config.model))
+    values = derive(config, {f"model.{name}" for name in sizes})
     assert values["train.batch_size"].value == 2048
     assert values["optim.lr"].value == pytest.approx(4.2e-4, rel=0.05)
 
@@ -71,7 +76,7 @@ def test_given_values_are_kept_and_followed():
 
 
 def test_every_derived_value_has_a_reason():
-    values = derived_values(RunConfig(model=ModelConfig(depth=4, tied=False), optim=MUON), set())
+    values = derive(with_depth(4, tied=False, vocab_size=0), set())
     assert set(values) == {
         "model.n_layer",
         "model.n_embd",
@@ -84,20 +89,20 @@ def test_every_derived_value_has_a_reason():
         "optim.embed_lr",
     }
     assert all(derived.why for derived in values.values())
-    tied = derived_values(RunConfig(model=ModelConfig(depth=4), optim=MUON), set())
+    tied = derive(with_depth(4, vocab_size=0), set())
     assert values.keys() - tied.keys() == {"optim.embed_lr"}
 
 
 def test_heads_divide_any_width():
     for width in (1, 63, 100, 192, 257, 500):
-        values = derive(3, 300, given={"model.n_embd": width})
+        values = derive(with_depth(3, n_embd=width, n_head=1, vocab_size=300), {"model.n_embd"})
         assert width % values["model.n_head"].value == 0
-    assert derive(3, 300, model=ModelConfig(head_dim=32), given={})["model.n_head"].value == 6
+    assert derive(with_depth(3, head_dim=32, vocab_size=300), set())["model.n_head"].value == 6
 
 
 def test_invalid_depths_are_refused():
     with pytest.raises(UserError, match=r"model\.depth = 1000: must be between 1 and 200"):
-        derive(1000, 300)
+        derive(with_depth(1000), set())
     with pytest.raises(UserError, match=r"model\.depth"):
         ModelConfig(depth=-1)
 

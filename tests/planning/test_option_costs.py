@@ -12,7 +12,7 @@ from bardling.model.gpt import GPT
 from bardling.planning.activations import activation_bytes
 from bardling.planning.costs import (
     block_parameters,
-    flops_per_sequence,
+    flops_per_token,
     forward_table,
     matmul_parameters,
     palm_flops_per_token,
@@ -45,7 +45,7 @@ def test_forward_flops_are_those_that_torch_counts(name: str, context: int) -> N
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         GPT(config)(torch.zeros(3, context, dtype=torch.long))
-    assert counter.get_total_flops() == 3 * sum(row.forward for row in forward_table(config, context))
+    assert counter.get_total_flops() == 3 * sum(row.total for row in forward_table(config, context))
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -79,4 +79,4 @@ def test_a_window_saves_work_and_palms_formula_is_near() -> None:
     names = [row.name for row in forward_table(windowed)]
     assert "block.attention.scores (window)" in names
     assert "block.attention.scores" not in names
-    assert palm_flops_per_token(plain) * 24 == pytest.approx(flops_per_sequence(plain), rel=0.02)
+    assert palm_flops_per_token(plain) * 24 == pytest.approx(flops_per_token(plain) * 24, rel=0.02)

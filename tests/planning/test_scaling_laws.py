@@ -3,30 +3,32 @@ import pytest
 
 from bardling.planning.scaling_laws import (
     APPROACH_2_POINTS,
-    APPROACH_3,
     approach_2_line,
     approach_2_tokens,
+    approach_3_loss,
+    approach_3_tokens,
     chinchilla_optimal,
 )
 
 
 @pytest.mark.parametrize("flops", [1e17, 2.21e19, 1e21, 1e26])
 def test_closed_form_is_the_numeric_minimum(flops: float) -> None:
-    n_best, d_best = APPROACH_3.optimum(flops)
+    best = chinchilla_optimal(flops)[1]
+    n_best, d_best = best.parameters, best.tokens
     assert 6 * n_best * d_best == pytest.approx(flops)
     ns = 10 ** np.linspace(5, 14, 90_001)
     losses = 1.69 + 406.4 / ns**0.34 + 410.7 / (flops / 6 / ns) ** 0.28
     assert n_best == pytest.approx(ns[np.argmin(losses)], rel=1e-2)
-    assert APPROACH_3.loss(n_best, d_best) <= losses.min() + 1e-12
+    assert approach_3_loss(n_best, d_best) <= losses.min() + 1e-12
 
 
 def test_notebook_figures_of_approach_3() -> None:
     # The notebook's grids are coarse (316.23M and 11.65B for 2.21e19; 399.54M, 14.43B and 2.76 for a model of 400M).
-    n, d = APPROACH_3.optimum(2.21e19)
-    assert n == pytest.approx(316.23e6, rel=0.05)
-    assert d == pytest.approx(11.65e9, rel=0.05)
-    assert APPROACH_3.tokens_for(399.54e6) == pytest.approx(14.43e9, rel=2e-3)
-    assert round(APPROACH_3.loss(399.54e6, 14.43e9), 2) == 2.76
+    best = chinchilla_optimal(2.21e19)[1]
+    assert best.parameters == pytest.approx(316.23e6, rel=0.05)
+    assert best.tokens == pytest.approx(11.65e9, rel=0.05)
+    assert approach_3_tokens(399.54e6) == pytest.approx(14.43e9, rel=2e-3)
+    assert round(approach_3_loss(399.54e6, 14.43e9), 2) == 2.76
 
 
 def test_notebook_figures_of_approach_2() -> None:
@@ -43,7 +45,7 @@ def test_optima_spend_the_budget() -> None:
         assert 6 * best.parameters * best.tokens == pytest.approx(3e20)
     two, three = chinchilla_optimal(3e20)
     assert approach_2_tokens(two.parameters) == pytest.approx(two.tokens)
-    assert APPROACH_3.tokens_for(three.parameters) == pytest.approx(three.tokens)
+    assert approach_3_tokens(three.parameters) == pytest.approx(three.tokens)
     assert three.loss <= two.loss
 
 

@@ -20,7 +20,7 @@ from bardling.model.gpt import GPT
 from bardling.optim.build import build_optimizer
 from bardling.planning.batching import make_plan
 from bardling.planning.plan import plan as plan_run
-from bardling.planning.schedules import Ramp, batch_size_at, samples_before
+from bardling.planning.schedules import Ramp
 from bardling.training.build import Assembly
 from bardling.training.hooks.new_shapes import NewShapes
 from bardling.training.library import fit_batches
@@ -72,8 +72,8 @@ def test_every_sample_is_read_once_and_stages_start_on_time(world, micro, doubli
     plan = make_plan(config, block_size=16, data_size=world)
     ramp = Ramp(doublings, part)
     for step in range(steps):
-        assert plan.samples_before(step) == samples_before(step, steps, config.batch_size, ramp)
-        assert plan.at(step).samples == batch_size_at(step, steps, config.batch_size, ramp)
+        assert plan.samples_before(step) == ramp.total_before(step, steps, config.batch_size)
+        assert plan.at(step).samples == ramp.size_at(step, steps, config.batch_size)
         assert plan.at(step).micro_batch <= plan.micro_batch
     for begin in (0, steps // 2):
         seen = [

@@ -150,11 +150,11 @@ def _parameters(result: Plan) -> Table:
 
 def _flops(result: Plan) -> Table:
     rows = forward_table(result.model)
-    forward = sum(row.forward for row in rows)
+    forward = sum(row.total for row in rows)
     title = f"FLOPs per sequence of {result.model.block_size:,} tokens"
     table = columns("matmul", "forward", "backward", "fraction", title=title)
     for row in rows:
-        table.add_row(row.name, f"{row.forward:,}", f"{row.backward:,}", f"{row.forward / forward:.1%}")
+        table.add_row(row.name, f"{row.total:,}", f"{2 * row.total:,}", f"{row.total / forward:.1%}")
     table.add_section()
     table.add_row("total", f"{forward:,}", f"{2 * forward:,}", "100.0%")
     table.add_row("[bold]forward and backward", "", f"[bold]{3 * forward:,}", "")
@@ -202,7 +202,7 @@ def _add_work(table: Table, result: Plan) -> None:
 def _add_memory(table: Table, result: Plan) -> None:
     batch, memory = result.batch, result.memory
     activations = memory.activations
-    muon = "Muon: one float32 moment per matrix, two for the rest" if result.optimizer == "muon" else ""
+    muon = "Muon: one float32 moment per matrix, two for the rest" if result.config.optim.name == "muon" else ""
     sequences = f"{batch.micro_batch} sequence{'s' if batch.micro_batch > 1 else ''}"
     rows = (
         ("weights", memory.weights, "float32; replicated in every process"),

@@ -5,8 +5,7 @@ option. The options are independent of each other and a family is only a set of 
 model depends on the architecture (`transformers_family`), never on the name of the family.
 
 Sources of the families: GPT-2, Radford et al. 2019. Llama, Touvron et al. 2023 (arXiv:2302.13971, 2307.09288). Qwen3, Yang et
-al. 2025 (arXiv:2505.09388). The source of each option is cited where it is
-computed, in `model/`.
+al. 2025 (arXiv:2505.09388). The source of each option is cited where it is computed, in `model/`.
 """
 
 from dataclasses import dataclass

@@ -1,5 +1,3 @@
-"""When checkpoints are saved and which ones are kept."""
-
 from dataclasses import dataclass
 
 from bardling.config.checks import duration_seconds, require, require_at_least

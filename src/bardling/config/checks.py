@@ -47,9 +47,7 @@ def doublings(start: int | None, full: int, key: str, full_key: str) -> int:
     Raises:
         UserError: `full` cannot be reached by doubling; the message names `key` and the nearest valid size.
     """
-    valid = [full]
-    while valid[-1] % 2 == 0:
-        valid.append(valid[-1] // 2)
+    valid = [full >> times for times in range(full.bit_length()) if full % (1 << times) == 0]
     if start is not None and start not in valid:
         nearest = min(valid, key=lambda size: abs(size - start))
         raise UserError(f"{key} = {start}: must become {full_key} = {full} by doubling: use {nearest}")

@@ -1,5 +1,3 @@
-"""The training text and its tokenizer."""
-
 from dataclasses import dataclass
 
 from bardling.config.checks import require

@@ -1,5 +1,3 @@
-"""Validation loss and benchmark tasks during training."""
-
 from dataclasses import dataclass
 
 from bardling.config.checks import require_at_least

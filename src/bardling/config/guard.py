@@ -1,5 +1,3 @@
-"""How a run responds to bad steps."""
-
 from dataclasses import dataclass
 from typing import Literal
 

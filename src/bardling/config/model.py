@@ -1,5 +1,3 @@
-"""The network: GPT-2, another family, or a combination of their components."""
-
 from dataclasses import dataclass, replace
 from typing import Literal
 

@@ -1,5 +1,3 @@
-"""Logging services, in addition to the run's own files and the terminal."""
-
 from dataclasses import dataclass
 from typing import Literal
 

@@ -1,5 +1,3 @@
-"""The optimizer and its learning rate."""
-
 from dataclasses import dataclass
 from typing import Literal
 

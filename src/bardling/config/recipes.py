@@ -4,6 +4,7 @@ Every value is checked against the type of its dataclass field; an invalid one r
 and the closest valid name. A recipe needs only the keys that differ from the defaults.
 """
 
+import contextlib
 import dataclasses
 import tomllib
 import types
@@ -25,16 +26,13 @@ def recipe_names() -> list[str]:
 
 
 def recipe_text(name: str) -> str:
-    """The TOML text of the shipped recipe `name`."""
     return (resources.files("bardling") / "recipes" / f"{name}.toml").read_text(encoding="utf-8")
 
 
 def recipe_keys(name_or_path: str) -> set[str]:
     """Dotted names of the settings in a valid recipe, such as "model.n_layer"."""
     text = recipe_text(name_or_path) if name_or_path in recipe_names() else read_small_text(Path(name_or_path))
-    values = tomllib.loads(text)
-    nested = {f"{section}.{key}" for section, table in values.items() if isinstance(table, dict) for key in table}
-    return nested | {key for key, value in values.items() if not isinstance(value, dict)}
+    return set(flatten(tomllib.loads(text)))
 
 
 def load_recipe(name_or_path: str, *, validate: bool = True) -> RunConfig:
@@ -116,19 +114,13 @@ def _convert(hint: Any, value: Any, where: str, key: str) -> Any:
         raise UserError(f"{where}: {key} = {_format(value)}: choose one of {', '.join(choices)}{closest(str(value), choices)}")
     elif get_origin(hint) in (Union, types.UnionType):
         for option in get_args(hint):
-            if option is type(None):
-                if value is None:
-                    return None
-                continue
-            try:
+            # Another member of the union may match; otherwise the error below names them all.
+            with contextlib.suppress(UserError):
                 return _convert(option, value, where, key)
-            except UserError:
-                continue  # another member of the union may match; otherwise the error below names them all
     elif get_origin(hint) is tuple:
         parts = get_args(hint)
         if isinstance(value, list | tuple):
-            if parts[-1] is Ellipsis:
-                return tuple(_convert(parts[0], part, where, key) for part in value)
+            parts = parts[:1] * len(value) if parts[-1] is Ellipsis else parts
             if len(value) == len(parts):
                 return tuple(_convert(part, item, where, key) for part, item in zip(parts, value, strict=True))
     elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
@@ -161,14 +153,11 @@ def _describe(hint: Any) -> str:
 
 def config_to_dict(config: Any) -> dict[str, Any]:
     """Convert a config to nested plain values; unset settings (None) are omitted, because TOML cannot express them."""
-    values: dict[str, Any] = {}
-    for item in dataclasses.fields(config):
-        value = getattr(config, item.name)
-        if dataclasses.is_dataclass(value):
-            values[item.name] = config_to_dict(value)
-        elif value is not None:
-            values[item.name] = list(value) if isinstance(value, tuple) else value
-    return values
+
+    def plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in items if value is not None}
+
+    return dataclasses.asdict(config, dict_factory=plain)
 
 
 def config_to_toml(config: RunConfig) -> str:
@@ -188,8 +177,5 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested values by dotted key."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat

@@ -1,5 +1,3 @@
-"""Text generated during training."""
-
 from dataclasses import dataclass
 
 from bardling.config.checks import require, require_at_least

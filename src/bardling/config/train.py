@@ -1,5 +1,3 @@
-"""Training length and batch sizes."""
-
 from dataclasses import dataclass
 from typing import Literal
 

@@ -28,35 +28,27 @@ Parameters = Sequence[tuple[str, nn.Parameter]]
 
 @dataclass(frozen=True)
 class OptimizerOptions:
-    """What an optimizer may need in addition to its settings."""
+    """What an optimizer may need in addition to its settings; Muon uses all of it."""
 
     device: torch.device  # of the parameters
     splits: Mapping[str, Sequence[int]] = field(default_factory=dict)  # rows of the parts of fused matrices, by name suffix
     rank: int = 0  # among the processes that share the optimizer's work
     world_size: int = 1  # number of these processes
     process_group: dist.ProcessGroup | None = None  # these processes; None for all
-    compiled: bool = False
+    compiled: bool = False  # compile the Newton-Schulz steps
 
 
 def build_optimizer(
     named_parameters: Iterable[tuple[str, nn.Parameter]],
     config: OptimConfig,
     device: torch.device,
-    *,
-    splits: Mapping[str, Sequence[int]] | None = None,
-    rank: int = 0,
-    world_size: int = 1,
-    process_group: dist.ProcessGroup | None = None,
-    compiled: bool = False,
+    **options: Any,
 ) -> torch.optim.Optimizer:
     """Return the optimizer selected by `config.name`.
 
     Args:
         named_parameters: from `module.named_parameters()`, already on `device`; frozen parameters are ignored.
-        device: device of the parameters.
-        splits: with Muon, rows of each part of fused matrices, by name suffix (`row_splits`).
-        rank, world_size, process_group: with Muon, the processes that share its work.
-        compiled: with Muon, compile the Newton-Schulz steps.
+        options: further fields of `OptimizerOptions`, such as `splits=row_splits(config)`.
 
     Raises:
         ValueError: no parameter requires a gradient.
@@ -64,8 +56,9 @@ def build_optimizer(
     trained = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
     if not trained:
         raise ValueError("no parameter requires a gradient: there is nothing to optimize")
-    options = OptimizerOptions(device, splits or {}, rank, world_size, process_group, compiled)
-    optimizer: torch.optim.Optimizer = OPTIMIZERS.get("optim.name", config.name)(trained, config, options)
+    optimizer: torch.optim.Optimizer = OPTIMIZERS.get("optim.name", config.name)(
+        trained, config, OptimizerOptions(device, **options)
+    )
     return optimizer
 
 
@@ -88,11 +81,13 @@ def build_muon(trained: Parameters, config: OptimConfig, options: OptimizerOptio
     for kind in ("embedding", "head", "other", "vector"):
         lr = rates.get(kind) or config.lr
         groups.append({**_adamw_group(config, kinds[kind], kind != "vector"), **common, "lr": lr, "lr_scale": lr / config.lr})
+    # An unresolved 'auto' depends on the device type only.
+    low = options.device.type == "cuda" if config.muon_precision == "auto" else config.muon_precision == "bfloat16"
     return Muon(
         [group for group in groups if group["params"]],
         splits={p: rows for name, p in trained for suffix, rows in options.splits.items() if f".{name}".endswith(f".{suffix}")},
         steps=config.muon_steps,
-        dtype=_muon_dtype(config, options.device),
+        dtype=torch.bfloat16 if low else torch.float32,
         cautious=config.cautious_decay,
         rank=options.rank,
         world_size=options.world_size,
@@ -119,12 +114,6 @@ def resolve_muon_precision(config: OptimConfig, precision: str) -> OptimConfig:
     if config.muon_precision != "auto":
         return config
     return dataclasses.replace(config, muon_precision="bfloat16" if precision == "bfloat16" else "float32")
-
-
-def _muon_dtype(config: OptimConfig, device: torch.device) -> torch.dtype:
-    """Dtype of the Newton-Schulz steps; an unresolved 'auto' depends on the device type only."""
-    use_bfloat16 = device.type == "cuda" if config.muon_precision == "auto" else config.muon_precision == "bfloat16"
-    return torch.bfloat16 if use_bfloat16 else torch.float32
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

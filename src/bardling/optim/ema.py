@@ -27,8 +27,6 @@ class Ema:
     """
 
     def __init__(self, named_parameters: Mapping[str, nn.Parameter], decay: float) -> None:
-        if not 0 <= decay < 1:
-            raise ValueError(f"decay = {decay}: must be at least 0 and below 1")
         self._decay = decay
         self._parameters = {name: p for name, p in named_parameters.items() if p.requires_grad}
         self._means = {name: _high_precision(p.detach()).clone() for name, p in self._parameters.items()}

@@ -29,7 +29,7 @@ import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeGuard, overload
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -95,13 +95,7 @@ class Muon(torch.optim.Optimizer):
         # Tells GradScaler and the training step that `step` supports `found_inf` and `grad_scale`.
         self._step_supports_amp_scaling = all(group.get("fused") for group in rest)
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update every parameter that has a gradient.
 
         If AdamW's groups are fused, this supports the attributes that GradScaler sets: the update is skipped if `found_inf`, a

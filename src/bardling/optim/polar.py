@@ -48,33 +48,25 @@ def quintic(low: float, high: float) -> tuple[float, float, float]:
 
 
 @functools.cache
-def coefficients(steps: int, low: float = LOWER, safety: float = SAFETY) -> tuple[tuple[float, float, float], ...]:
-    """Coefficients of each step for singular values in [low, 1], rounded so that they are identical on all machines."""
+def coefficients(steps: int) -> tuple[tuple[float, float, float], ...]:
+    """Coefficients of each step for singular values in [LOWER, 1], rounded so that they are identical on all machines."""
     chosen = []
-    high = 1.0
+    low, high = LOWER, 1.0
     for _ in range(steps):
-        a, b, c = (round(value, 6) for value in quintic(low, safety * high))
+        a, b, c = (round(value, 6) for value in quintic(low, SAFETY * high))
         chosen.append((a, b, c))
         low = a * low + b * low**3 + c * low**5
         high = 2 - low  # the error at the upper end is that at the lower end with opposite sign
     return tuple(chosen)
 
 
-def orthogonalize(x: Tensor, steps: int = 5) -> Tensor:
-    """Approximate polar factors of the matrices in `x`.
+def newton_schulz(x: Tensor, steps: tuple[tuple[float, float, float], ...]) -> Tensor:
+    """Approximate polar factors of the matrices in `x`, of the same dtype; a zero matrix stays zero.
 
     Args:
         x: [k, m, n], float32 or bfloat16 (float64 in tests); not modified.
-        steps: Newton-Schulz steps.
-
-    Returns:
-        [k, m, n] of the same dtype; a zero matrix stays zero.
+        steps: the `coefficients` of each step; as an argument, so that this compiles without graph breaks.
     """
-    return newton_schulz(x, coefficients(steps))
-
-
-def newton_schulz(x: Tensor, steps: tuple[tuple[float, float, float], ...]) -> Tensor:
-    """`orthogonalize` with the coefficients of each step as argument, so that it compiles without graph breaks."""
     norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float32 if x.dtype == torch.bfloat16 else None)
     x = x * (1 / norm.clamp(min=1e-20)).to(x.dtype)
     tall = x.size(-2) > x.size(-1)

@@ -32,19 +32,12 @@ def optimizer_tensors(
     Raises:
         ValueError: the optimizer has a parameter that is missing in `names`.
     """
-    tensors: dict[str, Tensor] = {}
-    scalars: dict[str, Any] = {}
-    stateless: list[str] = []
-    for name, parameter in _named(optimizer, names).items():
-        entries = optimizer.state.get(parameter, {})
-        if not entries:
-            stateless.append(name)
-        for key, value in entries.items():
-            if isinstance(value, Tensor):
-                tensors[f"{name}.{key}"] = value.detach()
-            else:
-                scalars[f"{name}.{key}"] = value
-    return tensors, {"optimizer": type(optimizer).__name__, "scalars": scalars, "without_state": sorted(stateless)}
+    state = {name: optimizer.state.get(parameter, {}) for name, parameter in _named(optimizer, names).items()}
+    values = {f"{name}.{key}": value for name, entries in state.items() for key, value in entries.items()}
+    tensors = {name: value.detach() for name, value in values.items() if isinstance(value, Tensor)}
+    scalars = {name: value for name, value in values.items() if name not in tensors}
+    stateless = [name for name, entries in state.items() if not entries]
+    return tensors, {"optimizer": type(optimizer).__name__, "scalars": scalars, "without_state": stateless}
 
 
 def load_optimizer_tensors(
@@ -54,8 +47,6 @@ def load_optimizer_tensors(
     meta: Mapping[str, Any],
 ) -> None:
     """Load the result of `optimizer_tensors`; the optimizer changes only if all of it is valid.
-
-    Tensors are copied to the device of their parameters.
 
     Raises:
         UserError: the state is another optimizer's, or does not match the parameters.

@@ -35,13 +35,12 @@ from bardling.planning.costs import (
     FLOAT32_BYTES,
     RECAST_MIN_ELEMENTS,
     attention_weights_kept,
-    block_matrices,
-    context_length,
     fp8_layers,
     is_blocked,
     is_varlen,
     scores_computed,
 )
+from bardling.planning.parameter_shapes import block_matrices
 
 # Limits in `model/kernels/head_loss.py`: a chunk of float32 logits, and the gradients of several chunks.
 LOGIT_CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
@@ -81,7 +80,6 @@ def activation_bytes(
     *,
     precision: str = "bfloat16",
     device_type: str = "cuda",
-    context: int | None = None,
     fp8: bool = False,
     recompute: str = "none",
     document_mask: bool = False,
@@ -93,15 +91,14 @@ def activation_bytes(
         micro_batch: sequences per forward pass of one process.
         precision: 'float32', 'bfloat16' or 'float16'.
         device_type: 'cpu', 'cuda' or 'mps'; it determines the size of a chunk of logits.
-        context: tokens per sequence; None for block_size.
         fp8: whether the linear layers of blocks run in float8.
         recompute: 'none', or 'blocks' as for `train.recompute`.
         document_mask: whether attention is limited to documents. Without a varlen kernel, this adds s bytes per attention score
             of a sequence, once for all layers.
     """
-    arch, t = config.architecture, context_length(config, context)
+    arch = config.architecture
     varlen = document_mask and is_varlen(device_type, precision, arch.head_dim, config.dropout)
-    memory = _Memory(config, arch, micro_batch, t, precision, device_type, fp8, document_mask, varlen)
+    memory = _Memory(config, arch, micro_batch, config.block_size, precision, device_type, fp8, document_mask, varlen)
     layers = [memory.block(layer) for layer in range(config.n_layer)]
     weight_copies = memory.weight_copies_per_block()
     blocks, recompute_buffer = sum(layers), 0
@@ -155,7 +152,7 @@ class _Memory:
 
     def norm_per_token(self) -> int:
         """Input, mean and 1/std of a norm."""
-        return self.config.n_embd * FLOAT32_BYTES + (2 if self.arch.norm == "layernorm" else 1) * FLOAT32_BYTES
+        return (self.config.n_embd + (2 if self.arch.norm == "layernorm" else 1)) * FLOAT32_BYTES
 
     def block(self, layer: int) -> int:
         """Saved by a block that keeps its activations."""
@@ -168,7 +165,7 @@ class _Memory:
         scales = 0
         if self.fp8:
             matrices, layers = block_matrices(self.config), fp8_layers(self.config)[0]
-            per_token += sum(matrices[name][1] * (1 if name == "attn.c_proj" else 1 - s) for name in layers)
+            per_token += sum(matrices[name][0] * (1 if name == "attn.c_proj" else 1 - s) for name in layers)
             scales = 2 * FLOAT32_BYTES * len(layers)
         return scales + self.tokens * per_token + self.attention(layer)
 
@@ -208,7 +205,7 @@ class _Memory:
         s = self.value_bytes
         if self.precision == "float32":
             return 0
-        sizes = {name: i * o for name, (_, i, o) in block_matrices(self.config).items()}
+        sizes = {name: i * o for name, (i, o) in block_matrices(self.config).items()}
         kept = s * sum(size for size in sizes.values() if not self.on_cpu or size < RECAST_MIN_ELEMENTS)
         return kept + (sum(sizes[name] * (1 - s) for name in fp8_layers(self.config)[0]) if self.fp8 else 0)
 

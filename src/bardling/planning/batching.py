@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from bardling.config import TrainConfig
 from bardling.errors import UserError
-from bardling.planning.schedules import Ramp, batch_size_at, block_size_at
+from bardling.planning.schedules import Ramp
 
 
 @dataclass
@@ -51,7 +51,6 @@ class TrainPlan:
 
     @property
     def accumulation(self) -> int:
-        """Gradient accumulation steps."""
         return self.stages[-1].accumulation
 
     @property
@@ -76,10 +75,7 @@ class TrainPlan:
 
     def at(self, step: int) -> Stage:
         """The stage of a step, counted from 0."""
-        for stage in reversed(self.stages):
-            if step >= stage.first_step:
-                return stage
-        raise ValueError(f"step {step}: must be at least 0")
+        return next(stage for stage in reversed(self.stages) if step >= stage.first_step)
 
     def spans(self, begin: int, end: int) -> Iterator[tuple[Stage, int]]:
         """Yield each stage that has steps in [begin, end), with their number."""
@@ -94,7 +90,6 @@ class TrainPlan:
         return sum(count * stage.samples for stage, count in self.spans(0, step))
 
     def tokens_before(self, step: int) -> int:
-        """Tokens read before `step`."""
         return self.samples_before(step) * self.block_size
 
     def cost(self, per_token: Callable[[int], int], begin: int = 0, end: int | None = None) -> int:
@@ -156,7 +151,7 @@ def make_plan(config: TrainConfig, block_size: int, data_size: int) -> TrainPlan
     first_steps = {ramp.start(stage, config.steps) for ramp in (batch, context) for stage in range(ramp.doublings + 1)}
     stages = []
     for first_step in sorted(first_steps):
-        samples = batch_size_at(first_step, config.steps, config.batch_size, batch)
+        samples = batch.size_at(first_step, config.steps, config.batch_size)
         size = _largest_divisor(samples // data_size, micro_batch)
         stages.append(
             Stage(
@@ -164,7 +159,7 @@ def make_plan(config: TrainConfig, block_size: int, data_size: int) -> TrainPlan
                 accumulation=samples // data_size // size,
                 micro_batch=size,
                 samples=samples,
-                context=block_size_at(first_step, config.steps, block_size, context),
+                context=context.size_at(first_step, config.steps, block_size),
             )
         )
     return TrainPlan(horizon=Horizon(config.steps), stages=tuple(stages), block_size=block_size, data_size=data_size)

@@ -17,14 +17,15 @@ Legend: T context (tokens), C n_embd, V vocab_size, L n_layer, H n_head, Q chann
 (or value) heads, F hidden size of the MLP; in GPT-2 Q = K = C and F = 4 C.
 """
 
+import math
 from dataclasses import dataclass
 
 from bardling.config import ModelConfig
 from bardling.errors import UserError
+from bardling.planning.parameter_shapes import block_matrices, parameter_shapes
 
 FLOAT32_BYTES = 4
 FP8_MULTIPLE = 16  # required divisor of the sizes of float8 matmuls, see `model/kernels/fp8.py`
-BACKWARD_PER_FORWARD = 2  # each matmul has two in the backward pass: for the gradients of its input and of its weight
 EXPLICIT_LENGTH = 512
 """Up to this many tokens, attention in bfloat16 on a CPU keeps its weights (`model/kernels/cpu_attention.py`): PyTorch's fused
 kernel takes 1.5 to 4 times as long, because of its slow backward pass. For longer sequences the speed is not worth the memory,
@@ -33,36 +34,30 @@ EXPLICIT_BLOCK = 128  # number of queries processed together in that implementat
 RECAST_MIN_ELEMENTS = 1 << 18
 """From this size, a CPU casts a matrix to lower precision again in the backward pass instead of keeping the copy."""
 
+BLOCK_COMPONENTS = {
+    "ln_1": "attention.norm",
+    "attn.c_attn": "attention.qkv",
+    "attn.ln_": "attention.qk_norm",
+    "attn.value_mix": "attention.value_mix",
+    "attn.c_proj": "attention.proj",
+    "ln_2": "mlp.norm",
+    "mlp.c_fc": "mlp.up",
+    "mlp.c_proj": "mlp.down",
+}
+"""Start of the names of a block's parameters -> their component in the tables below."""
+
 
 @dataclass(frozen=True)
 class Component:
-    """One row of the parameter table."""
+    """One row of the parameter table or of the FLOP table."""
 
-    name: str
-    """Dotted name of the component; every block has the `block.*` components."""
-    each: int
-    """Parameters of one copy."""
-    copies: int = 1
-    """Number of copies (n_layer for components of a block)."""
+    name: str  # dotted; every block has the `block.*` components
+    each: int  # parameters of one copy, or FLOPs of its forward pass over one sequence
+    copies: int = 1  # n_layer for most components of a block
 
     @property
     def total(self) -> int:
-        """Parameters in all copies."""
         return self.each * self.copies
-
-
-class Operation(Component):
-    """One row of the FLOP table: a matmul of the forward pass over one sequence, with its FLOPs instead of parameters."""
-
-    @property
-    def forward(self) -> int:
-        """Total FLOPs in the forward pass."""
-        return self.total
-
-    @property
-    def backward(self) -> int:
-        """Total FLOPs in the backward pass."""
-        return self.forward * BACKWARD_PER_FORWARD
 
 
 def _require_vocabulary(config: ModelConfig) -> None:
@@ -77,36 +72,25 @@ def parameter_table(config: ModelConfig) -> tuple[Component, ...]:
         UserError: `vocab_size` is 0, that is, not known yet.
     """
     _require_vocabulary(config)
-    arch, c, blocks = config.architecture, config.n_embd, config.n_layer
-    bias = arch.bias
-    norm = c + c * (bias and arch.norm == "layernorm")
-    qkv = arch.query_width + 2 * arch.kv_width
-    row = c + c * (not arch.tied) + arch.value_embeddings * arch.kv_width  # parameters per token id, padding included
+    arch, c, vocab, shapes = config.architecture, config.n_embd, config.vocab_size, parameter_shapes(config)
+
+    def each(prefix: str) -> int:
+        return sum(math.prod(shape) for name, shape in shapes.items() if name.startswith(f"transformer.{prefix}"))
+
+    row = c + c * (not arch.tied) + arch.value_embeddings * arch.kv_width  # parameters per token id
     parts = [
-        Component("embedding.tokens", config.vocab_size * c),
-        Component("embedding.padding", (config.padded_vocab_size - config.vocab_size) * row),
+        Component("embedding.tokens", vocab * c),
+        Component("embedding.padding", (config.padded_vocab_size - vocab) * row),
+        Component("embedding.positions", each("wpe.")),
+        Component("embedding.values", vocab * arch.kv_width, arch.value_embeddings),
+        *(
+            Component(f"block.{name}", each(f"h.0.{prefix}"), arch.value_layers if "value_mix" in name else config.n_layer)
+            for prefix, name in BLOCK_COMPONENTS.items()
+        ),
+        Component("final_norm", each("ln_f.")),
+        Component("head (tied)", 0) if arch.tied else Component("head", vocab * c),
     ]
-    if arch.positions == "learned":
-        parts.append(Component("embedding.positions", config.block_size * c))
-    if arch.value_embeddings:
-        parts.append(Component("embedding.values", config.vocab_size * arch.kv_width, arch.value_embeddings))
-    parts += [
-        Component("block.attention.norm", norm, blocks),
-        Component("block.attention.qkv", qkv * c + qkv * bias, blocks),
-    ]
-    if arch.qk_norm == "weight":
-        parts.append(Component("block.attention.qk_norm", 2 * arch.head_dim, blocks))
-    if arch.value_embeddings:
-        parts.append(Component("block.attention.value_mix", 2, arch.value_layers))
-    parts += [
-        Component("block.attention.proj", arch.query_width * c + c * bias, blocks),
-        Component("block.mlp.norm", norm, blocks),
-        Component("block.mlp.up", arch.fc_width * c + arch.fc_width * bias, blocks),
-        Component("block.mlp.down", arch.mlp_hidden * c + c * bias, blocks),
-        Component("final_norm", norm),
-        Component("head (tied)", 0) if arch.tied else Component("head", config.vocab_size * c),
-    ]
-    return tuple(parts)
+    return tuple(part for part in parts if part.total or part.name in ("embedding.padding", "head (tied)"))
 
 
 def parameters(config: ModelConfig, *, positions: bool = True, padding: bool = False) -> int:
@@ -118,9 +102,8 @@ def parameters(config: ModelConfig, *, positions: bool = True, padding: bool = F
             positions, because the token embedding is also the head; see `matmul_parameters` for other models.
         padding: include the embedding rows that pad the vocabulary, as memory and files do. Published sizes exclude them.
     """
-    skip = set() if positions else {"embedding.positions"}
-    skip |= set() if padding else {"embedding.padding"}
-    return sum(part.total for part in parameter_table(config) if part.name not in skip)
+    included = {"embedding.positions": positions, "embedding.padding": padding}
+    return sum(part.total for part in parameter_table(config) if included.get(part.name, True))
 
 
 def matmul_parameters(config: ModelConfig) -> int:
@@ -133,30 +116,30 @@ def matmul_parameters(config: ModelConfig) -> int:
 
 
 def block_parameters(config: ModelConfig) -> int:
-    """Count the parameters of all transformer blocks."""
+    """Parameters of all transformer blocks."""
     return sum(part.total for part in parameter_table(config) if part.name.startswith("block."))
 
 
-def forward_table(config: ModelConfig, context: int | None = None) -> tuple[Operation, ...]:
+def forward_table(config: ModelConfig, context: int | None = None) -> tuple[Component, ...]:
     """FLOPs of each matmul in the forward pass over one sequence of `context` tokens (None: block_size)."""
     _require_vocabulary(config)
-    t, arch = context_length(config, context), config.architecture
-    c, blocks, q, f = config.n_embd, config.n_layer, arch.query_width, arch.mlp_hidden
+    t, arch, blocks = context_length(config, context), config.architecture, config.n_layer
     windowed = sum(arch.window(layer) is not None for layer in range(blocks))
-    rows = [Operation("block.attention.qkv", 2 * t * c * (q + 2 * arch.kv_width), blocks)]  # [T, C] @ [C, Q + 2K]
+    qkv, *others = (
+        Component(f"block.{BLOCK_COMPONENTS[name]}", 2 * t * inputs * outputs, blocks)  # [T, inputs] @ [inputs, outputs]
+        for name, (inputs, outputs) in block_matrices(config).items()
+    )
     # Scores are H times [T, Q/H] @ [Q/H, T]; values H times [T, T] @ [T, Q/H].
-    if windowed < blocks:
-        rows += [Operation(f"block.attention.{name}", 2 * t * t * q, blocks - windowed) for name in ("scores", "values")]
-    if windowed:
-        pairs = 2 * scores_computed(t, arch.sliding_window) * q
-        rows += [Operation(f"block.attention.{name} (window)", pairs, windowed) for name in ("scores", "values")]
-    rows += [
-        Operation("block.attention.proj", 2 * t * q * c, blocks),  # [T, Q] @ [Q, C]
-        Operation("block.mlp.up", 2 * t * c * arch.fc_width, blocks),  # [T, C] @ [C, F], or [C, 2F] with a gate
-        Operation("block.mlp.down", 2 * t * f * c, blocks),  # [T, F] @ [F, C]
-        Operation("head", 2 * t * c * config.vocab_size),  # [T, C] @ [C, V]
-    ]
-    return tuple(rows)
+    attention = (
+        Component(f"block.attention.{name}{kind}", 2 * pairs * arch.query_width, layers)
+        for kind, pairs, layers in (
+            ("", t * t, blocks - windowed),
+            (" (window)", scores_computed(t, arch.sliding_window), windowed),
+        )
+        for name in ("scores", "values")
+        if layers
+    )
+    return (qkv, *attention, *others, Component("head", 2 * t * config.n_embd * config.vocab_size))  # head: [T, C] @ [C, V]
 
 
 def is_blocked(time: int, window: int) -> bool:
@@ -181,11 +164,8 @@ def attention_weights_kept(time: int, *, masked: bool = False) -> int:
     """Attention weights that `cpu_attention.py` keeps per head for a sequence of `time` tokens."""
     if masked:
         return time * time
-    total = 0
-    for start in range(0, time, EXPLICIT_BLOCK):
-        end = min(start + EXPLICIT_BLOCK, time)
-        total += (end - start) * end  # a block of queries attends to all keys up to its end
-    return total
+    bounds = ((start, min(start + EXPLICIT_BLOCK, time)) for start in range(0, time, EXPLICIT_BLOCK))
+    return sum((end - start) * end for start, end in bounds)  # a block of queries attends to all keys up to its end
 
 
 def context_length(config: ModelConfig, context: int | None) -> int:
@@ -200,42 +180,28 @@ def context_length(config: ModelConfig, context: int | None) -> int:
     return t
 
 
-def flops_per_sequence(config: ModelConfig, context: int | None = None) -> int:
-    """FLOPs to train on one sequence of `context` tokens: matmuls of the forward and backward pass."""
-    return sum(row.forward + row.backward for row in forward_table(config, context))
-
-
 def flops_per_token(config: ModelConfig, context: int | None = None) -> int:
     """FLOPs to train on one token in a context of `context` tokens (None: block_size), as used for MFU.
 
     MFU = flops_per_token * tokens per second / peak FLOP/s of all devices together (PaLM, appendix B).
     """
     t = context_length(config, context)
-    return flops_per_sequence(config, t) // t  # exact except with sliding windows: all other terms are multiples of t
-
-
-def block_matrices(config: ModelConfig) -> dict[str, tuple[str, int, int]]:
-    """Linear layers of a block: name -> (name in `forward_table`, inputs, outputs)."""
-    arch, c = config.architecture, config.n_embd
-    return {
-        "attn.c_attn": ("block.attention.qkv", c, arch.query_width + 2 * arch.kv_width),
-        "attn.c_proj": ("block.attention.proj", arch.query_width, c),
-        "mlp.c_fc": ("block.mlp.up", c, arch.fc_width),
-        "mlp.c_proj": ("block.mlp.down", arch.mlp_hidden, c),
-    }
+    # Each matmul has two in the backward pass, for the gradients of its input and of its weight. The division is exact except
+    # with sliding windows: all other terms are multiples of t.
+    return 3 * sum(row.total for row in forward_table(config, t)) // t
 
 
 def fp8_layers(config: ModelConfig) -> tuple[list[str], list[str]]:
     """Names of a block's linear layers that `fp8` runs in float8, and of those whose sizes do not allow it."""
-    fits = {name: not (i % FP8_MULTIPLE or o % FP8_MULTIPLE) for name, (_, i, o) in block_matrices(config).items()}
+    fits = {name: not (i % FP8_MULTIPLE or o % FP8_MULTIPLE) for name, (i, o) in block_matrices(config).items()}
     return [name for name in fits if fits[name]], [name for name in fits if not fits[name]]
 
 
 def fp8_fraction(config: ModelConfig, context: int | None = None) -> float:
     """Fraction of a model's training FLOPs that `fp8` runs in float8."""
-    rows, matrices = forward_table(config, context), block_matrices(config)
-    in_float8 = {matrices[name][0] for name in fp8_layers(config)[0]}
-    return sum(row.forward for row in rows if row.name in in_float8) / sum(row.forward for row in rows)
+    rows = forward_table(config, context)
+    in_float8 = {f"block.{BLOCK_COMPONENTS[name]}" for name in fp8_layers(config)[0]}
+    return sum(row.total for row in rows if row.name in in_float8) / sum(row.total for row in rows)
 
 
 def recomputed_flops_per_token(
@@ -260,13 +226,14 @@ def recomputed_flops_per_token(
         precision, device_type, fp8: as for `activation_bytes`.
         compiled: whether the blocks are compiled.
     """
-    t, (down, inputs, outputs) = context_length(config, context), block_matrices(config)["mlp.c_proj"]
+    t, (inputs, outputs) = context_length(config, context), block_matrices(config)["mlp.c_proj"]
     in_float8 = fp8 and "mlp.c_proj" in fp8_layers(config)[0]
     recast = device_type == "cpu" and precision != "float32" and inputs * outputs >= RECAST_MIN_ELEMENTS
     full_blocks = config.dropout or (not compiled and (in_float8 or recast))
     rows = [row for row in forward_table(config, t) if row.name.startswith("block.")]
-    flops = sum(row.forward for row in rows if full_blocks or row.name != down)
-    return (flops + sum(row.each for row in rows if row.name == down and compiled and not full_blocks)) // t
+    down = next(row for row in rows if row.name == "block.mlp.down")
+    skipped = 0 if full_blocks else down.total - down.each * compiled
+    return (sum(row.total for row in rows) - skipped) // t
 
 
 def palm_flops_per_token(config: ModelConfig, context: int | None = None) -> int:

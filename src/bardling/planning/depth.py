@@ -22,12 +22,14 @@ import dataclasses
 import math
 from collections.abc import Callable
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
-from bardling.config import ModelConfig, OptimConfig, RunConfig, TrainConfig
+from bardling.config import OptimConfig, RunConfig, TrainConfig
 from bardling.config.architecture import GPT2_VOCAB_SIZE
 from bardling.config.checks import doublings
+from bardling.config.recipes import changed_settings
 from bardling.errors import UserError
 from bardling.planning.costs import matmul_parameters
 
@@ -48,80 +50,54 @@ class Derived:
     why: str
 
 
-@dataclass
-class _Values:
-    """Values given by the user, and values derived for the others."""
-
-    given: dict[str, Any]
-    derived: dict[str, Derived] = field(default_factory=dict)
-
-    def choose(self, key: str, value: float, why: str) -> Any:
-        """The given value of `key`, or else `value`, which is recorded as derived."""
-        if key in self.given:
-            return self.given[key]
-        self.derived[key] = Derived(value, why)
-        return value
-
-
-def derive(
-    depth: int,
-    vocab_size: int,
-    *,
-    model: ModelConfig | None = None,
-    optim: OptimConfig | None = None,
-    train: TrainConfig | None = None,
-    tokens_per_parameter: float = TOKENS_PER_PARAMETER,
-    given: dict[str, Any] | None = None,
-) -> dict[str, Derived]:
-    """Derive the settings of a compute-optimal run of a model with `depth` layers, by dotted name.
+def derive(config: RunConfig, given: AbstractSet[str]) -> dict[str, Derived]:
+    """Derive the settings of a compute-optimal run of `config.model.depth` layers, by dotted name.
 
     Args:
-        depth: layers.
-        vocab_size: size of the tokenizer, or an estimate.
-        model: other architecture options; None for GPT-2's.
-        optim: selects the optimizer; None for AdamW.
-        train: how the batch grows; None for a constant batch.
-        tokens_per_parameter: training tokens per parameter.
-        given: settings with fixed values, by dotted name. They are not derived, but the values that depend on them are.
+        given: dotted names of the settings that keep their values. They are not derived, but the values that depend on them
+            are.
 
     Raises:
         UserError: the depth or a given width is invalid.
     """
-    if not 1 <= depth <= MAX_DEPTH:
-        raise UserError(f"model.depth = {depth}: must be between 1 and {MAX_DEPTH} layers")
-    model, optim, values = model or ModelConfig(), optim or OptimConfig(), _Values(given or {})
-    n_layer = values.choose("model.n_layer", depth, "the depth")
-    n_embd = values.choose("model.n_embd", HEAD_DIM * n_layer, f"{HEAD_DIM} channels per layer")
+    model = config.model
+    values: dict[str, Derived] = {}
+    if not 1 <= model.depth <= MAX_DEPTH:
+        raise UserError(f"model.depth = {model.depth}: must be between 1 and {MAX_DEPTH} layers")
+
+    def choose(key: str, value: float, why: str) -> Any:
+        """The given value of `key`, or else `value`, which is recorded as derived."""
+        if key in given:
+            return attrgetter(key)(config)
+        values[key] = Derived(value, why)
+        return value
+
+    n_layer = choose("model.n_layer", model.depth, "the depth")
+    n_embd = choose("model.n_embd", HEAD_DIM * n_layer, f"{HEAD_DIM} channels per layer")
     max_heads = max(n_embd // (model.head_dim or HEAD_DIM), 1)
     heads = max(count for count in range(1, max_heads + 1) if n_embd % count == 0)
-    n_head = values.choose("model.n_head", heads, f"heads of {n_embd // heads} channels")
+    n_head = choose("model.n_head", heads, f"heads of {n_embd // heads} channels")
+    vocab_size = model.vocab_size or expected_vocab_size(config.data.tokenizer)
     shape = dataclasses.replace(model, depth=0, n_layer=n_layer, n_embd=n_embd, n_head=n_head, vocab_size=vocab_size)
-    _derive_training(values, shape, optim, train or TrainConfig(), tokens_per_parameter)
-    return values.derived
-
-
-def _derive_training(
-    values: _Values, model: ModelConfig, optim: OptimConfig, train: TrainConfig, tokens_per_parameter: float
-) -> None:
-    """Derive batch size, steps and learning rates from the FLOPs of training `model`."""
-    n = matmul_parameters(model)
-    d = tokens_per_parameter * n
+    n = matmul_parameters(shape)
+    d = TOKENS_PER_PARAMETER * n
     c = 6 * n * d
     budget = f"{n / 1e6:,.1f}M parameters and {c:.1e} FLOPs"
     tokens = 0.2920 * c**0.3271
     sequences = 1 << max(round(math.log2(tokens / model.block_size)), 0)
-    sequences = values.choose("train.batch_size", sequences, f"about {tokens:,.0f} tokens, for {budget}")
-    steps = values.choose(
+    sequences = choose("train.batch_size", sequences, f"about {tokens:,.0f} tokens, for {budget}")
+    steps = choose(
         "train.steps",
-        math.ceil(d / (sequences * _mean_batch(train, sequences) * model.block_size)),
-        f"{tokens_per_parameter:g} tokens per parameter for {n / 1e6:,.1f}M parameters: {d / 1e6:,.0f}M",
+        math.ceil(d / (sequences * _mean_batch(config.train, sequences) * model.block_size)),
+        f"{TOKENS_PER_PARAMETER:g} tokens per parameter for {n / 1e6:,.1f}M parameters: {d / 1e6:,.0f}M",
     )
-    values.choose("optim.warmup_steps", min(max(steps // 50, 10), (steps - 1) // 2), "steps / 50")
-    lr = values.choose("optim.lr", _rounded(0.3118 * c**-0.1250), f"AdamW, for {budget}")
-    if optim.name == "muon":
-        values.choose("optim.muon_lr", OptimConfig.muon_lr, "the same for any width")
-        if not model.architecture.tied:  # a tied embedding does not benefit from a higher rate, and tolerates less
-            values.choose("optim.embed_lr", _rounded(10 * lr), "10 times optim.lr")
+    choose("optim.warmup_steps", min(max(steps // 50, 10), (steps - 1) // 2), "steps / 50")
+    lr = choose("optim.lr", _rounded(0.3118 * c**-0.1250), f"AdamW, for {budget}")
+    if config.optim.name == "muon":
+        choose("optim.muon_lr", OptimConfig.muon_lr, "the same for any width")
+        if not shape.architecture.tied:  # a tied embedding does not benefit from a higher rate, and tolerates less
+            choose("optim.embed_lr", _rounded(10 * lr), "10 times optim.lr")
+    return values
 
 
 def apply_depth(
@@ -140,31 +116,13 @@ def apply_depth(
     """
     if not config.model.depth:
         return config
-    given = _non_default_settings(config) if given is None else given
     sections: dict[str, dict[str, Any]] = {"model": {"depth": 0}, "optim": {}, "train": {}}
-    for key, derived in derived_values(config, given).items():
+    for key, derived in derive(config, changed_settings(RunConfig(), config).keys() if given is None else given).items():
         section, name = key.split(".")
         sections[section][name] = derived.value
         record(key, derived.value, derived.why)
     changed = {name: dataclasses.replace(getattr(config, name), **values) for name, values in sections.items()}
     return dataclasses.replace(config, **changed)
-
-
-def _non_default_settings(config: RunConfig) -> set[str]:
-    sections = {name: (getattr(config, name), getattr(RunConfig(), name)) for name in ("model", "optim", "train")}
-    return {
-        f"{name}.{field.name}"
-        for name, (section, default) in sections.items()
-        for field in dataclasses.fields(section)
-        if getattr(section, field.name) != getattr(default, field.name)
-    }
-
-
-def derived_values(config: RunConfig, explicit: AbstractSet[str]) -> dict[str, Derived]:
-    """The values that `apply_depth` fills in, with reasons; the arguments are the same."""
-    given = {key: getattr(getattr(config, key.split(".")[0]), key.split(".")[1]) for key in explicit if key.count(".") == 1}
-    size = config.model.vocab_size or expected_vocab_size(config.data.tokenizer)
-    return derive(config.model.depth, size, model=config.model, optim=config.optim, train=config.train, given=given)
 
 
 def expected_vocab_size(tokenizer: str) -> int:

@@ -22,22 +22,14 @@ GIGA = 10**9
 class Accelerator:
     """One product, with its names and vendor specs."""
 
-    key: str
-    """Short name, as users type it."""
-    pattern: str
-    """Regular expression that must match the full name reported by the driver, in lower case and without the vendor."""
-    bfloat16: float | None
-    """TFLOP/s, dense; None if not supported."""
+    key: str  # short name, as users type it
+    pattern: str  # regex that must match the full name reported by the driver, in lower case and without the vendor
+    bfloat16: float | None  # TFLOP/s, as for the columns below; None if not supported
     float16: float | None
-    """TFLOP/s, dense, accumulating in float32."""
-    tf32: float | None
-    """TFLOP/s, dense: float32 matmuls with a 10-bit mantissa; None if not supported."""
-    float32: float
-    """TFLOP/s without tensor cores."""
-    memory_gb: float | None
-    """Memory (marketed GB); None if the product comes in several sizes, in which case the driver's name contains it."""
-    float8: float | None = None
-    """TFLOP/s, dense, accumulating in float32; None if not supported or not verified."""
+    tf32: float | None  # float32 matmuls with a 10-bit mantissa
+    float32: float  # without tensor cores
+    memory_gb: float | None  # marketed GB; None if the product comes in several sizes, which the driver's name tells
+    float8: float | None = None  # None also if not verified
 
 
 # Columns after the pattern: bfloat16, float16, tf32, float32 (TFLOP/s), memory (GB), float8 (TFLOP/s).
@@ -73,10 +65,7 @@ def find_accelerator(device_name: str) -> Accelerator | None:
     """Look up a device by the driver's name ('NVIDIA H100 80GB HBM3') or its short name ('H100-SXM'); None if unknown."""
     name = re.sub(r"\s+", " ", device_name.strip().lower())
     name = re.sub(r"^(nvidia|amd) ", "", name)
-    for device in ACCELERATORS:
-        if re.fullmatch(device.pattern, name):
-            return device
-    return None
+    return next((device for device in ACCELERATORS if re.fullmatch(device.pattern, name)), None)
 
 
 def peak_flops(device_name: str, precision: str, *, tf32: bool = True, fp8: ModelConfig | None = None) -> float | None:

@@ -26,7 +26,6 @@ class Layout:
 
     @property
     def world_size(self) -> int:
-        """Number of processes."""
         return math.prod(self.sizes)
 
     @property

@@ -64,8 +64,6 @@ def optimizer_bytes(shapes: Mapping[str, Sequence[int]], config: OptimConfig) ->
     Args:
         shapes: shapes of the trained parameters by name.
     """
-    total = 0
-    for name, shape in shapes.items():
-        muon = config.name == "muon" and parameter_kind(name, len(shape)) == "matrix"
-        total += math.prod(shape) * FLOAT32_BYTES if muon else (2 * math.prod(shape) + 1) * FLOAT32_BYTES
-    return total
+    muon = {name for name, shape in shapes.items() if config.name == "muon" and parameter_kind(name, len(shape)) == "matrix"}
+    values = (math.prod(shape) if name in muon else 2 * math.prod(shape) + 1 for name, shape in shapes.items())
+    return sum(values) * FLOAT32_BYTES

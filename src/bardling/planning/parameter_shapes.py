@@ -33,18 +33,27 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def _block(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:
     arch, width = config.architecture, config.n_embd
-    shapes: dict[str, tuple[int, ...]] = {}
     norm_bias = arch.bias and arch.norm == "layernorm"
-    shapes |= _with_bias("ln_1", (width,), bias=norm_bias)
-    shapes |= _with_bias("attn.c_attn", (arch.query_width + 2 * arch.kv_width, width), bias=arch.bias)
-    shapes |= _with_bias("attn.c_proj", (width, arch.query_width), bias=arch.bias)
+    attention, mlp = _with_bias("ln_1", (width,), bias=norm_bias), _with_bias("ln_2", (width,), bias=norm_bias)
+    for name, (inputs, outputs) in block_matrices(config).items():
+        part = attention if name.startswith("attn.") else mlp
+        part |= _with_bias(name, (outputs, inputs), bias=arch.bias)
     if arch.qk_norm == "weight":
-        shapes |= {"attn.ln_q.weight": (arch.head_dim,), "attn.ln_k.weight": (arch.head_dim,)}
+        attention |= {"attn.ln_q.weight": (arch.head_dim,), "attn.ln_k.weight": (arch.head_dim,)}
     if arch.value_table(layer) is not None:
-        shapes["attn.value_mix"] = (2,)
-    shapes |= _with_bias("ln_2", (width,), bias=norm_bias)
-    shapes |= _with_bias("mlp.c_fc", (arch.fc_width, width), bias=arch.bias)
-    return shapes | _with_bias("mlp.c_proj", (width, arch.mlp_hidden), bias=arch.bias)
+        attention["attn.value_mix"] = (2,)
+    return attention | mlp
+
+
+def block_matrices(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Linear layers of a block: name -> (inputs, outputs)."""
+    arch, c = config.architecture, config.n_embd
+    return {
+        "attn.c_attn": (c, arch.query_width + 2 * arch.kv_width),
+        "attn.c_proj": (arch.query_width, c),
+        "mlp.c_fc": (c, arch.fc_width),
+        "mlp.c_proj": (arch.mlp_hidden, c),
+    }
 
 
 def _with_bias(name: str, shape: tuple[int, ...], *, bias: bool) -> dict[str, tuple[int, ...]]:

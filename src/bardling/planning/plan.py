@@ -5,18 +5,17 @@ Method: for one recipe, this module combines batch sizes (`planning/batching.py`
 torch.
 
 Limits: time is FLOPs, including recomputation, divided by the speed at the given fraction of the peak; start-up, compilation,
-sampling and saving come on top. Memory is that of one process in plain data parallelism, where each process holds the whole
-model.
+sampling and saving come on top. Memory has the limits of `planning/memory.py`.
 """
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bardling.config import CheckpointConfig, ModelConfig, RunConfig
+from bardling.config import ModelConfig, RunConfig
+from bardling.config.checks import INF, require
 from bardling.errors import UserError
 from bardling.planning.batching import TrainPlan, make_plan
 from bardling.planning.costs import (
@@ -45,40 +44,24 @@ MAX_USEFUL_EPOCHS = 4  # Muennighoff et al. 2023 (arXiv:2305.16264): up to four 
 class Plan:
     """What a run will need. Bytes are per process; FLOPs are for all processes together."""
 
-    config: RunConfig
-    """The recipe, with `model.depth` applied."""
-    model: ModelConfig
-    """The model, with its vocabulary size."""
-    batch: TrainPlan
-    """Steps, forward passes and tokens."""
-    dataset_tokens: int | None
-    """Tokens in the training split; None if unknown."""
-    flops_training: int
-    """Forward and backward passes of the whole run."""
-    flops_recomputed: int
-    """Recomputation of blocks (`train.recompute`) in the whole run, which does not count as the model's FLOPs."""
+    config: RunConfig  # the recipe, with `model.depth` applied
+    model: ModelConfig  # with its vocabulary size
+    batch: TrainPlan  # steps, forward passes and tokens
+    dataset_tokens: int | None  # in the training split; None if unknown
+    flops_training: int  # forward and backward passes of the whole run
+    flops_recomputed: int  # by `train.recompute` in the whole run; these do not count as the model's FLOPs
     memory: MemoryPlan
     precision: str
     device_name: str
     device_type: str
-    device_memory: int | None
-    """Bytes; None if unknown."""
-    peak_flops: float | None
-    """Peak of one device (FLOP/s); None if unknown."""
-    mfu: float
-    """Expected fraction of the peak, including recomputation."""
+    device_memory: int | None  # bytes; None if unknown
+    peak_flops: float | None  # of one device (FLOP/s); None if unknown
+    mfu: float  # expected fraction of the peak, including recomputation
     comparison: Comparison
-    notes: tuple[str, ...] = ()
-    """Assumptions and warnings, one sentence each."""
-
-    @property
-    def optimizer(self) -> str:
-        """'adamw', 'muon' or the name of an extension."""
-        return self.config.optim.name
+    notes: tuple[str, ...] = ()  # assumptions and warnings, one sentence each
 
     @property
     def components(self) -> tuple[Component, ...]:
-        """Parameters by component."""
         return parameter_table(self.model)
 
     @property
@@ -88,7 +71,6 @@ class Plan:
 
     @property
     def block_parameters(self) -> int:
-        """Parameters of the transformer blocks."""
         return block_parameters(self.model)
 
     @property
@@ -138,7 +120,8 @@ class Plan:
         steps, config = self.batch.steps, self.config.checkpoint
         saved = steps if config.every_seconds else _occurrences(steps, config.every_steps)
         saved += _occurrences(steps, self.config.eval.every) if config.save_best else 0
-        return min(saved, _retained(config, steps))
+        periodic = steps // config.keep_every if config.keep_every else 0
+        return min(saved, config.keep_last + config.keep_best + periodic + 1)
 
     @property
     def disk_bytes(self) -> int:
@@ -183,17 +166,15 @@ def plan(
     """Estimate what a run needs.
 
     Args:
-        config: the recipe.
         world_size: processes, one per device.
         device_name: as reported by the driver, or a short name in `planning/devices.py`; empty if unknown.
         device_type: 'cpu', 'cuda' or 'mps'.
-        device_memory: memory of one device (bytes); None for the table's.
+        device_memory, peak_flops: of one device (bytes, FLOP/s); None for the table's.
         precision: dtype of matmuls; None for the recipe's, with 'auto' as bfloat16.
-        peak_flops: peak of one device (FLOP/s); None for the table's.
         mfu: expected fraction of the peak, including recomputation.
         dataset_tokens: tokens in the training split, to compute epochs; None for those of a prepared folder.
-        budget_flops: find the compute-optimal model for this many FLOPs instead of the recipe's.
-        budget_seconds: the same as time on these devices (s).
+        budget_flops, budget_seconds: find the compute-optimal model for this many FLOPs, or for this much time on these
+            devices (s), instead of the recipe's FLOPs.
 
     Raises:
         UserError: a value is out of range, the batch does not divide evenly, or a budget of time needs an unknown peak.
@@ -203,8 +184,11 @@ def plan(
     model, notes = resolve_vocabulary(config)
     batch = make_plan(config.train, model.block_size, world_size)
     precision = precision or ("bfloat16" if config.precision == "auto" else config.precision)
-    device_memory, peak_flops = _device_specs(config, model, device_name, precision, device_memory, peak_flops)
-    total_tokens, flops = batch.tokens_before(batch.steps), batch.cost(partial(flops_per_token, model))
+    device_memory = known_memory(device_name) if device_memory is None else device_memory
+    if peak_flops is None:
+        peak_flops = known_peak(device_name, precision, tf32=not config.deterministic, fp8=model if config.fp8 else None)
+    manifest, total_tokens = _manifest(config), batch.tokens_before(batch.steps)
+    flops = batch.cost(partial(flops_per_token, model))
     recomputed = _recomputed_flops(config, model, batch, precision, device_type)
     if budget_seconds is not None:
         budget_flops = budget_seconds * _speed(peak_flops, mfu, world_size, device_name) * flops / (flops + recomputed)
@@ -212,7 +196,7 @@ def plan(
         config=config,
         model=model,
         batch=batch,
-        dataset_tokens=dataset_tokens or _dataset_tokens(config),
+        dataset_tokens=dataset_tokens or (manifest.train.tokens if manifest else None),
         flops_training=flops,
         flops_recomputed=recomputed,
         memory=memory_plan(config, model, batch.micro_batch, precision, device_type),
@@ -227,39 +211,13 @@ def plan(
     return dataclasses.replace(result, notes=(*notes, *_notes(result)))
 
 
-def _check(
-    world_size: int,
-    mfu: float,
-    peak: float | None,
-    dataset_tokens: int | None,
-    budget_flops: float | None,
-    budget_seconds: float | None,
-) -> None:
-    if world_size < 1:
-        raise UserError(f"gpus = {world_size}: must be at least 1")
-    if not 0 < mfu <= 1:
-        raise UserError(f"mfu = {mfu}: must be a fraction of the peak, above 0 and at most 1 (0.4 is typical)")
-    if budget_flops is not None and budget_seconds is not None:
+def _check(world_size: int, mfu: float, peak: float | None, tokens: float | None, *budgets: float | None) -> None:
+    require(world_size >= 1, "gpus", world_size, "must be at least 1")
+    require(0 < mfu <= 1, "mfu", mfu, "must be a fraction of the peak, above 0 and at most 1 (0.4 is typical)")
+    if None not in budgets:
         raise UserError("the budget is given in FLOPs and in time: give one of them")
-    for name, value in (
-        ("peak", peak),
-        ("dataset_tokens", dataset_tokens),
-        ("budget", budget_flops),
-        ("budget", budget_seconds),
-    ):
-        if value is not None and not (math.isfinite(value) and value > 0):
-            raise UserError(f"{name} = {value}: must be above 0 and finite")
-
-
-def _device_specs(
-    config: RunConfig, model: ModelConfig, name: str, precision: str, memory: int | None, peak: float | None
-) -> tuple[int | None, float | None]:
-    """Memory (bytes) and peak (FLOP/s) of the device: the given ones, or else the table's."""
-    if memory is None and name:
-        memory = known_memory(name)
-    if peak is None and name:
-        peak = known_peak(name, precision, tf32=not config.deterministic, fp8=model if config.fp8 else None)
-    return memory, peak
+    for name, value in zip(("peak", "dataset_tokens", "budget", "budget"), (peak, tokens, *budgets), strict=True):
+        require(value is None or 0 < value < INF, name, value, "must be above 0 and finite")
 
 
 def _speed(peak: float | None, mfu: float, world_size: int, device_name: str) -> float:
@@ -272,14 +230,10 @@ def _speed(peak: float | None, mfu: float, world_size: int, device_name: str) ->
 def _recomputed_flops(config: RunConfig, model: ModelConfig, batch: TrainPlan, precision: str, device_type: str) -> int:
     if config.train.recompute != "blocks":
         return 0
-    compiled = config.compile == "on" or (
-        config.compile == "auto" and device_type == "cuda"
-    )  # auto nearly always compiles there
-    return batch.cost(
-        partial(
-            recomputed_flops_per_token, model, precision=precision, device_type=device_type, fp8=config.fp8, compiled=compiled
-        )
-    )
+    # 'auto' nearly always compiles on CUDA.
+    compiled = config.compile == "on" or (config.compile == "auto" and device_type == "cuda")
+    per_token = partial(recomputed_flops_per_token, model, precision=precision, device_type=device_type)
+    return batch.cost(partial(per_token, fp8=config.fp8, compiled=compiled))
 
 
 def _notes(result: Plan) -> list[str]:
@@ -312,15 +266,11 @@ def _remedy(result: Plan, device_memory: int) -> str:
     per_process = batch.micro_batch * batch.accumulation
     divisors = [size for size in range(batch.micro_batch, 0, -1) if per_process % size == 0]
 
-    def largest_fitting(recompute: str) -> int | None:
-        for size in divisors:
-            memory = memory_plan(config, result.model, size, result.precision, result.device_type, recompute)
-            if memory.total <= device_memory:
-                return size
-        return None
+    def fits(size: int, recompute: str) -> bool:
+        return memory_plan(config, result.model, size, result.precision, result.device_type, recompute).total <= device_memory
 
-    kept = largest_fitting(config.train.recompute)
-    recomputed = None if config.train.recompute == "blocks" else largest_fitting("blocks")
+    kept = next((size for size in divisors if fits(size, config.train.recompute)), None)
+    recomputed = next((size for size in divisors if config.train.recompute != "blocks" and fits(size, "blocks")), None)
     remedies = [] if kept is None else [f"--train.micro_batch {kept}"]
     if recomputed is not None and (kept is None or recomputed > kept):
         size = "" if recomputed == batch.micro_batch else f" --train.micro_batch {recomputed}"
@@ -333,11 +283,6 @@ def _remedy(result: Plan, device_memory: int) -> str:
 def _occurrences(steps: int, every: int) -> int:
     """Number of times that something happens every `every` steps (0: never) and after the last step."""
     return -(-steps // every) if every else 1
-
-
-def _retained(config: CheckpointConfig, steps: int) -> int:
-    """Maximum number of checkpoints that the settings retain, plus the one being written."""
-    return config.keep_last + config.keep_best + (steps // config.keep_every if config.keep_every else 0) + 1
 
 
 def resolve_vocabulary(config: RunConfig) -> tuple[ModelConfig, list[str]]:
@@ -362,12 +307,6 @@ def resolve_vocabulary(config: RunConfig) -> tuple[ModelConfig, list[str]]:
         trained = check_tokenizer_spec(spec)
         size = load_tokenizer(spec).vocab_size if trained is None else trained
     return dataclasses.replace(config.model, vocab_size=size), notes
-
-
-def _dataset_tokens(config: RunConfig) -> int | None:
-    """Tokens in the training split of a prepared folder."""
-    manifest = _manifest(config)
-    return None if manifest is None else manifest.train.tokens
 
 
 def _manifest(config: RunConfig) -> "Manifest | None":

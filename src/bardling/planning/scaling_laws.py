@@ -20,36 +20,8 @@ from functools import cache
 FITTED_FLOPS = (6e18, 3e21)  # the budgets of the paper's runs (its section 3.2)
 
 
-@dataclass(frozen=True)
-class LossFit:
-    """Constants of L(N, D) = E + A / N**alpha + B / D**beta (nats per token)."""
-
-    e: float
-    a: float
-    b: float
-    alpha: float
-    beta: float
-
-    def loss(self, n: float, d: float) -> float:
-        """Predicted final loss (nats per token) of `n` parameters after `d` tokens."""
-        return self.e + self.a / math.pow(n, self.alpha) + self.b / math.pow(d, self.beta)
-
-    def tokens_for(self, n: float) -> float:
-        """Compute-optimal number of tokens for a model of `n` parameters.
-
-        At the optimum, alpha * A / N**alpha = beta * B / D**beta.
-        """
-        return math.pow(self.beta * self.b * math.pow(n, self.alpha) / (self.alpha * self.a), 1 / self.beta)
-
-    def optimum(self, flops: float) -> tuple[float, float]:
-        """Parameters and tokens that minimize the loss subject to 6*N*D = `flops` (the paper's equation 4)."""
-        _require_budget(flops)
-        g = (self.alpha * self.a / (self.beta * self.b)) ** (1 / (self.alpha + self.beta))
-        n = g * (flops / 6) ** (self.beta / (self.alpha + self.beta))
-        return n, flops / 6 / n
-
-
-APPROACH_3 = LossFit(e=1.69, a=406.4, b=410.7, alpha=0.34, beta=0.28)
+# Constants of approach 3.
+E, A, B, ALPHA, BETA = 1.69, 406.4, 410.7, 0.34, 0.28
 
 # Compute-optimal parameters and tokens by approach 2 (the paper's table A3).
 APPROACH_2_POINTS = (
@@ -82,18 +54,27 @@ def approach_2_tokens(n: float) -> float:
     return math.pow(10, slope * math.log10(n) + intercept)
 
 
+def approach_3_loss(n: float, d: float) -> float:
+    """Final loss (nats per token) of `n` parameters after `d` tokens, predicted by approach 3."""
+    return E + A / math.pow(n, ALPHA) + B / math.pow(d, BETA)
+
+
+def approach_3_tokens(n: float) -> float:
+    """Compute-optimal number of tokens for a model of `n` parameters by approach 3.
+
+    At the optimum, alpha * A / N**alpha = beta * B / D**beta.
+    """
+    return math.pow(BETA * B * math.pow(n, ALPHA) / (ALPHA * A), 1 / BETA)
+
+
 @dataclass(frozen=True)
 class Optimum:
     """The compute-optimal model for a budget according to one fit."""
 
-    fit: str
-    """Name of the fit."""
-    parameters: float
-    """N, excluding position embeddings."""
-    tokens: float
-    """D, tokens trained on, without repetition."""
-    loss: float
-    """Loss that approach 3 predicts for this N and D (nats per token)."""
+    fit: str  # its name
+    parameters: float  # N, excluding position embeddings
+    tokens: float  # D, tokens trained on, without repetition
+    loss: float  # predicted by approach 3 (nats per token)
 
 
 def chinchilla_optimal(flops: float) -> tuple[Optimum, Optimum]:
@@ -102,15 +83,18 @@ def chinchilla_optimal(flops: float) -> tuple[Optimum, Optimum]:
     Raises:
         ValueError: the budget is not a positive finite number.
     """
-    _require_budget(flops)
+    if not (math.isfinite(flops) and flops > 0):
+        raise ValueError(f"budget = {flops} FLOPs: must be above 0 and finite")
     slope, intercept = approach_2_line()
     # D = 10**intercept * N**slope and 6*N*D = C give N directly.
     n2 = math.pow(flops / 6 / math.pow(10, intercept), 1 / (1 + slope))
-    d2 = flops / 6 / n2
-    n3, d3 = APPROACH_3.optimum(flops)
+    # Equation 4 minimizes the loss subject to 6*N*D = C.
+    g = (ALPHA * A / (BETA * B)) ** (1 / (ALPHA + BETA))
+    n3 = g * (flops / 6) ** (BETA / (ALPHA + BETA))
+    d2, d3 = flops / 6 / n2, flops / 6 / n3
     return (
-        Optimum("Chinchilla, approach 2", n2, d2, APPROACH_3.loss(n2, d2)),
-        Optimum("Chinchilla, approach 3", n3, d3, APPROACH_3.loss(n3, d3)),
+        Optimum("Chinchilla, approach 2", n2, d2, approach_3_loss(n2, d2)),
+        Optimum("Chinchilla, approach 3", n3, d3, approach_3_loss(n3, d3)),
     )
 
 
@@ -118,20 +102,13 @@ def chinchilla_optimal(flops: float) -> tuple[Optimum, Optimum]:
 class Comparison:
     """A recipe compared with compute-optimal training."""
 
-    parameters: int
-    """N, excluding position embeddings and padding."""
-    tokens: int
-    """D, tokens trained on."""
-    flops: float
-    """6*N*D, or the budget if one is given."""
-    loss: float
-    """Loss that approach 3 predicts for the recipe (nats per token)."""
-    optima: tuple[Optimum, ...]
-    """Compute-optimal N and D for `flops`, by each fit."""
-    optimal_tokens: tuple[float, float]
-    """Compute-optimal number of tokens for the recipe's N, by approach 2 and by approach 3."""
-    steps_in_budget: int | None
-    """Number of steps of this recipe within the budget; None without a budget."""
+    parameters: int  # N, excluding position embeddings and padding
+    tokens: int  # D, tokens trained on
+    flops: float  # 6*N*D, or the budget if one is given
+    loss: float  # predicted by approach 3 for the recipe (nats per token)
+    optima: tuple[Optimum, ...]  # compute-optimal N and D for `flops`, by each fit
+    optimal_tokens: tuple[float, float]  # compute-optimal number of tokens for the recipe's N, by each fit
+    steps_in_budget: int | None  # number of steps of this recipe within the budget; None without a budget
 
     @property
     def verdict(self) -> str:
@@ -155,13 +132,8 @@ def compare(n: int, tokens: int, flops_per_step: float, budget: float | None) ->
         parameters=n,
         tokens=tokens,
         flops=flops,
-        loss=APPROACH_3.loss(n, tokens),
+        loss=approach_3_loss(n, tokens),
         optima=chinchilla_optimal(flops),
-        optimal_tokens=(approach_2_tokens(n), APPROACH_3.tokens_for(n)),
+        optimal_tokens=(approach_2_tokens(n), approach_3_tokens(n)),
         steps_in_budget=None if budget is None else int(budget // flops_per_step),
     )
-
-
-def _require_budget(flops: float) -> None:
-    if not (math.isfinite(flops) and flops > 0):
-        raise ValueError(f"budget = {flops} FLOPs: must be above 0 and finite")

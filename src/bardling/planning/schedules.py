@@ -60,45 +60,28 @@ class Ramp:
         # Round first: the error of a computed fraction, such as 50 / 300, must not shift a stage by a step.
         return 0 if stage == 0 else math.ceil(round(steps * self.fraction * stage / self.doublings, 6))
 
-    def divisor(self, step: int, steps: int) -> int:
-        """Full size divided by the size at update `step` of `steps`: from 2**doublings at the start to 1 at the end."""
-        stage = sum(step >= self.start(number, steps) for number in range(1, self.doublings + 1))
-        return 1 << (self.doublings - stage)
+    def size_at(self, step: int, steps: int, full_size: int) -> int:
+        """Size in update `step` of `steps`, from full_size / 2**doublings at the start to `full_size` at the end.
 
-    def check(self, full_size: int) -> None:
-        """Raise a `ValueError` unless `full_size` is a multiple of 2**doublings."""
+        A context of t tokens reads a batch [B, T] as [B * T / t, t]: the same tokens in the same order.
+
+        Raises:
+            ValueError: `full_size` is not a multiple of 2**doublings.
+        """
+        stage = sum(step >= self.start(number, steps) for number in range(1, self.doublings + 1))
+        return self._smallest(full_size) << stage
+
+    def total_before(self, step: int, steps: int, full_size: int) -> int:
+        """Sum of the sizes of all updates before `step`; for a batch, this is the number of the first sample of `step`.
+
+        Raises:
+            ValueError: `full_size` is not a multiple of 2**doublings.
+        """
+        smallest = self._smallest(full_size)
+        bounds = [min(self.start(stage, steps), step) for stage in range(self.doublings + 1)] + [step]
+        return sum((end - begin) * (smallest << stage) for stage, (begin, end) in enumerate(pairwise(bounds)))
+
+    def _smallest(self, full_size: int) -> int:
         if full_size % (1 << self.doublings):
             raise ValueError(f"{full_size} cannot be halved {self.doublings} times: choose a multiple of {1 << self.doublings}")
-
-
-def batch_size_at(step: int, steps: int, batch_size: int, ramp: Ramp) -> int:
-    """Sequences in update `step` of `steps`.
-
-    Raises:
-        ValueError: `batch_size` is not a multiple of 2**doublings.
-    """
-    ramp.check(batch_size)
-    return batch_size // ramp.divisor(step, steps)
-
-
-def samples_before(step: int, steps: int, batch_size: int, ramp: Ramp) -> int:
-    """Sequences read by all updates before `step`, which is also the number of its first sample.
-
-    Raises:
-        ValueError: `batch_size` is not a multiple of 2**doublings.
-    """
-    ramp.check(batch_size)
-    smallest = batch_size >> ramp.doublings
-    bounds = [min(ramp.start(stage, steps), step) for stage in range(ramp.doublings + 1)] + [step]
-    return sum((end - begin) * (smallest << stage) for stage, (begin, end) in enumerate(pairwise(bounds)))
-
-
-def block_size_at(step: int, steps: int, block_size: int, ramp: Ramp) -> int:
-    """Context t (tokens) in update `step` of `steps`. A batch [B, T] is read as [B * T / t, t]: the same tokens in the same
-    order.
-
-    Raises:
-        ValueError: `block_size` is not a multiple of 2**doublings.
-    """
-    ramp.check(block_size)
-    return block_size // ramp.divisor(step, steps)
+        return full_size >> self.doublings

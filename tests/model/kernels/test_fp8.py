@@ -11,10 +11,10 @@ from bardling.errors import UserError
 from bardling.model.gpt import GPT
 from bardling.model.kernels.fp8 import E4M3, E5M2, fp8_linear, product, quantize
 from bardling.model.layers import use_fp8
-from bardling.planning import costs as arithmetic
 from bardling.planning.activations import activation_bytes
 from bardling.planning.costs import fp8_fraction, fp8_layers
 from bardling.planning.devices import peak_flops
+from bardling.planning.parameter_shapes import block_matrices
 
 MODEL = ModelConfig(n_layer=2, n_head=4, n_embd=64, block_size=32, vocab_size=200)
 LLAMA = dataclasses.replace(MODEL, family="llama", n_kv_head=2, mlp_hidden=96)
@@ -132,8 +132,8 @@ def test_float8_layers_are_those_of_the_plan(config):
     taken, left = fp8_layers(config)
     linear = {n: m.fp8 for n, m in model.transformer.h[1].named_modules() if isinstance(m, nn.Linear)}
     assert linear == dict.fromkeys(taken, True) | dict.fromkeys(left, False)
-    sizes = {n: (i, o) for n, (_, i, o) in arithmetic.block_matrices(config).items()}
-    assert sizes == {n: (m.in_features, m.out_features) for n, m in model.transformer.h[0].named_modules() if n in linear}
+    modules = dict(model.transformer.h[0].named_modules())
+    assert block_matrices(config) == {n: (modules[n].in_features, modules[n].out_features) for n in linear}
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -94,9 +94,7 @@ def hub_library(name: str) -> Any:
     try:
         import huggingface_hub
     except ImportError as error:
-        raise UserError(
-            "the Hugging Face hub needs huggingface_hub: pip install huggingface_hub, or use local files"
-        ) from error
+        raise UserError("the hub needs the package huggingface_hub: pip install huggingface_hub, or use local files") from error
     return getattr(huggingface_hub, name)
 
 

@@ -19,7 +19,7 @@ from bardling.data.tokens.dataset import open_data
 from bardling.data.tokens.documents import Document, Documents
 from bardling.data.tokens.shards import TokenDataset
 from bardling.errors import UserError
-from bardling.planning.schedules import Ramp, batch_size_at, samples_before
+from bardling.planning.schedules import Ramp
 from bardling.training.environment import recorded_starts
 from bardling.training.recovery.rollback_log import Rollback, read_rollbacks
 
@@ -126,8 +126,8 @@ def _samples(folder: RunFolder, config: RunConfig, step: int) -> tuple[int, int]
         if len(numbers) == len(facts) and numbers[0] < step:
             first_step, first_sample, batch_size = numbers
             ramp, steps = _recorded_ramp(start.get("batch_ramp"), batch_size, folder)
-            before, already = (samples_before(n, steps, batch_size, ramp) for n in (step - 1, first_step))
-            return first_sample + before - already, batch_size_at(step - 1, steps, batch_size, ramp)
+            before, already = (ramp.total_before(n, steps, batch_size) for n in (step - 1, first_step))
+            return first_sample + before - already, ramp.size_at(step - 1, steps, batch_size)
     return (step - 1) * config.train.batch_size, config.train.batch_size
 
 
