@@ -41,7 +41,12 @@ class Extensions:
     def check(self, key: str, name: str) -> None:
         if name not in self:
             names = self.names()
-            raise UserError(f"{key} = {name!r}: unknown {self.kind}; choose one of {', '.join(names)}{closest(name, names)}")
+            advice = (
+                f"choose one of {', '.join(names)}{closest(name, names)}"
+                if names
+                else "no package that brings one is installed"
+            )
+            raise UserError(f"{key} = {name!r}: unknown {self.kind}; {advice}")
 
     def get(self, key: str, name: str) -> Any:
         """The component `name`; a `UserError` that names `key` if there is none, or its package cannot be imported."""

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from bardling.cli.export import ExportOptions
 from bardling.cli.main import main
 from bardling.cli.parse import parse
 from bardling.cli.recipe import parse_recipe_command
@@ -126,3 +127,17 @@ def test_a_signal_during_an_import_stops_the_command_after_it(tmp_path, bardling
     options = ("--data.source", corpus, "--data.tokenizer", "char", "--out", tmp_path / "run", "--train.steps", "100000")
     done = bardling("train", "quickstart", *options, check=status, env={"PYTHONPATH": path})
     assert done.stderr.splitlines()[-1] == "bardling: interrupted" or "stopped at step" in done.stderr + done.stdout
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        ([], "missing MODEL and --out PATH (see --help)"),
+        (["run"], "missing --out PATH (see --help)"),
+        (["run", "--out"], "--out: missing a value"),
+    ],
+)
+def test_missing_arguments_are_named(argv, says):
+    with pytest.raises(UserError) as error:
+        parse(ExportOptions, argv, prog="bardling export", description="Export.")
+    assert str(error.value) == says

@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import tyro
-
-from bardling.cli.parse import parse
+from bardling.cli.parse import Model, parse
 from bardling.cli.tables import print_rows
 from bardling.config import DataConfig
 from bardling.errors import UserError
@@ -27,7 +25,7 @@ Rows = list[tuple[str, str]]
 
 @dataclass(frozen=True)
 class EvalOptions:
-    model: tyro.conf.Positional[str]
+    model: Model
     """A run, a checkpoint, a model folder, gpt2 or USER/REPO on the hub, or a nanoGPT or nano-gpt checkpoint."""
     data: str | None = None
     """Dataset to evaluate on: a prepared folder, or a source as in data.source; default: the run's dataset."""

@@ -4,15 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
-from bardling.cli.parse import parse
+from bardling.cli.parse import Model, parse
 from bardling.extensions import EXPORT_FORMATS
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    model: tyro.conf.Positional[str]
+    model: Model
     """A run, a checkpoint, or a nanoGPT or nano-gpt checkpoint file."""
     out: Path
     """Folder to create."""

@@ -12,13 +12,16 @@ import re
 import sys
 import typing
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
 from bardling.errors import UserError, closest
 
 T = TypeVar("T")
+
+Model = tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
+"""The argument that names a model."""
 
 
 def note(text: str) -> None:
@@ -73,8 +76,12 @@ def option_names(cls: Any, prefix: str = "") -> list[str]:
 
 def _one_line(box: str) -> str:
     """The message in one of tyro's boxes: its text up to the first horizontal rule, on one line."""
+    if "Missing from" in box:  # the names have an indentation of their own, the help below them a deeper one
+        names = re.findall(r"^│ {5}(\S.*?) *│$", box.split("│ ─")[0], re.MULTILINE)
+        return f"missing {' and '.join(names)} (see --help)"
     lines = [line.strip("│ ") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
     text = itertools.takewhile(lambda line: set(line) != {"─"}, lines)
     message = " ".join(" ".join(text).split()).removeprefix("Error parsing ")
     message = re.sub(r"^config(\.\w+)?: ", "", message)  # keys are named without the field that holds the configuration
+    message = re.sub(r"^Missing value for argument '(.+?)'.*", r"\1: missing a value", message)
     return message.replace("invalid literal for int() with base 10:", "expected an integer, not") or "invalid arguments"

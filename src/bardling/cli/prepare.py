@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -13,7 +14,7 @@ from bardling.config import DataConfig
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    source: tyro.conf.Positional[str]
+    source: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="SOURCE")]]
     """'stdlib', 'shakespeare', 'shakespeare-char', 'openwebtext', 'fineweb-edu', hf:NAME[:CONFIG][:SPLIT][:FIELD], a text
     file, a folder, a glob, or FILE.jsonl[:FIELD]."""
     out: Path

@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import tyro
-
-from bardling.cli.parse import note, parse
+from bardling.cli.parse import Model, note, parse
 from bardling.config import SampleConfig
 from bardling.errors import UserError
 
@@ -19,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SampleOptions:
-    model: tyro.conf.Positional[str]
+    model: Model
     """A run, a checkpoint, a model folder, gpt2 or USER/REPO on the hub, or a nanoGPT or nano-gpt checkpoint."""
     prompt: str | None = None
     """Text to continue; '-' reads it from standard input. Default: start a new document."""

@@ -69,8 +69,8 @@ HUB_TASKS = {
 def check_task(task: str) -> None:
     """Raise a `UserError`, without reading or downloading, if `task` is neither a known name nor a file."""
     if task not in HUB_TASKS and not Path(task).is_file():
-        hint = closest(task, list(HUB_TASKS))
-        raise UserError(f"task {task!r}{hint}: is neither {', '.join(HUB_TASKS)} nor a JSON Lines file in HellaSwag's format")
+        known = f"{', '.join(HUB_TASKS)} or the path of a JSON Lines file in HellaSwag's format"
+        raise UserError(f"task {task!r}: no such task or file; use {known}{closest(task, list(HUB_TASKS))}")
 
 
 def task_name(task: str) -> str:
