@@ -1,6 +1,7 @@
 """Opens the dataset that a configuration names: a prepared folder, text to prepare first, or another trainer's token files."""
 
 from pathlib import Path
+from typing import Literal
 
 from bardling.config import DataConfig
 from bardling.data.text.download import cache_root
@@ -19,16 +20,11 @@ def open_data(config: DataConfig) -> TokenDataset:
 
     If data.tokenizer is a file, a prepared dataset must have been made with it.
     """
-    path, spec = Path(config.source).expanduser(), config.tokenizer
-    try:
-        prepared = (path / "manifest.json").is_file()
-        foreign = not prepared and detect_token_folder(path) is not None
-    except OSError as error:  # for example, the name is too long
-        raise UserError(f"data.source = {config.source[:100]!r}: cannot be opened ({error.strerror})") from None
-    if foreign:
+    path, spec, kind = Path(config.source).expanduser(), config.tokenizer, _token_format(config.source)
+    if kind == "foreign":
         return open_token_folder(path)
     fingerprint = load_tokenizer(spec).fingerprint if is_tokenizer_path(spec) else ""
-    if prepared:
+    if kind == "prepared":
         dataset = open_dataset(path)
         if fingerprint not in ("", dataset.manifest.tokenizer):
             fault = f"has fingerprint {fingerprint}, but {dataset.path} was made with {dataset.manifest.tokenizer or 'none'}"
@@ -52,3 +48,18 @@ def open_data(config: DataConfig) -> TokenDataset:
         return open_dataset(cached)
     except UserError as error:
         raise UserError(f"{error}: remove {cached}, and it is prepared again from data.source") from error
+
+
+def is_tokenized(source: str) -> bool:
+    """Whether a source holds tokens, of a tokenizer that is given, instead of text."""
+    return _token_format(source) is not None
+
+
+def _token_format(source: str) -> Literal["prepared", "foreign"] | None:
+    path = Path(source).expanduser()
+    try:
+        if (path / "manifest.json").is_file():
+            return "prepared"
+        return None if detect_token_folder(path) is None else "foreign"
+    except OSError as error:  # for example, the name is too long
+        raise UserError(f"data.source = {source[:100]!r}: cannot be opened ({error.strerror})") from None
