@@ -14,7 +14,7 @@ from bardling.checkpoint.run_folder import RunFolder
 from bardling.cli.main import main
 from bardling.config import DataConfig, ModelConfig
 from bardling.data.tokens.prepare import prepare
-from bardling.data.tokens.tokenizer import build_tokenizer
+from bardling.data.tokens.tokenizer import build_tokenizer, load_tokenizer
 from bardling.errors import UserError
 from bardling.model.gpt import GPT
 from bardling.training.run import resume, train
@@ -46,7 +46,12 @@ def folder(tmp_path, bpe):
 @pytest.fixture
 def tuned(tiny, change):
     def settings(init: Path, **options):
-        base = {"model": {"init": str(init)}, "data": {"tokenizer": DataConfig.tokenizer}, "train": {"steps": 2}}
+        base = {
+            "optim": {"warmup_steps": 0},
+            "model": {"init": str(init)},
+            "data": {"tokenizer": DataConfig.tokenizer},
+            "train": {"steps": 2},
+        }
         for section, values in options.items():
             base[section] = {**base.get(section, {}), **values}
         return change(tiny, sample={"every": 0}, **base)
@@ -66,7 +71,7 @@ def test_the_models_tokenizer_is_the_default(folder, tuned, tmp_path, capsys, bp
     (tmp_path / "model").rename(tmp_path / "moved")
     assert resume(result.folder, quiet=True).finished
     config = RunFolder(result.folder).config()
-    assert load_tokenizer_of(Path(config.data.tokenizer)).fingerprint == bpe.fingerprint
+    assert load_tokenizer(config.data.tokenizer).fingerprint == bpe.fingerprint
 
 
 def test_a_changed_configuration_may_leave_the_tokenizer_open_again(folder, tuned, tmp_path):
@@ -77,9 +82,20 @@ def test_a_changed_configuration_may_leave_the_tokenizer_open_again(folder, tune
 
 
 def test_a_shipped_recipes_tokenizer_gives_way_and_a_stated_one_does_not(folder, corpus, tmp_path, capsys):
-    small = ["--train.steps", "1", "--train.batch_size", "2", "--eval.every", "0", "--sample.every", "0", "--eval.tasks"]
+    small = [
+        "--train.steps",
+        "1",
+        "--optim.warmup_steps",
+        "0",
+        "--train.batch_size",
+        "2",
+        "--eval.every",
+        "0",
+        "--sample.every",
+        "0",
+    ]
     common = ["--model.init", str(folder()), "--data.source", str(corpus), "--device", "cpu", "--precision", "float32"]
-    common += ["--compile", "off", "--model.block_size", "16", *small[:-1]]
+    common += ["--compile", "off", "--model.block_size", "16", *small]
     main(["train", "quickstart", *common, "--out", str(tmp_path / "run")])
     assert "that of the initial weights" in capsys.readouterr().out
     own = tmp_path / "own.toml"
@@ -107,7 +123,7 @@ def test_a_prepared_dataset_keeps_its_tokenizer_or_is_refused_with_both_names(fo
 
 
 def test_a_model_of_bytes_uses_the_usual_dataset_of_bytes(tiny, change, tmp_path):
-    first = change(tiny, data={"tokenizer": "byte"}, train={"steps": 1}, sample={"every": 0})
+    first = change(tiny, optim={"warmup_steps": 0}, data={"tokenizer": "byte"}, train={"steps": 1}, sample={"every": 0})
     train(first, tmp_path / "first", quiet=True)
     train(change(first, model={"init": str(tmp_path / "first")}), tmp_path / "second", quiet=True)
     assert RunFolder(tmp_path / "second").config().data.tokenizer == "byte"
@@ -142,7 +158,7 @@ def test_learning_rates_for_finetuning_are_not(folder, tuned, tmp_path, capsys, 
 
 
 def test_random_weights_are_not_warned_about(tiny, change, tmp_path, capsys):
-    train(change(tiny, train={"steps": 1}, sample={"every": 0}), tmp_path / "run")
+    train(change(tiny, optim={"warmup_steps": 0}, train={"steps": 1}, sample={"every": 0}), tmp_path / "run")
     assert "WARNING" not in capsys.readouterr().out
 
 

@@ -106,7 +106,6 @@ LLAMA_ACCEPTED: list[dict[str, Any]] = [
     {"rope_parameters": {"rope_type": "default", "rope_theta": 77.0, "partial_rotary_factor": 1.0}},
     {"rope_parameters": None, "rope_theta": 55.0, "partial_rotary_factor": 1.0},
     {"hidden_act": "swish"},
-    {"attention_bias": None, "mlp_bias": None},
     {"pretraining_tp": 2, "use_cache": False, "rope_interleaved": False, "is_llama_config": True},
     {"initializer_range": 0.0, "attention_dropout": 0.0, "is_encoder_decoder": False},
 ]
@@ -177,7 +176,11 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"rope_scaling": "yarn"}, "rope_scaling = 'yarn'"),
     ("llama", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.25}}, "rope_parameters = .*0.25"),
     ("llama", {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "rope_parameters = .*full_attention"),
-    ("qwen3", {"use_sliding_window": True, "layer_types": ["sliding_attention", "chunked"]}, "layer_types = .*chunked"),
+    (
+        "qwen3",
+        {"use_sliding_window": True, "sliding_window": 8, "layer_types": ["sliding_attention", "chunked"]},
+        "layer_types = .*chunked",
+    ),
     ("mistral", {}, "model_type = 'mistral'"),
     ("gpt_neox", {}, "model_type = 'gpt_neox'"),
 ]

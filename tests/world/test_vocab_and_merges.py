@@ -18,6 +18,7 @@ TEXTS = (
     "x = {1: [2, 3]};\u0085\u2028end",
     "",
 )
+SIZE = 280  # what the corpus below yields merges for
 CORPUS = [*TEXTS, "the king and the queen and the rose " * 20, "it's 123 123 12 café " * 10]
 
 
@@ -25,7 +26,8 @@ CORPUS = [*TEXTS, "the king and the queen and the rose " * 20, "it's 123 123 12 
 def pair(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     tokenizers = pytest.importorskip("tokenizers")
     trained = tokenizers.ByteLevelBPETokenizer()
-    trained.train_from_iterator(CORPUS, vocab_size=330, min_frequency=2, special_tokens=["<|endoftext|>"], show_progress=False)
+    trained.train_from_iterator(CORPUS, vocab_size=SIZE, min_frequency=2, special_tokens=["<|endoftext|>"], show_progress=False)
+    assert trained.get_vocab_size() == SIZE
     folder = tmp_path_factory.mktemp("pair")
     trained.save_model(str(folder))
     return {name: (folder / name).read_bytes() for name in ("vocab.json", "merges.txt")}
@@ -48,7 +50,6 @@ def same(ours: Tokenizer, theirs: Any) -> None:
         assert ours.decode(ids) == theirs.decode(ids, clean_up_tokenization_spaces=False), text
 
 
-SIZE = 330
 GPT2_CASES: dict[str, dict[str, Any]] = {
     "nothing else": {},
     "model type": {"config": {"model_type": "gpt2"}},
@@ -128,7 +129,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         r"AutoTokenizer\.from_pretrained\(.*save_pretrained",
     ),
     ({"tokenizer_config": {"tokenizer_class": 3}}, r"tokenizer_class = 3"),
-    ({"added_tokens": {"<|far|>": 5000}}, r"'<\|far\|>' has id 5000, but 330 follows from vocab\.json"),
+    ({"added_tokens": {"<|far|>": 5000}}, r"'<\|far\|>' has id 5000, but 280 follows from vocab\.json"),
     ({"added_tokens": {"<|a|>": "x"}}, r"has the id 'x'"),
     ({"added_tokens": {"<|a|>": [1]}}, r"has the id '\[1\]'"),
     ({"tokenizer_config": {"tokenizer_class": "GPT2Tokenizer", "added_tokens_decoder": []}}, "must be an object"),

@@ -59,7 +59,7 @@ def _state_length(path: Path, config: ModelConfig) -> None:
     stated = values.get("model_max_length")
     # transformers writes 1e30 for "unknown"; learned positions end at the context, rotary ones do not.
     longest = config.context if config.architecture.positions == "learned" else 10**9
-    if type(stated) not in (int, float) or not 0 < stated <= longest:
+    if not isinstance(stated, int | float) or not 0 < stated <= longest:
         _write_json(path, {**values, "model_max_length": config.context})
 
 

@@ -69,15 +69,15 @@ def _build(folder: Path, kind: str) -> Any:
 
     config, vocabulary, merges = _json(folder / _CONFIG), _vocabulary(folder / "vocab.json"), _merges(folder / "merges.txt")
     library = Tokenizer(models.BPE(vocabulary, merges, continuing_subword_prefix="", end_of_word_suffix="", fuse_unk=False))
-    library.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    library.decoder = decoders.ByteLevel()
     spaced = bool(config.get("add_prefix_space", False))
     if kind == "gpt2":
-        library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=spaced)  # type: ignore[assignment]
+        library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=spaced)
     else:
         words = pre_tokenizers.Split(Regex(_QWEN_WORDS), behavior="isolated", invert=False)
         characters = pre_tokenizers.ByteLevel(add_prefix_space=spaced, use_regex=False)
-        library.normalizer = normalizers.NFC()  # type: ignore[assignment]
-        library.pre_tokenizer = pre_tokenizers.Sequence([words, characters])  # type: ignore[assignment]
+        library.normalizer = normalizers.NFC()
+        library.pre_tokenizer = pre_tokenizers.Sequence([words, characters])
     _add_tokens(library, folder, config, kind)
     return library
 
