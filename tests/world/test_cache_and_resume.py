@@ -103,7 +103,8 @@ def a_run_that_was_killed_early(folder):
 
 def a_dataset(folder):
     folder.rmdir()
-    prepare(str(folder.parent / "a.txt"), folder, "byte")
+    (folder.parents[3] / "other.txt").write_text(TEXT * 40)
+    prepare(str(folder.parents[3] / "other.txt"), folder, "byte")
 
 
 def a_model(folder):
@@ -128,15 +129,11 @@ MADE = {
 @pytest.mark.parametrize("make", MADE)
 @pytest.mark.parametrize("pattern", ["", "/**/*"])
 def test_folders_that_programs_make_are_no_training_text(source, make, pattern):
-    before, texts = (open_source(f"{source}{pattern}"), [f"{name} {TEXT}" * 40 for name in "abc"])
-    identity = before.identity()
+    identity, texts = open_source(f"{source}{pattern}").identity(), [f"{name} {TEXT}" * 40 for name in "abc"]
     place = source / "deep" / "er"
     place.mkdir(parents=True)
-    if make is a_dataset:
-        prepare(str(source / "a.txt"), place / "made", "byte")
-    else:
-        (place / "made").mkdir()
-        make(place / "made")
+    (place / "made").mkdir()
+    make(place / "made")
     after = open_source(f"{source}{pattern}")
     assert after.identity() == identity
     assert [document.text for document in after.documents()] == texts

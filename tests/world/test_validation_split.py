@@ -147,7 +147,7 @@ def test_a_run_keeps_its_rule_when_its_dataset_is_prepared_again(tmp_path):
     shutil.rmtree(tmp_path / "cache")
     assert open_recorded(config, record, tmp_path / "run").fingerprint == old.fingerprint
     with pytest.raises(UserError, match="is not the dataset that"):
-        open_recorded(config, {**record, "split_rule": 2}, tmp_path / "run")
+        open_recorded(config, {"fingerprint": old.fingerprint, "split_rule": 2}, tmp_path / "run")
 
 
 def test_a_recorded_dataset_is_opened_although_text_and_tokenizer_are_gone(tmp_path, monkeypatch):

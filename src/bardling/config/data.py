@@ -35,6 +35,6 @@ class DataConfig:
 def _is_encoding(name: str) -> bool:
     """Whether Python knows an encoding of text of this name; an empty one is UTF-8."""
     try:
-        return not name or b"".decode(name) == ""
+        return not name or isinstance(b" ".decode(name, "ignore"), str)
     except (LookupError, ValueError, UnicodeError):  # also for codecs that do not give text
         return False

@@ -23,7 +23,7 @@ HEAD = 1 << 16  # bytes at the start of a file that are enough to recognise its 
 _ARCHIVE = "extract it and name the folder, `{} {{file}}`"
 _UNPACK = "decompress it, `{} -dc {{file}} > {{text}}`"
 _TO_ROWS = (
-    'convert it to JSON Lines, `python -c "import json,sys,pyarrow.{0} as p; '
+    'convert it to JSON Lines with pyarrow, `python -c "import json,sys,pyarrow.{0} as p; '
     '[print(json.dumps(row, default=str)) for row in p.read_table(sys.argv[1]).to_pylist()]" {{file}} > {{rows}}`'
 )
 _OTHER = "choose text files"
