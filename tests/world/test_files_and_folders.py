@@ -179,7 +179,7 @@ def test_counts_are_stored_in_the_manifest_and_shown_by_info_and_prepare(tmp_pat
         (tmp_path / "src" / f"{number}.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     shown = bardling("prepare", tmp_path / "src", "--out", tmp_path / "ds").stdout
     assert "7 x PNG image (0.png, 1.png, 2.png, 3.png, 4.png, ...)" in shown
-    assert "2 whole documents by hash and size (rule 2)" in shown
+    assert "whole documents, of 2, by hash and size (rule 2)" in shown
     assert "left out" in shown
 
 

@@ -148,8 +148,9 @@ def _dataset(options: EvalOptions, tokenizer: "Tokenizer | None", run_folder: "R
             folder.mkdir(parents=True, exist_ok=True)
             tokenizer.save(folder)
             tokenizer_spec = str(folder / "tokenizer.json")
-        named = {"source": options.data, "tokenizer": tokenizer_spec, "val_fraction": val_fraction}
-        config = dataclasses.replace(config, **named, encoding=options.encoding)  # type: ignore[arg-type]
+        config = dataclasses.replace(
+            config, source=options.data, tokenizer=tokenizer_spec, val_fraction=val_fraction, encoding=options.encoding
+        )
     if run_folder is not None and options.data is None:
         remedy = "name the text to evaluate on with --data"
         dataset = open_recorded(config, run_folder.dataset_record(), run_folder.path, remedy)

@@ -74,7 +74,8 @@ class _Splitter:
                 characters[number] = characters.get(number, 0) + len(document.text)
             elif low < limit <= high:
                 break
-        self.several, self.description = count > 1, "the last part of each document"
+        self.several = count > 1
+        self.description = "the last part of each document" if self.several else "the last part of the document"
         self._held_out: Callable[[int], bool] | None = None  # of several documents, by their numbers; None: cut each
         if count >= _MANY and (low < limit <= high or (rule > 1 and low < high)):
             between = min(max(limit, low + 1), high)
@@ -84,7 +85,7 @@ class _Splitter:
                 fault = f"all {count} documents are the same text, so none can be held out for validation"
                 raise UserError(f"data.source = {spec!r}: {fault}: use a single copy of it, or add other documents")
             self._held_out = _some(characters, val_fraction).__contains__
-            self.description = f"{count} whole documents by hash and size"
+            self.description = f"whole documents, of {count}, by hash and size"
 
     def split(self, text: str) -> list[Piece]:
         if self._held_out is not None:
