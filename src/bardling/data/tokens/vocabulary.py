@@ -75,7 +75,7 @@ def train_bpe_content(texts: Iterable[str], size: int) -> dict[str, Any]:
 
     library = Tokenizer(models.BPE())
     words = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    cut = pre_tokenizers.Split(Regex(f"(?s).{{1,{_LONGEST_WORD}}}"), "isolated")
+    cut = pre_tokenizers.Split(Regex(f"{ANY_CHARACTER}{{1,{_LONGEST_WORD}}}"), "isolated")
     library.pre_tokenizer = pre_tokenizers.Sequence([words, cut])
     library.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=size - 1, initial_alphabet=list(BYTE_OF), show_progress=False)
