@@ -161,24 +161,32 @@ def test_a_folder_that_exists_is_not_marked_as_a_cache(source):
 
 
 def weights(run: Path) -> bytes:
-    (path,) = (run / "checkpoints").glob("step-000030/model.safetensors")
-    return path.read_bytes()
+    return (run / "checkpoints" / "step-000030" / "model.safetensors").read_bytes()
+
+
+def forget_last_steps(run: Path) -> bytes:
+    """Make a run one that was killed after step 20; returns its weights at the end."""
+    found = weights(run)
+    shutil.rmtree(run / "checkpoints" / "step-000030")
+    return found
 
 
 def test_a_run_and_its_cache_inside_the_source_folder_resume(tmp_path, source, tiny, change):
     config = change(tiny, data={"source": str(source), "tokenizer": "byte", "cache": str(source / "cache")})
-    train(config, tmp_path / "whole")
-    train(change(config, train={"steps": 20}), source / "runs" / "first")
+    run = source / "runs" / "first"
+    train(config, run)
+    before = forget_last_steps(run)
     (source / "log.txt").write_text("written meanwhile")
-    resume(source / "runs" / "first", config)
-    assert weights(source / "runs" / "first") == weights(tmp_path / "whole")
+    resume(run)
+    assert weights(run) == before
+    assert open_data(config.data).fingerprint != json.loads((run / "dataset.json").read_text())["fingerprint"]
 
 
 @pytest.mark.parametrize("change_of_text", ["more text", "text gone", "cache moved"])
 def test_a_resumed_run_finds_its_recorded_dataset(tmp_path, source, tiny, change, change_of_text):
     config = change(tiny, data={"source": str(source), "tokenizer": "byte", "cache": str(tmp_path / "cache")})
-    train(config, tmp_path / "whole")
-    train(change(config, train={"steps": 20}), tmp_path / "run")
+    train(config, tmp_path / "run")
+    before = forget_last_steps(tmp_path / "run")
     record = json.loads((tmp_path / "run" / "dataset.json").read_text())
     assert record["split_rule"] == 2
     del record["split_rule"]
@@ -192,5 +200,5 @@ def test_a_resumed_run_finds_its_recorded_dataset(tmp_path, source, tiny, change
         record["path"] = str(old.rename(old.with_name("byte-of-an-earlier-version")))
         (tmp_path / "run" / "dataset.json").write_text(json.dumps(record))
         os.utime(source / "a.txt", ns=(1, 1))
-    resume(tmp_path / "run", config)
-    assert weights(tmp_path / "run") == weights(tmp_path / "whole")
+    resume(tmp_path / "run")
+    assert weights(tmp_path / "run") == before
