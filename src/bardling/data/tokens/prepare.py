@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from bardling.data.text.findings import Findings
 from bardling.data.text.named_datasets import documents_after, source_for
@@ -218,8 +219,8 @@ def _write(job: _Job, splitter: _Splitter, tokenizer: Tokenizer, work: Path, jou
     """Tokenize the documents after `position`."""
     end = [tokenizer.eot_id] if splitter.several and tokenizer.eot_id is not None else []
     source, total, vocab_size = job.source, job.source.size(), tokenizer.vocab_size
-    origin = {"spec": job.source_spec, "name": source.name, "identity": source.identity(), "held_out": splitter.description}
-    origin |= {"split_rule": job.split_rule}
+    origin: dict[str, Any] = {"spec": job.source_spec, "name": source.name, "identity": source.identity()}
+    origin |= {"held_out": splitter.description, "split_rule": job.split_rule}
     workers = job.workers or default_workers(total, tokenizer.kind)
     documents, done, started = position.documents, position.characters, time.monotonic()
     with contextlib.ExitStack() as stack:
