@@ -4,7 +4,9 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
 
 from bardling.cli.parse import Model, parse
 from bardling.cli.tables import print_rows
@@ -29,6 +31,8 @@ class EvalOptions:
     """A run, a checkpoint, a model folder, gpt2 or USER/REPO on the hub, or a nanoGPT or nano-gpt checkpoint."""
     data: str | None = None
     """Dataset to evaluate on: a prepared folder, or a source as in data.source; default: the run's dataset."""
+    encoding: Annotated[str, tyro.conf.arg(aliases=["--data.encoding"])] = ""
+    """Encoding of the text files of --data without a byte order mark, such as cp1252; default: UTF-8."""
     windows: int | None = None
     """Number of validation sequences to use, evenly spaced; default: the whole split."""
     batch_size: int = 16
@@ -133,7 +137,7 @@ def _dataset(options: EvalOptions, tokenizer: "Tokenizer | None", run_folder: "R
     """The dataset given by `--data`, else the run's. Text is tokenized with the model's tokenizer."""
     from bardling.data.text.download import cache_root
     from bardling.data.text.named_datasets import DEFAULTS
-    from bardling.data.tokens.dataset import open_data
+    from bardling.data.tokens.dataset import open_data, open_recorded
 
     config = DataConfig() if run_folder is None else run_folder.config().data
     if options.data is not None:
@@ -144,8 +148,14 @@ def _dataset(options: EvalOptions, tokenizer: "Tokenizer | None", run_folder: "R
             folder.mkdir(parents=True, exist_ok=True)
             tokenizer.save(folder)
             tokenizer_spec = str(folder / "tokenizer.json")
-        config = dataclasses.replace(config, source=options.data, tokenizer=tokenizer_spec, val_fraction=val_fraction)
-    dataset = open_data(config)
+        config = dataclasses.replace(
+            config, source=options.data, tokenizer=tokenizer_spec, val_fraction=val_fraction, encoding=options.encoding
+        )
+    if run_folder is not None and options.data is None:
+        remedy = "name the text to evaluate on with --data"
+        dataset = open_recorded(config, run_folder.dataset_record(), run_folder.path, remedy)
+    else:
+        dataset = open_data(config)
     if tokenizer is not None and dataset.tokenizer is not None and tokenizer.fingerprint != dataset.tokenizer.fingerprint:
         raise UserError(
             f"{dataset.path}: was prepared with another tokenizer ({dataset.tokenizer.fingerprint}) than the model's "
