@@ -4,7 +4,9 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
 
 from bardling.cli.parse import Model, parse
 from bardling.cli.tables import print_rows
@@ -30,6 +32,8 @@ class EvalOptions:
     """A run, a checkpoint, a model folder, gpt2 or USER/REPO on the hub, or a nanoGPT or nano-gpt checkpoint."""
     data: str | None = None
     """Dataset to evaluate on: a prepared folder, or a source as in data.source; default: the run's dataset."""
+    encoding: Annotated[str, tyro.conf.arg(aliases=["--data.encoding"])] = ""
+    """Encoding of the text files of --data without a byte order mark, such as cp1252; default: UTF-8."""
     windows: int | None = None
     """Number of validation sequences to use, evenly spaced; default: the whole split."""
     batch_size: int = 16
@@ -140,16 +144,23 @@ def _dataset(options: EvalOptions, loaded: "Loaded", run_folder: "RunFolder | No
     """The dataset given by `--data`, else the run's. Text is tokenized with the model's tokenizer."""
     from bardling.checkpoint.load import tokenizer_file
     from bardling.data.text.named_datasets import DEFAULTS
-    from bardling.data.tokens.dataset import is_tokenized, open_data
+    from bardling.data.tokens.dataset import is_tokenized, open_data, open_recorded
 
     config, tokenizer = DataConfig() if run_folder is None else run_folder.config().data, loaded.tokenizer
     if options.data is not None:
         _, val_fraction = DEFAULTS.get(options.data, ("", config.val_fraction))
-        config = dataclasses.replace(config, source=options.data, tokenizer=DataConfig.tokenizer, val_fraction=val_fraction)
+        spec = DataConfig.tokenizer
         if not is_tokenized(options.data):
             tokenizer = loaded.needed_tokenizer()
-            config = dataclasses.replace(config, tokenizer=tokenizer_file(tokenizer))
-    dataset = open_data(config)
+            spec = tokenizer_file(tokenizer)
+        config = dataclasses.replace(
+            config, source=options.data, tokenizer=spec, val_fraction=val_fraction, encoding=options.encoding
+        )
+    if run_folder is not None and options.data is None:
+        remedy = "name the text to evaluate on with --data"
+        dataset = open_recorded(config, run_folder.dataset_record(), run_folder.path, remedy)
+    else:
+        dataset = open_data(config)
     if tokenizer is not None and dataset.tokenizer is not None and tokenizer.fingerprint != dataset.tokenizer.fingerprint:
         raise UserError(
             f"{dataset.path}: was prepared with another tokenizer ({dataset.tokenizer.fingerprint}) than the model's "

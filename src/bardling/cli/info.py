@@ -77,6 +77,8 @@ def _report_damage(problems: list[str]) -> None:
 
 
 def show_dataset(dataset: "TokenDataset") -> None:
+    from bardling.data.text.findings import describe_findings
+
     tokenizer = dataset.tokenizer
     sizes = {split: len(dataset.split(split)) for split in ("train", "val")}
     rows = [(split, f"{tokens:,} tokens ({count(tokens)})") for split, tokens in sizes.items()]
@@ -84,6 +86,12 @@ def show_dataset(dataset: "TokenDataset") -> None:
     if tokenizer is not None:
         rows.append(("tokenizer", f"{tokenizer.kind}, fingerprint {tokenizer.fingerprint}"))
     rows.append(("fingerprint", dataset.fingerprint))
+    if held_out := dataset.manifest.source.get("held_out"):
+        rows.append(("validation", f"{held_out} (rule {dataset.manifest.source.get('split_rule', 1)})"))
+    rows += [
+        (line.partition(":")[0], escape_unprintable(line.partition(": ")[2]))
+        for line in describe_findings(dataset.manifest.source)
+    ]
     rows.append(("size", size_bytes(sum(file.stat().st_size for file in Path(dataset.path).iterdir() if file.is_file()))))
     print_rows(rows, f"dataset {dataset.path}")
 

@@ -24,6 +24,8 @@ class PrepareOptions:
     named dataset, else 'byte'."""
     val_fraction: float | None = None
     """Fraction of the text to use for validation; default: the usual one for a named dataset, else 0.05."""
+    encoding: Annotated[str, tyro.conf.arg(aliases=["--data.encoding"])] = ""
+    """Encoding of text files without a byte order mark, such as cp1252; default: UTF-8."""
     workers: int | None = None
     """Tokenizer processes; default: one per core if the text is long enough. The result does not depend on it."""
 
@@ -40,10 +42,12 @@ def run(argv: Sequence[str]) -> None:
         source=options.source,
         tokenizer=tokenizer if options.tokenizer is None else options.tokenizer,
         val_fraction=val_fraction if options.val_fraction is None else options.val_fraction,
+        encoding=options.encoding,
     )
     try:
-        fraction = config.val_fraction
-        dataset = prepare(config.source, options.out, config.tokenizer, val_fraction=fraction, workers=options.workers)
+        fraction, encoding = config.val_fraction, config.encoding
+        out, workers = options.out, options.workers
+        dataset = prepare(config.source, out, config.tokenizer, val_fraction=fraction, encoding=encoding, workers=workers)
     except KeyboardInterrupt:
         if work_folder(options.out).exists():
             print(f"partial work is kept in {work_folder(options.out)}: run the same command to continue", file=sys.stderr)

@@ -32,9 +32,10 @@ def run(argv: Sequence[str]) -> None:
     marks = {}
     if options.compressors:
         from bardling.checkpoint.run_folder import open_run
-        from bardling.data.tokens.dataset import open_data
+        from bardling.data.tokens.dataset import open_recorded
         from bardling.report.compression import compressor_bits_per_byte
 
-        marks = compressor_bits_per_byte(open_data(open_run(options.runs[0]).config().data))
+        run = open_run(options.runs[0])
+        marks = compressor_bits_per_byte(open_recorded(run.config().data, run.dataset_record(), run.path, "omit --compressors"))
     draw_curves(options.runs, out, marks=marks)
     print(out)

@@ -18,6 +18,8 @@ class DataConfig:
     """Fraction of the text held out for validation."""
     document_mask: bool = False
     """Limit attention to the current document, in training and validation; documents end at the end-of-text token."""
+    encoding: str = ""
+    """Encoding of text files without a byte order mark, such as 'cp1252'; empty: UTF-8."""
     cache: str = ""
     """Folder for datasets prepared from a source; empty: $BARDLING_CACHE, or ~/.cache/bardling."""
 
@@ -25,4 +27,15 @@ class DataConfig:
         require(bool(self.source), "data.source", self.source, "must name a source")
         rule = "the char tokenizer has no end-of-text token to separate documents; disable it or choose another data.tokenizer"
         require(not (self.document_mask and self.tokenizer == "char"), "data.document_mask", self.document_mask, rule)
+        require(
+            _is_encoding(self.encoding), "data.encoding", self.encoding, "unknown encoding; use a name such as utf-8 or cp1252"
+        )
         require(0.0 < self.val_fraction < 1.0, "data.val_fraction", self.val_fraction, "must be between 0 and 1")
+
+
+def _is_encoding(name: str) -> bool:
+    """Whether Python knows an encoding of text of this name; an empty one is UTF-8."""
+    try:
+        return not name or isinstance(b" ".decode(name, "ignore"), str)
+    except (LookupError, ValueError, UnicodeError):  # also for codecs that do not give text
+        return False

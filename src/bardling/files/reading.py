@@ -7,6 +7,7 @@ from typing import Any
 
 from bardling.errors import UserError
 from bardling.files.atomic import os_error_as_user_error
+from bardling.files.decoding import decode_text
 
 
 def read_small_bytes(path: Path, *, limit: int) -> bytes:
@@ -21,11 +22,8 @@ def read_small_bytes(path: Path, *, limit: int) -> bytes:
 
 
 def read_small_text(path: Path, *, limit: int = 1 << 20) -> str:
-    """Read a UTF-8 text file of at most `limit` bytes; line endings become `\\n`."""
-    try:
-        return read_small_bytes(path, limit=limit).decode().replace("\r\n", "\n").replace("\r", "\n")
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: is not UTF-8 text") from None
+    """Read a text file of at most `limit` bytes, in UTF-8 or what its byte order mark says; line endings become `\\n`."""
+    return decode_text(read_small_bytes(path, limit=limit), str(path)).replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_json_object(path: Path, *, limit: int = 16 << 20) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def read_py_config(path: Path, allowed: Mapping[str, Kind], known: Mapping[str, 
     that may be set (integers are accepted for floats, and integral floats for integers), `known` further values that the file
     may refer to (defaults, and what earlier files set).
     """
-    text = read_small_text(path, limit=_MAX_FILE_BYTES).removeprefix("\ufeff")
+    text = read_small_text(path, limit=_MAX_FILE_BYTES)
     reader = _Reader(allowed, dict(known or {}))
     try:
         reader.run(text)

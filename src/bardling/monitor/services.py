@@ -30,7 +30,8 @@ SERVICES: tuple[type[Service], ...] = (TensorBoardSink, WandbSink)
 
 
 def enabled(config: MonitorConfig) -> list[type[Service]]:
-    return [service for service in SERVICES if getattr(config, service.package) not in (False, "off")]
+    on = {"tensorboard": config.tensorboard, "wandb": config.wandb != "off"}
+    return [service for service in SERVICES if on[service.package]]
 
 
 def check_services(config: MonitorConfig) -> None:

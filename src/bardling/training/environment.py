@@ -25,6 +25,7 @@ def dataset_record(dataset: TokenDataset) -> str:
     facts = {
         "path": str(dataset.path),
         "fingerprint": dataset.fingerprint,
+        "split_rule": dataset.manifest.source.get("split_rule", 1),
         "train_documents": dataset.manifest.train.documents,
         "train_tokens": len(dataset.split("train")),
         "val_tokens": len(dataset.split("val")),

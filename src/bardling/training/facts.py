@@ -15,13 +15,12 @@ from bardling.checkpoint.contents import Checkpoint
 from bardling.checkpoint.load import Loaded, latest_checkpoint, load
 from bardling.checkpoint.run_folder import RunFolder
 from bardling.config import DataConfig, RunConfig
-from bardling.data.tokens.dataset import open_data
+from bardling.data.tokens.dataset import open_data, open_recorded
 from bardling.data.tokens.shards import TokenDataset
 from bardling.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from bardling.distributed.context import Context
 from bardling.distributed.device import bfloat16_speedup, matmul_flops
 from bardling.distributed.heartbeat import LONG_PATIENCE, UNLIMITED_PATIENCE
-from bardling.errors import UserError
 from bardling.training.environment import continued_checkpoint
 
 
@@ -49,14 +48,12 @@ class Facts:
         """
         if data not in self._datasets:
             self.context.activity("preparing the data", UNLIMITED_PATIENCE)
-            self._datasets[data] = open_data(data)
+            record = self.folder.dataset_record() if self.previous else {}
+            if self.previous and data != self.previous.data:  # the user names a place where the data is now
+                record.pop("path", None)
+            found = open_recorded(data, record, self.folder.path) if self.previous else open_data(data)
+            self._datasets[data] = found
             self.context.activity("setting up", LONG_PATIENCE)
-            found, before = self._datasets[data], self.folder.dataset_record().get("fingerprint") if self.resumed else None
-            if self.resumed and before != found.fingerprint:
-                raise UserError(
-                    f"{found.path}: is not the dataset that {self.folder.path} started with (fingerprint {found.fingerprint}, "
-                    f"was {before}): restore the data, or start a new run"
-                )
         return self._datasets[data]
 
     @cached_property

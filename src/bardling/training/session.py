@@ -15,6 +15,7 @@ from bardling.config.recipes import config_to_dict, config_to_toml
 from bardling.data.batches.loader import EvalSequences, Prefetcher, TrainSequences
 from bardling.data.batches.order import SequenceOrder
 from bardling.data.batches.packing import document_start
+from bardling.data.text.findings import describe_findings
 from bardling.distributed.context import SINGLE, Context
 from bardling.distributed.device import device_name
 from bardling.distributed.heartbeat import LONG_PATIENCE
@@ -195,6 +196,9 @@ class Session:
             f"tokens ({plan.accumulation} forward {passes} of {plan.micro_batch}), {epochs:.2f} epochs of "
             f"{self.order.n_tokens:,} tokens"
         )
+        if not self.facts.resumed:
+            for line in describe_findings(self.dataset.manifest.source):
+                monitor.note(f"{config.data.source}: {line}")
         if len(plan.stages) > 1:
             monitor.note(f"batch and context grow: {plan.describe_stages()}")
         where = device_name(self.context.device) + (f" x {run.layout.world_size}" if run.layout.world_size > 1 else "")

@@ -74,9 +74,9 @@ def test_a_single_file_is_cut_by_position_as_in_nanogpt(tmp_path: Path) -> None:
     assert dataset.manifest.train.documents == dataset.manifest.val.documents == 1
 
 
-def test_few_documents_are_each_cut_at_a_line(tmp_path: Path) -> None:
+def test_few_documents_are_each_cut_at_a_line_by_rule_1(tmp_path: Path) -> None:
     texts = ["".join(f"line {i} of {name}\n" for i in range(100)) for name in "ab"] + ["no line break " * 100]
-    dataset = prepare(str(rows(tmp_path / "a.jsonl", texts)), tmp_path / "ds", "char", val_fraction=0.25)
+    dataset = prepare(str(rows(tmp_path / "a.jsonl", texts)), tmp_path / "ds", "char", val_fraction=0.25, split_rule=1)
     train, val = documents_of(dataset, "train"), documents_of(dataset, "val")
     assert [a + b for a, b in zip(train, val, strict=True)] == [*texts, ""]
     assert all(part.endswith("\n") for part in train[:2])

@@ -94,7 +94,7 @@ def hub_library(name: str) -> Any:
     try:
         import huggingface_hub
     except ImportError as error:
-        raise UserError("the hub needs the package huggingface_hub: pip install huggingface_hub, or use local files") from error
+        raise UserError(f"the hub needs the package huggingface_hub: {EXTRA}, or use local files") from error
     return getattr(huggingface_hub, name)
 
 

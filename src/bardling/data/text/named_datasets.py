@@ -3,7 +3,8 @@
 `shakespeare` and `shakespeare-char` are the same text, the tiny Shakespeare of char-rnn, with different default tokenizers.
 `openwebtext`, `fineweb-edu` (its sample of ten billion GPT-2 tokens) and `hf:NAME[:CONFIG][:SPLIT][:FIELD]` come from the hub
 and are read file by file, so memory stays bounded; on disk the hub's cache holds every file (about 24 GB for openwebtext, 28 GB
-for fineweb-edu). Each row of a hub dataset is one document; rows without text are skipped.
+for fineweb-edu). Each row of a hub dataset is one document; rows without text are skipped and counted (after an interruption,
+only those of the resumed part).
 
 To use a local file or folder that has one of these names, write `./shakespeare`.
 """
@@ -13,15 +14,18 @@ import itertools
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from dataclasses import field as dataclass_field
 from pathlib import Path
 from typing import Any, cast
 
 from bardling.data.text import hub
 from bardling.data.text.download import Remote, cache_root, download
+from bardling.data.text.findings import Findings
 from bardling.data.text.sources import Document, Source, json_lines, open_source, slug
 from bardling.errors import UserError, closest
 from bardling.extensions import SOURCES
 from bardling.files.atomic import os_error_as_user_error
+from bardling.files.decoding import MARK
 from bardling.files.digests import json_sha256
 
 TINY_SHAKESPEARE = Remote(
@@ -76,6 +80,7 @@ class HubSource:
     config: str = ""
     split: str = "train"
     field: str = "text"  # the column that contains the text
+    findings: Findings = dataclass_field(default_factory=Findings, compare=False)  # of the last pass over the documents
 
     def documents(self) -> Iterator[Document]:
         """All rows with text, named FILE:ROW with rows counted from 0; a `UserError` if one cannot be downloaded or read."""
@@ -92,13 +97,17 @@ class HubSource:
 
     def _from(self, number: int, row: int) -> Iterator[Document]:
         found = self._listing()
+        self.findings.clear()
         for file in found.files[number:]:
             path = hub.fetch(found, file)
             label = f"hf:{self.repository}/{file.path}"
             rows = _parquet_rows if file.path.endswith(".parquet") else _json_rows
             for index, text in rows(path, self.field, row, label):
-                if text:
-                    yield Document(f"{file.path}:{index}", text)
+                document = Document(f"{file.path}:{index}", (text or "").lstrip(MARK))
+                if document.text:
+                    yield document
+                else:
+                    self.findings.left_out("row without text", document.name)
             row = 0
 
     def identity(self) -> str:
@@ -169,8 +178,26 @@ def _json_rows(path: Path, field: str, first: int, label: str) -> Iterator[tuple
         raise UserError(f"{label}: cannot be read as JSON Lines ({_short(error)})") from error
 
 
-def source_for(spec: str) -> Source:
-    """The source that a spec names: a named dataset, one on the hub, or files (`open_source`); a `UserError` if none."""
+def source_for(spec: str, encoding: str = "") -> Source:
+    """The source that a spec names: a named dataset, one on the hub, or files (`open_source`); a `UserError` if none.
+
+    `encoding` is that of files without a byte order mark; other sources know theirs.
+    """
+    source = _named_source(spec)
+    if source is not None and encoding:
+        raise UserError(f"data.encoding = {encoding!r}: {spec} has a known encoding: omit this setting, which is for files")
+    if source is not None:
+        return source
+    try:
+        return open_source(spec, encoding)
+    except UserError as error:
+        if near := closest(spec, list(DEFAULTS)):
+            raise UserError(f"{error}{near}") from error
+        raise
+
+
+def _named_source(spec: str) -> Source | None:
+    """A source that is not a path; None if there is none of this name."""
     if spec in ("shakespeare", "shakespeare-char"):
         return RemoteText(spec, TINY_SHAKESPEARE)
     if spec in _HUB_NAMES:
@@ -180,12 +207,7 @@ def source_for(spec: str) -> Source:
     name, _, rest = spec.partition(":")
     if name in SOURCES:
         return cast(Source, SOURCES.get("data.source", name)(rest))
-    try:
-        return open_source(spec)
-    except UserError as error:
-        if near := closest(spec, list(DEFAULTS)):
-            raise UserError(f"{error}{near}") from error
-        raise
+    return None
 
 
 def documents_after(source: Source, count: int, name: str) -> Iterator[Document]:

@@ -1,9 +1,9 @@
 """Tokenization in several processes, in order, so that the result does not depend on their number.
 
 Each worker is a separate Python process that reads texts from its standard input and writes token ids to its standard output,
-both pickled. It is started fresh (never forked, because the tokenizer's threads do not survive a fork) and imports nothing from
-the program that uses this library, so scripts need no `__main__` guard. It ends when its input ends, even if its owner is
-killed; its owner notices a worker's end immediately from the end of its output. Terminal signals do not reach it.
+as JSON and raw integers. It is started fresh (never forked, because the tokenizer's threads do not survive a fork) and imports
+nothing from the program that uses this library, so scripts need no `__main__` guard. It ends when its input ends, even if its
+owner is killed; its owner notices a worker's end immediately from the end of its output. Terminal signals do not reach it.
 
 Method: one thread per worker sends it a batch and waits for the answer. Answers are consumed in the order of the batches, and
 only a few batches are in flight, which bounds memory. Limits: a batch is answered as a whole, so a document of one gigabyte
@@ -11,15 +11,16 @@ occupies a single worker.
 """
 
 import contextlib
+import json
 import os
-import pickle
+import struct
 import subprocess
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, NamedTuple, cast
+from typing import IO, Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -142,16 +143,18 @@ class _Worker:
 
     def encode(self, pieces: Sequence[Piece], end: Sequence[int]) -> list[Encoded]:
         try:
-            _send(self._requests, (pieces, end))
-            answer = pickle.load(self._answers)
-        except (OSError, EOFError, pickle.UnpicklingError, ValueError) as error:  # ValueError: `stop` has closed the pipe
+            _send(self._requests, [pieces, end])
+            answer, body = _receive(self._answers)
+        except (OSError, EOFError, ValueError) as error:  # ValueError: `stop` has closed the pipe
             status = self._process.wait()
             how = f"signal {-status}" if status < 0 else f"status {status}"
             hint = "perhaps out of memory: use fewer workers" if status == -9 else "see its output above"
             raise UserError(f"a tokenization worker ended with {how}, {hint} (--workers 1 uses no other process)") from error
         if isinstance(answer, str):
             raise UserError(answer)
-        return cast(list[Encoded], answer)
+        lengths = [np.array(part, np.int64) for _, part in answer]
+        rows = np.split(np.frombuffer(body, "<u4"), np.cumsum([part.sum() for part in lengths])[:-1])
+        return [Encoded(ids, size, part) for ids, (size, _), part in zip(rows, answer, lengths, strict=True)]
 
     def stop(self) -> None:
         self._process.kill()
@@ -160,20 +163,32 @@ class _Worker:
 
 
 def serve(folder: str) -> None:
-    """The worker's side: answer (pieces, end) on standard input until it ends, with the results or a user error's message."""
+    """The worker's side: answer [pieces, end] on standard input until it ends, with the results or a user error's message."""
     incoming, outgoing = sys.stdin.buffer, sys.stdout.buffer
     sys.stdout = sys.stderr  # keeps other output out of the answers
     tokenizer = load_tokenizer(folder)
-    with contextlib.suppress(EOFError, pickle.UnpicklingError):
+    with contextlib.suppress(EOFError):
         while True:
-            pieces, end = pickle.load(incoming)
+            (pieces, end), _ = _receive(incoming)
             try:
-                answer: list[Encoded] | str = encode(tokenizer, pieces, end)
+                results = encode(tokenizer, pieces, end)
             except UserError as error:
-                answer = str(error)
-            _send(outgoing, answer)
+                _send(outgoing, str(error))
+                continue
+            body = np.concatenate([part.ids for part in results]).astype("<u4").tobytes()
+            _send(outgoing, [[part.bytes, part.lengths.tolist()] for part in results], body)
 
 
-def _send(pipe: IO[bytes], message: object) -> None:
-    pickle.dump(message, pipe)
+def _send(pipe: IO[bytes], message: object, body: bytes = b"") -> None:
+    head = json.dumps(message, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    pipe.write(struct.pack("<QQ", len(head), len(body)) + head)
+    pipe.write(body)
     pipe.flush()
+
+
+def _receive(pipe: IO[bytes]) -> tuple[Any, bytes]:
+    head_size, body_size = struct.unpack("<QQ", pipe.read(16).ljust(16, b"\0"))
+    head, body = pipe.read(head_size), pipe.read(body_size)
+    if not head or len(head) < head_size or len(body) < body_size:  # the other side has ended
+        raise EOFError
+    return json.loads(head.decode("utf-8", "surrogatepass")), body

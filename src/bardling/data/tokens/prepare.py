@@ -1,11 +1,18 @@
 """Prepares a dataset from a source: split, tokenize, write.
 
-The validation split is stable. Of many documents (at least 100, some of them in each split), whole ones are assigned by a hash
-of their content: copies of a text are always in the same split, and adding files never moves other documents. Otherwise the
-last part of each document is the validation split: of a single document from character int(n * (1 - val_fraction)) on, as in
-nanoGPT; of one among several from a nearby line break before that position, if any.
+Which text is for validation is decided by rule 2 (`SPLIT_RULE`), and the manifest records the rule:
 
-Several documents are each followed by the end-of-text token in each split; a single one has nothing to separate and gets none.
+- A single document is cut at character int(n * (1 - val_fraction)), as in nanoGPT.
+- Of several, whole ones are held out, chosen by a hash of their content, so copies of a text are always in the same split.
+- Of at least 100, those with a hash below val_fraction (or else the one with the lowest): adding files moves no document.
+- Of fewer, in the order of their hashes, those that fit into val_fraction of all characters. If less than half of that is
+  filled, the shortest of the others is added, if a third of the text remains for training or none was held out before. Of two
+  documents, that is the shorter one.
+
+Rule 1, which is kept for runs that started with it, differs for fewer than 100 documents: the last part of each is held out,
+from a nearby line break before the cut, if any.
+
+Several documents are each followed by the end-of-text token; a single one has nothing to separate and gets none.
 A BPE is trained on the training split only; the vocabulary of 'char' covers both, because missing characters cannot be encoded.
 
 A dataset folder appears complete or not at all: everything is written to a folder beside it, which is then renamed. Long
@@ -16,10 +23,12 @@ import contextlib
 import hashlib
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from bardling.data.text.findings import Findings
 from bardling.data.text.named_datasets import documents_after, source_for
 from bardling.data.text.sources import Document, Source
 from bardling.data.tokens.documents import DocumentWriter
@@ -33,7 +42,8 @@ from bardling.files.atomic import os_error_as_user_error, sync_folder
 from bardling.files.digests import json_sha256
 from bardling.monitor.progress import ProgressBar
 
-METHOD = 1  # raise it if the same source starts to give other tokens, so that cached datasets are prepared again
+METHOD = 2  # raise it if the same source starts to give other tokens, so that cached datasets are prepared again
+SPLIT_RULE = 2
 _MANY = 100  # number of documents from which whole documents are held out
 _BATCH = 4 << 20  # characters tokenized at once
 _BATCH_OF_WORKER = 1 << 20  # the same for one of several processes
@@ -41,33 +51,66 @@ _BATCH_OF_WORKER = 1 << 20  # the same for one of several processes
 Progress = Callable[[str, int, int], None]  # called with (current activity, characters done, approximate total)
 
 
+def _number(text: str) -> int:
+    """A uniform number below 2^64 that depends only on the text."""
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
+
+
 def held_out(text: str, val_fraction: float) -> bool:
-    """Whether a document belongs to the validation split; depends only on its content."""
-    number = int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
-    return number < val_fraction * 2.0**64
+    """Whether a document among many belongs to the validation split; depends only on its content."""
+    return _number(text) < val_fraction * 2.0**64
 
 
 class _Splitter:
     """Divides the documents of a source into pieces of the two splits, deterministically."""
 
-    def __init__(self, source: Source, val_fraction: float) -> None:
+    def __init__(self, source: Source, val_fraction: float, rule: int, spec: str) -> None:
         self._val_fraction = val_fraction
-        count, splits = 0, set()
+        limit, low, high = val_fraction * 2.0**64, 1 << 64, -1
+        count, characters = 0, dict[int, int]()  # of each distinct text, while there are few
         for count, document in enumerate(source.documents(), 1):
-            splits.add(held_out(document.text, val_fraction))
-            if count >= _MANY and len(splits) == 2:
+            number = _number(document.text)
+            low, high = min(low, number), max(high, number)
+            if count < _MANY:
+                characters[number] = characters.get(number, 0) + len(document.text)
+            elif low < limit <= high:
                 break
-        self.several, self.by_document = count > 1, count >= _MANY and len(splits) == 2
-        self.description = "whole documents by hash" if self.by_document else "the last part of each document"
+        self.several = count > 1
+        self.description = "the last part of each document" if self.several else "the last part of the document"
+        self._held_out: Callable[[int], bool] | None = None  # of several documents, by their numbers; None: cut each
+        if count >= _MANY and (low < limit <= high or (rule > 1 and low < high)):
+            between = min(max(limit, low + 1), high)
+            self._held_out, self.description = lambda number: number < between, "whole documents by hash"
+        elif self.several and rule > 1:
+            if low == high:
+                fault = f"all {count} documents are the same text, so none can be held out for validation"
+                raise UserError(f"data.source = {spec!r}: {fault}: use a single copy of it, or add other documents")
+            self._held_out = _some(characters, val_fraction).__contains__
+            self.description = f"whole documents, of {count}, by hash and size"
 
     def split(self, text: str) -> list[Piece]:
-        if self.by_document:
-            return [("val" if held_out(text, self._val_fraction) else "train", text)]
+        if self._held_out is not None:
+            return [("val" if self._held_out(_number(text)) else "train", text)]
         cut = int(len(text) * (1 - self._val_fraction))
         if self.several:  # move back to the beginning of a line, if there is one within 1% of the text
             reach = max(200, len(text) // 100)
             cut = text.rfind("\n", max(0, cut - reach), cut) + 1 or cut
         return [("train", text[:cut]), ("val", text[cut:])]
+
+
+def _some(characters: Mapping[int, int], val_fraction: float) -> set[int]:
+    """Which of a few texts to hold out, by rule 2: numbers of texts, given the characters of each."""
+    total = sum(characters.values())
+    chosen, size = set[int](), 0
+    for number in sorted(characters):
+        if size + characters[number] <= val_fraction * total:
+            chosen.add(number)
+            size += characters[number]
+    if 2 * size < val_fraction * total:
+        added, number = min((characters[number], number) for number in characters.keys() - chosen)
+        if not chosen or 3 * (total - size - added) >= total:
+            chosen.add(number)
+    return chosen
 
 
 def prepare(
@@ -76,6 +119,8 @@ def prepare(
     tokenizer_spec: str,
     *,
     val_fraction: float = 0.05,
+    encoding: str = "",
+    split_rule: int = SPLIT_RULE,
     progress: Progress | None = None,
     shard_tokens: int = SHARD_TOKENS,
     workers: int | None = None,
@@ -83,8 +128,9 @@ def prepare(
     """Create the dataset folder `out`, which must not exist, resuming an earlier attempt that was interrupted.
 
     For the specs, see `named_datasets.source_for` and `tokenizer.build_tokenizer`. A fraction of the text, between 0 and 1, is
-    for validation. A file has at most `shard_tokens` tokens. Without `progress`, a terminal shows a bar after two seconds.
-    The result does not depend on the number of processes that tokenize, `workers`; None chooses.
+    for validation, chosen by `split_rule`. `encoding` is that of files without a byte order mark. A file has at most
+    `shard_tokens` tokens. Without `progress`, a terminal shows a bar after two seconds. The result does not depend on the
+    number of processes that tokenize, `workers`; None chooses.
     """
     out = Path(out)
     if not 0.0 < val_fraction < 1.0:
@@ -93,9 +139,10 @@ def prepare(
         raise UserError(f"workers = {workers}: must be at least 1")
     refuse_existing(out)
     check_tokenizer_spec(tokenizer_spec)
-    source = source_for(source_spec)
+    source = source_for(source_spec, encoding)
     with ProgressBar(unit="bytes", show=sys.stderr.isatty()) as bar:
-        job = _Job(source, source_spec, tokenizer_spec, val_fraction, shard_tokens, workers, progress or bar.update, bar)
+        told = progress or bar.update
+        job = _Job(source, source_spec, tokenizer_spec, val_fraction, split_rule, shard_tokens, workers, told, bar)
         with os_error_as_user_error(out, "prepare the dataset"):
             out.parent.mkdir(parents=True, exist_ok=True)
             with working_on(out) as work:
@@ -109,6 +156,7 @@ class _Job:
     source_spec: str
     tokenizer_spec: str
     val_fraction: float
+    split_rule: int
     shard_tokens: int
     workers: int | None
     progress: Progress
@@ -119,9 +167,9 @@ def _build(job: _Job, out: Path, work: Path) -> None:
     """Write the dataset into the work folder and rename it."""
     journal = Journal(work)
     try:
-        splitter = _Splitter(job.source, job.val_fraction)
+        splitter = _Splitter(job.source, job.val_fraction, job.split_rule, job.source_spec)
         method = (METHOD, "indexed")  # attempts of versions that wrote no index are not resumed
-        settings = (job.tokenizer_spec, job.val_fraction, job.shard_tokens, splitter.description)
+        settings = (job.tokenizer_spec, job.val_fraction, job.split_rule, job.shard_tokens, splitter.description)
         made_of = json_sha256([method, job.source.identity(), *settings])
         if position := journal.read(made_of):
             tokenizer = load_tokenizer(work)
@@ -171,7 +219,8 @@ def _write(job: _Job, splitter: _Splitter, tokenizer: Tokenizer, work: Path, jou
     """Tokenize the documents after `position`."""
     end = [tokenizer.eot_id] if splitter.several and tokenizer.eot_id is not None else []
     source, total, vocab_size = job.source, job.source.size(), tokenizer.vocab_size
-    origin = {"spec": job.source_spec, "name": source.name, "identity": source.identity(), "held_out": splitter.description}
+    origin: dict[str, Any] = {"spec": job.source_spec, "name": source.name, "identity": source.identity()}
+    origin |= {"held_out": splitter.description, "split_rule": job.split_rule}
     workers = job.workers or default_workers(total, tokenizer.kind)
     documents, done, started = position.documents, position.characters, time.monotonic()
     with contextlib.ExitStack() as stack:
@@ -193,6 +242,7 @@ def _write(job: _Job, splitter: _Splitter, tokenizer: Tokenizer, work: Path, jou
             speed = (documents - position.documents) / max(time.monotonic() - started, 1e-9)
             job.bar.note = f"{speed:,.0f} documents/s"
             job.progress("tokenizing", done, total)
+        origin |= getattr(source, "findings", Findings()).facts()
         train, val = (replace(shards[split].finish(), index=indexes[split].finish()) for split in SPLITS)
     return Manifest(token_dtype(vocab_size), vocab_size, tokenizer.fingerprint, origin, job.val_fraction, train, val)
 

@@ -15,6 +15,7 @@ from bardling.errors import UserError
 EOT = "<|endoftext|>"  # the end-of-text token, which ends a document, as in GPT-2
 ANY_CHARACTER = r"[\s\S]"  # regular expression that splits a text into characters
 _PIECE = 1 << 20  # characters; longer texts are encoded in pieces, to bound memory and use all cores
+_LONGEST_WORD = 256  # bytes
 _SAFE_CUT = re.compile(r"(?<=\S)\n(?=\S)")
 
 
@@ -67,12 +68,15 @@ def char_content(texts: Iterable[str]) -> dict[str, Any]:
 def train_bpe_content(texts: Iterable[str], size: int) -> dict[str, Any]:
     """Byte-level BPE (R. Sennrich et al., ACL 2016; over bytes as in GPT-2) with `size` entries: bytes, merges, then `EOT`.
 
-    Deterministic: equally frequent pairs are merged in order of their ids.
+    Deterministic: equally frequent pairs are merged in order of their ids. Words of more than `_LONGEST_WORD` bytes (DNA,
+    base64, a minified script) are cut for training only, because its time is quadratic in the length of a word.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     library = Tokenizer(models.BPE())
-    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    cut = pre_tokenizers.Split(Regex(f"{ANY_CHARACTER}{{1,{_LONGEST_WORD}}}"), "isolated")
+    library.pre_tokenizer = pre_tokenizers.Sequence([words, cut])
     library.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=size - 1, initial_alphabet=list(BYTE_OF), show_progress=False)
     characters = 0
@@ -90,6 +94,7 @@ def train_bpe_content(texts: Iterable[str], size: int) -> dict[str, Any]:
     _interruptible(lambda: library.train_from_iterator(until_stopped(), trainer), stopped)
     if not characters:
         raise UserError(f"data.tokenizer = 'bpe:{size}': the text is empty, so there is nothing to train on")
+    library.pre_tokenizer = words
     return _content(library, with_eot=True)
 
 
