@@ -37,6 +37,7 @@ from bardling.interop.families import (
     tensor_parts,
 )
 from bardling.interop.tensor_file import open_tensors
+from bardling.interop.weight_index import INDEX, MAX_INDEX_BYTES, indexed_files
 from bardling.planning.parameter_shapes import EMBEDDING, HEAD, parameter_shapes
 
 _PREFIXES = {"gpt2": "transformer.", "llama": "model.", "qwen3": "model.", BARDLING: ""}
@@ -61,11 +62,8 @@ _ALIASES = {  # other names of GPT-2's sizes, which transformers accepts too
     "num_attention_heads": "n_head",
     "num_hidden_layers": "n_layer",
 }
-INDEX = "model.safetensors.index.json"
-_WEIGHT_FILE = re.compile(r"[^/\\\0]*\.safetensors")
 _DTYPES = ("F32", "F16", "BF16")
 _T = TypeVar("_T")
-_MAX_INDEX_BYTES = 64 << 20  # an index of a thousand shards is far smaller
 
 
 def hf_config(config: ModelConfig, *, eot_id: int | None = None) -> dict[str, Any]:
@@ -148,7 +146,7 @@ def _dropouts(values: Mapping[str, Any], ours: Mapping[str, Any], source: str) -
 
 def dropout_note(path: Path) -> str:
     """How a `config.json` with several dropouts is read: only training depends on them. Empty if it has one."""
-    values = read_json_object(path, limit=_MAX_INDEX_BYTES)
+    values = read_json_object(path, limit=MAX_INDEX_BYTES)
     found = _dropouts(values, bardling_section(values, str(path)), str(path)) if values.get("model_type") == "gpt2" else {}
     listed = ", ".join(f"{key} = {value}" for key, value in found.items())
     several = len(set(found.values())) > 1
@@ -246,7 +244,7 @@ def read_hf_folder(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     on the CPU.
     """
     path = folder / "config.json"
-    values = read_json_object(path, limit=_MAX_INDEX_BYTES)
+    values = read_json_object(path, limit=MAX_INDEX_BYTES)
     config, layout = model_config_from_hf(values, str(path)), values["model_type"]
     files = _weight_files(folder)
     _check_shapes(_read_each(files, _shape), config, str(folder), layout)
@@ -276,19 +274,6 @@ def _weight_files(folder: Path) -> dict[Path, list[str] | None]:
         )
     remedy = "open the model with transformers and save it with save_pretrained(...)"
     raise UserError(f"{folder}: has no model.safetensors and no {INDEX}: {remedy}")
-
-
-def indexed_files(index: Path) -> dict[Path, list[str]]:
-    """The weight files in an index, and the tensors in each."""
-    weight_map = read_json_object(index, limit=_MAX_INDEX_BYTES).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{index}: weight_map must map each tensor's name to a file")
-    files: dict[Path, list[str]] = {}
-    for name, file in weight_map.items():
-        if not isinstance(file, str) or not _WEIGHT_FILE.fullmatch(file) or len(file) > 200:
-            raise UserError(f"{index}: {file!r} is not the name of a .safetensors file in this folder")
-        files.setdefault(index.with_name(file), []).append(name)
-    return files
 
 
 def _read_each(files: Mapping[Path, list[str] | None], read: Callable[[Path, Any, str], _T]) -> dict[str, _T]:

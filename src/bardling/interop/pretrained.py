@@ -12,7 +12,7 @@ from pathlib import Path
 
 from bardling.data.text.hub import call_hub, hub_endpoint, hub_library
 from bardling.data.tokens.bpe_files import UNREAD_TOKENIZERS
-from bardling.interop.huggingface import INDEX, indexed_files
+from bardling.interop.weight_index import INDEX, indexed_files
 
 # The names that nanoGPT and nano-gpt use, and where these models are on the hub.
 GPT2_NAMES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
