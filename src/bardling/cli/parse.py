@@ -75,13 +75,19 @@ def option_names(cls: Any, prefix: str = "") -> list[str]:
 
 
 def _one_line(box: str) -> str:
-    """The message in one of tyro's boxes: its text up to the first horizontal rule, on one line."""
-    if "Missing from" in box:  # the names have an indentation of their own, the help below them a deeper one
-        names = re.findall(r"^│ {5}(\S.*?) *│$", box.split("│ ─")[0], re.MULTILINE)
+    """The message in one of tyro's boxes, which has borders of spaces and dashes in some terminals: its text up to the first
+    horizontal rule, on one line."""
+    lines = [line[2:].rstrip(" │") for line in box.splitlines()[1:]]  # without the title and the left border
+    lines = list(itertools.dropwhile(_is_rule, lines))
+    text = list(itertools.takewhile(lambda line: not _is_rule(line), lines))
+    if text and text[0].startswith("Missing from"):
+        names = [line.strip() for line in text[1:] if re.match(r" {4}\S", line)]  # the help below is indented further
         return f"missing {' and '.join(names)} (see --help)"
-    lines = [line.strip("│ ") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
-    text = itertools.takewhile(lambda line: set(line) != {"─"}, lines)
     message = " ".join(" ".join(text).split()).removeprefix("Error parsing ")
     message = re.sub(r"^config(\.\w+)?: ", "", message)  # keys are named without the field that holds the configuration
     message = re.sub(r"^Missing value for argument '(.+?)'.*", r"\1: missing a value", message)
     return message.replace("invalid literal for int() with base 10:", "expected an integer, not") or "invalid arguments"
+
+
+def _is_rule(line: str) -> bool:
+    return not line.strip(" ─-╯╰")
