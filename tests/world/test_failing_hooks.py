@@ -34,7 +34,8 @@ def task_file(folder: Path, *endings: str, name: str = "quiz.jsonl") -> str:
 @pytest.fixture
 def short(tiny, change):
     """Ten steps with samples and validation."""
-    return change(tiny, train={"steps": 10}, eval={"every": 5}, sample={"every": 2}, checkpoint={"every": 5})
+    tiny = change(tiny, train={"steps": 10}, optim={"warmup_steps": 1})
+    return change(tiny, eval={"every": 5}, sample={"every": 2}, checkpoint={"every": 5})
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -58,9 +59,9 @@ def test_a_prompt_with_an_unknown_character_is_refused_before_anything_is_writte
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("ending", ["Müll", "{", "北京", "A"])
+@pytest.mark.parametrize("ending", ["Müll", "{", "北京", "left"])
 def test_a_task_with_an_unknown_character_is_refused_by_its_item(short, change, tmp_path, ending):
-    tasks = (task_file(tmp_path, "left", "met", ending, "left"),)
+    tasks = (task_file(tmp_path, "rose", "met", ending, "rose"),)
     with pytest.raises(UserError, match=r"quiz, item n2: character ") as error:
         train(change(short, eval={"tasks": tasks}), tmp_path / "run", quiet=True)
     assert "\n" not in str(error.value)
@@ -69,7 +70,7 @@ def test_a_task_with_an_unknown_character_is_refused_by_its_item(short, change, 
 
 def test_tasks_of_the_same_name_are_refused(short, change, tmp_path):
     (tmp_path / "other").mkdir()
-    tasks = (task_file(tmp_path, "left"), task_file(tmp_path / "other", "left"))
+    tasks = (task_file(tmp_path, "rose"), task_file(tmp_path / "other", "rose"))
     with pytest.raises(UserError, match="both called 'quiz'"):
         train(change(short, eval={"tasks": tasks}), tmp_path / "run", quiet=True)
 
@@ -104,7 +105,7 @@ def test_a_run_with_a_bad_prompt_resumes_without_samples(short, change, tmp_path
     assert resume(tmp_path / "run", quiet=True).finished
     warned = capsys.readouterr().err
     assert warned.count("warning") == 1
-    assert "sample.prompt = 'Müll': character 'ü'" in warned
+    assert "sample.prompt = 'Müll': character 'M'" in warned
     assert "continues without samples" in warned
     train(change(short, train={"steps": 14}), tmp_path / "whole", quiet=True)
 
@@ -118,7 +119,7 @@ def test_a_new_bad_prompt_of_a_resumed_run_is_refused(short, change, tmp_path):
 
 @pytest.mark.parametrize("damage", ["missing", "unknown", "malformed"])
 def test_a_run_whose_task_is_damaged_resumes_without_it(short, change, tmp_path, capsys, damage):
-    tasks = (task_file(tmp_path, "left"), task_file(tmp_path, "met", name="other.jsonl"))
+    tasks = (task_file(tmp_path, "rose"), task_file(tmp_path, "met", name="other.jsonl"))
     config = change(short, eval={"tasks": tasks})
     train(config, tmp_path / "run", quiet=True)
     if damage == "missing":
@@ -192,7 +193,7 @@ def test_a_failing_sample_is_reported_once_and_changes_nothing(short, change, tm
 @pytest.mark.parametrize("error", FAILURES[:3], ids=lambda error: type(error).__name__)
 def test_a_failing_task_is_reported_once_and_changes_nothing(short, change, tmp_path, failing, capsys, error):
     train(short, tmp_path / "plain", quiet=True)
-    config = change(short, eval={"tasks": (task_file(tmp_path, "left"),)})
+    config = change(short, eval={"tasks": (task_file(tmp_path, "rose"),)})
     calls = failing(measuring, "evaluate_choices", error)
     assert train(config, tmp_path / "run", quiet=True).finished
     assert len(calls) == 2
@@ -328,7 +329,7 @@ assert result.finished
 def test_a_failure_in_one_process_does_not_leave_the_others_waiting(short, change, tmp_path):
     from bardling.config.recipes import config_to_toml
 
-    config = change(short, train={"steps": 4}, sample={"every": 2}, eval={"every": 2, "tasks": (task_file(tmp_path, "left"),)})
+    config = change(short, train={"steps": 4}, sample={"every": 2}, eval={"every": 2, "tasks": (task_file(tmp_path, "rose"),)})
     (tmp_path / "recipe.toml").write_text(config_to_toml(config))
     (tmp_path / "script.py").write_text(PROCESSES)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -161,7 +161,7 @@ def test_a_resumed_run_keeps_its_dataset(here, tiny, change, small_stdlib, spec,
     if spec == "./stdlib":
         (here / "stdlib").mkdir()
         (here / "stdlib" / "mine.txt").write_text("import that\n" * 400)
-    config = change(tiny, data={"source": spec}, train={"steps": 4}, optim={"warmup_steps": 1})
+    config = change(tiny, data={"source": spec}, optim={"warmup_steps": 1}, train={"steps": 4})
     train(config, here / "run", quiet=True)
     recorded = json.loads((here / "run" / "dataset.json").read_text())["fingerprint"]
     assert RunFolder(here / "run").config().data.source == ("stdlib" if spec == "stdlib" else str(here / "stdlib"))

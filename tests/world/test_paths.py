@@ -21,7 +21,7 @@ from bardling.monitor.jsonl import read_jsonl
 from bardling.training.resolve import _absolute_paths
 from bardling.training.run import resume, train
 
-ITEM = '{"ctx": "The king", "endings": [" met", " left"], "label": 0}\n'
+ITEM = '{"ctx": "The king", "endings": [" met", " rose"], "label": 0}\n'
 
 
 @pytest.fixture
@@ -100,7 +100,9 @@ def test_a_run_in_the_home_folder_with_tasks_there(home, tiny, change, corpus):
     (home / "text.txt").write_bytes(corpus.read_bytes())
     (home / "task.jsonl").write_text(ITEM)
     assert load_items(EvalConfig(tasks=("~/task.jsonl",)).tasks[0])
-    config = change(tiny, data={"source": "~/text.txt"}, eval={"tasks": ("~/task.jsonl",)}, train={"steps": 6})
+    config = change(
+        tiny, data={"source": "~/text.txt"}, eval={"tasks": ("~/task.jsonl",)}, optim={"warmup_steps": 1}, train={"steps": 6}
+    )
     train(config, "~/run", quiet=True)
     assert RunFolder(home / "run").config().data.source == str(home / "text.txt")
     longer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=8))
@@ -109,7 +111,9 @@ def test_a_run_in_the_home_folder_with_tasks_there(home, tiny, change, corpus):
 
 def test_a_task_file_is_found_when_the_run_resumes_elsewhere(home, tiny, change, tmp_path, monkeypatch, capsys):
     (tmp_path / "here" / "task.jsonl").write_text(ITEM)
-    train(change(tiny, eval={"tasks": ("task.jsonl",)}, train={"steps": 6}), home / "run", quiet=True)
+    train(
+        change(tiny, eval={"tasks": ("task.jsonl",)}, optim={"warmup_steps": 1}, train={"steps": 6}), home / "run", quiet=True
+    )
     config = RunFolder(home / "run").config()
     assert config.eval.tasks == (str(tmp_path / "here" / "task.jsonl"),)
     monkeypatch.chdir(tmp_path)

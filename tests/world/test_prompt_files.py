@@ -105,9 +105,9 @@ def test_nanogpts_start_reads_the_same_way(tmp_path, monkeypatch):
 def test_a_prompt_that_cannot_be_encoded_is_named(tmp_path, tiny, change, bardling):
     from bardling.training.run import train
 
-    train(change(tiny, train={"steps": 1}), tmp_path / "run", quiet=True)
+    train(change(tiny, optim={"warmup_steps": 0}, train={"steps": 1}), tmp_path / "run", quiet=True)
     (tmp_path / "p.txt").write_text("Müll")
     failed = bardling("sample", tmp_path / "run", "--prompt_file", tmp_path / "p.txt", check=2).stderr
-    assert f"prompt file {tmp_path / 'p.txt'}: character 'ü'" in failed
+    assert f"prompt file {tmp_path / 'p.txt'}: character 'M'" in failed
     piped = bardling("sample", tmp_path / "run", "--prompt", "-", "--max_new_tokens", "3", "--seed", "1", input="The king")
     assert piped.stdout.startswith("The king")
