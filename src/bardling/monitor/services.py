@@ -68,9 +68,13 @@ class Services:
                 _check(service, run.config)
             return service(run)
 
+        def extension(name: str) -> Sink:
+            sink: Sink = SINKS.get("monitor.sinks", name)(run)
+            return sink
+
         makers: dict[str, Callable[[], Sink]] = {one.title: partial(opened, one) for one in enabled(run.config)}
         for name in run.config.sinks:
-            makers[f"the sink {name!r}"] = lambda name=name: SINKS.get("monitor.sinks", name)(run)
+            makers[f"the sink {name!r}"] = partial(extension, name)
         for title, make in makers.items():
             try:
                 self._open[title] = make()
