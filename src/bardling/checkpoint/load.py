@@ -19,6 +19,7 @@ from bardling.data.tokens.token_files import gpt2_tokenizer, read_meta
 from bardling.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from bardling.distributed.context import Context
 from bardling.errors import UserError
+from bardling.files.paths import expand_home
 from bardling.interop.huggingface import read_hf_folder
 from bardling.interop.imported import ImportedCheckpoint
 from bardling.interop.nano_gpt import read_nano_gpt_checkpoint
@@ -65,8 +66,9 @@ def load(spec: str | Path, *, best: bool = False, training: bool = False) -> Loa
     `best`: of a run, the checkpoint with the best validation loss instead of the latest. `training`: also read the optimizer
     state, if there is one. Raises a `UserError` if there is no such model, or it is damaged or unsafe.
     """
-    path, from_hub = Path(spec), is_hub_name(str(spec))
-    if path.is_file():
+    spec = expand_home(spec) if isinstance(spec, str) else spec
+    path, from_hub = Path(spec), is_hub_name(spec)
+    if not from_hub and path.is_file():
         return _load_imported(path)
     if not from_hub and not (path / "config.toml").is_file() and (path / "ckpt.pt").is_file():
         return _load_imported(path / "ckpt.pt")
@@ -121,7 +123,7 @@ def find_checkpoint(path: Path, *, best: bool = False) -> Path:
 
 def load_tokenizer_of(spec: Path | str) -> Tokenizer:
     """Load the tokenizer of a run, a checkpoint or a model folder."""
-    folder = fetch_model(str(spec)) if is_hub_name(str(spec)) else Path(spec)
+    folder = fetch_model(str(spec)) if is_hub_name(spec) else Path(spec)
     if folder.is_dir() and not any((folder / name).is_file() for name in ("tokenizer.json", "ckpt.pt")):
         folder = find_checkpoint(folder)
     if not (folder / "tokenizer.json").is_file():
@@ -129,8 +131,11 @@ def load_tokenizer_of(spec: Path | str) -> Tokenizer:
     return load_tokenizer(folder)
 
 
-def run_of(path: Path) -> RunFolder | None:
-    """The run at `path`, or the run that the checkpoint `path` belongs to."""
+def run_of(spec: Path | str) -> RunFolder | None:
+    """The run at `spec`, or the run that the checkpoint `spec` belongs to; None if it names a model on the hub."""
+    if is_hub_name(spec):
+        return None
+    path = Path(spec)
     runs = map(RunFolder, (path, path.absolute().parent.parent))
     return next((run for run in runs if run.config_file.is_file()), None)
 

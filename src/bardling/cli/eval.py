@@ -58,7 +58,7 @@ def run(argv: Sequence[str]) -> None:
 
     for task in options.tasks:
         check_task(task)
-    run_folder = run_of(Path(options.model))
+    run_folder = run_of(options.model)
     if options.data is None and run_folder is None and not options.tasks:
         advice = "give --data FOLDER, --data SOURCE or --tasks"
         raise UserError(f"{options.model}: is not part of a run and has no dataset; {advice}")
@@ -136,13 +136,13 @@ def _measure_task(
 def _dataset(options: EvalOptions, tokenizer: "Tokenizer | None", run_folder: "RunFolder | None") -> "TokenDataset":
     """The dataset given by `--data`, else the run's. Text is tokenized with the model's tokenizer."""
     from bardling.data.text.download import cache_root
-    from bardling.data.text.named_datasets import DEFAULTS
+    from bardling.data.text.named_datasets import DEFAULTS, is_source_name
     from bardling.data.tokens.dataset import open_data, open_recorded
 
     config = DataConfig() if run_folder is None else run_folder.config().data
     if options.data is not None:
         tokenizer_spec, val_fraction = DEFAULTS.get(options.data, (DataConfig.tokenizer, config.val_fraction))
-        prepared = (Path(options.data) / "manifest.json").is_file()
+        prepared = not is_source_name(options.data) and (Path(options.data) / "manifest.json").is_file()
         if tokenizer is not None and not prepared:
             folder = cache_root() / "tokenizers" / tokenizer.fingerprint
             folder.mkdir(parents=True, exist_ok=True)

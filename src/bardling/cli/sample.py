@@ -1,7 +1,6 @@
 """`bardling sample RUN`: generate text with a trained model and print it token by token."""
 
 import secrets
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from bardling.cli.parse import Model, note, parse
 from bardling.config import SampleConfig
 from bardling.errors import UserError
+from bardling.files.prompt import read_prompt_file, read_prompt_input
 
 if TYPE_CHECKING:
     from bardling.data.tokens.tokenizer import Tokenizer
@@ -22,7 +22,7 @@ class SampleOptions:
     prompt: str | None = None
     """Text to continue; '-' reads it from standard input. Default: start a new document."""
     prompt_file: Path | None = None
-    """File to read the prompt from."""
+    """File or pipe to read the prompt from, at most 16 MiB."""
     special: bool = False
     """Parse special tokens in the prompt, such as <|endoftext|>, instead of treating them as plain text."""
     max_new_tokens: int = 256
@@ -69,11 +69,15 @@ def run(argv: Sequence[str]) -> None:
     if tokenizer is None:
         raise UserError(f"{options.model}: has no tokenizer; copy its tokenizer.json into the model folder")
     model = loaded.build().to(device)
-    run_folder = run_of(Path(options.model))
+    run_folder = run_of(options.model)
     single_document = run_folder is not None and run_folder.dataset_record().get("train_documents") == 1
     # A model trained on one document has never seen an end-of-text token, so it cannot start from one.
     start = config.prompt or ("\n" if single_document else "")
-    prompt = prompt_ids(tokenizer, start, allow_special=options.special)
+    try:
+        prompt = prompt_ids(tokenizer, start, allow_special=options.special)
+    except UserError as error:
+        where = "--prompt" if options.prompt_file is None else f"prompt file {options.prompt_file}"
+        raise UserError(f"{where}: {error}") from error
     if will_slide(len(prompt), config.max_new_tokens, model.config.block_size):
         context = model.config.block_size
         note(f"the text will exceed the model's context of {context} tokens; the model then sees only the most recent ones")
@@ -128,10 +132,8 @@ def _prompt(options: SampleOptions) -> str:
     if options.prompt is not None and options.prompt_file is not None:
         raise UserError("--prompt and --prompt_file: give only one of them")
     if options.prompt_file is not None:
-        from bardling.files.reading import read_small_text
-
-        return read_small_text(options.prompt_file)
-    return sys.stdin.read() if options.prompt == "-" else options.prompt or ""
+        return read_prompt_file(options.prompt_file)
+    return read_prompt_input() if options.prompt == "-" else options.prompt or ""
 
 
 def nanogpt_options(argv: Sequence[str]) -> SampleOptions:

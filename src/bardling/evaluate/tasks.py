@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from bardling.data.text.hub import EXTRA, hub_file
+from bardling.data.tokens.tokenizer import Tokenizer
 from bardling.errors import UserError, closest
 from bardling.files.atomic import os_error_as_user_error
 from bardling.files.digests import file_sha256
@@ -71,6 +72,11 @@ def check_task(task: str) -> None:
     if task not in HUB_TASKS and not Path(task).is_file():
         known = f"{', '.join(HUB_TASKS)} or the path of a JSON Lines file in HellaSwag's format"
         raise UserError(f"task {task!r}: no such task or file; use {known}{closest(task, list(HUB_TASKS))}")
+
+
+def absolute_task(task: str) -> str:
+    """The task, with an absolute path if it is a file, so that a run can be resumed from any folder."""
+    return task if task in HUB_TASKS or not Path(task).exists() else str(Path.cwd() / task)
 
 
 def task_name(task: str) -> str:
@@ -185,6 +191,19 @@ def read_hub_items(source: HubFile) -> tuple[ChoiceItem, ...]:
         )
     rows = parquet.read_table(path).to_pylist()
     return _items(((f"{source.repo}, row {number}", row) for number, row in enumerate(rows, 1)), source.repo)
+
+
+def check_items(task: str, items: Sequence[ChoiceItem], tokenizer: Tokenizer) -> None:
+    """Encode all items; a `UserError` names the first item with text that the tokenizer cannot encode."""
+    try:
+        tokenizer.encode_batch([text for item in items for text in item.texts])
+    except UserError:
+        for item in items:
+            try:
+                tokenizer.encode_batch(item.texts)
+            except UserError as error:
+                raise UserError(f"{task}, item {item.id}: {error}") from error
+        raise
 
 
 def draw_items(items: Sequence[ChoiceItem], count: int | None, seed: int = 0) -> tuple[ChoiceItem, ...]:

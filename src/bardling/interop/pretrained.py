@@ -8,12 +8,18 @@ from bardling.data.text.hub import call_hub, hub_endpoint, hub_library
 # The names that nanoGPT and nano-gpt use, and where these models are on the hub.
 GPT2_NAMES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 _FILES = ("config.json", "*.safetensors", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json")
-_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+_REPOSITORY = re.compile(r"\w[\w.-]*/[\w.-]+")  # not ./NAME, which is a path
 
 
-def is_hub_name(spec: str) -> bool:
-    """Whether `spec` names a model on the hub, one of GPT-2's names or USER/REPO; a path that exists takes precedence."""
-    return (spec in GPT2_NAMES or bool(_REPOSITORY.fullmatch(spec))) and not Path(spec).exists()
+def is_hub_name(spec: str | Path) -> bool:
+    """Whether `spec` names a model on the hub: one of GPT-2's names, or USER/REPO unless this path exists.
+
+    GPT-2's names take precedence over files and folders: `./gpt2` is a path, and so is an existing `Path`.
+    """
+    name = str(spec)
+    if name in GPT2_NAMES and isinstance(spec, str):
+        return True
+    return (name in GPT2_NAMES or bool(_REPOSITORY.fullmatch(name))) and not Path(name).exists()
 
 
 def fetch_model(spec: str) -> Path:

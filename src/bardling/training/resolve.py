@@ -6,6 +6,7 @@ the size of forward passes. Each decision is recorded with its reason. Nothing a
 result is written to the run folder and is itself a recipe.
 """
 
+import glob
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -15,10 +16,13 @@ from typing import Any, Literal
 from bardling.checkpoint.load import Loaded
 from bardling.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from bardling.config.recipes import changed_settings
+from bardling.data.text.named_datasets import is_source_name
 from bardling.data.tokens.shards import TokenDataset
-from bardling.data.tokens.tokenizer import Tokenizer
+from bardling.data.tokens.tokenizer import Tokenizer, is_tokenizer_path
 from bardling.distributed.device import DTYPES, choose_precision, device_name
 from bardling.errors import UserError
+from bardling.evaluate.tasks import absolute_task
+from bardling.interop.pretrained import is_hub_name
 from bardling.optim.build import resolve_muon_precision
 from bardling.planning.batching import TrainPlan, make_plan
 from bardling.planning.costs import flops_per_token, fp8_layers, recomputed_flops_per_token
@@ -81,6 +85,7 @@ def resolve(config: RunConfig, facts: Facts) -> ResolvedRun:
     log, device = _Log(), facts.context.device
     config = apply_depth(config, facts.given, record=partial(log.add, from_depth=True))
     optim, train = config.optim, config.train
+    config = replace(config, eval=replace(config.eval, tasks=tuple(map(absolute_task, config.eval.tasks))))
     data, asked = _absolute_paths(config.data, config.model)
     previous = facts.previous
     if previous is not None:
@@ -90,7 +95,8 @@ def resolve(config: RunConfig, facts: Facts) -> ResolvedRun:
         }
         config = replace(config, **kept)
         old_data, old_model = _absolute_paths(previous.data, previous.model)
-        before = replace(previous, data=old_data, model=old_model)
+        tasks = tuple(map(absolute_task, previous.eval.tasks))
+        before = replace(previous, data=old_data, model=old_model, eval=replace(previous.eval, tasks=tasks))
         now = replace(config, data=data, model=asked, optim=optim, train=train)
         log.changes += _checked_changes(changed_settings(before, now))
 
@@ -134,16 +140,16 @@ def resolve(config: RunConfig, facts: Facts) -> ResolvedRun:
 def _absolute_paths(data: DataConfig, model: ModelConfig) -> tuple[DataConfig, ModelConfig]:
     """Make paths absolute, so that the run can be resumed from any folder."""
 
-    def absolute(spec: str) -> str:
-        path = Path(spec.split(":", 1)[0])
-        is_path = bool(spec) and (path.exists() or any(sign in spec for sign in "*?["))
-        return str(Path.cwd() / spec) if is_path and not path.is_absolute() else spec
+    def absolute(spec: str, is_path: bool) -> str:
+        return str(Path.cwd() / spec) if is_path else spec
 
-    cache = data.cache and str(Path(data.cache).expanduser().absolute())
-    return (
-        replace(data, source=absolute(data.source), tokenizer=absolute(data.tokenizer), cache=cache),
-        replace(model, init=absolute(model.init)),
-    )
+    file = data.source.rpartition(":")[0]  # of FILE:FIELD
+    found = Path(data.source).exists() or (file and Path(file).exists()) or glob.has_magic(data.source)
+    source = absolute(data.source, not is_source_name(data.source) and bool(found))
+    tokenizer = absolute(data.tokenizer, is_tokenizer_path(data.tokenizer))
+    init = absolute(model.init, bool(model.init) and not is_hub_name(model.init) and Path(model.init).exists())
+    cache = data.cache and str(Path(data.cache).absolute())
+    return replace(data, source=source, tokenizer=tokenizer, cache=cache), replace(model, init=init)
 
 
 def _keep(

@@ -7,7 +7,7 @@ from typing import Any
 from bardling.config import DataConfig
 from bardling.data.text.download import cache_root
 from bardling.data.text.folders import tag_cache
-from bardling.data.text.named_datasets import source_for
+from bardling.data.text.named_datasets import is_source_name, source_for
 from bardling.data.tokens.manifest import FORMAT
 from bardling.data.tokens.prepare import METHOD, SPLIT_RULE, prepare
 from bardling.data.tokens.shards import TokenDataset, open_dataset
@@ -24,10 +24,10 @@ def open_data(config: DataConfig, split_rule: int = SPLIT_RULE) -> TokenDataset:
     end-of-text token, and how the text is split (`split_rule`; see `prepare`). If data.tokenizer is a file, a prepared dataset
     must have been made with it.
     """
-    path, spec = Path(config.source).expanduser(), config.tokenizer
+    path, spec, named = Path(config.source), config.tokenizer, is_source_name(config.source)
     try:
-        prepared = (path / "manifest.json").is_file()
-        foreign = not prepared and detect_token_folder(path) is not None
+        prepared = not named and (path / "manifest.json").is_file()
+        foreign = not (named or prepared) and detect_token_folder(path) is not None
     except OSError as error:  # for example, the name is too long
         raise UserError(f"data.source = {config.source[:100]!r}: cannot be opened ({error.strerror})") from None
     if foreign:

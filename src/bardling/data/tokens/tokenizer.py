@@ -33,6 +33,7 @@ from bardling.files.digests import json_sha256
 from bardling.files.reading import read_json_object
 
 GPT2 = "gpt2"  # spec of GPT-2's tokenizer
+NAMES = ("byte", "char", GPT2)
 Kind = Literal["byte", "char", "bpe", "other"]
 Ids = npt.NDArray[np.int64]
 
@@ -247,7 +248,7 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
 
 def check_tokenizer_spec(spec: str) -> int | None:
     """The SIZE of 'bpe:SIZE', or None for any other valid spec (see `build_tokenizer`); a `UserError` if it is invalid."""
-    if spec in ("byte", "char", GPT2) or spec in TOKENIZERS or Path(spec).exists():
+    if spec in NAMES or spec in TOKENIZERS or is_tokenizer_path(spec):
         return None
     kind, _, size = spec.partition(":")
     if kind == "bpe":
@@ -261,8 +262,9 @@ def check_tokenizer_spec(spec: str) -> int | None:
 
 
 def is_tokenizer_path(spec: str) -> bool:
-    """Whether a spec (see `build_tokenizer`) is a path. Names of tokenizers take precedence over files."""
-    return spec not in ("byte", "char", GPT2) and spec not in TOKENIZERS and Path(spec).exists()
+    """Whether a spec (see `build_tokenizer`) is a path. Names of tokenizers take precedence over files: `./gpt2` is a path."""
+    named = spec in NAMES or spec in TOKENIZERS or re.fullmatch("bpe:[0-9]+", spec)
+    return not named and Path(spec).exists()
 
 
 def build_tokenizer(spec: str, texts: Iterable[str]) -> Tokenizer:

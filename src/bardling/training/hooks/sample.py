@@ -12,6 +12,7 @@ from bardling.training.state import TrainState
 
 class Sample(TimedHook):
     name = "sample"
+    may_fail = True
 
     def __init__(self, run: HookContext, config: SampleConfig, tokenizer: Tokenizer) -> None:
         super().__init__(run, config.every)
