@@ -161,7 +161,7 @@ def test_a19_hyperparameters_changed_on_resume_take_effect_and_are_said(tiny, ch
 
 def test_a21_data_of_another_tokenizer_is_refused(tiny, change, corpus, tmp_path):
     train(change(tiny, train={"steps": 1}), tmp_path / "run", quiet=True)
-    other = change(tiny, train={"steps": 1}, data={"tokenizer": "byte"}, model={"init": str(tmp_path / "run")})
+    other = change(tiny, train={"steps": 1}, data={"tokenizer": "bpe:300"}, model={"init": str(tmp_path / "run")})
     with pytest.raises(UserError, match="is not the model's"):
         train(other, tmp_path / "other", quiet=True)
     assert not (tmp_path / "other").exists()

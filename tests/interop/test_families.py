@@ -41,7 +41,7 @@ KNOWN: dict[str, dict[str, Any]] = {
 }
 UNKNOWN: dict[str, dict[str, Any]] = {
     "relu2": {"family": "qwen3", "mlp": "relu2", "n_kv_head": 2},
-    "untied_gpt2": {"tied": False},
+    "gpt2_head_dim": {"head_dim": 10},
     "values": {"family": "custom", "value_embeddings": 1, "logit_softcap": 15.0, "positions": "rotary"},
     "llama_window": {"family": "llama", "sliding_window": 8},
 }

@@ -50,6 +50,17 @@ def write_model(folder: Path, config: ModelConfig, state: Mapping[str, Tensor], 
     write_tensors(folder / "model.safetensors", {name: tensor.float() for name, tensor in weights.items()})
     if tokenizer is not None:
         tokenizer.save(folder)
+        _state_length(folder / "tokenizer_config.json", config)
+
+
+def _state_length(path: Path, config: ModelConfig) -> None:
+    """State the model's context in a `tokenizer_config.json`, so that truncation works, unless a valid length is stated."""
+    values = read_json_object(path)
+    stated = values.get("model_max_length")
+    # transformers writes 1e30 for "unknown"; learned positions end at the context, rotary ones do not.
+    longest = config.context if config.architecture.positions == "learned" else 10**9
+    if not isinstance(stated, int | float) or not 0 < stated <= longest:
+        _write_json(path, {**values, "model_max_length": config.context})
 
 
 def write_checkpoint(folder: Path, content: Checkpoint, tokenizer: Tokenizer | None, run_config: Mapping[str, Any]) -> None:
@@ -77,8 +88,9 @@ def read_checkpoint(folder: Path, *, optimizer: bool = True) -> Checkpoint:
 def read_model(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     """Read only the model: its configuration and `GPT.state_dict()`."""
     config_file, weights_file = folder / "config.json", folder / "model.safetensors"
-    config = model_config_from_hf(read_json_object(config_file), str(config_file))
-    state = from_hf_state(read_tensors(weights_file), config, str(weights_file))
+    values = read_json_object(config_file)
+    config = model_config_from_hf(values, str(config_file))
+    state = from_hf_state(read_tensors(weights_file), config, str(weights_file), values["model_type"])
     for name, tensor in state.items():
         if not tensor.is_floating_point():
             raise UserError(f"{weights_file}: {name} is {tensor.dtype}, but weights must have a floating-point dtype")

@@ -30,6 +30,7 @@ class ExportFormat(NamedTuple):
     write: Exporter
     usage: str  # what to do with the result; {out} is its path
     refusal: Callable[[ModelConfig], str] = lambda _: ""  # why the format cannot hold such a model; empty if it can
+    dtype: str = "float32"  # of the weights that are written
 
 
 def _load(spec: str, out: Path, target: ExportFormat, *, best: bool, training: bool = False) -> Loaded:
@@ -46,9 +47,14 @@ def _load(spec: str, out: Path, target: ExportFormat, *, best: bool, training: b
 def export_hf(spec: str, out: Path, *, best: bool = False, dataset: str = "") -> list[str]:
     """Write `config.json`, `model.safetensors` and the tokenizer of the model `spec` into the new folder `out`."""
     loaded = _load(spec, out, HF, best=best)
+    tokenizer, notes = None, [loaded.note] if loaded.note else []
+    try:
+        tokenizer = loaded.needed_tokenizer()
+    except UserError as reason:
+        notes.append(f"written without a tokenizer: {reason}")
     with atomic_folder(out) as folder:
-        write_model(folder, loaded.config, loaded.state, loaded.tokenizer)
-    return []
+        write_model(folder, loaded.config, loaded.state, tokenizer)
+    return notes
 
 
 def export_nanogpt(spec: str, out: Path, *, best: bool = False, dataset: str = "bardling") -> list[str]:
@@ -87,7 +93,7 @@ def _hf_refusal(config: ModelConfig) -> str:
 
 
 def _nanogpt_refusal(config: ModelConfig) -> str:
-    options = config.architecture.unsupported_options("gpt2")
+    options = config.architecture.unsupported_options("nanogpt")
     return f"cannot be exported for nanoGPT, which does not support {', '.join(options)}" if options else ""
 
 

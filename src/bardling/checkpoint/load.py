@@ -4,10 +4,11 @@ nanoGPT (`ckpt.pt` or its folder) or of nano-gpt (`checkpoint_005000.bin`); and 
 
 import dataclasses
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor
 
@@ -15,18 +16,25 @@ from bardling.checkpoint.contents import Checkpoint, read_checkpoint, read_model
 from bardling.checkpoint.run_folder import RunFolder, open_run
 from bardling.config import ModelConfig
 from bardling.config.architecture import GPT2_VOCAB_SIZE
+from bardling.data.text.download import cache_root
+from bardling.data.tokens.bpe_files import has_tokenizer, missing_tokenizer
+from bardling.data.tokens.gpt2_bpe import gpt2_tokenizer_file
 from bardling.data.tokens.token_files import gpt2_tokenizer, read_meta
 from bardling.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from bardling.distributed.context import Context
 from bardling.errors import UserError
 from bardling.files.paths import expand_home
-from bardling.interop.huggingface import read_hf_folder
+from bardling.files.reading import read_json_object
+from bardling.interop.families import shown
+from bardling.interop.huggingface import dropout_note, read_hf_folder
 from bardling.interop.imported import ImportedCheckpoint
 from bardling.interop.nano_gpt import read_nano_gpt_checkpoint
 from bardling.interop.nanogpt_checkpoint import read_nanogpt_checkpoint
 from bardling.interop.pretrained import fetch_model, is_hub_name
 from bardling.model.gpt import GPT
 from bardling.model.init import crop_block_size
+
+_LARGEST_MULTIPLE = 1024  # to which trainers pad a vocabulary
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,14 @@ class Loaded:
     step: int = 0
     best_val_loss: float | None = None
     imported: ImportedCheckpoint | None = None  # the content of another trainer's file
+    find_tokenizer: Callable[[], Tokenizer] | None = None  # fetches the tokenizer, or says why there is none
+    note: str = ""  # what differs from the files
+
+    def needed_tokenizer(self) -> Tokenizer:
+        """The tokenizer, for work with text; if there is none, a `UserError` says why. No other is ever used in its place."""
+        if self.tokenizer is not None or self.find_tokenizer is None:
+            return self.tokenizer or _refuse("the model has no tokenizer")
+        return self.find_tokenizer()
 
     def cropped(self, block_size: int) -> "Loaded":
         """A copy with at most `block_size` positions, in the weights and in the optimizer state."""
@@ -73,12 +89,25 @@ def load(spec: str | Path, *, best: bool = False, training: bool = False) -> Loa
     if not from_hub and not (path / "config.toml").is_file() and (path / "ckpt.pt").is_file():
         return _load_imported(path / "ckpt.pt")
     folder = fetch_model(str(spec)) if from_hub else find_checkpoint(path, best=best)
-    if not training or not (folder / "training.json").is_file():
-        read = read_model if (folder / "training.json").is_file() else read_hf_folder
-        return Loaded(*read(folder), _tokenizer(folder))
-    found = read_checkpoint(folder)
-    tokenizer, step, loss = _tokenizer(folder), found.training["step"], found.training["best_val_loss"]
-    return Loaded(found.model_config, found.model_state, tokenizer, found.optimizer_tensors, found.optimizer_meta, step, loss)
+    _refuse_adapter(folder, str(spec))
+    tokenizer = load_tokenizer(folder) if has_tokenizer(folder) else None
+    found = Loaded(ModelConfig(), {}, tokenizer, find_tokenizer=partial(_refuse, missing_tokenizer(folder)))
+    if not (folder / "training.json").is_file():
+        config, state = read_hf_folder(folder)
+        return dataclasses.replace(found, config=config, state=state, note=dropout_note(folder / "config.json"))
+    if not training:
+        config, state = read_model(folder)
+        return dataclasses.replace(found, config=config, state=state)
+    content = read_checkpoint(folder)
+    return dataclasses.replace(
+        found,
+        config=content.model_config,
+        state=content.model_state,
+        optimizer_tensors=content.optimizer_tensors,
+        optimizer_meta=content.optimizer_meta,
+        step=content.training["step"],
+        best_val_loss=content.training["best_val_loss"],
+    )
 
 
 def load_model(spec: Path | str, *, best: bool = False) -> GPT:
@@ -89,30 +118,71 @@ def load_model(spec: Path | str, *, best: bool = False) -> GPT:
 def _load_imported(path: Path) -> Loaded:
     """Load a checkpoint file of nano-gpt (`.bin`) or nanoGPT (any other name)."""
     found = read_nano_gpt_checkpoint(path) if path.suffix == ".bin" else read_nanogpt_checkpoint(path)
-    tokenizer, optimizer = _tokenizer(path.parent) or _imported_tokenizer(path, found), found.optimizer or {}
+    tokenizer, find = _imported_tokenizer(path, found)
+    optimizer = found.optimizer or {}
     meta = found.optimizer_meta if optimizer else {}
-    return Loaded(found.config, found.weights, tokenizer, optimizer, meta, found.step, found.best_val_loss, found)
+    return Loaded(found.config, found.weights, tokenizer, optimizer, meta, found.step, found.best_val_loss, found, find)
 
 
-def _imported_tokenizer(path: Path, found: ImportedCheckpoint) -> Tokenizer | None:
-    """The tokenizer of a nanoGPT checkpoint: from a meta.pkl beside it or in its dataset's folder, else GPT-2's."""
-    folders, dataset = [path.parent], found.settings.get("dataset")
+def _imported_tokenizer(path: Path, found: ImportedCheckpoint) -> tuple[Tokenizer | None, Callable[[], Tokenizer]]:
+    """The tokenizer of a nanoGPT checkpoint, and how to find one that is not on this machine.
+
+    It is one beside the checkpoint, else that of a meta.pkl beside it or in its dataset's folder, else GPT-2's, as in nanoGPT.
+    """
+    size, folders, dataset = found.config.vocab_size, [path.parent], found.settings.get("dataset")
+    if has_tokenizer(path.parent):
+        return load_tokenizer(path.parent), partial(_refuse, "")
     if isinstance(dataset, str):
         folders += [base / "data" / dataset for base in (Path(), path.parent, path.parent.parent)]
-    for folder in folders:
-        if (folder / "meta.pkl").is_file():
-            return read_meta(folder / "meta.pkl")[1]
-    return gpt2_tokenizer() if found.config.vocab_size >= GPT2_VOCAB_SIZE else None
+    copy = f"copy the tokenizer.json, or nanoGPT's meta.pkl, of its data to {path.parent}"
+    for meta in (folder / "meta.pkl" for folder in folders):
+        if meta.is_file():
+            known, tokenizer = read_meta(meta)
+            fault = f"does not say how text is encoded: {copy}"
+            if known > size:
+                tokenizer, fault = None, f"has a vocabulary of {known:,} tokens, but {path} only {size:,}: {copy}"
+            return tokenizer, partial(_refuse, f"{meta}: {fault}")
+    # The embedding may have rows up to a multiple of some power of 2.
+    if GPT2_VOCAB_SIZE <= size <= -(-GPT2_VOCAB_SIZE // _LARGEST_MULTIPLE) * _LARGEST_MULTIPLE:
+        return gpt2_tokenizer(), partial(_fetch_gpt2_tokenizer, str(path))
+    return None, partial(_refuse, f"{path}: no tokenizer of its vocabulary of {size:,} tokens was found: {copy}")
 
 
-def _tokenizer(folder: Path) -> Tokenizer | None:
-    return load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
+def _fetch_gpt2_tokenizer(path: str) -> Tokenizer:
+    try:
+        return load_tokenizer(gpt2_tokenizer_file())
+    except UserError as error:
+        raise UserError(f"{path}: has GPT-2's vocabulary, but its tokenizer is not available: {error}") from error
+
+
+def _refuse(reason: str) -> NoReturn:
+    raise UserError(reason)
+
+
+def _refuse_adapter(folder: Path, spec: str) -> None:
+    """Name a LoRA adapter as one: it holds only changes to another model's weights."""
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        return
+    values = read_json_object(path)
+    kind, base = (shown(values.get(key)) for key in ("peft_type", "base_model_name_or_path"))
+    merge = f"AutoPeftModelForCausalLM.from_pretrained({spec!r}).merge_and_unload().save_pretrained('merged')"
+    raise UserError(f"{spec}: is an adapter ({kind}) for the base model {base}, not a model: merge both with peft: {merge}")
+
+
+def tokenizer_file(tokenizer: Tokenizer) -> str:
+    """The path of a copy of a tokenizer in the cache, for `data.tokenizer`: it stays where it is when the model moves."""
+    folder = cache_root() / "tokenizers" / tokenizer.fingerprint
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(folder)
+    return str(folder / "tokenizer.json")
 
 
 def find_checkpoint(path: Path, *, best: bool = False) -> Path:
     """The checkpoint folder for `path`: itself, or the latest valid (or the best) checkpoint of a run."""
     if (path / "config.json").is_file():
         return path
+    _refuse_adapter(path, str(path))
     run = open_run(path)
     found = run.store().best() if best else run.store().latest(_report)
     if found is None:
@@ -123,12 +193,12 @@ def find_checkpoint(path: Path, *, best: bool = False) -> Path:
 
 def load_tokenizer_of(spec: Path | str) -> Tokenizer:
     """Load the tokenizer of a run, a checkpoint or a model folder."""
-    folder = fetch_model(str(spec)) if is_hub_name(spec) else Path(spec)
-    if folder.is_dir() and not any((folder / name).is_file() for name in ("tokenizer.json", "ckpt.pt")):
-        folder = find_checkpoint(folder)
-    if not (folder / "tokenizer.json").is_file():
-        raise UserError(f"{folder}: has no tokenizer.json: copy the model's tokenizer there")
-    return load_tokenizer(folder)
+    folder = fetch_model(str(spec), weights=False) if is_hub_name(spec) else Path(spec)
+    if has_tokenizer(folder):
+        return load_tokenizer(folder)
+    if folder.is_file() or (folder / "ckpt.pt").is_file():
+        return load(spec).needed_tokenizer()
+    return load_tokenizer(find_checkpoint(folder))
 
 
 def run_of(spec: Path | str) -> RunFolder | None:

@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
@@ -15,6 +14,7 @@ from bardling.errors import UserError
 from bardling.monitor.progress import ProgressBar
 
 if TYPE_CHECKING:
+    from bardling.checkpoint.load import Loaded
     from bardling.checkpoint.run_folder import RunFolder
     from bardling.data.tokens.shards import TokenDataset
     from bardling.data.tokens.tokenizer import Tokenizer
@@ -68,22 +68,28 @@ def run(argv: Sequence[str]) -> None:
         precision = choose_precision(options.precision, context.device)
         model = loaded.build().to(context.device)
         if options.data is not None or run_folder is not None:
-            dataset = _dataset(options, loaded.tokenizer, run_folder)
+            dataset = _dataset(options, loaded, run_folder)
             # Mask attention between documents if the run did so in training.
             masked = run_folder is not None and run_folder.config().data.document_mask
             tokenizer = loaded.tokenizer or dataset.tokenizer
             start = tokenizer.eot_id if masked and tokenizer is not None else None
-            rows += _measure_loss(options, model, dataset, start, precision, context)
+            # A run measures sequences as long as those it trains on, which may be shorter than the model's context.
+            length = min(model.config.block_size, run_folder.config().model.block_size if run_folder else 1 << 62)
+            rows += _measure_loss(options, model, dataset, length, start, precision, context)
         for task in options.tasks:
-            if loaded.tokenizer is None:
-                raise UserError(f"{options.model}: has no tokenizer; copy its tokenizer.json into the model folder")
-            rows += _measure_task(options, task, model, loaded.tokenizer, precision, context)
+            rows += _measure_task(options, task, model, loaded.needed_tokenizer(), precision, context)
         if context.is_primary:
             print_rows([*rows, ("precision", f"{precision.name} ({precision.why})")])
 
 
 def _measure_loss(
-    options: EvalOptions, model: "GPT", dataset: "TokenDataset", start: int | None, precision: "Precision", context: "Context"
+    options: EvalOptions,
+    model: "GPT",
+    dataset: "TokenDataset",
+    length: int,
+    start: int | None,
+    precision: "Precision",
+    context: "Context",
 ) -> Rows:
     import torch
 
@@ -96,7 +102,7 @@ def _measure_loss(
     with ProgressBar("evaluating", unit="sequences", show=context.is_primary) as progress:
         result = evaluate_loss(
             model,
-            EvalSequences(dataset.split("val"), model.config.block_size, options.windows, start),
+            EvalSequences(dataset.split("val"), length, options.windows, start),
             batch_size=options.batch_size,
             precision=precision,
             context=context,
@@ -133,23 +139,21 @@ def _measure_task(
     return rows
 
 
-def _dataset(options: EvalOptions, tokenizer: "Tokenizer | None", run_folder: "RunFolder | None") -> "TokenDataset":
+def _dataset(options: EvalOptions, loaded: "Loaded", run_folder: "RunFolder | None") -> "TokenDataset":
     """The dataset given by `--data`, else the run's. Text is tokenized with the model's tokenizer."""
-    from bardling.data.text.download import cache_root
-    from bardling.data.text.named_datasets import DEFAULTS, is_source_name
-    from bardling.data.tokens.dataset import open_data, open_recorded
+    from bardling.checkpoint.load import tokenizer_file
+    from bardling.data.text.named_datasets import DEFAULTS
+    from bardling.data.tokens.dataset import is_tokenized, open_data, open_recorded
 
-    config = DataConfig() if run_folder is None else run_folder.config().data
+    config, tokenizer = DataConfig() if run_folder is None else run_folder.config().data, loaded.tokenizer
     if options.data is not None:
-        tokenizer_spec, val_fraction = DEFAULTS.get(options.data, (DataConfig.tokenizer, config.val_fraction))
-        prepared = not is_source_name(options.data) and (Path(options.data) / "manifest.json").is_file()
-        if tokenizer is not None and not prepared:
-            folder = cache_root() / "tokenizers" / tokenizer.fingerprint
-            folder.mkdir(parents=True, exist_ok=True)
-            tokenizer.save(folder)
-            tokenizer_spec = str(folder / "tokenizer.json")
+        _, val_fraction = DEFAULTS.get(options.data, ("", config.val_fraction))
+        spec = DataConfig.tokenizer
+        if not is_tokenized(options.data):
+            tokenizer = loaded.needed_tokenizer()
+            spec = tokenizer_file(tokenizer)
         config = dataclasses.replace(
-            config, source=options.data, tokenizer=tokenizer_spec, val_fraction=val_fraction, encoding=options.encoding
+            config, source=options.data, tokenizer=spec, val_fraction=val_fraction, encoding=options.encoding
         )
     if run_folder is not None and options.data is None:
         remedy = "name the text to evaluate on with --data"
@@ -159,6 +163,6 @@ def _dataset(options: EvalOptions, tokenizer: "Tokenizer | None", run_folder: "R
     if tokenizer is not None and dataset.tokenizer is not None and tokenizer.fingerprint != dataset.tokenizer.fingerprint:
         raise UserError(
             f"{dataset.path}: was prepared with another tokenizer ({dataset.tokenizer.fingerprint}) than the model's "
-            f"({tokenizer.fingerprint}): prepare it again with --tokenizer {options.model}/tokenizer.json"
+            f"({tokenizer.fingerprint}): prepare it again with --tokenizer {tokenizer_file(tokenizer)}"
         )
     return dataset

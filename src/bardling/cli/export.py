@@ -29,4 +29,5 @@ def run(argv: Sequence[str]) -> None:
     target = EXPORT_FORMATS.get("--format", options.format)
     for note in target.write(options.model, options.out, best=options.best, dataset=options.dataset):
         print(f"note: {note}")
+    print(f"weights: {target.dtype}")
     print(target.usage.format(out=str(options.out)))

@@ -47,9 +47,12 @@ def parse_recipe_command(command: str, cls: type[T], argv: Sequence[str], descri
 def given_settings(config: RunConfig, recipe: str, argv: Sequence[str]) -> set[str]:
     """Dotted names of the settings that keep their values when others follow from `model.depth`.
 
-    A depth on the command line overrides the recipe's values; one in the recipe, only the defaults.
+    A depth on the command line overrides the recipe's values; one in the recipe, only the defaults. A tokenizer counts as
+    given, also for `model.init`, if it is in a recipe of the user's own.
     """
     given = {word[2:].split("=", 1)[0].replace("-", "_") for word in argv if word.startswith("--")}
+    if recipe and recipe not in recipe_names():
+        given |= {"data.tokenizer"} & recipe_keys(recipe)
     return given if "model.depth" in given or not config.model.depth else given | recipe_keys(recipe)
 
 

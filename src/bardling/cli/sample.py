@@ -65,9 +65,7 @@ def run(argv: Sequence[str]) -> None:
     device = choose_device(options.device)
     precision = choose_precision(options.precision, device)
     loaded = load(options.model, best=options.best)
-    tokenizer = loaded.tokenizer
-    if tokenizer is None:
-        raise UserError(f"{options.model}: has no tokenizer; copy its tokenizer.json into the model folder")
+    tokenizer = loaded.needed_tokenizer()
     model = loaded.build().to(device)
     run_folder = run_of(options.model)
     single_document = run_folder is not None and run_folder.dataset_record().get("train_documents") == 1

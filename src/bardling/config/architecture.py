@@ -13,6 +13,7 @@ from typing import Literal, get_args
 
 Family = Literal["gpt2", "llama", "qwen3", "custom"]
 TransformersFamily = Literal["gpt2", "llama", "qwen3"]
+Implementation = Literal["gpt2", "llama", "qwen3", "nanogpt"]
 Norm = Literal["layernorm", "rmsnorm"]
 Positions = Literal["learned", "rotary"]
 QKNorm = Literal["off", "plain", "weight"]
@@ -97,13 +98,14 @@ class Architecture:
         """Number of layers that use a value embedding."""
         return sum(self.value_table(layer) is not None for layer in range(self.n_layer))
 
-    def unsupported_options(self, family: TransformersFamily) -> list[str]:
-        """Options that the `transformers` implementation of `family` does not support, such as 'model.mlp = relu2'."""
+    def unsupported_options(self, family: Implementation) -> list[str]:
+        """Options that nanoGPT, or `family` in `transformers`, does not support, such as 'model.mlp = relu2'."""
         expected: dict[str, object] = {"logit_softcap": 0.0, "value_embeddings": 0}
-        if family == "gpt2":
-            expected |= {"norm": "layernorm", "norm_eps": 1e-5, "positions": "learned", "qk_norm": "off", "mlp": "gelu"}
-            expected |= {"n_kv_head": self.n_head, "head_dim": self.n_embd // self.n_head, "mlp_hidden": 4 * self.n_embd}
-            expected |= {"tied": True, "sliding_window": None}
+        if family in ("gpt2", "nanogpt"):
+            expected |= {"norm": "layernorm", "positions": "learned", "qk_norm": "off", "mlp": "gelu"}
+            expected |= {"n_kv_head": self.n_head, "head_dim": self.n_embd // self.n_head, "sliding_window": None}
+            if family == "nanogpt":
+                expected |= {"norm_eps": 1e-5, "mlp_hidden": 4 * self.n_embd, "tied": True}
         else:
             expected |= {"norm": "rmsnorm", "positions": "rotary", "mlp": "swiglu", "bias": False}
             expected |= {"qk_norm": "weight"} if family == "qwen3" else {"qk_norm": "off", "sliding_window": None}

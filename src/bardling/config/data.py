@@ -12,7 +12,8 @@ class DataConfig:
     Hub as hf:NAME[:CONFIG][:SPLIT][:FIELD], a text file, a folder, a glob, FILE.jsonl[:FIELD], a folder of prepared shards, or
     token files of nanoGPT, nano-gpt or llm.c."""
     tokenizer: str = "byte"
-    """'byte', 'char', 'bpe:SIZE' (trained on the source), 'gpt2', or the path of a tokenizer.json."""
+    """'byte', 'char', 'bpe:SIZE' (trained on the source), 'gpt2', or the path of a tokenizer.json. With model.init, the default
+    is that model's tokenizer."""
     val_fraction: float = 0.05
     """Fraction of the text held out for validation."""
     document_mask: bool = False

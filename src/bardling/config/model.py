@@ -18,7 +18,9 @@ class ModelConfig:
     n_embd: int = 384
     """Width of the residual stream (channels)."""
     block_size: int = 256
-    """Maximum context length (tokens)."""
+    """Maximum context length (tokens); in training, the length of a sequence."""
+    max_positions: int | None = None
+    """Context of a rotary model that is trained further with a shorter block_size, kept in exports; unset: block_size."""
     vocab_size: int = 0
     """Vocabulary size; 0: the tokenizer's."""
     dropout: float = 0.0
@@ -73,7 +75,7 @@ class ModelConfig:
         if self.mlp is not None:
             ACTIVATIONS.check("model.mlp", self.mlp)
         require_at_least(1, self, "model", "n_layer", "n_head", "n_embd", "block_size", "vocab_multiple")
-        require_at_least(1, self, "model", "n_kv_head", "head_dim", "mlp_hidden", "sliding_window")
+        require_at_least(1, self, "model", "n_kv_head", "head_dim", "mlp_hidden", "sliding_window", "max_positions")
         require_at_least(0, self, "model", "depth", "vocab_size", "global_every", "logit_softcap")
         require_positive(self, "model", "norm_eps", "rope_theta", "init_std")
         require(self.vocab_multiple <= 4096, "model.vocab_multiple", self.vocab_multiple, "must be at most 4096")
@@ -92,6 +94,10 @@ class ModelConfig:
         arch = self.architecture
         if arch.positions == "rotary" and arch.head_dim % 2:
             raise UserError(f"model.head_dim = {arch.head_dim}: must be even for rotary embeddings; set --model.head_dim")
+        if self.max_positions is not None:
+            rule = f"must be at least model.block_size = {self.block_size}, in a model with rotary embeddings"
+            valid = arch.positions == "rotary" and self.max_positions >= self.block_size
+            require(valid, "model.max_positions", self.max_positions, rule)
 
     @property
     def architecture(self) -> Architecture:
@@ -120,6 +126,11 @@ class ModelConfig:
             global_every=self.global_every,
             value_embeddings=self.value_embeddings,
         )
+
+    @property
+    def context(self) -> int:
+        """The longest context that the model supports (tokens), which may exceed the length of its training sequences."""
+        return self.max_positions or self.block_size
 
     def resolved(self) -> "ModelConfig":
         """The same model with the family's options filled in. Sizes that follow from others stay unset."""

@@ -11,6 +11,7 @@ from typing import IO
 
 from bardling.errors import UserError
 from bardling.files.atomic import os_reason
+from bardling.files.decoding import decode_text
 from bardling.files.paths import expand_home
 
 MAX_PROMPT_BYTES = 16 << 20
@@ -24,7 +25,7 @@ def read_prompt_file(path: str | Path) -> str:
         if stat.S_ISDIR(path.stat().st_mode):
             raise UserError(f"prompt file {path}: is a folder: name a text file that contains the prompt")
         with path.open("rb") as file:
-            return _decode(_read(file, f"prompt file {path}"), f"prompt file {path}")
+            return decode_text(_read(file, f"prompt file {path}"), f"prompt file {path}", file=str(path))
     except OSError as error:
         missing = error.errno in (errno.ENOENT, errno.ENOTDIR)
         reason = "no such file" if missing else f"cannot be read ({os_reason(error).lower()})"
@@ -36,7 +37,7 @@ def read_prompt_input() -> str:
     stream: IO[bytes] | None = getattr(sys.stdin, "buffer", None)
     if stream is None:  # replaced by a text stream, or closed
         return sys.stdin.read() if sys.stdin else ""
-    return _decode(_read(stream, "standard input"), "the prompt on standard input")
+    return decode_text(_read(stream, "standard input"), "the prompt on standard input", file="prompt.txt")
 
 
 def _read(file: IO[bytes], name: str) -> bytes:
@@ -45,11 +46,3 @@ def _read(file: IO[bytes], name: str) -> bytes:
         limit = f"the limit of a prompt is {MAX_PROMPT_BYTES >> 20} MiB"
         raise UserError(f"{name}: is too large ({limit}, of which the model sees the end): give a shorter text")
     return data
-
-
-def _decode(data: bytes, name: str) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        place = f"byte {error.start:,} is 0x{data[error.start]:02x}"
-        raise UserError(f"{name}: is not UTF-8 text ({place}): save the prompt as UTF-8") from None

@@ -37,18 +37,22 @@ _RENAMED = {  # Llama's and Qwen3's names; those of a block without the block's 
     "mlp.c_proj.weight": ("mlp.down_proj.weight",),
 }
 _FIXED: dict[str, tuple[object, ...]] = {  # settings not implemented here, and their only supported values
-    "hidden_act": ("silu",),
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
-    "rope_scaling": (None,),
-    "partial_rotary_factor": (None, 1.0),
+    "hidden_act": ("silu", "swish"),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "partial_rotary_factor": (1.0, None),
 }
 _FIXED_IN_ALL: dict[str, tuple[object, ...]] = {
-    "is_encoder_decoder": (False,),
-    "add_cross_attention": (False,),
+    "is_encoder_decoder": (False, None),
+    "add_cross_attention": (False, None),
     "quantization_config": (None,),
 }
-_ROPE_KEYS = {"rope_type", "type", "rope_theta"}
+_UNSCALED: dict[str, tuple[object, ...]] = {  # what unscaled RoPE may state besides its base
+    "rope_type": ("default", "linear"),
+    "type": ("default", "linear"),
+    "factor": (1.0, None),
+    "partial_rotary_factor": (1.0, None),
+}
 _MAX_LAYERS = 1 << 16  # lists of this length are built before the weights confirm it
 _RMS_EPS, _ROPE_THETA = 1e-6, 10_000.0  # the defaults of transformers
 
@@ -67,9 +71,9 @@ def layout_of(config: ModelConfig) -> Layout:
     return config.architecture.transformers_family or "bardling"
 
 
-def tensor_parts(config: ModelConfig) -> dict[str, tuple[Part, ...]]:
+def tensor_parts(config: ModelConfig, layout: Layout) -> dict[str, tuple[Part, ...]]:
     """For each of our parameters, the tensors that hold its rows, in order and without padding rows."""
-    layout, arch = layout_of(config), config.architecture
+    arch = config.architecture
     parts: dict[str, tuple[Part, ...]] = {}
     fused = {
         "attn.c_attn.weight": (arch.query_width, arch.kv_width, arch.kv_width),
@@ -105,7 +109,7 @@ def llama_config(config: ModelConfig, *, eot_id: int | None) -> dict[str, Any]:
         "num_key_value_heads": arch.n_kv_head,
         "head_dim": arch.head_dim,
         "hidden_act": "silu",
-        "max_position_embeddings": config.block_size,
+        "max_position_embeddings": config.context,
         "initializer_range": config.init_std,
         "rms_norm_eps": arch.norm_eps,
         "rope_theta": arch.rope_theta,  # for transformers 4 and llama.cpp
@@ -143,7 +147,8 @@ def model_config_from_llama(values: Mapping[str, Any], source: str) -> ModelConf
         if key not in values:
             raise UserError(f"{source}: model_type = {kind!r} needs {key}, which is missing")
     ours = bardling_section(values, source)
-    tied = values.get("tie_word_embeddings", False)
+    if (tied := values.get("tie_word_embeddings")) is None:
+        tied = False
     if not isinstance(tied, bool) or not isinstance(ours.get("zero_init", False), bool):
         raise UserError(f"{source}: tie_word_embeddings = {tied!r}, and bardling.zero_init, must be true or false")
     options: dict[str, Any] = {
@@ -152,12 +157,12 @@ def model_config_from_llama(values: Mapping[str, Any], source: str) -> ModelConf
         "n_embd": positive_int(values, "hidden_size", 0, source),
         "block_size": positive_int(values, "max_position_embeddings", 2048 if kind == "llama" else 32768, source),
         "vocab_size": positive_int(values, "vocab_size", 0, source),
-        "dropout": dropout_rate("dropout", ours.get("dropout", values.get("attention_dropout", 0.0)), source),
+        "dropout": dropout_rate("dropout", ours.get("dropout", values.get("attention_dropout") or 0.0), source),
         "vocab_multiple": positive_int(ours, "vocab_multiple", ModelConfig.vocab_multiple, source, limit=4096),
-        "norm_eps": _positive(values, "rms_norm_eps", _RMS_EPS, source),
+        "norm_eps": positive_number(values, "rms_norm_eps", _RMS_EPS, source),
         "rope_theta": _rope_theta(values, source),
         "mlp_hidden": positive_int(values, "intermediate_size", 0, source),
-        "init_std": _positive(values, "initializer_range", 0.02, source),
+        "init_std": positive_number(values, "initializer_range", 0.02, source) if values.get("initializer_range") else 0.02,
     }
     if values.get("num_key_value_heads") is not None:
         options["n_kv_head"] = positive_int(values, "num_key_value_heads", 0, source)
@@ -172,14 +177,16 @@ def model_config_from_llama(values: Mapping[str, Any], source: str) -> ModelConf
 
 
 def _rope_theta(values: Mapping[str, Any], source: str) -> float:
-    """The RoPE base, from the key of transformers 5 or that of transformers 4."""
-    rope = values.get("rope_parameters")
-    if rope is None:
-        return _positive(values, "rope_theta", _ROPE_THETA, source)
-    plain = isinstance(rope, Mapping) and rope.get("rope_type", "default") == rope.get("type", "default") == "default"
-    if not isinstance(rope, Mapping) or not plain or set(rope) - _ROPE_KEYS:
-        raise UserError(f"{source}: rope_parameters = {rope!r} is not supported: only unscaled RoPE is")
-    return _positive(rope, "rope_theta", _positive(values, "rope_theta", _ROPE_THETA, source), source)
+    """The RoPE base, from the keys of transformers 5 or those of transformers 4; scaled RoPE is refused."""
+    key = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
+    rope = values.get(key) or {}
+    if not isinstance(rope, Mapping):
+        raise UserError(f"{source}: {key} = {shown(rope)}: must be an object")
+    kinds = {rope[name] for name in ("rope_type", "type") if isinstance(rope.get(name), str)}
+    plain = all(name == "rope_theta" or rope[name] in _UNSCALED.get(name, ()) for name in rope)
+    if not plain or ("linear" in kinds and rope.get("factor") != 1.0):
+        raise UserError(f"{source}: {key} = {shown(rope)} is not supported: only unscaled RoPE is")
+    return positive_number(rope, "rope_theta", positive_number(values, "rope_theta", _ROPE_THETA, source), source)
 
 
 def _with_windows(config: ModelConfig, values: Mapping[str, Any], ours: Mapping[str, Any], source: str) -> ModelConfig:
@@ -200,12 +207,13 @@ def _with_windows(config: ModelConfig, values: Mapping[str, Any], ours: Mapping[
                 windowed = dataclasses.replace(config, sliding_window=window, global_every=every)
                 if _layer_types(windowed) == types:
                     return windowed
-    raise UserError(f"{source}: layer_types must make every Nth layer full_attention and the others sliding_attention")
+    rule = "must make every Nth layer full_attention and the others sliding_attention, with use_sliding_window"
+    raise UserError(f"{source}: layer_types = {shown(types)}: {rule}")
 
 
 def bardling_config(config: ModelConfig) -> dict[str, Any]:
     """The `config.json` of a model that `transformers` does not implement: all options by their names in a recipe."""
-    values = config_to_dict(config.resolved())
+    values = config_to_dict(dataclasses.replace(config.resolved(), block_size=config.context, max_positions=None))
     del values["init"]
     note = f"{config.architecture.transformers_mismatch}; only bardling opens this model, transformers does not"
     return {"model_type": BARDLING, "note": note, "dtype": "float32", **values}
@@ -231,7 +239,14 @@ def check_fixed(values: Mapping[str, Any], fixed: Mapping[str, tuple[object, ...
     """Refuse settings whose value is not among the supported ones in `fixed`, or in `_FIXED_IN_ALL`."""
     for key, supported in {**fixed, **_FIXED_IN_ALL}.items():
         if key in values and values[key] not in supported:
-            raise UserError(f"{source}: {key} = {values[key]!r} is not supported; it must be {supported[0]!r}")
+            remedy = "save the model unquantized" if key == "quantization_config" else f"it must be {supported[0]!r}"
+            raise UserError(f"{source}: {key} = {shown(values[key])} is not supported; {remedy}")
+
+
+def shown(value: object) -> str:
+    """A value from a file, short enough for a message."""
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:117]}..."
 
 
 def dropout_rate(key: str, value: object, source: str) -> float:
@@ -249,7 +264,7 @@ def positive_int(values: Mapping[str, Any], key: str, default: int, source: str,
     return value
 
 
-def _positive(values: Mapping[str, Any], key: str, default: float, source: str) -> float:
+def positive_number(values: Mapping[str, Any], key: str, default: float, source: str) -> float:
     value = values.get(key, default)
     if type(value) not in (int, float) or not 0 < value < 1e300:
         raise UserError(f"{source}: {key} = {value!r}: must be a number above 0")

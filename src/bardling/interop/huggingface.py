@@ -21,6 +21,7 @@ from bardling.errors import UserError
 from bardling.files.reading import read_json_object
 from bardling.interop.families import (
     BARDLING,
+    Layout,
     Part,
     bardling_config,
     bardling_section,
@@ -31,6 +32,8 @@ from bardling.interop.families import (
     model_config_from_bardling,
     model_config_from_llama,
     positive_int,
+    positive_number,
+    shown,
     tensor_parts,
 )
 from bardling.interop.tensor_file import open_tensors
@@ -38,19 +41,27 @@ from bardling.planning.parameter_shapes import EMBEDDING, HEAD, parameter_shapes
 
 _PREFIXES = {"gpt2": "transformer.", "llama": "model.", "qwen3": "model.", BARDLING: ""}
 _TITLES = {"gpt2": "GPT-2", "llama": "Llama", "qwen3": "Qwen3", BARDLING: "this model"}
-_BUFFER = re.compile(  # causal masks and rotary frequencies in old files
-    r"transformer\.h\.\d+\.attn\.(bias|masked_bias)|model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
+_BUFFER = re.compile(  # causal masks and rotary tables in old files
+    r"transformer\.h\.\d+\.attn\.(bias|masked_bias)"
+    r"|model\.(layers\.\d+\.self_attn\.)?rotary_emb\.((original_)?inv_freq|cos_cached|sin_cached)"
 )
 _LAYER = re.compile(r"(?:transformer\.h|model\.layers)\.(\d+)\.")
-_ACTIVATIONS: dict[str, Literal["tanh", "erf"]] = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "erf"}
+_ACTIVATIONS: dict[str, Literal["tanh", "erf"]] = {
+    **dict.fromkeys(("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast"), "tanh"),
+    **dict.fromkeys(("gelu", "gelu_python"), "erf"),
+}
 _DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 _FIXED: dict[str, tuple[object, ...]] = {  # settings not implemented here, and their only supported values
-    "layer_norm_epsilon": (1e-5,),
     "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
-    "reorder_and_upcast_attn": (False,),
-    "tie_word_embeddings": (True,),
+    "scale_attn_by_inverse_layer_idx": (False, None),
 }
+_ALIASES = {  # other names of GPT-2's sizes, which transformers accepts too
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
+INDEX = "model.safetensors.index.json"
 _WEIGHT_FILE = re.compile(r"[^/\\\0]*\.safetensors")
 _DTYPES = ("F32", "F16", "BF16")
 _T = TypeVar("_T")
@@ -62,7 +73,7 @@ def hf_config(config: ModelConfig, *, eot_id: int | None = None) -> dict[str, An
 
     A model that `transformers` does not implement gets the `model_type` 'bardling', which it refuses to open.
     """
-    layout = layout_of(config)
+    layout, arch = layout_of(config), config.architecture
     if layout == BARDLING:
         return bardling_config(config)
     if layout != "gpt2":
@@ -72,20 +83,21 @@ def hf_config(config: ModelConfig, *, eot_id: int | None = None) -> dict[str, An
         "model_type": "gpt2",
         "vocab_size": config.vocab_size,
         "n_positions": config.block_size,
+        "n_ctx": config.block_size,
         "n_embd": config.n_embd,
         "n_layer": config.n_layer,
         "n_head": config.n_head,
-        "n_inner": None,
+        "n_inner": None if arch.mlp_hidden == 4 * config.n_embd else arch.mlp_hidden,
         "activation_function": "gelu_new" if config.gelu == "tanh" else "gelu",
         **dict.fromkeys(_DROPOUTS, config.dropout),
-        "layer_norm_epsilon": 1e-5,
+        "layer_norm_epsilon": arch.norm_eps,
         "initializer_range": 0.02,
         "scale_attn_weights": True,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": arch.tied,
         "bos_token_id": eot_id,
         "eos_token_id": eot_id,
         "dtype": "float32",
-        BARDLING: {"bias": config.architecture.bias, "dropout": config.dropout, "vocab_multiple": config.vocab_multiple},
+        BARDLING: {"bias": arch.bias, "dropout": config.dropout, "vocab_multiple": config.vocab_multiple},
     }
 
 
@@ -99,14 +111,16 @@ def model_config_from_hf(values: Mapping[str, Any], source: str = "config.json")
     if kind != "gpt2":
         raise UserError(f"{source}: model_type = {kind!r}: only 'gpt2', 'llama', 'qwen3' and 'bardling' are supported")
     check_fixed(values, _FIXED, source)
+    values = {**{ours: values[theirs] for theirs, ours in _ALIASES.items() if theirs in values}, **values}
     n_embd = positive_int(values, "n_embd", 768, source)
-    if (inner := values.get("n_inner")) not in (None, 4 * n_embd):
-        raise UserError(f"{source}: n_inner = {inner!r} is not supported; it must be null or 4 * n_embd = {4 * n_embd}")
-    activation = values.get("activation_function", "gelu_new")
+    inner = None if values.get("n_inner") is None else positive_int(values, "n_inner", 0, source)
+    eps = positive_number(values, "layer_norm_epsilon", 1e-5, source)
+    tied, activation = values.get("tie_word_embeddings", True), values.get("activation_function", "gelu_new")
+    if not isinstance(tied, bool):
+        raise UserError(f"{source}: tie_word_embeddings = {shown(tied)}: must be true or false")
     if not isinstance(activation, str) or activation not in _ACTIVATIONS:
-        raise UserError(
-            f"{source}: activation_function = {activation!r} is not supported; choose from {', '.join(_ACTIVATIONS)}"
-        )
+        choices = ", ".join(_ACTIVATIONS)
+        raise UserError(f"{source}: activation_function = {shown(activation)} is not supported; choose from {choices}")
     ours = bardling_section(values, source)
     return ModelConfig(
         n_layer=positive_int(values, "n_layer", 12, source),
@@ -114,32 +128,41 @@ def model_config_from_hf(values: Mapping[str, Any], source: str = "config.json")
         n_embd=n_embd,
         block_size=positive_int(values, "n_positions", 1024, source),
         vocab_size=positive_int(values, "vocab_size", GPT2_VOCAB_SIZE, source),
-        dropout=_dropout(values, ours, source),
+        dropout=max(_dropouts(values, ours, source).values()),
         bias=ours.get("bias", True),
         gelu=_ACTIVATIONS[activation],
         # No tensor in the file confirms the padding, so it is limited.
         vocab_multiple=positive_int(ours, "vocab_multiple", ModelConfig.vocab_multiple, source, limit=4096),
+        # Values that are the family's stay unset.
+        norm_eps=None if eps == 1e-5 else eps,
+        mlp_hidden=None if inner == 4 * n_embd else inner,
+        tied=None if tied else False,
     )
 
 
-def _dropout(values: Mapping[str, Any], ours: Mapping[str, Any], source: str) -> float:
-    """Our single dropout, or the value that GPT-2's three dropouts share (0.1 if missing)."""
+def _dropouts(values: Mapping[str, Any], ours: Mapping[str, Any], source: str) -> dict[str, float]:
+    """Our single dropout, or GPT-2's three (0.1 if missing)."""
     found = {"bardling.dropout": ours["dropout"]} if "dropout" in ours else {key: values.get(key, 0.1) for key in _DROPOUTS}
-    rates = {dropout_rate(key, value, source) for key, value in found.items()}
-    if len(rates) > 1:
-        listed = ", ".join(f"{key} = {value}" for key, value in found.items())
-        raise UserError(f"{source}: {listed}: different dropouts are not supported; set all three to the same value")
-    return rates.pop()
+    return {key: dropout_rate(key, value, source) for key, value in found.items()}
 
 
-def hf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors of `config` in the Hugging Face layout; GPT-2 has biases regardless of `config.bias`."""
-    ours, shapes = parameter_shapes(config), {}
-    for name, parts in tensor_parts(config).items():
+def dropout_note(path: Path) -> str:
+    """How a `config.json` with several dropouts is read: only training depends on them. Empty if it has one."""
+    values = read_json_object(path, limit=_MAX_INDEX_BYTES)
+    found = _dropouts(values, bardling_section(values, str(path)), str(path)) if values.get("model_type") == "gpt2" else {}
+    listed = ", ".join(f"{key} = {value}" for key, value in found.items())
+    several = len(set(found.values())) > 1
+    return f"{path}: {listed}: here a model has a single dropout, which training takes from model.dropout" if several else ""
+
+
+def hf_shapes(config: ModelConfig, layout: Layout | None = None) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors of `config` in a layout (None: its own); GPT-2's has biases whatever `config.bias` is."""
+    ours, shapes, layout = parameter_shapes(config), {}, layout or layout_of(config)
+    for name, parts in tensor_parts(config, layout).items():
         for part in parts:
             shape = (part.stop - part.start, *ours[name][1:])
             shapes[part.name] = shape[::-1] if part.transposed else shape
-            if layout_of(config) == "gpt2" and name.endswith(".weight") and not name.endswith((".wte.weight", ".wpe.weight")):
+            if layout == "gpt2" and name.endswith(".weight") and not name.endswith((".wte.weight", ".wpe.weight", HEAD)):
                 shapes[name.removesuffix("weight") + "bias"] = ours[name][:1]
     return shapes
 
@@ -149,7 +172,7 @@ def hf_state(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tens
 
     A GPT-2 without biases gets zero biases, which Hugging Face's requires. A tied `lm_head.weight` is left out.
     """
-    parts, converted = tensor_parts(config), {}
+    parts, converted = tensor_parts(config, layout_of(config)), {}
     for name, tensor in state.items():
         for part in parts[name]:
             rows = tensor[part.start : part.stop]
@@ -169,15 +192,19 @@ def _join(tensors: Mapping[str, Tensor], parts: tuple[Part, ...], rows: int) -> 
     return found[0].contiguous() if len(found) == 1 else torch.cat(found)
 
 
-def from_hf_state(state: Mapping[str, Tensor], config: ModelConfig, source: str = "the weights") -> dict[str, Tensor]:
+def from_hf_state(
+    state: Mapping[str, Tensor], config: ModelConfig, source: str = "the weights", layout: Layout | None = None
+) -> dict[str, Tensor]:
     """Convert tensors in the Hugging Face layout, with or without the prefix `transformer.`, to our state dict.
 
     Causal-mask buffers and a head equal to the embedding are dropped, as are the zero biases of a model without biases; any
-    other difference from `config` is refused. `source` names the tensors in errors.
+    other difference from `config` is refused. `source` names the tensors in errors; `layout` is that of the file, its
+    `model_type` (None: that in which the model would be written).
     """
-    named = {_full_name(name, config): tensor for name, tensor in state.items()}
-    _check_shapes({name: tuple(tensor.shape) for name, tensor in named.items()}, config, source)
-    parts = tensor_parts(config)
+    layout = layout or layout_of(config)
+    named = {_full_name(name, layout): tensor for name, tensor in state.items()}
+    _check_shapes({name: tuple(tensor.shape) for name, tensor in named.items()}, config, source, layout)
+    parts = tensor_parts(config, layout)
     (embedding,) = parts[EMBEDDING]
     if HEAD in named and HEAD not in parts and not torch.equal(named[HEAD], named[embedding.name]):
         raise UserError(f"{source}: {HEAD} differs from {embedding.name}, but the configuration ties the head")
@@ -188,13 +215,13 @@ def from_hf_state(state: Mapping[str, Tensor], config: ModelConfig, source: str 
     return {name: _join(named, parts[name], shape[0]) for name, shape in parameter_shapes(config).items()}
 
 
-def _check_shapes(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig, source: str) -> None:
+def _check_shapes(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig, source: str, layout: Layout) -> None:
     """Refuse tensor shapes that are not those of `config`, before any memory is allocated."""
-    shapes = {_full_name(name, config): shape for name, shape in shapes.items()}
+    shapes = {_full_name(name, layout): shape for name, shape in shapes.items()}
     layers = {int(match[1]) for match in map(_LAYER.match, shapes) if match}
     if len(layers) != config.n_layer:
         raise UserError(f"{source}: has {len(layers)} layers, but the configuration says n_layer = {config.n_layer}")
-    expected, parts = hf_shapes(config), tensor_parts(config)
+    expected, parts = hf_shapes(config, layout), tensor_parts(config, layout)
     for name in (part.name for group in parts.values() for part in group):
         if name not in shapes:
             raise UserError(f"{source}: {name} is missing: the file is incomplete or of another architecture")
@@ -204,13 +231,13 @@ def _check_shapes(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig, so
             continue
         want = expected.get(embedding.name if name == HEAD else name)
         if want is None:
-            raise UserError(f"{source}: {name} is not part of {_TITLES[layout_of(config)]}")
+            raise UserError(f"{source}: {name} is not part of {_TITLES[layout]}")
         if shape != want:
             raise UserError(f"{source}: {name} has shape {list(shape)}, but the configuration needs {list(want)}")
 
 
-def _full_name(name: str, config: ModelConfig) -> str:
-    prefix = _PREFIXES[layout_of(config)]
+def _full_name(name: str, layout: Layout) -> str:
+    prefix = _PREFIXES[layout]
     return name if name.startswith((prefix, "lm_head.")) else prefix + name
 
 
@@ -219,12 +246,13 @@ def read_hf_folder(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     on the CPU.
     """
     path = folder / "config.json"
-    config = model_config_from_hf(read_json_object(path, limit=_MAX_INDEX_BYTES), str(path))
+    values = read_json_object(path, limit=_MAX_INDEX_BYTES)
+    config, layout = model_config_from_hf(values, str(path)), values["model_type"]
     files = _weight_files(folder)
-    _check_shapes(_read_each(files, _shape), config, str(folder))
+    _check_shapes(_read_each(files, _shape), config, str(folder), layout)
     state = _read_each(files, _float_copy)
     refuse_nonfinite(state, folder)
-    return config, from_hf_state(state, config, str(folder))
+    return config, from_hf_state(state, config, str(folder), layout)
 
 
 def refuse_nonfinite(state: Mapping[str, Tensor], where: str | Path) -> None:
@@ -236,16 +264,22 @@ def refuse_nonfinite(state: Mapping[str, Tensor], where: str | Path) -> None:
 
 def _weight_files(folder: Path) -> dict[Path, list[str] | None]:
     """The weight files, and which tensors to read from each (None: all)."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    single, index = folder / "model.safetensors", folder / INDEX
     if single.is_file():
         return {single: None}
-    if not index.is_file():
-        if pickled := sorted(folder.glob("*.bin")):
-            raise UserError(
-                f"{pickled[0]}: pickled weights can execute code and are refused: "
-                "save the model again with save_pretrained(..., safe_serialization=True)"
-            )
-        raise UserError(f"{folder}: has no model.safetensors")
+    if index.is_file():
+        return {**indexed_files(index)}
+    if pickled := sorted(folder.glob("*.bin")):
+        raise UserError(
+            f"{pickled[0]}: pickled weights can execute code and are refused: "
+            "save the model again with save_pretrained(..., safe_serialization=True)"
+        )
+    remedy = "open the model with transformers and save it with save_pretrained(...)"
+    raise UserError(f"{folder}: has no model.safetensors and no {INDEX}: {remedy}")
+
+
+def indexed_files(index: Path) -> dict[Path, list[str]]:
+    """The weight files in an index, and the tensors in each."""
     weight_map = read_json_object(index, limit=_MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index}: weight_map must map each tensor's name to a file")
@@ -253,8 +287,8 @@ def _weight_files(folder: Path) -> dict[Path, list[str] | None]:
     for name, file in weight_map.items():
         if not isinstance(file, str) or not _WEIGHT_FILE.fullmatch(file) or len(file) > 200:
             raise UserError(f"{index}: {file!r} is not the name of a .safetensors file in this folder")
-        files.setdefault(folder / file, []).append(name)
-    return {**files}
+        files.setdefault(index.with_name(file), []).append(name)
+    return files
 
 
 def _read_each(files: Mapping[Path, list[str] | None], read: Callable[[Path, Any, str], _T]) -> dict[str, _T]:
@@ -262,17 +296,21 @@ def _read_each(files: Mapping[Path, list[str] | None], read: Callable[[Path, Any
     result: dict[str, _T] = {}
     for path, names in files.items():
         with open_tensors(path) as file:
-            known = set(file.keys())
-            if missing := [name for name in names or () if name not in known]:
+            known = {name for name in file.keys() if not _is_buffer(name)}  # noqa: SIM118
+            if missing := [name for name in names or () if name not in known and not _is_buffer(name)]:
                 raise UserError(f"{path}: {missing[0]} is missing: the file does not match its index")
-            result |= {name: read(path, file, name) for name in names or sorted(known)}
+            result |= {name: read(path, file, name) for name in sorted(known if names is None else known.intersection(names))}
     return result
+
+
+def _is_buffer(name: str) -> bool:
+    """Whether a tensor is a mask or a table, which models compute themselves: its values, perhaps infinite, do not matter."""
+    return any(_BUFFER.fullmatch(prefix + name) for prefix in ("", *_PREFIXES.values()))
 
 
 def _shape(path: Path, file: Any, name: str) -> tuple[int, ...]:
     entry = file.get_slice(name)
-    is_buffer = any(_BUFFER.fullmatch(prefix + name) for prefix in _PREFIXES.values())
-    if entry.get_dtype() not in _DTYPES and not is_buffer:
+    if entry.get_dtype() not in _DTYPES:
         raise UserError(f"{path}: {name} has dtype {entry.get_dtype()}; weights must be {', '.join(_DTYPES)}")
     return tuple(entry.get_shape())
 

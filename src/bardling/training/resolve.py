@@ -13,12 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from bardling.checkpoint.load import Loaded
+from bardling.checkpoint.load import Loaded, tokenizer_file
 from bardling.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from bardling.config.recipes import changed_settings
 from bardling.data.text.named_datasets import is_source_name
+from bardling.data.tokens.dataset import is_tokenized
 from bardling.data.tokens.shards import TokenDataset
-from bardling.data.tokens.tokenizer import Tokenizer, is_tokenizer_path
+from bardling.data.tokens.tokenizer import Tokenizer, build_tokenizer, is_tokenizer_path
 from bardling.distributed.device import DTYPES, choose_precision, device_name
 from bardling.errors import UserError
 from bardling.evaluate.tasks import absolute_task
@@ -56,6 +57,7 @@ class ResolvedRun:
     changes: tuple[str, ...]  # what differs from the previous start, or from what was asked
     tokenizer: Tokenizer | None
     peak_flops: float | None  # of one process's device in this precision (FLOP/s); None when unknown
+    warnings: tuple[str, ...] = ()
 
     def why(self, setting: str) -> str:
         return next(reason.why for reason in self.reasons if reason.setting == setting)
@@ -71,6 +73,7 @@ class ResolvedRun:
 class _Log:
     reasons: list[Reason] = field(default_factory=list)
     changes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     def add(self, setting: str, value: object, why: str, *, from_depth: bool = False) -> None:
         self.reasons.append(Reason(setting, value, why, from_depth))
@@ -83,10 +86,8 @@ def resolve(config: RunConfig, facts: Facts) -> ResolvedRun:
         UserError: the configuration does not fit the data, the weights to start from, the machine, or the run that it resumes.
     """
     log, device = _Log(), facts.context.device
-    config = apply_depth(config, facts.given, record=partial(log.add, from_depth=True))
-    optim, train = config.optim, config.train
-    config = replace(config, eval=replace(config.eval, tasks=tuple(map(absolute_task, config.eval.tasks))))
-    data, asked = _absolute_paths(config.data, config.model)
+    config = _absolute_paths(apply_depth(config, facts.given, record=partial(log.add, from_depth=True)))
+    data, asked, optim, train = config.data, config.model, config.optim, config.train
     previous = facts.previous
     if previous is not None:
         asked, optim, train = _keep(asked, optim, train, previous.model, previous.train, previous.precision)
@@ -94,17 +95,18 @@ def resolve(config: RunConfig, facts: Facts) -> ResolvedRun:
             key: getattr(previous, key) for key in ("precision", "compile") if getattr(config, key) == "auto"
         }
         config = replace(config, **kept)
-        old_data, old_model = _absolute_paths(previous.data, previous.model)
-        tasks = tuple(map(absolute_task, previous.eval.tasks))
-        before = replace(previous, data=old_data, model=old_model, eval=replace(previous.eval, tasks=tasks))
+        before = _absolute_paths(previous)
+        if asked.init and data.tokenizer == DataConfig.tokenizer:  # a run from initial weights recorded their tokenizer
+            data = replace(data, tokenizer=before.data.tokenizer)
         now = replace(config, data=data, model=asked, optim=optim, train=train)
         log.changes += _checked_changes(changed_settings(before, now))
 
-    dataset = facts.dataset(data)
     start = facts.start(asked.init)
+    data = _with_models_tokenizer(data, optim, start, facts, log)
+    dataset = facts.dataset(data)
     _check_steps(train, facts, start)
     tokenizer, vocab_size = _vocabulary(dataset, asked.vocab_size if start is None else start.config.vocab_size, start, facts)
-    model = _model(asked, vocab_size, start, dataset, tokenizer, log)
+    model = _model(asked, vocab_size, start, dataset, tokenizer, log, facts.continued or asked.init)
 
     left_out = fp8_layers(model)[1] if config.fp8 else None
     precision = choose_precision(config.precision, device, fp8_excluded=left_out, measure=facts.bfloat16_speedup)
@@ -134,22 +136,24 @@ def resolve(config: RunConfig, facts: Facts) -> ResolvedRun:
         log.add("train.micro_batch", micro, why)
         log.changes.append(f"train.micro_batch: {train.micro_batch} -> {micro}, {why}")
         run = run.with_micro_batch(micro)
-    return replace(run, reasons=tuple(log.reasons), changes=tuple(log.changes))
+    return replace(run, reasons=tuple(log.reasons), changes=tuple(log.changes), warnings=tuple(log.warnings))
 
 
-def _absolute_paths(data: DataConfig, model: ModelConfig) -> tuple[DataConfig, ModelConfig]:
+def _absolute_paths(config: RunConfig) -> RunConfig:
     """Make paths absolute, so that the run can be resumed from any folder."""
 
     def absolute(spec: str, is_path: bool) -> str:
         return str(Path.cwd() / spec) if is_path else spec
 
+    data, model, tasks = config.data, config.model, tuple(map(absolute_task, config.eval.tasks))
     file = data.source.rpartition(":")[0]  # of FILE:FIELD
     found = Path(data.source).exists() or (file and Path(file).exists()) or glob.has_magic(data.source)
     source = absolute(data.source, not is_source_name(data.source) and bool(found))
     tokenizer = absolute(data.tokenizer, is_tokenizer_path(data.tokenizer))
     init = absolute(model.init, bool(model.init) and not is_hub_name(model.init) and Path(model.init).exists())
     cache = data.cache and str(Path(data.cache).absolute())
-    return replace(data, source=source, tokenizer=tokenizer, cache=cache), replace(model, init=init)
+    data = replace(data, source=source, tokenizer=tokenizer, cache=cache)
+    return replace(config, data=data, model=replace(model, init=init), eval=replace(config.eval, tasks=tasks))
 
 
 def _keep(
@@ -161,8 +165,9 @@ def _keep(
         # More steps leave the stages of batch and context where they were, unless the run ends before them.
         ramp = min(1.0, ramp * old_train.steps / train.steps)
     micro_batch = old_train.micro_batch if train.micro_batch == "auto" else train.micro_batch
+    positions = model.max_positions or (old.max_positions if model.init else None)
     return (
-        replace(model, vocab_size=model.vocab_size or old.vocab_size).resolved(),
+        replace(model, vocab_size=model.vocab_size or old.vocab_size, max_positions=positions).resolved(),
         resolve_muon_precision(optim, precision),
         replace(train, ramp=ramp, micro_batch=micro_batch),
     )
@@ -198,6 +203,53 @@ def _check_steps(train: TrainConfig, facts: Facts, start: Loaded | None) -> None
         raise UserError(f"train.steps = {train.steps}: {where} has already completed {done} steps; set it to at least that")
 
 
+def _with_models_tokenizer(data: DataConfig, optim: OptimConfig, start: Loaded | None, facts: Facts, log: _Log) -> DataConfig:
+    """Tokenize text with the tokenizer of the initial weights, unless the user chose one or the source holds tokens.
+
+    Also warns about learning rates that do not suit these weights.
+    """
+    if start is None or facts.resumed:
+        return data
+    if facts.continued is None:
+        log.warnings += _finetuning_warnings(optim)
+    given = data.tokenizer != DataConfig.tokenizer if facts.given is None else "data.tokenizer" in facts.given
+    unknown = start.tokenizer is None and start.find_tokenizer is None
+    if given or unknown or is_tokenized(data.source):
+        return data
+    tokenizer = start.needed_tokenizer()
+    if data.tokenizer == "byte" and tokenizer.fingerprint == build_tokenizer("byte", ()).fingerprint:
+        return data
+    log.add("data.tokenizer", path := tokenizer_file(tokenizer), "that of the initial weights")
+    log.changes.append(f"data.tokenizer: {data.tokenizer} -> that of the initial weights ({_describe(tokenizer)})")
+    return replace(data, tokenizer=path)
+
+
+def _describe(tokenizer: Tokenizer) -> str:
+    return f"{tokenizer.kind}, {tokenizer.vocab_size:,} tokens, fingerprint {tokenizer.fingerprint}"
+
+
+_FINETUNING_LR = 3e-5  # AdamW on all weights, as in the recipe finetune-shakespeare
+_HIGHEST_LR = {"lr": 1e-4, "muon_lr": 2e-3, "embed_lr": 1e-4, "head_lr": 1e-4}
+"""Above these, learning rates are those of training from random weights: GPT-3's largest models took 6e-5 to 1e-4."""
+
+
+def _finetuning_warnings(optim: OptimConfig) -> list[str]:
+    """A warning if learning rates are too high for pretrained weights."""
+    keys = _HIGHEST_LR if optim.name == "muon" else ("lr",)
+    rates = {key: getattr(optim, key) for key in keys}
+    high = [f"optim.{key} = {rate:g}" for key, rate in rates.items() if rate is not None and rate > _HIGHEST_LR[key]]
+    if not high:
+        return []
+    remedy = f"--optim.lr {_FINETUNING_LR:g}"
+    remedy += f" --optim.min_lr {_FINETUNING_LR / 10:g}" if (optim.min_lr or 0) > _FINETUNING_LR else ""
+    remedy += " --optim.name adamw" if optim.name == "muon" else ""
+    plural = len(high) > 1
+    return [
+        f"{', '.join(high)}: {'these are learning rates' if plural else 'a learning rate'} for random weights, and can destroy "
+        f"what the initial weights have learned: to finetune, try {remedy}"
+    ]
+
+
 def _vocabulary(dataset: TokenDataset, vocab_size: int, start: Loaded | None, facts: Facts) -> tuple[Tokenizer | None, int]:
     """The tokenizer and the vocabulary size of the dataset; tokens of unknown origin are taken to fit an existing model.
 
@@ -216,11 +268,17 @@ def _vocabulary(dataset: TokenDataset, vocab_size: int, start: Loaded | None, fa
 
 
 def _model(
-    asked: ModelConfig, vocab_size: int, start: Loaded | None, dataset: TokenDataset, tokenizer: Tokenizer | None, log: _Log
+    asked: ModelConfig,
+    vocab_size: int,
+    start: Loaded | None,
+    dataset: TokenDataset,
+    tokenizer: Tokenizer | None,
+    log: _Log,
+    origin: str,
 ) -> ModelConfig:
     """The architecture with its vocabulary size: the recipe's, or that of the weights to start from.
 
-    With such weights, only the context, which may be shorter, and dropout follow the recipe.
+    With such weights, which come from `origin`, only the context, which may be shorter, and dropout follow the recipe.
     """
     if asked.vocab_size and asked.vocab_size < vocab_size:
         raise UserError(
@@ -233,17 +291,28 @@ def _model(
         return replace(asked, vocab_size=asked.vocab_size or vocab_size).resolved()
     own = start.tokenizer
     if own is not None and tokenizer is not None and own.fingerprint != tokenizer.fingerprint:
-        raise UserError(
-            f"{dataset.path}: its tokenizer ({tokenizer.fingerprint}) is not the model's ({own.fingerprint}): use the model's "
-            "tokenizer.json as data.tokenizer"
+        fault = f"its tokenizer ({_describe(tokenizer)}) is not the model's ({origin}: {_describe(own)})"
+        remedy = f"omit data.tokenizer, or prepare the text with --tokenizer {tokenizer_file(own)}"
+        raise UserError(f"{dataset.path}: {fault}: {remedy}")
+    if own is None and tokenizer is not None and tokenizer.vocab_size != start.config.vocab_size:
+        log.warnings.append(
+            f"{origin}: has no tokenizer, and {start.config.vocab_size:,} tokens; {dataset.path}, whose tokenizer is "
+            f"{_describe(tokenizer)}, is taken to hold its tokens"
         )
     if start.config.vocab_size < dataset.vocab_size:
         raise UserError(
             f"{dataset.path}: has a vocabulary of {dataset.vocab_size} tokens, but the model only {start.config.vocab_size}: "
             "prepare the text with the model's tokenizer"
         )
-    block_size = min(asked.block_size, start.config.block_size)
-    model = replace(start.config, block_size=block_size, dropout=asked.dropout, init=asked.init).resolved()
+    longest = start.config.context
+    block_size, longer = min(asked.block_size, longest), None
+    # Rotary positions beyond the training sequences keep their meaning; learned ones are cropped.
+    if start.config.architecture.positions == "rotary" and block_size < longest:
+        longer = longest
+        log.add("model.max_positions", longest, "the context of the initial weights")
+    model = replace(
+        start.config, block_size=block_size, max_positions=longer, dropout=asked.dropout, init=asked.init
+    ).resolved()
     requested = asked.resolved()
     for key in ("n_layer", "n_head", "n_embd", "block_size", "bias", "gelu", "norm", "positions", "mlp"):
         before, after = getattr(requested, key), getattr(model, key)

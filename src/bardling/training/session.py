@@ -218,6 +218,8 @@ class Session:
                 monitor.note(f"{place} is finished: all {state.step:,} steps are complete; raise --train.steps to continue it")
         for change in run.changes:
             monitor.note(f"changed: {change}")
+        for warning in run.warnings:
+            monitor.note(f"WARNING: {warning}")
 
     def _fit_in_memory(self, assembly: Assembly, monitor: RunMonitor, signals: StopOnSignal) -> None:
         """Train; if memory runs out in the first steps, with smaller forward passes."""

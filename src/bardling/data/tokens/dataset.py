@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from bardling.config import DataConfig
 from bardling.data.text.download import cache_root
@@ -24,17 +24,12 @@ def open_data(config: DataConfig, split_rule: int = SPLIT_RULE) -> TokenDataset:
     end-of-text token, and how the text is split (`split_rule`; see `prepare`). If data.tokenizer is a file, a prepared dataset
     must have been made with it.
     """
-    path, spec, named = Path(config.source), config.tokenizer, is_source_name(config.source)
-    try:
-        prepared = not named and (path / "manifest.json").is_file()
-        foreign = not (named or prepared) and detect_token_folder(path) is not None
-    except OSError as error:  # for example, the name is too long
-        raise UserError(f"data.source = {config.source[:100]!r}: cannot be opened ({error.strerror})") from None
-    if foreign:
+    path, spec, kind = Path(config.source), config.tokenizer, _token_format(config.source)
+    if kind == "foreign":
         return open_token_folder(path)
     tokenizer = load_tokenizer(spec) if is_tokenizer_path(spec) else None
     fingerprint = tokenizer.fingerprint if tokenizer is not None else ""
-    if prepared:
+    if kind == "prepared":
         dataset = open_dataset(path)
         if fingerprint not in ("", dataset.manifest.tokenizer):
             fault = f"has fingerprint {fingerprint}, but {dataset.path} was made with {dataset.manifest.tokenizer or 'none'}"
@@ -61,6 +56,23 @@ def open_data(config: DataConfig, split_rule: int = SPLIT_RULE) -> TokenDataset:
         return open_dataset(cached)
     except UserError as error:
         raise UserError(f"{error}: remove {cached}, and it is prepared again from data.source") from error
+
+
+def is_tokenized(source: str) -> bool:
+    """Whether a source holds tokens, of a tokenizer that is given, instead of text."""
+    return _token_format(source) is not None
+
+
+def _token_format(source: str) -> Literal["prepared", "foreign"] | None:
+    if is_source_name(source):
+        return None
+    path = Path(source)
+    try:
+        if (path / "manifest.json").is_file():
+            return "prepared"
+        return None if detect_token_folder(path) is None else "foreign"
+    except OSError as error:  # for example, the name is too long
+        raise UserError(f"data.source = {source[:100]!r}: cannot be opened ({error.strerror})") from None
 
 
 def open_recorded(config: DataConfig, record: Mapping[str, Any], run: Path, remedy: str = "start a new run") -> TokenDataset:

@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from bardling.config.architecture import GPT2_VOCAB_SIZE
 from bardling.data.text.sources import valid_text
+from bardling.data.tokens.bpe_files import pair_content
 from bardling.data.tokens.gpt2_bpe import Encode, fast_encoder, gpt2_tokenizer_file
 from bardling.data.tokens.vocabulary import ANY_CHARACTER, BYTE_OF, EOT, byte_content, char_content, pieces, train_bpe_content
 from bardling.errors import UserError, closest
@@ -233,12 +234,15 @@ def _has_byte_level(part: Any) -> bool:
 
 
 def load_tokenizer(path: Path | str) -> Tokenizer:
-    """Read a `tokenizer.json`, or the one in a folder; the `tokenizer_config.json` beside it names the end-of-text token."""
+    """Read a `tokenizer.json`, or the one in a folder; the `tokenizer_config.json` beside it names the end-of-text token.
+
+    A folder may have a `vocab.json` and a `merges.txt` instead.
+    """
     path = Path(path)
-    path = path / "tokenizer.json" if path.is_dir() else path
-    if not path.is_file():
+    folder, path = path.is_dir(), path / "tokenizer.json" if path.is_dir() else path
+    if not folder and not path.is_file():
         raise UserError(f"{path}: no such tokenizer file")
-    content = read_json_object(path, limit=_MAX_FILE_BYTES)
+    content = read_json_object(path, limit=_MAX_FILE_BYTES) if path.is_file() else pair_content(path.parent)
     config = path.with_name("tokenizer_config.json")
     eot = read_json_object(config, limit=_MAX_FILE_BYTES).get("eos_token") if config.is_file() else None
     if isinstance(eot, dict):
