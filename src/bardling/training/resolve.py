@@ -86,7 +86,7 @@ def resolve(config: RunConfig, facts: Facts) -> ResolvedRun:
         UserError: the configuration does not fit the data, the weights to start from, the machine, or the run that it resumes.
     """
     log, device = _Log(), facts.context.device
-    config = _absolute_paths(apply_depth(config, facts.given, record=partial(log.add, from_depth=True)))
+    config = apply_depth(_absolute_paths(config), facts.given, record=partial(log.add, from_depth=True))
     data, asked, optim, train = config.data, config.model, config.optim, config.train
     previous = facts.previous
     if previous is not None:

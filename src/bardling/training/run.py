@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from bardling.checkpoint.run_folder import RunFolder, open_run, refuse_existing, run_lock
-from bardling.config import RunConfig
+from bardling.config import MonitorConfig, RunConfig
 from bardling.distributed.context import distributed
 from bardling.distributed.device import backend
 from bardling.evaluate.tasks import check_task
@@ -50,7 +50,7 @@ def train(
         else:
             context.on_primary(lambda: refuse_existing(folder.path))
             facts = Facts(context, folder, continue_from=continue_from, given=given)
-        context.on_primary(partial(_check_requirements, config, facts.previous))
+        context.on_primary(partial(_check_requirements, config.monitor, config.eval.tasks, facts.previous))
         cleanup.enter_context(backend(context.device, deterministic=config.deterministic, attention=config.attention))
         return Session(resolve(config, facts), facts, fingerprint=fingerprint, quiet=quiet).train()
 
@@ -69,15 +69,15 @@ def resume(run: Path | str, config: RunConfig | None = None, *, quiet: bool = Fa
     with distributed(config.device, rank_timeout=config.train.rank_timeout) as context, ExitStack() as cleanup:
         cleanup.enter_context(run_lock(folder, context))
         facts, fingerprint = Facts(context, folder, resumed=True), config_fingerprint(config)
-        context.on_primary(partial(_check_requirements, config, facts.previous))
+        context.on_primary(partial(_check_requirements, config.monitor, config.eval.tasks, facts.previous))
         cleanup.enter_context(backend(context.device, deterministic=config.deterministic, attention=config.attention))
         return Session(resolve(config, facts), facts, fingerprint=fingerprint, quiet=quiet).train()
 
 
-def _check_requirements(config: RunConfig, previous: RunConfig | None) -> None:
+def _check_requirements(monitor: MonitorConfig, tasks: tuple[str, ...], previous: RunConfig | None) -> None:
     """Check what a run needs from outside. What a resumed run had already is no reason to refuse it: it continues without."""
-    if previous is None or config.monitor != previous.monitor:
-        check_services(config.monitor)
-    for task in config.eval.tasks:
+    if previous is None or monitor != previous.monitor:
+        check_services(monitor)
+    for task in tasks:
         if previous is None or task not in previous.eval.tasks:
             check_task(task)
