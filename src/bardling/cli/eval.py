@@ -48,6 +48,7 @@ class EvalOptions:
 def run(argv: Sequence[str]) -> None:
     options = parse(EvalOptions, argv, prog="bardling eval", description="Evaluate a model on validation text and on tasks.")
     from bardling.checkpoint.load import load, run_of
+    from bardling.data.batches.packing import begins_documents
     from bardling.distributed.context import distributed
     from bardling.distributed.device import choose_precision
     from bardling.evaluate.tasks import check_task
@@ -68,7 +69,8 @@ def run(argv: Sequence[str]) -> None:
             # Mask attention between documents if the run did so in training.
             masked = run_folder is not None and run_folder.config().data.document_mask
             tokenizer = loaded.tokenizer or dataset.tokenizer
-            start = tokenizer.eot_id if masked and tokenizer is not None else None
+            start = begins_documents(dataset, tokenizer) if masked and tokenizer is not None else None
+            dataset.vocab_size = min(dataset.vocab_size, model.config.vocab_size)  # reading refuses ids that the model lacks
             rows += _measure_loss(options, model, dataset, start, precision, context)
         for task in options.tasks:
             if loaded.tokenizer is None:
@@ -140,7 +142,7 @@ def _dataset(options: EvalOptions, tokenizer: "Tokenizer | None", run_folder: "R
         tokenizer_spec, val_fraction = DEFAULTS.get(options.data, (DataConfig.tokenizer, config.val_fraction))
         prepared = (Path(options.data) / "manifest.json").is_file()
         if tokenizer is not None and not prepared:
-            folder = cache_root() / "tokenizers" / tokenizer.fingerprint
+            folder = cache_root() / "tokenizers" / tokenizer.data_key
             folder.mkdir(parents=True, exist_ok=True)
             tokenizer.save(folder)
             tokenizer_spec = str(folder / "tokenizer.json")

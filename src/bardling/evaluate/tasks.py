@@ -40,11 +40,6 @@ class ChoiceItem:
     label: int  # index of the right ending
     id: str  # for messages: HellaSwag's own ids repeat
 
-    @property
-    def texts(self) -> list[str]:
-        """What is encoded: the context, then each ending."""
-        return [self.context, *(" " + ending for ending in self.endings)]
-
 
 @dataclass(frozen=True)
 class HubFile:

@@ -90,7 +90,7 @@ def tensor_parts(config: ModelConfig) -> dict[str, tuple[Part, ...]]:
     return parts
 
 
-def llama_config(config: ModelConfig, *, eot_id: int | None) -> dict[str, Any]:
+def llama_config(config: ModelConfig) -> dict[str, Any]:
     """The `config.json` of a model for `LlamaForCausalLM` or `Qwen3ForCausalLM`."""
     arch = config.architecture
     qwen = arch.transformers_family == "qwen3"
@@ -113,8 +113,8 @@ def llama_config(config: ModelConfig, *, eot_id: int | None) -> dict[str, Any]:
         "attention_bias": False,
         "attention_dropout": config.dropout,
         "tie_word_embeddings": arch.tied,
-        "bos_token_id": eot_id,
-        "eos_token_id": eot_id,
+        "bos_token_id": None,
+        "eos_token_id": None,
         "dtype": "float32",
     }
     if qwen:

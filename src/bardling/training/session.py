@@ -338,7 +338,7 @@ class Session:
         if tokenizer is not None:
             # Text of a single document has no end-of-text token to start after, so an empty prompt becomes a line break.
             single = self.dataset.manifest.train.documents == 1
-            prompt = config.sample.prompt or ("\n" if single else "")
+            prompt = config.sample.prompt or ("\n" if single and not tokenizer.interface.start else "")
             hooks.append(Sample(shared, replace(config.sample, prompt=prompt), tokenizer))
             if config.eval.tasks:
                 hooks.append(Tasks(shared, config.eval, tokenizer))

@@ -27,7 +27,8 @@ def open_data(config: DataConfig) -> TokenDataset:
         raise UserError(f"data.source = {config.source[:100]!r}: cannot be opened ({error.strerror})") from None
     if foreign:
         return open_token_folder(path)
-    fingerprint = load_tokenizer(spec).fingerprint if is_tokenizer_path(spec) else ""
+    tokenizer = load_tokenizer(spec) if is_tokenizer_path(spec) else None
+    fingerprint, made_with = ("", spec) if tokenizer is None else (tokenizer.fingerprint, tokenizer.data_key)
     if prepared:
         dataset = open_dataset(path)
         if fingerprint not in ("", dataset.manifest.tokenizer):
@@ -37,7 +38,7 @@ def open_data(config: DataConfig) -> TokenDataset:
         return dataset
     check_tokenizer_spec(spec)
     source = source_for(config.source)
-    key = json_sha256([FORMAT, METHOD, source.identity(), fingerprint or spec, config.val_fraction])[:16]
+    key = json_sha256([FORMAT, METHOD, source.identity(), made_with, config.val_fraction])[:16]
     cache = Path(config.cache).expanduser() if config.cache else cache_root()
     cached = cache / "datasets" / f"{source.name}-{fingerprint or spec.replace(':', '')}-{key}"
     if not cached.exists():
