@@ -68,7 +68,7 @@ def run(argv: Sequence[str]) -> None:
             dataset = _dataset(options, loaded.tokenizer, run_folder)
             # Mask attention between documents if the run did so in training.
             masked = run_folder is not None and run_folder.config().data.document_mask
-            tokenizer = loaded.tokenizer or dataset.tokenizer
+            tokenizer = dataset.tokenizer or loaded.tokenizer
             start = begins_documents(dataset, tokenizer) if masked and tokenizer is not None else None
             dataset.vocab_size = min(dataset.vocab_size, model.config.vocab_size)  # reading refuses ids that the model lacks
             rows += _measure_loss(options, model, dataset, start, precision, context)

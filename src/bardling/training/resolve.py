@@ -203,7 +203,8 @@ def _vocabulary(dataset: TokenDataset, vocab_size: int, start: Loaded | None, fa
     """
     tokenizer, own = dataset.tokenizer, facts.own_tokenizer if start is None else start.tokenizer
     if tokenizer is not None and own is not None and own.fingerprint == tokenizer.fingerprint:
-        tokenizer = own  # the model's files may say more than the dataset's about what surrounds a text
+        if own.eot_id == tokenizer.eot_id:
+            tokenizer = own  # the model's files may say more than the dataset's about what surrounds a text
         if 0 < vocab_size < dataset.vocab_size:  # a token that the tokenizer has and the model lacks may never occur
             dataset.limit_vocabulary(vocab_size)
     if tokenizer is not None or dataset.vocab_size != -(-vocab_size // 64) * 64:

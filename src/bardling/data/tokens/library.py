@@ -46,8 +46,8 @@ def text_reaches_control_tokens(content: Mapping[str, Any]) -> bool:
     model, names = content["model"], {entry["content"] for entry in control}
     if not all(entry.get("special") for entry in control):
         return True
-    if model.get("type", "BPE") == "BPE" and not model.get("ignore_merges"):
-        return bool(names) and any("".join(_pair(merge)) in names for merge in model.get("merges") or ())
+    if model.get("merges") is not None and not model.get("ignore_merges"):
+        return bool(names) and any("".join(_pair(merge)) in names for merge in model["merges"])
     vocab = model.get("vocab") or {}
     return not names.isdisjoint(vocab if isinstance(vocab, dict) else [entry[0] for entry in vocab])
 

@@ -82,7 +82,7 @@ class Tokenizer:
             raise UserError(f"{name}: token id {self.vocab_size - 1} is over the limit of {_MAX_VOCAB_SIZE:,}")
         of_id = {index: token for token, index in ids.items()}
         self._tokens = [of_id.get(index) for index in range(self.vocab_size)]
-        added = [entry for entry in content.get("added_tokens") or [] if isinstance(entry, dict)]
+        added = [entry for entry in content.get("added_tokens") or [] if entry["content"] in ids]  # empty ones are dropped
         self._added = {ids[entry["content"]]: entry["content"] for entry in added}
         self._control = {ids[entry["content"]]: entry["content"] for entry in added if is_control(entry)}
         self.eot_id: int | None = _end_of_text(ids, self.vocab_size, eot, files)
