@@ -9,6 +9,7 @@ import torch
 from small_tokenizers import added, library, write
 
 from bardling.checkpoint.load import load
+from bardling.checkpoint.run_folder import open_run
 from bardling.cli.eval import run as eval_command
 from bardling.cli.sample import run as sample_command
 from bardling.distributed.device import Precision
@@ -56,6 +57,7 @@ def test_it_is_evaluated_and_finetuned(source: Path, tmp_path: Path, tiny: Any, 
         tiny,
         data={"source": str(text), "tokenizer": str(source / "tokenizer.json")},
         model={"init": str(source)},
+        optim={"warmup_steps": 0},
         train={"steps": 2},
         sample={"every": 0},
     )
@@ -67,6 +69,6 @@ def test_it_is_evaluated_and_finetuned(source: Path, tmp_path: Path, tiny: Any, 
         return
     eval_command([str(source), "--data", str(text), "--device", "cpu"])
     train(config, tmp_path / "run", quiet=True)
-    resume(tmp_path / "run", change(config, train={"steps": 3}), quiet=True)
+    resume(tmp_path / "run", change(open_run(tmp_path / "run").config(), train={"steps": 3}), quiet=True)
     step = tmp_path / "run" / "checkpoints" / "step-000003"
     assert json.loads((step / "config.json").read_text())["vocab_size"] == load(source).config.vocab_size

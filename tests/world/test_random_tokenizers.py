@@ -22,7 +22,7 @@ from bardling.generation.generate import prompt_ids
 
 transformers = pytest.importorskip("transformers")
 
-PER_KIND = 12  # tokenizers
+PER_KIND = 8  # tokenizers
 NAMES = ["<s>", "</s>", "<unk>", "<tool>", "[END]", "covid", "\t\t"]
 
 
@@ -80,7 +80,7 @@ def streamed(tokenizer: Tokenizer, ids: list[int]) -> str:
 
 @every_kind
 @given(data=st.data(), text=texts(with_names=False))
-@settings(deadline=None, max_examples=120)
+@settings(deadline=None, max_examples=50)
 def test_ids_equal_those_of_autotokenizer(kind: str, data: st.DataObject, text: str) -> None:
     pair = data.draw(st.sampled_from(PAIRS[kind]))
     expected = pair.expected(text)
@@ -93,7 +93,7 @@ def test_ids_equal_those_of_autotokenizer(kind: str, data: st.DataObject, text: 
 
 @every_kind
 @given(data=st.data(), text=texts(with_names=True))
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=40)
 def test_control_tokens_in_text_are_text_unless_a_prompt_asks_for_them(kind: str, data: st.DataObject, text: str) -> None:
     pair = data.draw(st.sampled_from(PAIRS[kind]))
     unknown = pair.theirs.unk_token_id  # of characters that the vocabulary lacks
@@ -106,7 +106,7 @@ def test_control_tokens_in_text_are_text_unless_a_prompt_asks_for_them(kind: str
 
 @every_kind
 @given(data=st.data(), text=texts(with_names=True))
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=40)
 def test_streamed_text_equals_the_decoded_text(kind: str, data: st.DataObject, text: str) -> None:
     pair = data.draw(st.sampled_from(PAIRS[kind]))
     ids = pair.expected(text)
@@ -120,7 +120,7 @@ def test_streamed_text_equals_the_decoded_text(kind: str, data: st.DataObject, t
 
 @every_kind
 @given(data=st.data(), context=texts(with_names=False), endings=st.lists(texts(with_names=False), min_size=1, max_size=3))
-@settings(deadline=None, max_examples=120)
+@settings(deadline=None, max_examples=50)
 def test_task_ids_equal_those_of_lm_eval(kind: str, data: st.DataObject, context: str, endings: list[str]) -> None:
     pair = data.draw(st.sampled_from(PAIRS[kind]))
     item = ChoiceItem(context, tuple(endings), 0, "1")
@@ -133,7 +133,7 @@ def test_task_ids_equal_those_of_lm_eval(kind: str, data: st.DataObject, context
         assert first is None or not all(ending for _, ending in expected)
         return
     for ours, (alone, ending) in zip(encoded.endings, expected, strict=True):
-        assert encoded.context.tolist() == (alone if alone and alone != [None] else [first])
+        assert encoded.context.tolist() == (alone if any(token is not None for token in alone) else [first])
         assert ours.tolist() == ending or not ending
 
 

@@ -62,7 +62,7 @@ def test_prompts_begin_as_autotokenizer_begins_them(tmp_path: Path, start: tuple
     [
         ({"bos_token": "<s>", "eos_token": "</s>"}, 1),
         ({"bos_token": None, "eos_token": "</s>"}, 2),
-        ({"bos_token": {"content": "<s>", "special": True}, "eos_token": {"content": "</s>"}}, 1),
+        ({"bos_token": {"__type": "AddedToken", "content": "<s>", "special": True}, "eos_token": "</s>"}, 1),
         ({"tokenizer_class": "LlamaTokenizer"}, 1),
         ({"tokenizer_class": "LlamaTokenizerFast"}, 1),
     ],
@@ -144,6 +144,7 @@ def test_finetuning_keeps_the_description_and_begins_documents(tmp_path: Path, t
         tiny,
         data={"source": str(tmp_path / "text.jsonl"), "tokenizer": str(source / "tokenizer.json")},
         model={"init": str(source)},
+        optim={"warmup_steps": 0},
         train={"steps": 2},
         sample={"every": 1, "prompt": "the cat", "max_new_tokens": 3},
         checkpoint={"every": 1},

@@ -223,11 +223,12 @@ def _encode(
     encoded, block_size = [], config.block_size
     for index in chosen:
         name, alone = f"{task}, item {items[index].id}", next(ids)
-        start = np.concatenate([np.array(tokenizer.interface.start, np.int64), alone])
+        about = tokenizer.interface
+        start = np.concatenate([np.array(about.start, np.int64), alone])
+        if about.first is not None and not (items[index].context and len(start)):
+            start = np.array([about.first], np.int64)
         if not len(start):
-            if tokenizer.interface.first is None:
-                raise UserError(f"{name}: the context is empty, and the tokenizer has no end-of-text token to begin with")
-            start = np.array([tokenizer.interface.first], np.int64)
+            raise UserError(f"{name}: the context is empty, and the tokenizer has no end-of-text token to begin with")
         skipped = len(alone) if _jointly(tokenizer) else 0
         whole = [next(ids)[skipped:] for _ in items[index].endings]
         # together with an unknown word at the end of the context, an ending may become a single token

@@ -193,7 +193,7 @@ def _write(job: _Job, splitter: _Splitter, tokenizer: Tokenizer, work: Path, jou
                 names.update(tokenizer.control_tokens_in(text))
             if journal.due:
                 states = {split: {**shards[split].sync(), "index": indexes[split].sync()} for split in SPLITS}
-                journal.write(Position(position.made_of, documents, batch.names[-1], done, states, names))
+                journal.write(Position(position.made_of, documents, batch.names[-1], done, states, dict(names)))
             speed = (documents - position.documents) / max(time.monotonic() - started, 1e-9)
             job.bar.note = f"{speed:,.0f} documents/s"
             job.progress("tokenizing", done, total)

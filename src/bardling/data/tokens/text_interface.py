@@ -4,7 +4,7 @@ Each file knows a part: `tokenizer_config.json` and `special_tokens_map.json` (n
 text), `chat_template.jinja`, `generation_config.json` and `config.json` (ids of the tokens that begin and end a text). They are
 read once, with the precedence that `transformers` gives them, kept as they are, and written back with every field, also those
 that nothing here uses. A description that names no tokens is completed: a text ends with the tokenizer's end-of-text token and
-begins with what its post-processor puts there, else with the end-of-text token.
+begins with what its post-processor puts there, or else with the end-of-text token.
 
 Limits: files of up to 16 MiB, templates of up to 1 MiB. Templates are data here and never run.
 """
@@ -89,7 +89,7 @@ class TextFiles:
 class TextInterface:
     """What a model expects around its text. All tokens are ids."""
 
-    bos: int | None  # begins a text that has nothing else to begin with
+    bos: int | None  # begins a text
     eos: tuple[int, ...]  # each of them ends a generated text; the first one ends a document in training
     pad: int | None
     unk: int | None
@@ -144,7 +144,10 @@ class TextInterface:
             config = {"tokenizer_class": "PreTrainedTokenizerFast", **files._class_tokens, **files.config}
         if files.templates:  # one form holds all of them
             everything = {**files.templates, **({} if files.template is None else {"default": files.template})}
-            config["chat_template"] = [{"name": name, "template": text} for name, text in everything.items()]
+            lines = {
+                name: text.replace("\r\n", "\n").replace("\r", "\n") for name, text in everything.items()
+            }  # as in text files
+            config["chat_template"] = [{"name": name, "template": text} for name, text in lines.items()]
         _write(folder / CONFIG, config)
         if files.special:
             _write(folder / SPECIAL, files.special)
@@ -175,9 +178,8 @@ def text_interface(
         tokens[f"{key}_token"] if tokens[f"{key}_token"] is not None else next(iter(files.ids(f"{key}_token_id")), None)
         for key in ("bos", "pad")
     )
-    if bos is None:
-        undescribed = files.config is None and not files.special and not files.model
-        bos = start[0] if start else eot if undescribed else None
+    if bos is None and files.config is None and not files.special and not files.model:  # nothing describes the text
+        bos = start[0] if start else eot
     eos = dict.fromkeys(([] if eot is None else [eot]) + list(files.ids("eos_token_id")))
     return TextInterface(bos, tuple(eos), pad, tokens["unk_token"], start, end, files)
 
