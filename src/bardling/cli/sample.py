@@ -117,8 +117,8 @@ def _print_texts(
         if shown:
             add(row, "".join(map(decoder.push, prompt[len(prompt) - shown :])))
         else:
-            for token in prompt:  # the text goes on after them
-                decoder.push(token)
+            for before in prompt:  # the text goes on after them
+                decoder.push(before)
     for tokens in steps:
         for row, token in enumerate(tokens):
             if token is not None and token not in tokenizer.interface.eos:

@@ -54,7 +54,7 @@ class _Dtype:
             return data
         if not isinstance(data, bytes | bytearray) or self.code.startswith("O"):
             raise ValueError("data of another type")
-        dtype = np.dtype(self.code).newbyteorder(self.order if self.order in ("<", ">") else "=")
+        dtype = np.dtype(self.code).newbyteorder(">" if self.order == ">" else "<")
         return list(np.frombuffer(data, dtype).tolist())
 
 
@@ -115,7 +115,7 @@ def _build(data: bytes) -> Any:
                     raise _RefusedError("it uses one container in two places")
                 stack.append(memo[argument])
             case "GLOBAL" | "STACK_GLOBAL":
-                where = argument.rpartition(" ") if name == "GLOBAL" else (stack.pop(-2), "", stack.pop())
+                where = str(argument).rpartition(" ") if name == "GLOBAL" else (stack.pop(-2), "", stack.pop())
                 if not _NUMPY_MODULES.fullmatch(where[0]) or where[2] not in _NUMPY:
                     raise _RefusedError(f"it contains the opcode {name}, which can run code or create objects")
                 stack.append(_Name(where[2]))

@@ -82,7 +82,7 @@ class TextFiles:
     @property
     def max_length(self) -> int | None:
         value = (self.config or {}).get("model_max_length")
-        return int(value) if type(value) in (int, float) and 0 < value < _UNLIMITED else None
+        return int(value) if isinstance(value, int | float) and 0 < value < _UNLIMITED else None
 
 
 @dataclass(frozen=True)
@@ -144,9 +144,8 @@ class TextInterface:
             config = {"tokenizer_class": "PreTrainedTokenizerFast", **files._class_tokens, **files.config}
         if files.templates:  # one form holds all of them
             everything = {**files.templates, **({} if files.template is None else {"default": files.template})}
-            lines = {
-                name: text.replace("\r\n", "\n").replace("\r", "\n") for name, text in everything.items()
-            }  # as in text files
+            # transformers reads template files as text, which converts their line breaks
+            lines = {name: text.replace("\r\n", "\n").replace("\r", "\n") for name, text in everything.items()}
             config["chat_template"] = [{"name": name, "template": text} for name, text in lines.items()]
         _write(folder / CONFIG, config)
         if files.special:
