@@ -172,7 +172,7 @@ def _refuse_adapter(folder: Path, spec: str) -> None:
 
 def tokenizer_file(tokenizer: Tokenizer) -> str:
     """The path of a copy of a tokenizer in the cache, for `data.tokenizer`: it stays where it is when the model moves."""
-    folder = cache_root() / "tokenizers" / tokenizer.fingerprint
+    folder = cache_root() / "tokenizers" / tokenizer.data_key
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(folder)
     return str(folder / "tokenizer.json")

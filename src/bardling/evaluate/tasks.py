@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import IO, Any
 
 from bardling.data.text.hub import EXTRA, hub_file
-from bardling.data.tokens.tokenizer import Tokenizer
 from bardling.errors import UserError, closest
 from bardling.files.atomic import os_error_as_user_error
 from bardling.files.digests import file_sha256
@@ -40,11 +39,6 @@ class ChoiceItem:
     endings: tuple[str, ...]
     label: int  # index of the right ending
     id: str  # for messages: HellaSwag's own ids repeat
-
-    @property
-    def texts(self) -> list[str]:
-        """What is encoded: the context, then each ending."""
-        return [self.context, *(" " + ending for ending in self.endings)]
 
 
 @dataclass(frozen=True)
@@ -191,19 +185,6 @@ def read_hub_items(source: HubFile) -> tuple[ChoiceItem, ...]:
         )
     rows = parquet.read_table(path).to_pylist()
     return _items(((f"{source.repo}, row {number}", row) for number, row in enumerate(rows, 1)), source.repo)
-
-
-def check_items(task: str, items: Sequence[ChoiceItem], tokenizer: Tokenizer) -> None:
-    """Encode all items; a `UserError` names the first item with text that the tokenizer cannot encode."""
-    try:
-        tokenizer.encode_batch([text for item in items for text in item.texts])
-    except UserError:
-        for item in items:
-            try:
-                tokenizer.encode_batch(item.texts)
-            except UserError as error:
-                raise UserError(f"{task}, item {item.id}: {error}") from error
-        raise
 
 
 def draw_items(items: Sequence[ChoiceItem], count: int | None, seed: int = 0) -> tuple[ChoiceItem, ...]:

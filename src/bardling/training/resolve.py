@@ -259,12 +259,16 @@ def _vocabulary(dataset: TokenDataset, vocab_size: int, start: Loaded | None, fa
     Args:
         vocab_size: of the existing model; 0 if there is none.
     """
-    tokenizer = dataset.tokenizer
+    tokenizer, own = dataset.tokenizer, facts.own_tokenizer if start is None else start.tokenizer
+    if tokenizer is not None and own is not None and own.fingerprint == tokenizer.fingerprint:
+        if own.eot_id == tokenizer.eot_id:
+            tokenizer = own  # the model's files may say more than the dataset's about what surrounds a text
+        if 0 < vocab_size < dataset.vocab_size:  # a token that the tokenizer has and the model lacks may never occur
+            dataset.limit_vocabulary(vocab_size)
     if tokenizer is not None or dataset.vocab_size != -(-vocab_size // 64) * 64:
         return tokenizer, dataset.vocab_size
     dataset.vocab_size = vocab_size
-    tokenizer = start.tokenizer if start is not None else facts.own_tokenizer
-    return None if tokenizer is not None and tokenizer.vocab_size < vocab_size else tokenizer, vocab_size
+    return None if own is not None and own.vocab_size < vocab_size else own, vocab_size
 
 
 def _model(

@@ -13,7 +13,8 @@ from bardling.config import RunConfig, SampleConfig
 from bardling.data.tokens.shards import TokenDataset
 from bardling.data.tokens.tokenizer import Tokenizer
 from bardling.errors import UserError
-from bardling.evaluate.tasks import ChoiceItem, absolute_task, check_items, draw_items, load_items, task_name
+from bardling.evaluate.multiple_choice import check_items
+from bardling.evaluate.tasks import ChoiceItem, absolute_task, draw_items, load_items, task_name
 from bardling.generation.generate import prompt_ids
 from bardling.training.hooks.may_fail import is_failure
 
@@ -63,7 +64,7 @@ def load_texts(config: RunConfig, previous: RunConfig | None, tokenizer: Tokeniz
         if name in tasks:
             raise UserError(f"eval.tasks: {task} and another task are both called {name!r}: remove or rename one")
         items = draw_items(load_items(task), config.eval.task_items, config.seed)
-        check_items(name, items, tokenizer)
+        check_items(tokenizer, items, config.model, name)
         tasks[name] = items
 
     old = set() if previous is None else set(map(absolute_task, previous.eval.tasks))
@@ -75,6 +76,8 @@ def load_texts(config: RunConfig, previous: RunConfig | None, tokenizer: Tokeniz
 def _new_document(tokenizer: Tokenizer, dataset: TokenDataset) -> str:
     """The prompt with which a new document begins: nothing where an end-of-text token precedes one, else a line break, or the
     first token of a text that has no line breaks."""
+    if tokenizer.interface.start:
+        return ""
     single = dataset.manifest.train.documents == 1  # such a text has no end-of-text token to start after
     if not single and tokenizer.eot_id is not None:
         return ""

@@ -28,7 +28,7 @@ def open_data(config: DataConfig, split_rule: int = SPLIT_RULE) -> TokenDataset:
     if kind == "foreign":
         return open_token_folder(path)
     tokenizer = load_tokenizer(spec) if is_tokenizer_path(spec) else None
-    fingerprint = tokenizer.fingerprint if tokenizer is not None else ""
+    fingerprint, made_with = ("", spec) if tokenizer is None else (tokenizer.fingerprint, tokenizer.data_key)
     if kind == "prepared":
         dataset = open_dataset(path)
         if fingerprint not in ("", dataset.manifest.tokenizer):
@@ -40,8 +40,7 @@ def open_data(config: DataConfig, split_rule: int = SPLIT_RULE) -> TokenDataset:
     cache = Path(config.cache).expanduser() if config.cache else cache_root()
     source = source_for(config.source, config.encoding)
     tag_cache(cache)
-    ids = [fingerprint, tokenizer.eot_id] if tokenizer is not None else spec
-    key = json_sha256([FORMAT, METHOD, split_rule, source.identity(), ids, config.val_fraction])[:16]
+    key = json_sha256([FORMAT, METHOD, split_rule, source.identity(), made_with, config.val_fraction])[:16]
     cached = cache / "datasets" / f"{source.name}-{fingerprint or spec.replace(':', '')}-{key}"
     if not cached.exists():
         try:
