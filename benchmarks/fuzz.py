@@ -3,9 +3,9 @@
     python benchmarks/fuzz.py --cases 20000 --seed 0 --record     # the table, appended to benchmarks/results/fuzz.md
     python benchmarks/fuzz.py --target "nanoGPT ckpt.pt" --case 17      # repeat one case, with its traceback
 
-Method. For each target (benchmarks/fuzz_targets.py), a separate process first loads valid files, which triggers late imports,
-and then malformed ones (benchmarks/malformed_files.py), one after the other. A case passes if the loader returns or raises
-`UserError` with a message, within 2 s and 1 GiB. Checked are:
+Method. For each target (benchmarks/fuzz_targets.py, fuzz_text_targets.py), a separate process first loads valid files, which
+triggers late imports, and then malformed ones (benchmarks/malformed_files.py), one after the other. A case passes if the loader
+returns or raises `UserError` with a message, within 2 s and 1 GiB. Checked are:
 
 - execution and writing: an audit hook stops and reports every command, every execution of code from data, every network
   connection, and every file written, created or removed outside the case's folder. A canary folder must not be created;
@@ -46,8 +46,11 @@ import torch._dynamo  # imported once here, not in each process
 from bardling.errors import UserError
 from fuzz_audit import AuditHook
 from fuzz_self_test import SELF_TESTS
-from fuzz_targets import TARGETS, Target, change
+from fuzz_targets import TARGETS as BINARY_TARGETS
+from fuzz_targets import Target, change
+from fuzz_text_targets import TEXT_TARGETS
 
+TARGETS = (*BINARY_TARGETS, *TEXT_TARGETS)
 SECONDS, MEMORY, CLOCK = 2.0, 1 << 30, 10.0
 _START = 300.0  # seconds allowed for imports before the first case
 RESULTS = Path(__file__).parent / "results" / "fuzz.md"
@@ -283,10 +286,12 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=20_000, help="in all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--target", help="run only this target")
+    parser.add_argument("--kind", choices=("text", "binary"), help="run only the targets of fuzz_text_targets, or the others")
     parser.add_argument("--case", type=int, help="run only this case of the target, and print its traceback")
     parser.add_argument("--record", action="store_true", help=f"append the table to {RESULTS.name}")
     options = parser.parse_args()
-    targets = [target for target in TARGETS if options.target in (None, target.name)]
+    kinds = {"text": TEXT_TARGETS, "binary": BINARY_TARGETS, None: TARGETS}
+    targets = [target for target in kinds[options.kind] if options.target in (None, target.name)]
     if not targets:
         parser.error(f"unknown target; choose from {', '.join(target.name for target in TARGETS)}")
     shares = sum(target.share for target in targets)

@@ -98,11 +98,14 @@ def change(folder: Path, target: Target, draw: random.Random, canary: Path) -> s
 
 def _by_structure(name: str, data: bytes, draw: random.Random, canary: Path) -> bytes | None:
     suffix = Path(name).suffix
+    if suffix in (".toml", ".json", ".jsonl") and draw.random() < 0.1:  # other people's editors
+        return malformed_files.mutate_text(data, draw)
     simple = {
         ".json": malformed_files.mutate_json,
         ".jsonl": malformed_files.mutate_jsonl,
         ".toml": malformed_files.mutate_toml,
         ".safetensors": malformed_files.mutate_safetensors,
+        ".txt": malformed_files.mutate_text,
     }
     if suffix in simple:
         return simple[suffix](data, draw)

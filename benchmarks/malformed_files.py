@@ -138,6 +138,31 @@ def mutate_toml(data: bytes, draw: random.Random) -> bytes:
     return "\n".join(lines).encode("utf-8", "surrogatepass")
 
 
+ENCODINGS = ("utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "cp1252", "latin-1", "shift_jis", "utf-7", "cp500")
+ODD_TEXT = (
+    "\0", "\ufeff", "\ufffe", "\r", "\r\n", "\x85", "\u2028", "\x1a", "<|endoftext|>", "<s>", "▁", "é" * 300, "🙂", "e\u0301",
+    "\u202e", "\x1b[2J", "a" * 20_000, " " * 20_000, "\n" * 5000, "\ud7ff", "\U0010ffff",
+)  # fmt: skip
+
+
+def mutate_text(data: bytes, draw: random.Random) -> bytes:
+    """Text in another encoding, with marks, control characters and long words, perhaps cut within a character."""
+    text = data.decode()
+    for _ in range(draw.choice((0, 1, 2, 5))):
+        at = draw.randrange(len(text) + 1)
+        text = text[:at] + draw.choice(ODD_TEXT) + text[at:]
+    if draw.random() < 0.3:
+        text = text.replace("\n", draw.choice(("\r\n", "\r", "\x0b", "\u2028")))
+    made = text.encode(draw.choice(("utf-8", *ENCODINGS)), "replace")
+    if draw.random() < 0.3:  # two encodings in one file, or a cut
+        made = made[: draw.randrange(len(made) + 1)] + (
+            b"" if draw.random() < 0.5 else text[:200].encode(draw.choice(ENCODINGS), "replace")
+        )
+    return (
+        draw.choice((b"", b"", b"", b"\xff\xfe", b"\xfe\xff", b"\xef\xbb\xbf", b"\xff\xfe\0\0", b"\x1f\x8b", b"PK\3\4")) + made
+    )
+
+
 EXPRESSIONS = [
     "9**9**9", "'a' * 10**9", "-" * 3000 + "1", "(" * 90 + "1" + ")" * 90, "[" * 300, "1 << 99999", "int('9' * 5000)",
     "1 / 0", "1e308 * 10",

@@ -2,7 +2,7 @@
 
     config.json, model.safetensors     the Hugging Face layout of GPT-2, Llama or Qwen3, which `transformers` opens as it is
                                        (other models: model_type "bardling" and our own names, which only bardling opens)
-    tokenizer.json, tokenizer_config.json
+    tokenizer.json, tokenizer_config.json, and what else describes the model's text (`data/tokens/text_interface.py`)
     optimizer.safetensors              the optimizer's tensors, by parameter name
     rng.safetensors                    the random number generators
     training.json                      step, samples, best loss, gradient scaler, the optimizer's other values
@@ -45,7 +45,10 @@ class Checkpoint:
 
 def write_model(folder: Path, config: ModelConfig, state: Mapping[str, Tensor], tokenizer: Tokenizer | None) -> None:
     """Write the files that `transformers` opens (configuration, weights, tokenizer if there is one) into an empty folder."""
-    _write_json(folder / "config.json", hf_config(config, eot_id=None if tokenizer is None else tokenizer.eot_id))
+    values = hf_config(config)
+    if tokenizer is not None and "bos_token_id" in values:
+        values |= tokenizer.interface.model_ids(config.vocab_size)
+    _write_json(folder / "config.json", values)
     weights = hf_state(state, config)
     write_tensors(folder / "model.safetensors", {name: tensor.float() for name, tensor in weights.items()})
     if tokenizer is not None:

@@ -64,7 +64,7 @@ def export_nanogpt(spec: str, out: Path, *, best: bool = False, dataset: str = "
     differently or needs besides, one sentence each.
     """
     loaded = _load(spec, out, NANOGPT, best=best, training=True)
-    run = run_of(Path(spec))
+    run = run_of(spec)
     with atomic_folder(out) as folder:
         notes = write_nanogpt_checkpoint(
             folder / "ckpt.pt",

@@ -23,6 +23,7 @@ from bardling.data.tokens.token_files import gpt2_tokenizer, read_meta
 from bardling.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from bardling.distributed.context import Context
 from bardling.errors import UserError
+from bardling.files.paths import expand_home
 from bardling.files.reading import read_json_object
 from bardling.interop.families import shown
 from bardling.interop.huggingface import dropout_note, read_hf_folder
@@ -81,8 +82,9 @@ def load(spec: str | Path, *, best: bool = False, training: bool = False) -> Loa
     `best`: of a run, the checkpoint with the best validation loss instead of the latest. `training`: also read the optimizer
     state, if there is one. Raises a `UserError` if there is no such model, or it is damaged or unsafe.
     """
-    path, from_hub = Path(spec), is_hub_name(str(spec))
-    if path.is_file():
+    spec = expand_home(spec) if isinstance(spec, str) else spec
+    path, from_hub = Path(spec), is_hub_name(spec)
+    if not from_hub and path.is_file():
         return _load_imported(path)
     if not from_hub and not (path / "config.toml").is_file() and (path / "ckpt.pt").is_file():
         return _load_imported(path / "ckpt.pt")
@@ -170,7 +172,7 @@ def _refuse_adapter(folder: Path, spec: str) -> None:
 
 def tokenizer_file(tokenizer: Tokenizer) -> str:
     """The path of a copy of a tokenizer in the cache, for `data.tokenizer`: it stays where it is when the model moves."""
-    folder = cache_root() / "tokenizers" / tokenizer.fingerprint
+    folder = cache_root() / "tokenizers" / tokenizer.data_key
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(folder)
     return str(folder / "tokenizer.json")
@@ -191,7 +193,7 @@ def find_checkpoint(path: Path, *, best: bool = False) -> Path:
 
 def load_tokenizer_of(spec: Path | str) -> Tokenizer:
     """Load the tokenizer of a run, a checkpoint or a model folder."""
-    folder = fetch_model(str(spec), weights=False) if is_hub_name(str(spec)) else Path(spec)
+    folder = fetch_model(str(spec), weights=False) if is_hub_name(spec) else Path(spec)
     if has_tokenizer(folder):
         return load_tokenizer(folder)
     if folder.is_file() or (folder / "ckpt.pt").is_file():
@@ -199,8 +201,11 @@ def load_tokenizer_of(spec: Path | str) -> Tokenizer:
     return load_tokenizer(find_checkpoint(folder))
 
 
-def run_of(path: Path) -> RunFolder | None:
-    """The run at `path`, or the run that the checkpoint `path` belongs to."""
+def run_of(spec: Path | str) -> RunFolder | None:
+    """The run at `spec`, or the run that the checkpoint `spec` belongs to; None if it names a model on the hub."""
+    if is_hub_name(spec):
+        return None
+    path = Path(spec)
     runs = map(RunFolder, (path, path.absolute().parent.parent))
     return next((run for run in runs if run.config_file.is_file()), None)
 

@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
@@ -53,13 +52,14 @@ class EvalOptions:
 def run(argv: Sequence[str]) -> None:
     options = parse(EvalOptions, argv, prog="bardling eval", description="Evaluate a model on validation text and on tasks.")
     from bardling.checkpoint.load import load, run_of
+    from bardling.data.batches.packing import begins_documents
     from bardling.distributed.context import distributed
     from bardling.distributed.device import choose_precision
     from bardling.evaluate.tasks import check_task
 
     for task in options.tasks:
         check_task(task)
-    run_folder = run_of(Path(options.model))
+    run_folder = run_of(options.model)
     if options.data is None and run_folder is None and not options.tasks:
         advice = "give --data FOLDER, --data SOURCE or --tasks"
         raise UserError(f"{options.model}: is not part of a run and has no dataset; {advice}")
@@ -72,8 +72,9 @@ def run(argv: Sequence[str]) -> None:
             dataset = _dataset(options, loaded, run_folder)
             # Mask attention between documents if the run did so in training.
             masked = run_folder is not None and run_folder.config().data.document_mask
-            tokenizer = loaded.tokenizer or dataset.tokenizer
-            start = tokenizer.eot_id if masked and tokenizer is not None else None
+            tokenizer = dataset.tokenizer or loaded.tokenizer
+            start = begins_documents(dataset, tokenizer) if masked and tokenizer is not None else None
+            dataset.vocab_size = min(dataset.vocab_size, model.config.vocab_size)  # reading refuses ids that the model lacks
             # A run measures sequences as long as those it trains on, which may be shorter than the model's context.
             length = min(model.config.block_size, run_folder.config().model.block_size if run_folder else 1 << 62)
             rows += _measure_loss(options, model, dataset, length, start, precision, context)

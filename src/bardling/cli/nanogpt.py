@@ -1,16 +1,18 @@
 """nanoGPT command lines for Bardling's commands: `bardling train config/x.py --device=cpu`, `bardling sample --out_dir=out`.
 
-A command line is recognised as nanoGPT's if it names a `.py` file or consists of nanoGPT's flat `--key=value` flags. The files
-are parsed, never executed.
+A command line is recognised as nanoGPT's if one of its arguments is a `.py` file, or if it consists of nanoGPT's flat
+`--key=value` flags. The value of an option, as in `--data.source code.py`, is not an argument. The files are parsed, never
+executed.
 """
 
 import dataclasses
 import os
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from bardling.cli.parse import note
+from bardling.cli.paths import shadow_notes
 from bardling.config import RunConfig
 from bardling.errors import UserError
 from bardling.interop.nanogpt import NanoGPTRun, run_config_from_nanogpt
@@ -19,11 +21,23 @@ from bardling.interop.python_config import read_nanogpt_arguments
 
 
 def is_nanogpt(argv: Sequence[str], keys: Collection[str]) -> bool:
-    """Whether `argv` is a nanoGPT command line: it names a `.py` file, or has only flat flags, at least one in `keys`."""
-    if any(word.endswith(".py") and not word.startswith("-") for word in argv):
+    """Whether `argv` is a nanoGPT command line: an argument is a `.py` file, or all are flat flags, at least one in `keys`."""
+    if any(word.endswith(".py") and not Path(word).is_dir() for word in _positional(argv)):
         return True
     flags = [word for word in argv if word.startswith("--") and "=" in word]
     return bool(argv) and len(flags) == len(argv) and any(word[2:].split("=", 1)[0] in keys for word in flags)
+
+
+def _positional(argv: Sequence[str]) -> Iterator[str]:
+    """The words that are neither options nor values of `--name VALUE`; only dotted options may have several values."""
+    option, values = "", 0
+    for word in argv:
+        if word.startswith("-"):
+            option, values = "" if "=" in word else word, 0
+            continue
+        if not option or (values and "." not in option):
+            yield word
+        values += 1
 
 
 def read_run(argv: Sequence[str]) -> NanoGPTRun:
@@ -38,7 +52,7 @@ def train(argv: Sequence[str]) -> None:
     """Do what nanoGPT's train.py would: train, resume, start from GPT-2, or only evaluate."""
     run = read_run(argv)
     if os.environ.get("RANK", "0") == "0":
-        for text in run.notes:
+        for text in (*run.notes, *shadow_notes(run)):
             note(text)
     if run.eval_only:
         _evaluate(run)

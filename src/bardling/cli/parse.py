@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import io
 import itertools
+import os
 import re
 import sys
 import typing
@@ -16,12 +17,16 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
+from bardling.cli.paths import expand_paths, shadow_notes
 from bardling.errors import UserError, closest
 
 T = TypeVar("T")
 
 Model = tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
 """The argument that names a model."""
+
+
+_REPEATED = {"--data.source": "give it once; to train on several files, name their folder or a glob pattern in quotes"}
 
 
 def note(text: str) -> None:
@@ -31,6 +36,7 @@ def note(text: str) -> None:
 
 def parse(cls: type[T], argv: Sequence[str], *, prog: str, description: str, default: T | None = None) -> T:
     """Parse `argv` into the dataclass `cls`; `--help` prints and exits with status 0, and a wrong option is a `UserError`."""
+    refuse_repeated(argv)
     message = io.StringIO()
     options: dict[str, Any] = {} if default is None else {"default": default}
     try:
@@ -57,7 +63,26 @@ def parse(cls: type[T], argv: Sequence[str], *, prog: str, description: str, def
             raise UserError(f"unknown option {option}{advice or ' (see --help)'}")
     if unknown:
         raise UserError(f"unexpected argument {unknown[0]!r} (see --help)")
+    value = expand_paths(value)
+    if os.environ.get("RANK", "0") == "0":
+        for text in shadow_notes(value):
+            note(text)
     return value
+
+
+def refuse_repeated(argv: Sequence[str]) -> None:
+    """Raise a `UserError` if an option occurs twice: only the last one would count."""
+    seen: dict[str, str] = {}
+    for index, word in enumerate(argv):
+        if not word.startswith("--"):
+            continue
+        name, equals, value = word.partition("=")
+        key = name.replace("-", "_")
+        value = value if equals else " ".join(argv[index + 1 : index + 2])
+        if key in seen:
+            remedy = _REPEATED.get(name, "give it once; an option with several values takes all of them at once")
+            raise UserError(f"{name} is given twice ({seen[key]!r} and {value!r}): {remedy}")
+        seen[key] = value
 
 
 def option_names(cls: Any, prefix: str = "") -> list[str]:
@@ -75,13 +100,19 @@ def option_names(cls: Any, prefix: str = "") -> list[str]:
 
 
 def _one_line(box: str) -> str:
-    """The message in one of tyro's boxes: its text up to the first horizontal rule, on one line."""
-    if "Missing from" in box:  # the names have an indentation of their own, the help below them a deeper one
-        names = re.findall(r"^│ {5}(\S.*?) *│$", box.split("│ ─")[0], re.MULTILINE)
+    """The message in one of tyro's boxes, which has borders of spaces and dashes in some terminals: its text up to the first
+    horizontal rule, on one line."""
+    lines = [line[2:].rstrip(" │") for line in box.splitlines()[1:]]  # without the title and the left border
+    lines = list(itertools.dropwhile(_is_rule, lines))
+    text = list(itertools.takewhile(lambda line: not _is_rule(line), lines))
+    if text and text[0].startswith("Missing from"):
+        names = [line.strip() for line in text[1:] if re.match(r" {4}\S", line)]  # the help below is indented further
         return f"missing {' and '.join(names)} (see --help)"
-    lines = [line.strip("│ ") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
-    text = itertools.takewhile(lambda line: set(line) != {"─"}, lines)
     message = " ".join(" ".join(text).split()).removeprefix("Error parsing ")
     message = re.sub(r"^config(\.\w+)?: ", "", message)  # keys are named without the field that holds the configuration
     message = re.sub(r"^Missing value for argument '(.+?)'.*", r"\1: missing a value", message)
     return message.replace("invalid literal for int() with base 10:", "expected an integer, not") or "invalid arguments"
+
+
+def _is_rule(line: str) -> bool:
+    return not line.strip(" ─-╯╰")

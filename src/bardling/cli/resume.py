@@ -11,6 +11,7 @@ from bardling.cli.recipe import Config, split_first, wants_help
 from bardling.cli.train import default_folder
 from bardling.config import RunConfig
 from bardling.errors import UserError
+from bardling.files.paths import expand_home
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ def run(argv: Sequence[str]) -> None:
     folder, rest = split_first(argv)
     if not folder and not wants_help(rest):
         raise UserError("resume: no run given; name a run folder")
+    folder = expand_home(folder)
     config, foreign = RunConfig(), bool(folder) and is_foreign(Path(folder))
     if foreign:
         config = foreign_config(Path(folder))

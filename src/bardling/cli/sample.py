@@ -1,7 +1,6 @@
 """`bardling sample RUN`: generate text with a trained model and print it token by token."""
 
 import secrets
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from bardling.cli.parse import Model, note, parse
 from bardling.config import SampleConfig
 from bardling.errors import UserError
+from bardling.files.prompt import read_prompt_file, read_prompt_input
 
 if TYPE_CHECKING:
     from bardling.data.tokens.tokenizer import Tokenizer
@@ -22,7 +22,7 @@ class SampleOptions:
     prompt: str | None = None
     """Text to continue; '-' reads it from standard input. Default: start a new document."""
     prompt_file: Path | None = None
-    """File to read the prompt from."""
+    """File or pipe to read the prompt from, at most 16 MiB."""
     special: bool = False
     """Parse special tokens in the prompt, such as <|endoftext|>, instead of treating them as plain text."""
     max_new_tokens: int = 256
@@ -67,11 +67,15 @@ def run(argv: Sequence[str]) -> None:
     loaded = load(options.model, best=options.best)
     tokenizer = loaded.needed_tokenizer()
     model = loaded.build().to(device)
-    run_folder = run_of(Path(options.model))
+    run_folder = run_of(options.model)
     single_document = run_folder is not None and run_folder.dataset_record().get("train_documents") == 1
     # A model trained on one document has never seen an end-of-text token, so it cannot start from one.
-    start = config.prompt or ("\n" if single_document else "")
-    prompt = prompt_ids(tokenizer, start, allow_special=options.special)
+    line_break = single_document and not tokenizer.interface.start
+    try:
+        prompt = prompt_ids(tokenizer, config.prompt or ("\n" if line_break else ""), allow_special=options.special)
+    except UserError as error:
+        where = "--prompt" if options.prompt_file is None else f"prompt file {options.prompt_file}"
+        raise UserError(f"{where}: {error}") from error
     if will_slide(len(prompt), config.max_new_tokens, model.config.block_size):
         context = model.config.block_size
         note(f"the text will exceed the model's context of {context} tokens; the model then sees only the most recent ones")
@@ -83,39 +87,47 @@ def run(argv: Sequence[str]) -> None:
         model,
         [prompt] * config.num_samples,
         **sampling,
-        eot_id=tokenizer.eot_id,
+        eot_id=tokenizer.interface.eos,
         vocab_size=tokenizer.vocab_size,
         seed=seed,
         autocast=precision.autocast,
     )
-    _print_texts(steps, tokenizer, config)
+    shown = prompt[len(tokenizer.interface.start) :] if config.prompt else []
+    _print_texts(steps, tokenizer, prompt, len(shown), config.num_samples)
 
 
-def _print_texts(steps: Iterable[Sequence[int | None]], tokenizer: "Tokenizer", config: SampleConfig) -> None:
+def _print_texts(
+    steps: Iterable[Sequence[int | None]], tokenizer: "Tokenizer", prompt: Sequence[int], shown: int, num_samples: int
+) -> None:
     """Print a single completion as it is generated, and several once all are complete.
 
     Args:
         steps: the next token of each completion; None for those that have ended.
+        prompt: the tokens before them, of which the last `shown` are printed too.
     """
     from bardling.data.tokens.tokenizer import StreamDecoder
 
-    decoders = [StreamDecoder(tokenizer) for _ in range(config.num_samples)]
-    texts = [""] * config.num_samples
+    decoders = [StreamDecoder(tokenizer) for _ in range(num_samples)]
+    texts = [""] * num_samples
 
     def add(row: int, piece: str) -> None:
         texts[row] += piece
-        if config.num_samples == 1:
+        if num_samples == 1:
             print(piece, end="", flush=True)
 
-    for row in range(config.num_samples):
-        add(row, config.prompt)
+    for row, decoder in enumerate(decoders):
+        if shown:
+            add(row, "".join(map(decoder.push, prompt[len(prompt) - shown :])))
+        else:
+            for before in prompt:  # the text goes on after them
+                decoder.push(before)
     for tokens in steps:
         for row, token in enumerate(tokens):
-            if token is not None and token != tokenizer.eot_id:
+            if token is not None and token not in tokenizer.interface.eos:
                 add(row, decoders[row].push(token))
     for row, decoder in enumerate(decoders):
         add(row, decoder.finish())  # bytes of an incomplete character
-    if config.num_samples == 1:
+    if num_samples == 1:
         print()
         return
     for row, text in enumerate(texts, 1):
@@ -126,10 +138,8 @@ def _prompt(options: SampleOptions) -> str:
     if options.prompt is not None and options.prompt_file is not None:
         raise UserError("--prompt and --prompt_file: give only one of them")
     if options.prompt_file is not None:
-        from bardling.files.reading import read_small_text
-
-        return read_small_text(options.prompt_file)
-    return sys.stdin.read() if options.prompt == "-" else options.prompt or ""
+        return read_prompt_file(options.prompt_file)
+    return read_prompt_input() if options.prompt == "-" else options.prompt or ""
 
 
 def nanogpt_options(argv: Sequence[str]) -> SampleOptions:

@@ -3,6 +3,7 @@
 import re
 
 from bardling.errors import UserError
+from bardling.files.paths import expand_home
 
 INF = float("inf")
 
@@ -26,6 +27,14 @@ def require_positive(config: object, section: str, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         require(value is None or 0 < value < INF, f"{section}.{name}", value, "must be above 0 and finite")
+
+
+def expand_paths(config: object, *names: str) -> None:
+    """Replace a leading `~` in the named settings of a new configuration, each a path or a tuple of paths."""
+    for name in names:
+        value = getattr(config, name)
+        expanded = expand_home(value) if isinstance(value, str) else tuple(map(expand_home, value))
+        object.__setattr__(config, name, expanded)  # the configuration is frozen
 
 
 def duration_seconds(text: str, key: str) -> float:

@@ -1,6 +1,6 @@
 from dataclasses import dataclass
 
-from bardling.config.checks import require
+from bardling.config.checks import expand_paths, require
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class DataConfig:
     """Folder for datasets prepared from a source; empty: $BARDLING_CACHE, or ~/.cache/bardling."""
 
     def __post_init__(self) -> None:
+        expand_paths(self, "source", "tokenizer", "cache")
         require(bool(self.source), "data.source", self.source, "must name a source")
         rule = "the char tokenizer has no end-of-text token to separate documents; disable it or choose another data.tokenizer"
         require(not (self.document_mask and self.tokenizer == "char"), "data.document_mask", self.document_mask, rule)

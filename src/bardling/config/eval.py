@@ -1,6 +1,6 @@
 from dataclasses import dataclass
 
-from bardling.config.checks import require_at_least
+from bardling.config.checks import expand_paths, require_at_least
 
 
 @dataclass(frozen=True)
@@ -19,5 +19,6 @@ class EvalConfig:
     """Number of items per task, a fixed random subset; unset: all items."""
 
     def __post_init__(self) -> None:
+        expand_paths(self, "tasks")
         require_at_least(0, self, "eval", "every", "tasks_every")
         require_at_least(1, self, "eval", "windows", "task_items")

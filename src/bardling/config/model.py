@@ -2,7 +2,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from bardling.config.architecture import FAMILIES, Architecture, Family, Norm, Positions, QKNorm
-from bardling.config.checks import require, require_at_least, require_positive
+from bardling.config.checks import expand_paths, require, require_at_least, require_positive
 from bardling.errors import UserError
 from bardling.extensions import ACTIVATIONS
 
@@ -71,6 +71,7 @@ class ModelConfig:
     """Derive a compute-optimal run (width, heads, learning rates, batch size, steps) from this many layers; 0: do not."""
 
     def __post_init__(self) -> None:
+        expand_paths(self, "init")
         if self.mlp is not None:
             ACTIVATIONS.check("model.mlp", self.mlp)
         require_at_least(1, self, "model", "n_layer", "n_head", "n_embd", "block_size", "vocab_multiple")

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from bardling.config import RunConfig
 from bardling.errors import UserError, closest
+from bardling.files.paths import expand_home
 from bardling.files.reading import read_small_text
 
 T = TypeVar("T")
@@ -31,7 +32,7 @@ def recipe_text(name: str) -> str:
 
 def recipe_keys(name_or_path: str) -> set[str]:
     """Dotted names of the settings in a valid recipe, such as "model.n_layer"."""
-    text = recipe_text(name_or_path) if name_or_path in recipe_names() else read_small_text(Path(name_or_path))
+    text = recipe_text(name_or_path) if name_or_path in recipe_names() else read_small_text(Path(expand_home(name_or_path)))
     return set(flatten(tomllib.loads(text)))
 
 
@@ -47,7 +48,7 @@ def load_recipe(name_or_path: str, *, validate: bool = True) -> RunConfig:
     """
     if name_or_path in recipe_names():
         return parse_recipe(recipe_text(name_or_path), f"recipe {name_or_path}", validate=validate)
-    path = Path(name_or_path)
+    path = Path(expand_home(name_or_path))
     if path.suffix == ".toml" or path.is_file():
         return parse_recipe(read_small_text(path), str(path), validate=validate)
     names = recipe_names()

@@ -10,7 +10,7 @@ class SampleConfig:
     every: int = 0
     """Steps between samples (0 disables this)."""
     prompt: str = ""
-    """Text to continue; empty: start from the end-of-text token, or a newline if the tokenizer has none."""
+    """Text to continue; empty: start from the token that begins a text, or a newline if there is none."""
     num_samples: int = 1
     """Number of completions each time."""
     max_new_tokens: int = 128

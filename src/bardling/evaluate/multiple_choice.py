@@ -4,8 +4,11 @@ Every ending is scored by the log-likelihood of its tokens after the context (Ze
 2.4). The model chooses the ending with the smallest loss: summed, which favours short endings; per token, as in the usual 0.294
 of GPT-2 124M on HellaSwag; or per character, which the language model evaluation harness calls `acc_norm`.
 
-Context and " " + ending are encoded separately, so that a context has the same tokens before each of its endings: it is
-computed once, and its keys and values serve all endings. Items are batched by length, divided among the processes, and
+An ending's tokens are those of context + " " + ending, minus as many as the context alone has, because a tokenizer may treat
+the beginning of a text differently. Spaces at the end of a context belong to the endings, a context begins with what the
+tokenizer's post-processor puts there, and an empty one with the token that begins a text; all as in the language model
+evaluation harness. A context therefore has the same tokens before each of its endings: it is computed once, and its keys and
+values serve all endings. Items are batched by length, divided among the processes, and
 reassembled before anything is counted, so the result does not depend on the division. Every process makes the same number of
 forward passes: one without a batch in some turn evaluates a dummy item.
 
@@ -25,6 +28,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from bardling.config import ModelConfig
 from bardling.data.batches import IGNORE
 from bardling.data.tokens.tokenizer import Tokenizer
 from bardling.distributed.context import SINGLE, Context
@@ -143,12 +147,7 @@ def evaluate_choices(
     """
     if not items:
         raise UserError(f"{task}: there are no items to evaluate")
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise UserError(
-            f"{task}: the tokenizer has {tokenizer.vocab_size} ids, the model only {model.config.vocab_size}: "
-            "use the tokenizer that the model was trained with"
-        )
-    begun, encoded = time.monotonic(), _encode_share(tokenizer, items, model.config.block_size, task, context)
+    begun, encoded = time.monotonic(), _encode_share(tokenizer, items, model.config, task, context)
     batches = _batches(encoded, batch_tokens or BATCH_TOKENS.get(context.device.type, 2048), model.config.block_size)
     with_context = _agree_on_passes(batches, context)
     # In host memory, so that one batch's losses do not delay the next; Apple GPUs have no float64 anyway.
@@ -185,14 +184,19 @@ def _record(batch: Sequence[_Encoded], losses: Tensor, table: Tensor, cuts: Tens
         cuts += torch.tensor([item.cut_context, item.cut_endings], dtype=torch.float64)
 
 
+def check_items(tokenizer: Tokenizer, items: Sequence[ChoiceItem], config: ModelConfig, task: str) -> None:
+    """Encode all items; a `UserError` names the first one that the tokenizer or the model cannot represent."""
+    _encode(tokenizer, items, range(len(items)), config, task)
+
+
 def _encode_share(
-    tokenizer: Tokenizer, items: Sequence[ChoiceItem], block_size: int, task: str, context: Context
+    tokenizer: Tokenizer, items: Sequence[ChoiceItem], config: ModelConfig, task: str, context: Context
 ) -> list[_Encoded]:
     # Dealt from longest to shortest, so that all processes have equal work. Measuring characters is accurate enough, and saves
     # each process from encoding the others' items.
     order = sorted(range(len(items)), key=lambda index: -len(items[index].context) - sum(map(len, items[index].endings)))
     try:
-        encoded = _encode(tokenizer, items, order[context.data_rank :: context.data_size], block_size, task)
+        encoded = _encode(tokenizer, items, order[context.data_rank :: context.data_size], config, task)
     except UserError:
         context.any(True)  # all stop together; otherwise the others would wait for this process
         raise
@@ -209,32 +213,61 @@ def _agree_on_passes(batches: Sequence[Sequence[_Encoded]], context: Context) ->
 
 
 def _encode(
-    tokenizer: Tokenizer, items: Sequence[ChoiceItem], chosen: Sequence[int], block_size: int, task: str
+    tokenizer: Tokenizer, items: Sequence[ChoiceItem], chosen: Sequence[int], config: ModelConfig, task: str
 ) -> list[_Encoded]:
-    texts = [text for index in chosen for text in items[index].texts]
+    texts = [text for index in chosen for text in _texts(tokenizer, items[index])]
     try:
         ids = iter(tokenizer.encode_batch(texts))
     except UserError:
         for index in chosen:
             try:
-                tokenizer.encode_batch(items[index].texts)
+                tokenizer.encode_batch(_texts(tokenizer, items[index]))
             except UserError as error:
                 raise UserError(f"{task}, item {items[index].id}: {error}") from error
         raise
-    encoded = []
+    encoded, block_size = [], config.block_size
     for index in chosen:
-        start = next(ids)
+        name, alone = f"{task}, item {items[index].id}", next(ids)
+        about = tokenizer.interface
+        start = np.concatenate([np.array(about.start, np.int64), alone])
+        if about.first is not None and not (items[index].context and len(start)):
+            start = np.array([about.first], np.int64)
         if not len(start):
-            if tokenizer.eot_id is None:
-                name = f"{task}, item {items[index].id}"
-                raise UserError(f"{name}: the context is empty, and the tokenizer has no end-of-text token to begin with")
-            start = np.array([tokenizer.eot_id], np.int64)
-        whole = [next(ids) for _ in items[index].endings]
+            raise UserError(f"{name}: the context is empty, and the tokenizer has no end-of-text token to begin with")
+        skipped = len(alone) if _jointly(tokenizer) else 0
+        whole = [next(ids)[skipped:] for _ in items[index].endings]
+        # together with an unknown word at the end of the context, an ending may become a single token
+        whole = [
+            row if len(row) else tokenizer.encode(" " + text) for row, text in zip(whole, items[index].endings, strict=True)
+        ]
+        _check_ids([start, *whole], name, tokenizer, config)
         endings = tuple(ending[:block_size] for ending in whole)
         room = block_size + 1 - max(map(len, endings))  # for the context: the last token of an ending is only a target
         cut_endings = sum(len(ending) > block_size for ending in whole)
         encoded.append(_Encoded(index, start[-room:], endings, len(start) > room, cut_endings))
     return encoded
+
+
+def _jointly(tokenizer: Tokenizer) -> bool:
+    """Whether an ending may have other tokens after its context than alone."""
+    return tokenizer.kind not in ("byte", "char")
+
+
+def _texts(tokenizer: Tokenizer, item: ChoiceItem) -> list[str]:
+    """What is encoded: the context, then each ending, after the context where that matters."""
+    context = item.context.rstrip()
+    before = item.context if _jointly(tokenizer) else item.context[len(context) :]
+    return [context, *(f"{before} {ending}" for ending in item.endings)]
+
+
+def _check_ids(rows: Sequence[Ids], name: str, tokenizer: Tokenizer, config: ModelConfig) -> None:
+    if not all(map(len, rows)):
+        raise UserError(f"{name}: an ending has no tokens: the tokenizer knows none of its characters; remove the item")
+    if (largest := max(int(row.max()) for row in rows)) >= config.vocab_size:
+        fault = (
+            f"token {largest} is out of range; the tokenizer has {tokenizer.vocab_size} ids, the model only {config.vocab_size}"
+        )
+        raise UserError(f"{name}: {fault}: use the tokenizer that the model was trained with")
 
 
 def _batches(encoded: list[_Encoded], batch_tokens: int, block_size: int) -> list[list[_Encoded]]:

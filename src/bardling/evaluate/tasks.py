@@ -40,11 +40,6 @@ class ChoiceItem:
     label: int  # index of the right ending
     id: str  # for messages: HellaSwag's own ids repeat
 
-    @property
-    def texts(self) -> list[str]:
-        """What is encoded: the context, then each ending."""
-        return [self.context, *(" " + ending for ending in self.endings)]
-
 
 @dataclass(frozen=True)
 class HubFile:
@@ -71,6 +66,11 @@ def check_task(task: str) -> None:
     if task not in HUB_TASKS and not Path(task).is_file():
         known = f"{', '.join(HUB_TASKS)} or the path of a JSON Lines file in HellaSwag's format"
         raise UserError(f"task {task!r}: no such task or file; use {known}{closest(task, list(HUB_TASKS))}")
+
+
+def absolute_task(task: str) -> str:
+    """The task, with an absolute path if it is a file, so that a run can be resumed from any folder."""
+    return task if task in HUB_TASKS or not Path(task).exists() else str(Path.cwd() / task)
 
 
 def task_name(task: str) -> str:

@@ -9,7 +9,7 @@ Context longer than `block_size`: a full row discards all but its last block_siz
 first positions (`will_slide` predicts this). Halving keeps the cost of sliding low: one prefill every block_size / 2 tokens.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -41,13 +41,15 @@ def will_slide(prompt_length: int, max_new_tokens: int, block_size: int) -> bool
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str, *, allow_special: bool = False) -> list[int]:
-    """Tokens of a prompt. An empty prompt becomes an end-of-text token, which starts a new document, or else a line break.
+    """Tokens of a prompt, with what the tokenizer's post-processor adds.
 
-    With `allow_special`, names of special tokens in the prompt, such as `<|endoftext|>`, encode to these tokens.
+    If that leaves an empty prompt empty, it becomes the token that begins a text, or else a line break. With `allow_special`,
+    names of added tokens in the prompt, such as `<|endoftext|>`, encode to these tokens.
     """
-    if not prompt and tokenizer.eot_id is not None:
-        return [tokenizer.eot_id]
-    return [int(token) for token in tokenizer.encode(prompt or "\n", allow_special=allow_special)]
+    first = tokenizer.interface.first
+    if not prompt and not tokenizer.interface.start:
+        return tokenizer.encode_prompt("\n") if first is None else [first]
+    return tokenizer.encode_prompt(prompt, allow_special)
 
 
 def generate(
@@ -58,7 +60,7 @@ def generate(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    eot_id: int | None = None,
+    eot_id: int | Collection[int] | None = None,
     vocab_size: int | None = None,
     seed: int = 0,
     autocast: Autocast = nullcontext,
@@ -74,7 +76,7 @@ def generate(
         temperature: divides the logits; 0 always takes the likeliest token.
         top_k: sample from the k likeliest tokens only (all, if k is larger than the vocabulary).
         top_p: sample from the fewest likeliest tokens whose probabilities sum to at least p.
-        eot_id: a row ends with this token, which is yielded.
+        eot_id: a row ends with this token, or any of these, which is yielded.
         vocab_size: the tokenizer's, if smaller than the model's: only ids below it are sampled.
         seed: together with the row's number, seeds the row's samples.
         autocast: creates the context in which the model runs. It converts the weights again at each step: for long texts, a
@@ -104,7 +106,8 @@ def generate(
         draws = [float(torch.rand((), generator=row.random, dtype=torch.float64)) for row in rows] if temperature else None
         return agree(choose(logits[:, :vocab_size], draws, temperature=temperature, top_k=top_k, top_p=top_p))
 
-    return _steps(model, rows, max_new_tokens, pick, eot_id, autocast, should_stop or (lambda: False))
+    ends = frozenset(() if eot_id is None else (eot_id,) if isinstance(eot_id, int) else eot_id)
+    return _steps(model, rows, max_new_tokens, pick, ends, autocast, should_stop or (lambda: False))
 
 
 def _check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
@@ -121,7 +124,7 @@ def _steps(
     rows: list[_Row],
     max_new_tokens: int,
     pick: Callable[[Tensor], list[int]],
-    eot_id: int | None,
+    ends: Collection[int],
     autocast: Autocast,
     should_stop: Callable[[], bool],
 ) -> Iterator[list[int | None]]:
@@ -138,7 +141,7 @@ def _steps(
             row.tokens.append(token)
         yield step
         for place in reversed(range(len(rows))):
-            if rows[place].tokens[-1] == eot_id:  # the last row takes the place, as it does in the cache
+            if rows[place].tokens[-1] in ends:  # the last row takes the place, as it does in the cache
                 cache.drop(place)
                 rows[place] = rows[-1]
                 rows.pop()

@@ -94,7 +94,7 @@ def tensor_parts(config: ModelConfig, layout: Layout) -> dict[str, tuple[Part, .
     return parts
 
 
-def llama_config(config: ModelConfig, *, eot_id: int | None) -> dict[str, Any]:
+def llama_config(config: ModelConfig) -> dict[str, Any]:
     """The `config.json` of a model for `LlamaForCausalLM` or `Qwen3ForCausalLM`."""
     arch = config.architecture
     qwen = arch.transformers_family == "qwen3"
@@ -117,8 +117,8 @@ def llama_config(config: ModelConfig, *, eot_id: int | None) -> dict[str, Any]:
         "attention_bias": False,
         "attention_dropout": config.dropout,
         "tie_word_embeddings": arch.tied,
-        "bos_token_id": eot_id,
-        "eos_token_id": eot_id,
+        "bos_token_id": None,
+        "eos_token_id": None,
         "dtype": "float32",
     }
     if qwen:

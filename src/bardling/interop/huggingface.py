@@ -66,8 +66,8 @@ _DTYPES = ("F32", "F16", "BF16")
 _T = TypeVar("_T")
 
 
-def hf_config(config: ModelConfig, *, eot_id: int | None = None) -> dict[str, Any]:
-    """The `config.json` of `config`; `eot_id` is the token that ends a text, if there is one.
+def hf_config(config: ModelConfig) -> dict[str, Any]:
+    """The `config.json` of `config`, without special tokens.
 
     A model that `transformers` does not implement gets the `model_type` 'bardling', which it refuses to open.
     """
@@ -75,7 +75,7 @@ def hf_config(config: ModelConfig, *, eot_id: int | None = None) -> dict[str, An
     if layout == BARDLING:
         return bardling_config(config)
     if layout != "gpt2":
-        return llama_config(config, eot_id=eot_id)
+        return llama_config(config)
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -92,8 +92,8 @@ def hf_config(config: ModelConfig, *, eot_id: int | None = None) -> dict[str, An
         "initializer_range": 0.02,
         "scale_attn_weights": True,
         "tie_word_embeddings": arch.tied,
-        "bos_token_id": eot_id,
-        "eos_token_id": eot_id,
+        "bos_token_id": None,
+        "eos_token_id": None,
         "dtype": "float32",
         BARDLING: {"bias": arch.bias, "dropout": config.dropout, "vocab_multiple": config.vocab_multiple},
     }

@@ -25,7 +25,8 @@ from bardling.config import (
 )
 from bardling.config.recipes import config_to_dict
 from bardling.errors import UserError
-from bardling.files.reading import read_small_text
+from bardling.files.paths import expand_home
+from bardling.files.prompt import read_prompt_file
 from bardling.interop.nanogpt_keys import NAMED_DATASETS, PLACES, SAMPLE_DEFAULTS, TRAIN_DEFAULTS
 from bardling.interop.pretrained import GPT2_NAMES
 from bardling.planning.presets import size
@@ -93,7 +94,7 @@ def run_config_from_nanogpt(settings: Mapping[str, Any], world_size: int = 1, da
         notes.append(f"backend = {values['backend']!r} is ignored: nccl is used on CUDA, gloo elsewhere")
     if not values["always_save_checkpoint"]:
         notes.append("the last step's checkpoint is kept besides the one with the best validation loss")
-    return NanoGPTRun(config, Path(values["out_dir"]), init_from, values["eval_only"], notes)
+    return NanoGPTRun(config, Path(expand_home(values["out_dir"])), init_from, values["eval_only"], notes)
 
 
 def _check_counts(values: Mapping[str, Any], world_size: int) -> None:
@@ -186,8 +187,8 @@ def sample_from_nanogpt(settings: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(f"init_from = {values['init_from']!r}: choose resume or one of {', '.join(GPT2_NAMES)}")
     start: str = values["start"]
     return {
-        "model": values["out_dir"] if values["init_from"] == "resume" else values["init_from"],
-        "prompt": read_small_text(Path(start[5:])) if start.startswith("FILE:") else start,
+        "model": expand_home(values["out_dir"]) if values["init_from"] == "resume" else values["init_from"],
+        "prompt": read_prompt_file(start[5:]) if start.startswith("FILE:") else start,
         **{key: values[key] for key in ("num_samples", "max_new_tokens", "temperature", "top_k", "seed", "compile")},
         "device": settings.get("device", "auto"),
         "precision": _precision(settings, []),

@@ -21,12 +21,18 @@ _SMALL = ("config.json", "generation_config.json", "adapter_config.json", INDEX,
 _WEIGHTS = "model.safetensors"
 _OTHER_TOKENIZERS = ("vocab.json", "merges.txt", *UNREAD_TOKENIZERS)
 """Instead of a `tokenizer.json`."""
-_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+_REPOSITORY = re.compile(r"\w[\w.-]*/[\w.-]+")  # not ./NAME, which is a path
 
 
-def is_hub_name(spec: str) -> bool:
-    """Whether `spec` names a model on the hub, one of GPT-2's names or USER/REPO; a path that exists takes precedence."""
-    return (spec in GPT2_NAMES or bool(_REPOSITORY.fullmatch(spec))) and not Path(spec).exists()
+def is_hub_name(spec: str | Path) -> bool:
+    """Whether `spec` names a model on the hub: one of GPT-2's names, or USER/REPO unless this path exists.
+
+    GPT-2's names take precedence over files and folders: `./gpt2` is a path, and so is an existing `Path`.
+    """
+    name = str(spec)
+    if name in GPT2_NAMES and isinstance(spec, str):
+        return True
+    return (name in GPT2_NAMES or bool(_REPOSITORY.fullmatch(name))) and not Path(name).exists()
 
 
 def fetch_model(spec: str, *, weights: bool = True) -> Path:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from bardling.errors import UserError, closest
+from bardling.files.paths import expand_home
 from bardling.files.reading import read_small_text
 
 Kind = type | types.UnionType
@@ -96,7 +97,7 @@ def read_nanogpt_arguments(
         if arg.startswith("-"):
             settings |= parse_flat_flags([arg], allowed)
         else:
-            settings |= read_py_config(Path(arg), allowed, {**(defaults or {}), **settings})
+            settings |= read_py_config(Path(expand_home(arg)), allowed, {**(defaults or {}), **settings})
     return settings
 
 

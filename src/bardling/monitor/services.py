@@ -7,6 +7,7 @@ later is reported once and dropped; the run folder's own files still have every 
 
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import ClassVar, Protocol
 
 from bardling.config.monitor import MonitorConfig
@@ -36,31 +37,52 @@ def enabled(config: MonitorConfig) -> list[type[Service]]:
 
 def check_services(config: MonitorConfig) -> None:
     """Raise a `UserError` if an enabled service lacks its package, which must be importable, or its API key."""
-    for name in (service.package for service in enabled(config)):
-        if importlib.util.find_spec(name) is None:
-            needs = f"needs the package {name}: pip install 'bardling[{name}]'"
-            raise UserError(f"monitor.{name} = {getattr(config, name)!r}: {needs}")
-    if config.wandb == "online":
-        check_api_key()
+    for service in enabled(config):
+        _check(service, config)
     for name in config.sinks:
         SINKS.get("monitor.sinks", name)
 
 
-class Services:
-    """All enabled services, as one sink. `check_services` has been called before; a damaged wandb.json is a `UserError`."""
+def _check(service: type[Service], config: MonitorConfig) -> None:
+    name = service.package
+    if importlib.util.find_spec(name) is None:
+        needs = f"needs the package {name}: pip install 'bardling[{name}]'"
+        raise UserError(f"monitor.{name} = {getattr(config, name)!r}: {needs}")
+    if service is WandbSink and config.wandb == "online":
+        check_api_key()
 
-    def __init__(self, run: RunInfo) -> None:
+
+class Services:
+    """All enabled services, as one sink; one that cannot be opened is reported and left out.
+
+    Args:
+        resumed: the run has started before. It is not ended by a package or a key that is missing now, nor by a damaged
+            wandb.json, which are a `UserError` otherwise. For a new run, `check_services` has been called before.
+    """
+
+    def __init__(self, run: RunInfo, *, resumed: bool = False) -> None:
         self._report = run.report
         self._open: dict[str, Sink] = {}  # by title
-        makers: dict[str, Callable[[RunInfo], Sink]] = {one.title: one for one in enabled(run.config)}
-        makers |= {f"the sink {name!r}": SINKS.get("monitor.sinks", name) for name in run.config.sinks}
+
+        def opened(service: type[Service]) -> Sink:
+            if resumed:
+                _check(service, run.config)
+            return service(run)
+
+        def extension(name: str) -> Sink:
+            sink: Sink = SINKS.get("monitor.sinks", name)(run)
+            return sink
+
+        makers: dict[str, Callable[[], Sink]] = {one.title: partial(opened, one) for one in enabled(run.config)}
+        for name in run.config.sinks:
+            makers[f"the sink {name!r}"] = partial(extension, name)
         for title, make in makers.items():
             try:
-                self._open[title] = make(run)
-            except UserError:
-                raise
-            except Exception as error:  # noqa: BLE001  whatever a service's library raises, the run matters more
-                self._give_up(title, error)
+                self._open[title] = make()
+            except Exception as error:
+                if isinstance(error, UserError) and not resumed:
+                    raise
+                self._give_up(title, error)  # whatever a service's library raises, the run matters more
 
     def log(self, record: Mapping[str, object]) -> None:
         self._each(lambda sink: sink.log(record))

@@ -311,8 +311,10 @@ def resolve_vocabulary(config: RunConfig) -> tuple[ModelConfig, list[str]]:
 
 def _manifest(config: RunConfig) -> "Manifest | None":
     """The manifest if `data.source` is a prepared folder."""
+    from bardling.data.text.named_datasets import is_source_name
+
     path = Path(config.data.source) / "manifest.json"
-    if not path.is_file():
+    if is_source_name(config.data.source) or not path.is_file():
         return None
     from bardling.data.tokens.manifest import read_manifest
 

@@ -15,7 +15,8 @@ def compressor_bits_per_byte(dataset: TokenDataset) -> dict[str, float]:
     if tokenizer is None or len(split) > MAX_TEXT:
         return {}
     ids = split.read(0, len(split))
-    text = tokenizer.decode([int(token) for token in ids if token != tokenizer.eot_id]).encode()
+    around = (*tokenizer.interface.start, tokenizer.eot_id)  # of each document
+    text = tokenizer.decode([int(token) for token in ids if token not in around]).encode()
     if not text or len(text) > MAX_TEXT:
         return {}
     compressed = {"gzip -9": gzip.compress(text, 9), "xz -9": lzma.compress(text, preset=9)}

@@ -39,7 +39,9 @@ from bardling.config import CheckpointConfig, DataConfig, EvalConfig, ModelConfi
 from bardling.config.recipes import config_to_toml
 from bardling.data.batches.loader import Batch, EvalSequences
 from bardling.data.batches.packing import document_bounds, document_start
+from bardling.data.text.named_datasets import is_source_name
 from bardling.data.tokens.dataset import open_data
+from bardling.data.tokens.tokenizer import is_tokenizer_path
 from bardling.distributed.context import SINGLE
 from bardling.distributed.device import DTYPES, Precision, choose_device, choose_precision, device_name, matmul_flops
 from bardling.errors import UserError
@@ -144,14 +146,15 @@ def shrink(
 def _small_data(data: DataConfig, folder: Path) -> tuple[DataConfig, list[str]]:
     """Data that can be prepared in seconds: the recipe's own, if possible."""
     path = Path(data.source)
-    prepared = (path / "manifest.json").is_file()
-    if not prepared and not (path.is_file() and path.stat().st_size <= _SMALL_FILE):
+    named = is_source_name(data.source)
+    prepared = not named and (path / "manifest.json").is_file()
+    if not prepared and not (not named and path.is_file() and path.stat().st_size <= _SMALL_FILE):
         text = folder / "text.jsonl"
         text.write_text("".join(json.dumps({"text": document}) + "\n" for document in _documents()), encoding="utf-8")
         data = dataclasses.replace(data, source=str(text), tokenizer="byte", cache=str(folder / "cache"))
         return data, ["synthetic text, because the recipe's data would take long to prepare"]
     data = dataclasses.replace(data, cache=data.cache or str(folder / "cache"))
-    if prepared or data.tokenizer in ("byte", "char") or Path(data.tokenizer).exists():
+    if prepared or data.tokenizer in ("byte", "char") or is_tokenizer_path(data.tokenizer):
         return data, []
     return dataclasses.replace(data, tokenizer="byte"), [f"tokenizer 'byte' instead of {data.tokenizer!r}"]
 

@@ -6,6 +6,7 @@ the size of forward passes. Each decision is recorded with its reason. Nothing a
 result is written to the run folder and is itself a recipe.
 """
 
+import glob
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -15,11 +16,14 @@ from typing import Any, Literal
 from bardling.checkpoint.load import Loaded, tokenizer_file
 from bardling.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from bardling.config.recipes import changed_settings
+from bardling.data.text.named_datasets import is_source_name
 from bardling.data.tokens.dataset import is_tokenized
 from bardling.data.tokens.shards import TokenDataset
-from bardling.data.tokens.tokenizer import Tokenizer, build_tokenizer
+from bardling.data.tokens.tokenizer import Tokenizer, build_tokenizer, is_tokenizer_path
 from bardling.distributed.device import DTYPES, choose_precision, device_name
 from bardling.errors import UserError
+from bardling.evaluate.tasks import absolute_task
+from bardling.interop.pretrained import is_hub_name
 from bardling.optim.build import resolve_muon_precision
 from bardling.planning.batching import TrainPlan, make_plan
 from bardling.planning.costs import flops_per_token, fp8_layers, recomputed_flops_per_token
@@ -82,9 +86,8 @@ def resolve(config: RunConfig, facts: Facts) -> ResolvedRun:
         UserError: the configuration does not fit the data, the weights to start from, the machine, or the run that it resumes.
     """
     log, device = _Log(), facts.context.device
-    config = apply_depth(config, facts.given, record=partial(log.add, from_depth=True))
-    optim, train = config.optim, config.train
-    data, asked = _absolute_paths(config.data, config.model)
+    config = apply_depth(_absolute_paths(config), facts.given, record=partial(log.add, from_depth=True))
+    data, asked, optim, train = config.data, config.model, config.optim, config.train
     previous = facts.previous
     if previous is not None:
         asked, optim, train = _keep(asked, optim, train, previous.model, previous.train, previous.precision)
@@ -92,10 +95,9 @@ def resolve(config: RunConfig, facts: Facts) -> ResolvedRun:
             key: getattr(previous, key) for key in ("precision", "compile") if getattr(config, key) == "auto"
         }
         config = replace(config, **kept)
-        old_data, old_model = _absolute_paths(previous.data, previous.model)
+        before = _absolute_paths(previous)
         if asked.init and data.tokenizer == DataConfig.tokenizer:  # a run from initial weights recorded their tokenizer
-            data = replace(data, tokenizer=old_data.tokenizer)
-        before = replace(previous, data=old_data, model=old_model)
+            data = replace(data, tokenizer=before.data.tokenizer)
         now = replace(config, data=data, model=asked, optim=optim, train=train)
         log.changes += _checked_changes(changed_settings(before, now))
 
@@ -137,19 +139,21 @@ def resolve(config: RunConfig, facts: Facts) -> ResolvedRun:
     return replace(run, reasons=tuple(log.reasons), changes=tuple(log.changes), warnings=tuple(log.warnings))
 
 
-def _absolute_paths(data: DataConfig, model: ModelConfig) -> tuple[DataConfig, ModelConfig]:
+def _absolute_paths(config: RunConfig) -> RunConfig:
     """Make paths absolute, so that the run can be resumed from any folder."""
 
-    def absolute(spec: str) -> str:
-        path = Path(spec.split(":", 1)[0])
-        is_path = bool(spec) and (path.exists() or any(sign in spec for sign in "*?["))
-        return str(Path.cwd() / spec) if is_path and not path.is_absolute() else spec
+    def absolute(spec: str, is_path: bool) -> str:
+        return str(Path.cwd() / spec) if is_path else spec
 
-    cache = data.cache and str(Path(data.cache).expanduser().absolute())
-    return (
-        replace(data, source=absolute(data.source), tokenizer=absolute(data.tokenizer), cache=cache),
-        replace(model, init=absolute(model.init)),
-    )
+    data, model, tasks = config.data, config.model, tuple(map(absolute_task, config.eval.tasks))
+    file = data.source.rpartition(":")[0]  # of FILE:FIELD
+    found = Path(data.source).exists() or (file and Path(file).exists()) or glob.has_magic(data.source)
+    source = absolute(data.source, not is_source_name(data.source) and bool(found))
+    tokenizer = absolute(data.tokenizer, is_tokenizer_path(data.tokenizer))
+    init = absolute(model.init, bool(model.init) and not is_hub_name(model.init) and Path(model.init).exists())
+    cache = data.cache and str(Path(data.cache).absolute())
+    data = replace(data, source=source, tokenizer=tokenizer, cache=cache)
+    return replace(config, data=data, model=replace(model, init=init), eval=replace(config.eval, tasks=tasks))
 
 
 def _keep(
@@ -255,12 +259,16 @@ def _vocabulary(dataset: TokenDataset, vocab_size: int, start: Loaded | None, fa
     Args:
         vocab_size: of the existing model; 0 if there is none.
     """
-    tokenizer = dataset.tokenizer
+    tokenizer, own = dataset.tokenizer, facts.own_tokenizer if start is None else start.tokenizer
+    if tokenizer is not None and own is not None and own.fingerprint == tokenizer.fingerprint:
+        if own.eot_id == tokenizer.eot_id:
+            tokenizer = own  # the model's files may say more than the dataset's about what surrounds a text
+        if 0 < vocab_size < dataset.vocab_size:  # a token that the tokenizer has and the model lacks may never occur
+            dataset.limit_vocabulary(vocab_size)
     if tokenizer is not None or dataset.vocab_size != -(-vocab_size // 64) * 64:
         return tokenizer, dataset.vocab_size
     dataset.vocab_size = vocab_size
-    tokenizer = start.tokenizer if start is not None else facts.own_tokenizer
-    return None if tokenizer is not None and tokenizer.vocab_size < vocab_size else tokenizer, vocab_size
+    return None if own is not None and own.vocab_size < vocab_size else own, vocab_size
 
 
 def _model(

@@ -14,6 +14,7 @@ from bardling.config import MonitorConfig, RunConfig
 from bardling.distributed.context import distributed
 from bardling.distributed.device import backend
 from bardling.evaluate.tasks import check_task
+from bardling.files.paths import expand_home
 from bardling.monitor.services import check_services
 from bardling.training.environment import config_fingerprint, started_by_this_job
 from bardling.training.facts import Facts
@@ -40,7 +41,7 @@ def train(
     Raises:
         UserError: the configuration does not fit the data or the machine; nothing has been written then.
     """
-    folder, fingerprint = RunFolder(Path(out)), config_fingerprint(config)
+    folder, fingerprint = RunFolder(Path(expand_home(str(out)))), config_fingerprint(config)
     with distributed(config.device, rank_timeout=config.train.rank_timeout) as context, ExitStack() as cleanup:
         if context.broadcast(context.is_primary and started_by_this_job(folder, fingerprint)):
             # torchrun or Slurm has restarted the job: continue its run.
@@ -49,7 +50,7 @@ def train(
         else:
             context.on_primary(lambda: refuse_existing(folder.path))
             facts = Facts(context, folder, continue_from=continue_from, given=given)
-        context.on_primary(partial(_check_requirements, config.monitor, config.eval.tasks))
+        context.on_primary(partial(_check_requirements, config.monitor, config.eval.tasks, facts.previous))
         cleanup.enter_context(backend(context.device, deterministic=config.deterministic, attention=config.attention))
         return Session(resolve(config, facts), facts, fingerprint=fingerprint, quiet=quiet).train()
 
@@ -63,18 +64,20 @@ def resume(run: Path | str, config: RunConfig | None = None, *, quiet: bool = Fa
     Raises:
         UserError: there is no such run, its data has changed, or a change is one that a trained model cannot follow.
     """
-    folder = open_run(Path(run))
+    folder = open_run(Path(expand_home(str(run))))
     config = config or folder.config()
     with distributed(config.device, rank_timeout=config.train.rank_timeout) as context, ExitStack() as cleanup:
         cleanup.enter_context(run_lock(folder, context))
         facts, fingerprint = Facts(context, folder, resumed=True), config_fingerprint(config)
-        context.on_primary(partial(_check_requirements, config.monitor, config.eval.tasks))
+        context.on_primary(partial(_check_requirements, config.monitor, config.eval.tasks, facts.previous))
         cleanup.enter_context(backend(context.device, deterministic=config.deterministic, attention=config.attention))
         return Session(resolve(config, facts), facts, fingerprint=fingerprint, quiet=quiet).train()
 
 
-def _check_requirements(monitor: MonitorConfig, tasks: tuple[str, ...]) -> None:
-    """Check what a run needs from outside."""
-    check_services(monitor)
+def _check_requirements(monitor: MonitorConfig, tasks: tuple[str, ...], previous: RunConfig | None) -> None:
+    """Check what a run needs from outside. What a resumed run had already is no reason to refuse it: it continues without."""
+    if previous is None or monitor != previous.monitor:
+        check_services(monitor)
     for task in tasks:
-        check_task(task)
+        if previous is None or task not in previous.eval.tasks:
+            check_task(task)

@@ -1,5 +1,11 @@
-"""Where a run's records go: its own files, the terminal, and the services that the configuration names."""
+"""Where a run's records go: its own files, the terminal, and the services that the configuration names.
 
+None of them can end a run: the first failure of each is a warning. Lines that a file does not accept are kept and tried again.
+"""
+
+import sys
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from types import TracebackType
 
@@ -9,6 +15,7 @@ from bardling.monitor.console import Console
 from bardling.monitor.jsonl import JsonlSink, truncate_after
 from bardling.monitor.records import EventRecord, Record, SampleRecord
 from bardling.monitor.services import Services
+from bardling.monitor.wandb import one_line
 
 
 class RunMonitor:
@@ -17,15 +24,19 @@ class RunMonitor:
     Args:
         info: what services show about the run; its `step` is the one that the run starts or resumes at.
         steps: the run's last step, as planned now.
+        resumed: as in `Services`.
         prompt: of samples, as the user wrote it.
     """
 
-    def __init__(self, folder: RunFolder, info: RunInfo, steps: int, *, prompt: str, primary: bool, quiet: bool) -> None:
-        self._folder, self._info, self._prompt, self._primary = folder, info, prompt, primary
+    def __init__(
+        self, folder: RunFolder, info: RunInfo, steps: int, *, prompt: str, primary: bool, quiet: bool, resumed: bool = False
+    ) -> None:
+        self._folder, self._info, self._prompt, self._primary, self._resumed = folder, info, prompt, primary, resumed
         self._metrics: JsonlSink | None = None
         self._samples: JsonlSink | None = None
         self._services: Services | None = None
         self._console = Console(steps, info.step) if primary and not quiet else None
+        self._failed = set[str]()  # destinations whose failure has been reported
         try:
             self._open(info.step)
         except BaseException as error:
@@ -38,7 +49,7 @@ class RunMonitor:
         for path in (self._folder.metrics_file, self._folder.samples_file):
             truncate_after(path, step)  # records of steps that a kill undid
         self._metrics, self._samples = JsonlSink(self._folder.metrics_file), JsonlSink(self._folder.samples_file)
-        self._services = Services(replace(self._info, step=step, report=self.note))
+        self._services = Services(replace(self._info, step=step, report=self.note), resumed=self._resumed)
 
     def _written(self) -> list[Sink | JsonlSink]:
         """The open destinations besides the terminal."""
@@ -48,36 +59,65 @@ class RunMonitor:
         """Remove the records of steps after `step`, to which the run has returned, as if it had been resumed there."""
         for sink in self._written():
             sink.close()
+        self._resumed = True
         self._open(step)
 
     def log(self, record: Record) -> None:
-        values, file = record.as_dict(), self._samples if isinstance(record, SampleRecord) else self._metrics
+        values, sampled = record.as_dict(), isinstance(record, SampleRecord)
+        file = self._samples if sampled else self._metrics
         if file is not None:
-            file.log(values)
+            try:
+                file.log(values)
+            except Exception as error:  # noqa: BLE001  the run matters more
+                self._report("samples.jsonl" if sampled else "metrics.jsonl", error)
         if isinstance(record, EventRecord):  # not a point of a curve; the guard also prints it
             return
-        sinks: tuple[Sink | None, ...] = (self._console, self._services)
-        for sink in filter(None, sinks):
-            if isinstance(record, SampleRecord):
-                # As `bardling sample`, the terminal shows the requested prompt, then the completion.
-                sink.sample(record.step, self._prompt if sink is self._console else record.prompt, record.texts)
-            else:
-                sink.log(values)
+        services = self._services
+        if isinstance(record, SampleRecord):
+            # As `bardling sample`, the terminal shows the requested prompt, then the completion.
+            self._show(lambda console: console.sample(record.step, self._prompt, record.texts))
+            if services is not None:
+                services.sample(record.step, record.prompt, record.texts)
+        else:
+            self._show(lambda console: console.log(values))
+            if services is not None:
+                services.log(values)
+
+    def _show(self, action: Callable[[Console], None]) -> None:
+        """Use the terminal display, if there is one. If it fails (the terminal has gone, say), it is closed."""
+        console = self._console
+        if console is None:
+            return
+        try:
+            action(console)
+        except Exception as error:  # noqa: BLE001  as above
+            self._console = None
+            with suppress(Exception):
+                console.close()
+            self._report("the terminal display", error)
+
+    def _report(self, title: str, error: Exception) -> None:
+        if title not in self._failed:
+            self._failed.add(title)
+            self.warn(f"{title} failed; training continues: {one_line(error) or type(error).__name__}")
 
     def note(self, text: str) -> None:
-        if self._console is not None:
-            self._console.note(text)
+        self._show(lambda console: console.note(text))
+
+    def warn(self, text: str) -> None:
+        """Print a warning in the display and, since that may be quiet or gone, on standard error; in any process."""
+        self.note(f"WARNING: {text}")
+        with suppress(OSError, ValueError):  # standard error may be closed
+            print(f"bardling: warning: {text}", file=sys.stderr, flush=True)
 
     def planned(self, steps: int, text: str) -> None:
         """Update the last step, and print `text` unless it is empty."""
-        if self._console is not None:
-            self._console.set_steps(steps)
+        self._show(lambda console: console.set_steps(steps))
         if text:
             self.note(text)
 
     def progress(self, label: str, done: int, total: int) -> None:
-        if self._console is not None:
-            self._console.progress(label, done, total)
+        self._show(lambda console: console.progress(label, done, total))
 
     def flush(self) -> None:
         """Make everything logged so far durable."""
@@ -91,11 +131,12 @@ class RunMonitor:
             UserError: a file cannot be written; everything else is closed nevertheless.
         """
         failure: Exception | None = None
-        for sink in (*self._written(), *([self._console] if self._console else [])):
+        for sink in self._written():
             try:
                 sink.close()
             except Exception as error:  # noqa: BLE001  raised below, once the others are closed
                 failure = failure or error
+        self._show(lambda console: console.close())
         if failure is not None:
             raise failure
 

@@ -48,6 +48,7 @@ from bardling.training.resolve import ResolvedRun
 from bardling.training.run_monitor import RunMonitor
 from bardling.training.state import TrainState
 from bardling.training.step import StepSettings
+from bardling.training.texts import load_texts
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,8 @@ class Session:
         self.document_start = document_start(config.data.document_mask, self.dataset, run.tokenizer)
         self.order = SequenceOrder(config.seed, len(self.dataset.split("train")), config.model.block_size)
         self.objective = build_objective(config.train, run.tokenizer, self.context.device)
+        self.context.activity("checking the sample prompt and the tasks", LONG_PATIENCE)
+        self.texts = self.context.on_primary(lambda: load_texts(config, facts.previous, run.tokenizer, self.dataset))
 
     def train(self) -> RunResult:
         context = self.context
@@ -96,6 +99,8 @@ class Session:
                 self._announce(monitor, state)
                 if warning:
                     monitor.note(f"WARNING: {warning}")
+                for text in self.texts.warnings if context.is_primary else ():
+                    monitor.warn(text)
                 self._fit_in_memory(assembly, monitor, signals)
                 self.saver.finish(state)
                 self._export(monitor, state)
@@ -168,7 +173,8 @@ class Session:
         config, steps, primary = self.run.config, self.run.plan.steps, self.context.is_primary
         values, recipe = config_to_dict(config), config_to_toml(config)
         info = RunInfo(self.folder.path, state.step, config.monitor, values, recipe, report=print)
-        return RunMonitor(self.folder, info, steps, prompt=config.sample.prompt, primary=primary, quiet=self.quiet)
+        prompt, quiet, resumed = config.sample.prompt, self.quiet, self.facts.resumed
+        return RunMonitor(self.folder, info, steps, prompt=prompt, primary=primary, quiet=quiet, resumed=resumed)
 
     def _new_saver(self, monitor: RunMonitor) -> None:
         config = self.run.config
@@ -342,12 +348,10 @@ class Session:
             Validate(shared, validation, every=config.eval.every, batch_size=plan.micro_batch),
         ]
         if tokenizer is not None:
-            # Text of a single document has no end-of-text token to start after, so an empty prompt becomes a line break.
-            single = self.dataset.manifest.train.documents == 1
-            prompt = config.sample.prompt or ("\n" if single else "")
-            hooks.append(Sample(shared, replace(config.sample, prompt=prompt), tokenizer))
-            if config.eval.tasks:
-                hooks.append(Tasks(shared, config.eval, tokenizer))
+            if self.texts.sample is not None:
+                hooks.append(Sample(shared, self.texts.sample, tokenizer))
+            if self.texts.tasks:
+                hooks.append(Tasks(shared, config.eval, tokenizer, self.texts.tasks))
         hooks += [HOOKS.get("train.hooks", name)(shared) for name in config.train.hooks]
         hooks.append(Save(shared, self.saver, config.checkpoint, check=guard.judge_pending))
         seconds = config.train.deadline_seconds

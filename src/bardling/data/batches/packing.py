@@ -4,10 +4,10 @@ Sequences are cut from one long row of documents, so most contain the end of one
 `data.document_mask`, a token attends only to its own document (Llama 3, arXiv:2407.21783, section 3.2; Zhao et al. 2024,
 arXiv:2402.13991), and a batch includes the positions where documents begin.
 
-For attention, the end-of-text token begins the document that follows it. Unprompted generation starts from that token too, so
-the first token of a document is learned with exactly the context that generation has. The last token of the preceding document
-is unaffected: the end-of-text token after it is only its target. Bounds are computed in host memory, where batches are made, so
-that this never waits for a device.
+For attention, the end-of-text token begins the document that follows it, unless the tokenizer puts a token of its own before
+each text. Unprompted generation starts from that token too, so the first token of a document is learned with exactly the
+context that generation has. The last token of the preceding document is unaffected: the end-of-text token after it is only its
+target. Bounds are computed in host memory, where batches are made, so that this never waits for a device.
 """
 
 import torch
@@ -51,10 +51,21 @@ def document_start(masked: bool, dataset: TokenDataset, tokenizer: Tokenizer | N
     """The token that begins a document, or None if documents are not `masked`; `tokenizer` is the dataset's or a model's."""
     if not masked:
         return None
-    if tokenizer is None or tokenizer.eot_id is None:
+    if tokenizer is None or (start := begins_documents(dataset, tokenizer)) is None:
         fault = f"the tokens of {dataset.path} have no end-of-text token to separate documents"
         remedy = "omit the setting, or use a tokenizer that has one (byte, bpe:SIZE, gpt2)"
         raise UserError(f"data.document_mask = True: {fault}: {remedy}")
     if dataset.manifest.train.documents == 1:
         raise UserError(f"data.document_mask = True: {dataset.path} contains a single document: omit the setting")
+    return start
+
+
+def begins_documents(dataset: TokenDataset, tokenizer: Tokenizer) -> int | None:
+    """The token before the text of each document: the one that the tokenizer puts there, or else the end-of-text token.
+
+    Datasets of versions that left out the former are recognized by their first token.
+    """
+    for token in tokenizer.interface.start[:1]:
+        if int(dataset.split("train").read(0, 1)[0]) == token:
+            return token
     return tokenizer.eot_id

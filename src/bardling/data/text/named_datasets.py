@@ -6,7 +6,7 @@ and are read file by file, so memory stays bounded; on disk the hub's cache hold
 for fineweb-edu). Each row of a hub dataset is one document; rows without text are skipped and counted (after an interruption,
 only those of the resumed part).
 
-To use a local file or folder that has one of these names, write `./shakespeare`.
+These names take precedence over files and folders: `./shakespeare` is a local one.
 """
 
 import gzip
@@ -21,7 +21,7 @@ from typing import Any, cast
 from bardling.data.text import hub
 from bardling.data.text.download import Remote, cache_root, download
 from bardling.data.text.findings import Findings
-from bardling.data.text.sources import Document, Source, json_lines, open_source, slug
+from bardling.data.text.sources import STDLIB, Document, Source, json_lines, open_source, slug
 from bardling.errors import UserError, closest
 from bardling.extensions import SOURCES
 from bardling.files.atomic import os_error_as_user_error
@@ -42,6 +42,7 @@ DEFAULTS: dict[str, tuple[str, float]] = {
     "openwebtext": ("gpt2", 0.0005),
     "fineweb-edu": ("gpt2", 0.0005),
 }  # default tokenizer and validation fraction of each name
+NAMES = (STDLIB, *DEFAULTS)
 _HUB_NAMES = {
     "openwebtext": ("Skylion007/openwebtext", ""),
     "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT"),
@@ -176,6 +177,11 @@ def _json_rows(path: Path, field: str, first: int, label: str) -> Iterator[tuple
                 yield number - 1, text
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{label}: cannot be read as JSON Lines ({_short(error)})") from error
+
+
+def is_source_name(spec: str) -> bool:
+    """Whether a spec is a name, of a dataset here, on the hub or from an extension, and not a path."""
+    return spec in NAMES or spec.startswith("hf:") or spec.partition(":")[0] in SOURCES
 
 
 def source_for(spec: str, encoding: str = "") -> Source:

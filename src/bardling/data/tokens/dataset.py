@@ -7,7 +7,7 @@ from typing import Any, Literal
 from bardling.config import DataConfig
 from bardling.data.text.download import cache_root
 from bardling.data.text.folders import tag_cache
-from bardling.data.text.named_datasets import source_for
+from bardling.data.text.named_datasets import is_source_name, source_for
 from bardling.data.tokens.manifest import FORMAT
 from bardling.data.tokens.prepare import METHOD, SPLIT_RULE, prepare
 from bardling.data.tokens.shards import TokenDataset, open_dataset
@@ -24,11 +24,11 @@ def open_data(config: DataConfig, split_rule: int = SPLIT_RULE) -> TokenDataset:
     end-of-text token, and how the text is split (`split_rule`; see `prepare`). If data.tokenizer is a file, a prepared dataset
     must have been made with it.
     """
-    path, spec, kind = Path(config.source).expanduser(), config.tokenizer, _token_format(config.source)
+    path, spec, kind = Path(config.source), config.tokenizer, _token_format(config.source)
     if kind == "foreign":
         return open_token_folder(path)
     tokenizer = load_tokenizer(spec) if is_tokenizer_path(spec) else None
-    fingerprint = tokenizer.fingerprint if tokenizer is not None else ""
+    fingerprint, made_with = ("", spec) if tokenizer is None else (tokenizer.fingerprint, tokenizer.data_key)
     if kind == "prepared":
         dataset = open_dataset(path)
         if fingerprint not in ("", dataset.manifest.tokenizer):
@@ -40,8 +40,7 @@ def open_data(config: DataConfig, split_rule: int = SPLIT_RULE) -> TokenDataset:
     cache = Path(config.cache).expanduser() if config.cache else cache_root()
     source = source_for(config.source, config.encoding)
     tag_cache(cache)
-    ids = [fingerprint, tokenizer.eot_id] if tokenizer is not None else spec
-    key = json_sha256([FORMAT, METHOD, split_rule, source.identity(), ids, config.val_fraction])[:16]
+    key = json_sha256([FORMAT, METHOD, split_rule, source.identity(), made_with, config.val_fraction])[:16]
     cached = cache / "datasets" / f"{source.name}-{fingerprint or spec.replace(':', '')}-{key}"
     if not cached.exists():
         try:
@@ -64,7 +63,9 @@ def is_tokenized(source: str) -> bool:
 
 
 def _token_format(source: str) -> Literal["prepared", "foreign"] | None:
-    path = Path(source).expanduser()
+    if is_source_name(source):
+        return None
+    path = Path(source)
     try:
         if (path / "manifest.json").is_file():
             return "prepared"

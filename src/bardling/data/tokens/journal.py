@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ class Position:
     last: str  # name of the last of them
     characters: int  # total characters in them
     splits: Mapping[SplitName, dict[str, Any]]  # as returned by `ShardWriter.sync` and `DocumentWriter.sync`
+    names: Mapping[str, int] = field(default_factory=dict)  # how often each control token was written in the text
 
 
 class Journal:

@@ -51,21 +51,21 @@ class TextBatch(NamedTuple):
 class Encoded(NamedTuple):
     """The tokens of one split in a batch."""
 
-    ids: npt.NDArray[np.uint32]  # [tokens], with `end` after each non-empty piece
+    ids: npt.NDArray[np.uint32]  # [tokens], with `end` after each non-empty piece, and what begins a text before it
     bytes: int  # of the text in UTF-8
-    lengths: npt.NDArray[np.int64]  # [documents], tokens of each non-empty piece, including `end`
+    lengths: npt.NDArray[np.int64]  # [documents], tokens of each non-empty piece, including those around it
 
 
 def encode(tokenizer: Tokenizer, pieces: Sequence[Piece], end: Sequence[int]) -> list[Encoded]:
-    """Tokenize pieces of text; one result for each of `SPLITS`."""
+    """Tokenize pieces of text; one result for each of `SPLITS`. A piece begins with what the post-processor puts there."""
     rows = tokenizer.encode_batch([text for _, text in pieces])
-    tail = np.array(end, np.int64)
+    head, tail = np.array(tokenizer.interface.start, np.int64), np.array(end, np.int64)
     results = []
     for split in SPLITS:
         chosen = [(text, ids) for (where, text), ids in zip(pieces, rows, strict=True) if where == split and text]
-        parts = [part for _, ids in chosen for part in (ids, tail)]
+        parts = [part for _, ids in chosen for part in (head, ids, tail)]
         size = sum(len(text.encode("utf-8", "replace")) for text, _ in chosen)
-        lengths = np.array([len(ids) + len(end) for _, ids in chosen], np.int64)
+        lengths = np.array([len(head) + len(ids) + len(end) for _, ids in chosen], np.int64)
         results.append(Encoded(np.concatenate([tail[:0], *parts]).astype(np.uint32), size, lengths))
     return results
 

@@ -12,7 +12,8 @@ Which text is for validation is decided by rule 2 (`SPLIT_RULE`), and the manife
 Rule 1, which is kept for runs that started with it, differs for fewer than 100 documents: the last part of each is held out,
 from a nearby line break before the cut, if any.
 
-Several documents are each followed by the end-of-text token; a single one has nothing to separate and gets none.
+Several documents are each followed by the end-of-text token; a single one has nothing to separate and gets none. What the
+tokenizer's post-processor puts before a text (often a beginning token) begins each document in each split.
 A BPE is trained on the training split only; the vocabulary of 'char' covers both, because missing characters cannot be encoded.
 
 A dataset folder appears complete or not at all: everything is written to a folder beside it, which is then renamed. Long
@@ -23,6 +24,7 @@ import contextlib
 import hashlib
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -222,7 +224,7 @@ def _write(job: _Job, splitter: _Splitter, tokenizer: Tokenizer, work: Path, jou
     origin: dict[str, Any] = {"spec": job.source_spec, "name": source.name, "identity": source.identity()}
     origin |= {"held_out": splitter.description, "split_rule": job.split_rule}
     workers = job.workers or default_workers(total, tokenizer.kind)
-    documents, done, started = position.documents, position.characters, time.monotonic()
+    documents, done, started, names = position.documents, position.characters, time.monotonic(), Counter(position.names)
     with contextlib.ExitStack() as stack:
         shards = {name: stack.enter_context(ShardWriter(work, name, vocab_size, job.shard_tokens)) for name in SPLITS}
         indexes = {name: stack.enter_context(DocumentWriter(work, name)) for name in SPLITS}
@@ -236,15 +238,30 @@ def _write(job: _Job, splitter: _Splitter, tokenizer: Tokenizer, work: Path, jou
                 shards[split].add(part.ids, documents=len(part.lengths), text_bytes=part.bytes)
                 indexes[split].add(part.lengths, batch.names_of(split))
             documents, done = documents + batch.documents, done + batch.characters
+            for _, text in batch.pieces:
+                names.update(tokenizer.control_tokens_in(text))
             if journal.due:
                 states = {split: {**shards[split].sync(), "index": indexes[split].sync()} for split in SPLITS}
-                journal.write(Position(position.made_of, documents, batch.names[-1], done, states))
+                journal.write(Position(position.made_of, documents, batch.names[-1], done, states, dict(names)))
             speed = (documents - position.documents) / max(time.monotonic() - started, 1e-9)
             job.bar.note = f"{speed:,.0f} documents/s"
             job.progress("tokenizing", done, total)
         origin |= getattr(source, "findings", Findings()).facts()
+        for message in _notes(tokenizer, names, separated=bool(end) or not splitter.several):
+            print(f"bardling: {message}", file=sys.stderr)
         train, val = (replace(shards[split].finish(), index=indexes[split].finish()) for split in SPLITS)
     return Manifest(token_dtype(vocab_size), vocab_size, tokenizer.fingerprint, origin, job.val_fraction, train, val)
+
+
+def _notes(tokenizer: Tokenizer, names: Counter[str], *, separated: bool) -> Iterator[str]:
+    """What the user should know about the text and its tokens, one sentence each."""
+    if names:
+        found = ", ".join(f"{name} ({count:,})" for name, count in names.most_common(5))
+        yield f"the text contains names of control tokens, which stay ordinary text: {found}"
+    if not separated:
+        fault = "has no end-of-text token, so documents follow each other without a separator"
+        remedy = "to separate them, name one of its tokens as eos_token in a tokenizer_config.json beside it"
+        yield f"{tokenizer.name}: {fault}: {remedy}"
 
 
 def _batches(splitter: _Splitter, documents: Iterable[Document], batch_size: int) -> Iterator[TextBatch]:

@@ -30,6 +30,7 @@ from bardling.files.atomic import os_error_as_user_error, os_reason
 from bardling.files.digests import file_sha256
 
 SHARD_TOKENS = 100_000_000  # default maximum of tokens per file: 200 MB at 16 bits
+_CHECKED = 1 << 22  # tokens read at once where all are checked
 
 
 class ShardWriter(AbstractContextManager["ShardWriter"]):
@@ -177,6 +178,13 @@ class TokenDataset:
             fault = f"has fingerprint {tokenizer.fingerprint}, but the tokens were made with {self.manifest.tokenizer}"
             raise UserError(f"{self.path / 'tokenizer.json'}: {fault}: restore that tokenizer, or prepare the dataset again")
         return tokenizer
+
+    def limit_vocabulary(self, size: int) -> None:
+        """Refuse ids of at least `size`, of which none may occur: for a model with fewer rows than the tokenizer has ids."""
+        self.vocab_size = size
+        for split in (self.split("train"), self.split("val")):
+            for start in range(0, len(split), _CHECKED):
+                split.read(start, min(_CHECKED, len(split) - start))
 
     def split(self, name: SplitName) -> TokenSplit:
         return TokenSplit(self.path, name, self.manifest.split(name).files, self.manifest.dtype, self.vocab_size)

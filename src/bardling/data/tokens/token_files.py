@@ -2,7 +2,8 @@
 
 Three formats are recognized by their file names:
 
-- nanoGPT: `train.bin` and `val.bin`, bare little-endian uint16, and perhaps a `meta.pkl` with a vocabulary of characters.
+- nanoGPT: `train.bin` and `val.bin`, bare little-endian uint16, and perhaps a `meta.pkl` with a vocabulary of characters or
+  words.
 - nano-gpt: `NAME_train.npy.000.npy` and so on, `NAME_validation.npy.000.npy` and so on: NumPy arrays of uint16.
 - llm.c and modded-nanogpt: `NAME_train_000001.bin`, `NAME_val_000000.bin` (or without a number), each with a header of 256
   little-endian int32: a magic number, a version, the number of tokens. 20240520, version 1, is GPT-2 in uint16; 20240801,
@@ -30,7 +31,7 @@ from bardling.data.tokens.gpt2_bpe import cached_gpt2_files
 from bardling.data.tokens.manifest import Dtype, Manifest, ShardFile, SplitInfo
 from bardling.data.tokens.shards import TokenDataset
 from bardling.data.tokens.tokenizer import Tokenizer, load_tokenizer
-from bardling.data.tokens.vocabulary import EOT, char_content
+from bardling.data.tokens.vocabulary import EOT, char_content, word_content
 from bardling.errors import UserError
 from bardling.files.atomic import os_error_as_user_error
 from bardling.files.safe_pickle import load_plain_pickle
@@ -50,6 +51,7 @@ _PATTERNS: tuple[tuple[Kind, re.Pattern[str]], ...] = (
     ("llm.c", re.compile(r"(?P<name>.+)_(?P<split>train|val)(?:_(?P<number>\d{1,18}))?\.bin")),
     ("nanogpt", re.compile(r"(?P<name>)(?P<split>train|val)\.bin")),
 )
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _SAMPLED = 4096  # bytes at each end of a file that enter its fingerprint; tokens at each end that are checked on opening
 
 
@@ -106,7 +108,7 @@ def open_token_folder(path: Path | str) -> TokenDataset:
 
 
 def read_meta(path: Path) -> tuple[int, Tokenizer | None]:
-    """nanoGPT's `meta.pkl`: the vocabulary size and, if it lists the characters, their tokenizer."""
+    """nanoGPT's `meta.pkl`: the vocabulary size and, if it lists characters or words, their tokenizer."""
     meta = load_plain_pickle(path)
     size = meta.get("vocab_size") if isinstance(meta, dict) else None
     if type(size) is not int or not 1 <= size <= 1 << 16:
@@ -118,18 +120,17 @@ def read_meta(path: Path) -> tuple[int, Tokenizer | None]:
         itos = dict(enumerate(itos))
     if stoi is None and isinstance(itos, dict):
         stoi = {char: index for index, char in itos.items() if isinstance(char, str)}
-    # besides characters, the last entry may be the end-of-text token, as written by `write_meta`
-    if not isinstance(stoi, dict) or not all(
-        (isinstance(char, str) and len(char) == 1 and not 0xD800 <= ord(char) < 0xE000)
-        or (char == EOT and index == size - 1 > 0)
-        for char, index in stoi.items()
-    ):
-        raise UserError(f"{path}: its stoi does not map single characters")
+    if not isinstance(stoi, dict) or not all(isinstance(t, str) and t and not _SURROGATE.search(t) for t in stoi):
+        raise UserError(f"{path}: its stoi does not map characters or words")
     if not all(type(index) is int for index in stoi.values()) or sorted(stoi.values()) != list(range(size)):
-        raise UserError(f"{path}: its characters are not numbered from 0 to vocab_size - 1 = {size - 1}")
-    if itos is not None and itos != {index: char for char, index in stoi.items()}:
+        raise UserError(f"{path}: its entries are not numbered from 0 to vocab_size - 1 = {size - 1}")
+    if itos is not None and itos != {index: token for token, index in stoi.items()}:
         raise UserError(f"{path}: its stoi and itos disagree")
     characters = {char: index for char, index in sorted(stoi.items(), key=lambda item: item[1]) if char != EOT}
+    # besides characters, the last entry may be the end-of-text token, as written by `write_meta`
+    if not characters or not all(len(char) == 1 for char in characters) or stoi.get(EOT, size - 1) != size - 1:
+        words = word_content(dict(stoi))
+        return size, None if words is None else Tokenizer(words, str(path))
     content = char_content(["".join(characters)] + [""] * (EOT in stoi))
     content["model"] = {**content["model"], "vocab": characters}
     return size, Tokenizer(content, str(path))

@@ -4,17 +4,23 @@ Every tokenizer is a `tokenizer.json` of the `tokenizers` library, so that it lo
 without merges), characters (one entry each), a byte-level BPE trained here with GPT-2's pre-tokenization, or any existing file.
 Bytes and characters are encoded by table lookup, which gives the same ids as the library, only faster.
 
-Text is data: `<|endoftext|>` written in a document is encoded as ordinary characters, never as the special token. The
-fingerprint is a digest of the file's content, stored as it was read, so it does not change with the library's version.
+Text is data: `<|endoftext|>` written in a document is encoded as ordinary characters, never as that token. The same holds for
+every control token, that is, an added token that is special or looks like markup (`<think>`, `[INST]`); added words and runs of
+spaces are vocabulary. Prompts may ask for control tokens to be parsed, which then gives exactly the library's ids. What belongs
+around a text (post-processor, beginning and end tokens, chat template) is in `Tokenizer.interface`.
+
+The fingerprint is a digest of the file's content, stored as it was read, so it does not change with the library's version.
 
 Limits: files of up to 256 MiB and ids below 2^24. Lone surrogates, which UTF-8 cannot encode, become U+FFFD.
 """
 
 import codecs
+import contextlib
 import json
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -26,6 +32,14 @@ from bardling.config.architecture import GPT2_VOCAB_SIZE
 from bardling.data.text.sources import valid_text
 from bardling.data.tokens.bpe_files import pair_content
 from bardling.data.tokens.gpt2_bpe import Encode, fast_encoder, gpt2_tokenizer_file
+from bardling.data.tokens.library import (
+    is_control,
+    library_errors,
+    load_library,
+    text_reaches_control_tokens,
+    with_unwritable_names,
+)
+from bardling.data.tokens.text_interface import TextFiles, TextInterface, read_text_files, text_interface
 from bardling.data.tokens.vocabulary import ANY_CHARACTER, BYTE_OF, EOT, byte_content, char_content, pieces, train_bpe_content
 from bardling.errors import UserError, closest
 from bardling.extensions import TOKENIZERS
@@ -34,6 +48,7 @@ from bardling.files.digests import json_sha256
 from bardling.files.reading import read_json_object
 
 GPT2 = "gpt2"  # spec of GPT-2's tokenizer
+NAMES = ("byte", "char", GPT2)
 Kind = Literal["byte", "char", "bpe", "other"]
 Ids = npt.NDArray[np.int64]
 
@@ -41,6 +56,7 @@ _EOT_NAMES = (EOT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")  #
 _MAX_FILE_BYTES = 256 << 20
 _MAX_VOCAB_SIZE = 1 << 24
 _FAST_MIN_CHARACTERS = 100_000  # fewer are not worth setting up the faster encoder
+_BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")  # SentencePiece's byte fallback
 
 
 class Tokenizer:
@@ -49,23 +65,18 @@ class Tokenizer:
     Attributes:
         kind: 'byte', 'char', 'bpe' (byte-level) or 'other'.
         vocab_size: the largest id plus 1.
-        eot_id: id of the token that ends a document, named by `eot`, else a common one; None if there is none.
+        eot_id: id of the token that ends a document: `eot`, else the one that `files` name, else a common one; None if there
+            is none.
         fingerprint: 16 hexadecimal digits; equal for equal tokenizers.
+        interface: what the model expects around its text.
     """
 
-    def __init__(self, content: dict[str, Any], name: str, eot: str | None = None) -> None:
-        from tokenizers import Tokenizer as Library
-
+    def __init__(self, content: dict[str, Any], name: str, eot: str | None = None, files: TextFiles | None = None) -> None:
         # padding and truncation were set for someone else's batches; here texts are encoded in full
-        self._content = {**content, "truncation": None, "padding": None}
-        try:
-            self._library = Library.from_str(json.dumps(self._content))
-            self._library.encode_special_tokens = True  # special tokens in a text are text
-            ids: dict[str, int] = self._library.get_vocab(with_added_tokens=True)
-        except BaseException as error:  # the library's own panics do not derive from Exception
-            if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-                raise UserError(f"{name}: is not a readable tokenizer ({' '.join(str(error).split())[:200]})") from error
-            raise
+        self._content, self._stored = {**content, "truncation": None, "padding": None}, content
+        self.name, files = name, files or TextFiles()
+        library = load_library(self._content, name)
+        ids: dict[str, int] = library.get_vocab(with_added_tokens=True)
         if not ids:
             raise UserError(f"{name}: has an empty vocabulary")
         self.vocab_size: int = max(ids.values()) + 1
@@ -73,24 +84,49 @@ class Tokenizer:
             raise UserError(f"{name}: token id {self.vocab_size - 1} is over the limit of {_MAX_VOCAB_SIZE:,}")
         of_id = {index: token for token, index in ids.items()}
         self._tokens = [of_id.get(index) for index in range(self.vocab_size)]
-        added = [entry for entry in content.get("added_tokens") or [] if isinstance(entry, dict)]
-        self._added = {entry["id"]: entry["content"] for entry in added}
-        self._special = {entry["id"] for entry in added if entry.get("special")}
-        names = _EOT_NAMES if eot is None else (eot,)
-        self.eot_id: int | None = next((ids[token] for token in names if token in ids), None)
+        added = [entry for entry in content.get("added_tokens") or [] if entry["content"] in ids]  # empty ones are dropped
+        self._added = {ids[entry["content"]]: entry["content"] for entry in added}
+        self._control = {ids[entry["content"]]: entry["content"] for entry in added if is_control(entry)}
+        self.eot_id: int | None = _end_of_text(ids, self.vocab_size, eot, files)
         splitter = self._content.get("pre_tokenizer") or {}
         lossless = self._content.get("normalizer") is None and not splitter.get("add_prefix_space")
         self.kind: Kind = self._find_kind(splitter, lossless)
         # with exactly GPT-2's pre-tokenization, long texts can be encoded in pieces
         self._splits_like_gpt2 = lossless and splitter.get("type") == "ByteLevel" and splitter.get("use_regex", True)
         self.fingerprint: str = json_sha256(self._content, sort_keys=True, separators=(",", ":"))[:16]
+        self._decoding = self._library = library
+        if text_reaches_control_tokens(self._content):
+            self._library = load_library(with_unwritable_names(self._content), name)
+        self._library.encode_special_tokens = True  # special tokens in a text are text
+        self.interface: TextInterface = text_interface(files, ids, self.eot_id, *self._added_around_text())
+
+    def _added_around_text(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """What the post-processor puts before and after a text, found by encoding one."""
+        if not self._content.get("post_processor"):
+            return (), ()
+        tokens = [token for index, token in enumerate(self._tokens) if token and index not in self._control]
+        for probe in ("a", "0", ".", *tokens[:64]):
+            with contextlib.suppress(UserError), library_errors(""):  # a word may be unknown
+                bare = len(self._library.encode(probe, add_special_tokens=False).ids)
+                whole = self._library.encode(probe, add_special_tokens=True)
+                if bare:
+                    before = next((place for place, mark in enumerate(whole.special_tokens_mask) if not mark), 0)
+                    return tuple(whole.ids[:before]), tuple(whole.ids[before + bare :])
+        return (), ()
+
+    @property
+    def data_key(self) -> str:
+        """Names all that determines the tokens of documents: the fingerprint, and what differs from a plain tokenizer."""
+        guessed = next((self._tokens.index(token) for token in _EOT_NAMES if token in self._tokens), None)
+        around = [list(self.interface.start), self.eot_id, self._library is not self._decoding]
+        return self.fingerprint if around == [[], guessed, False] else f"{self.fingerprint}-{json_sha256(around)[:8]}"
 
     def _find_kind(self, splitter: dict[str, Any], lossless: bool) -> Kind:
         model = self._content.get("model") or {}
         if _has_byte_level(splitter) and (self._content.get("decoder") or {}).get("type") == "ByteLevel":
             only_bytes = not model.get("merges") and self._tokens[:256] == list(BYTE_OF)
-            return "byte" if only_bytes and lossless and len(self._special) == self.vocab_size - 256 else "bpe"
-        single = all(token is not None and (len(token) == 1 or i in self._special) for i, token in enumerate(self._tokens))
+            return "byte" if only_bytes and lossless and len(self._control) == self.vocab_size - 256 else "bpe"
+        single = all(token is not None and (len(token) == 1 or i in self._control) for i, token in enumerate(self._tokens))
         by_character = splitter.get("pattern") == {"Regex": ANY_CHARACTER} and model.get("type") == "WordLevel"
         return "char" if single and by_character and lossless and model.get("unk_token") not in self._tokens else "other"
 
@@ -107,7 +143,8 @@ class Tokenizer:
         if sum(map(len, texts)) >= _FAST_MIN_CHARACTERS and self._fast is not None:
             return self._fast(texts)
         split = [list(pieces(text)) if self._splits_like_gpt2 else [text] for text in texts]
-        encoded = self._library.encode_batch_fast([piece for parts in split for piece in parts], add_special_tokens=False)
+        with library_errors(f"{self.name}: cannot encode the text"):
+            encoded = self._library.encode_batch_fast([piece for parts in split for piece in parts], add_special_tokens=False)
         rows = iter([np.asarray(encoding.ids, np.int64) for encoding in encoded])
         return [np.concatenate([next(rows) for _ in parts]) for parts in split]
 
@@ -117,19 +154,41 @@ class Tokenizer:
         return fast_encoder(self._content) if self.vocab_size == GPT2_VOCAB_SIZE and self._splits_like_gpt2 else None
 
     def encode(self, text: str, allow_special: bool = False) -> Ids:
-        """Encode one text: int64 [tokens]. With `allow_special`, special tokens written in it become those tokens."""
-        if not allow_special or not self._special:
+        """Encode one text: int64 [tokens]. With `allow_special`, added tokens written in it become those tokens."""
+        if not allow_special or not self._added:
             return self.encode_batch([text])[0]
-        names = {self._added[index]: index for index in self._special}
+        if self.kind != "char":
+            with library_errors(f"{self.name}: cannot encode the text"):
+                return np.asarray(self._parsing.encode(valid_text(text), add_special_tokens=False).ids, np.int64)
+        names = {name: index for index, name in self._added.items()}
         parts = re.split("(" + "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)) + ")", text)
         ordinary = iter(self.encode_batch(parts[::2]))
         rows = [np.array([names[part]], np.int64) if i % 2 else next(ordinary) for i, part in enumerate(parts)]
         return np.concatenate(rows)
 
     @cached_property
+    def _parsing(self) -> Any:
+        """The library's tokenizer as `transformers` uses it, which parses added tokens in a text."""
+        return load_library(self._content, self.name)
+
+    def encode_prompt(self, text: str, allow_special: bool = False) -> list[int]:
+        """Encode a text that goes on: with what the post-processor puts around it, except for a token that would end it."""
+        ids = [int(token) for token in self.encode(text, allow_special)]
+        return [*self.interface.start, *ids, *self.interface.prompt_end]
+
+    def control_tokens_in(self, text: str) -> Counter[str]:
+        """How often each control token is written in a text, where it is encoded as ordinary characters."""
+        return Counter(self._control_names.findall(text))
+
+    @cached_property
+    def _control_names(self) -> re.Pattern[str]:
+        names = sorted(self._control.values(), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, names)) if names else "(?!)")
+
+    @cached_property
     def _character_ids(self) -> Ids:
         """Id of each code point; -1 if it has none."""
-        points = {ord(t): i for i, t in enumerate(self._tokens) if t is not None and len(t) == 1 and i not in self._special}
+        points = {ord(t): i for i, t in enumerate(self._tokens) if t is not None and len(t) == 1 and i not in self._control}
         table = np.full(sys.maxunicode + 1, -1, np.int64)
         table[list(points)] = list(points.values())
         return table
@@ -147,8 +206,14 @@ class Tokenizer:
     def decode(self, ids: Sequence[int] | Ids) -> str:
         """The text of some ids, with special tokens as their names and invalid UTF-8 as U+FFFD; a bad id is a `ValueError`."""
         if self.kind == "other":
-            return str(self._library.decode(list(map(self._checked, ids)), skip_special_tokens=False))
+            checked = list(map(self._checked, ids))
+            with library_errors(f"{self.name}: cannot decode tokens"):
+                return str(self._decoding.decode(checked, skip_special_tokens=False))
         return b"".join(map(self.token_bytes, ids)).decode("utf-8", "replace")
+
+    def decode_after(self, before: Sequence[int], ids: Sequence[int]) -> str:
+        """The text that `ids` add to that of `before`: a space between the two is part of it."""
+        return self.decode([*before, *ids])[len(self.decode(before)) :]
 
     def _checked(self, index: int) -> int:
         if not 0 <= index < self.vocab_size:
@@ -164,8 +229,9 @@ class Tokenizer:
         if index in self._added or self.kind == "char":
             return token.encode()
         if self.kind in ("byte", "bpe"):
-            return bytes(BYTE_OF[character] for character in token if character in BYTE_OF)
-        if re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", token):  # SentencePiece's byte fallback
+            known = all(character in BYTE_OF for character in token)
+            return bytes(map(BYTE_OF.__getitem__, token)) if known else token.encode()
+        if _BYTE_TOKEN.fullmatch(token):
             return bytes([int(token[3:5], 16)])
         prefix = (self._content.get("model") or {}).get("continuing_subword_prefix")
         if isinstance(prefix, str) and prefix and token.startswith(prefix):
@@ -178,24 +244,26 @@ class Tokenizer:
         They turn a loss per token into bits per byte, which is comparable between tokenizers. Exact for bytes, characters and
         byte-level BPE, approximate for others (WordPiece does not record where spaces were).
         """
-        counts = [0 if index in self._special else len(self.token_bytes(index)) for index in range(self.vocab_size)]
+        counts = [0 if index in self._control else len(self.token_bytes(index)) for index in range(self.vocab_size)]
         return np.array(counts, np.int64)
 
     def save(self, folder: Path | str) -> None:
-        """Write `tokenizer.json` and a `tokenizer_config.json` for transformers' AutoTokenizer, each atomically."""
-        folder = Path(folder)
-        config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-        if self.eot_id is not None:
-            config |= {"bos_token": self._tokens[self.eot_id], "eos_token": self._tokens[self.eot_id]}
-        write_atomically(folder / "tokenizer.json", (json.dumps(self._content, ensure_ascii=False) + "\n").encode())
-        write_atomically(folder / "tokenizer_config.json", (json.dumps(config, indent=1) + "\n").encode())
+        """Write `tokenizer.json` and the files for transformers' AutoTokenizer, each atomically."""
+        folder, about = Path(folder), self.interface
+        named = {"bos_token": about.bos, "eos_token": self.eot_id, "pad_token": about.pad, "unk_token": about.unk}
+        names = {
+            key: None if index is None or index >= self.vocab_size else self._tokens[index] for key, index in named.items()
+        }
+        write_atomically(folder / "tokenizer.json", (json.dumps(self._stored, ensure_ascii=False) + "\n").encode())
+        about.write(folder, names)
 
 
 class StreamDecoder:
     """Decodes ids one at a time, holding back the bytes of a character until it is complete.
 
     The results of `push` followed by that of `finish` equal `Tokenizer.decode` of all ids. For tokenizers of kind 'other',
-    whose decoding depends on context, the most recent tokens are decoded again with each new one.
+    whose decoding depends on context, the most recent tokens are decoded again with each new one. There, a run of byte tokens
+    is held back until it ends, since a single invalid one among them changes the text of all.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -203,12 +271,15 @@ class StreamDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._ids: list[int] = []  # kind 'other': the tokens returned last, as context, then those held back
         self._returned = 0  # how many of them have been returned
+        self._bytes_wait = '"ByteFallback"' in json.dumps(tokenizer._content.get("decoder"))
 
     def push(self, token: int) -> str:
         """Text completed by this token; may be empty."""
         if self._tokenizer.kind != "other":
             return self._utf8.decode(self._tokenizer.token_bytes(token))
         self._ids.append(token)
+        if self._bytes_wait and _BYTE_TOKEN.fullmatch(self._tokenizer._tokens[self._tokenizer._checked(token)] or ""):
+            return ""
         return self._new_text(final=False)
 
     def finish(self) -> str:
@@ -232,8 +303,18 @@ def _has_byte_level(part: Any) -> bool:
     return part.get("type") == "ByteLevel" or any(map(_has_byte_level, part.get("pretokenizers") or ()))
 
 
+def _end_of_text(ids: Mapping[str, int], vocab_size: int, eot: str | None, files: TextFiles) -> int | None:
+    """The token that ends a document: as named, as numbered by the model's files, or else a common one."""
+    named = eot if eot is not None else files.token("eos_token")
+    if named is not None and named in ids:
+        return ids[named]
+    numbered = next((index for index in files.ids("eos_token_id") if index < vocab_size), None)
+    guesses = () if named is not None else _EOT_NAMES
+    return numbered if numbered is not None else next((ids[token] for token in guesses if token in ids), None)
+
+
 def load_tokenizer(path: Path | str) -> Tokenizer:
-    """Read a `tokenizer.json`, or the one in a folder; the `tokenizer_config.json` beside it names the end-of-text token.
+    """Read a `tokenizer.json`, or the one in a folder, with the files beside it that describe the model's text.
 
     A folder may have a `vocab.json` and a `merges.txt` instead.
     """
@@ -242,16 +323,12 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     if not folder and not path.is_file():
         raise UserError(f"{path}: no such tokenizer file")
     content = read_json_object(path, limit=_MAX_FILE_BYTES) if path.is_file() else pair_content(path.parent)
-    config = path.with_name("tokenizer_config.json")
-    eot = read_json_object(config, limit=_MAX_FILE_BYTES).get("eos_token") if config.is_file() else None
-    if isinstance(eot, dict):
-        eot = eot.get("content")
-    return Tokenizer(content, str(path), eot if isinstance(eot, str) else None)
+    return Tokenizer(content, str(path), files=read_text_files(path.parent))
 
 
 def check_tokenizer_spec(spec: str) -> int | None:
     """The SIZE of 'bpe:SIZE', or None for any other valid spec (see `build_tokenizer`); a `UserError` if it is invalid."""
-    if spec in ("byte", "char", GPT2) or spec in TOKENIZERS or Path(spec).exists():
+    if spec in NAMES or spec in TOKENIZERS or is_tokenizer_path(spec):
         return None
     kind, _, size = spec.partition(":")
     if kind == "bpe":
@@ -265,8 +342,9 @@ def check_tokenizer_spec(spec: str) -> int | None:
 
 
 def is_tokenizer_path(spec: str) -> bool:
-    """Whether a spec (see `build_tokenizer`) is a path. Names of tokenizers take precedence over files."""
-    return spec not in ("byte", "char", GPT2) and spec not in TOKENIZERS and Path(spec).exists()
+    """Whether a spec (see `build_tokenizer`) is a path. Names of tokenizers take precedence over files: `./gpt2` is a path."""
+    named = spec in NAMES or spec in TOKENIZERS or re.fullmatch("bpe:[0-9]+", spec)
+    return not named and Path(spec).exists()
 
 
 def build_tokenizer(spec: str, texts: Iterable[str]) -> Tokenizer:

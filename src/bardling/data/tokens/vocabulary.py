@@ -65,6 +65,33 @@ def char_content(texts: Iterable[str]) -> dict[str, Any]:
     return _content(library, with_eot=count > 1)
 
 
+_WORDS = (ANY_CHARACTER, r"\w+|[^\w\s]", r"\w+|[^\w\s]+", r"\S+", r"\w+|[^\w\s]|\s", r"\w+|[^\w\s]+|\s+")
+_NAME = re.compile(r"<[^\s<>]+>|\[[^\s\[\]]+\]|UNK")  # an entry that is no word
+_UNKNOWN = ("<unk>", "<UNK>", "[UNK]", "UNK")
+
+
+def word_content(ids: dict[str, int]) -> dict[str, Any] | None:
+    """Whole words with the given ids, as in word-level variants of nanoGPT; None if it is not clear where words begin.
+
+    They begin where the first of the patterns `_WORDS` that fits all of them says. If no word is a space, decoded words are
+    separated by one, as in nanoGPT's variants.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    unknown = next((name for name in _UNKNOWN if name in ids), None)
+    names = [token for token in ids if _NAME.fullmatch(token)]
+    words = [token for token in ids if token not in names]
+    pattern = next((pattern for pattern in _WORDS if all(re.fullmatch(pattern, word) for word in words)), None)
+    if pattern is None:
+        return None
+    library = Tokenizer(models.WordLevel(ids, **({} if unknown is None else {"unk_token": unknown})))
+    library.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "removed", invert=True)
+    if pattern == ANY_CHARACTER or any(word.isspace() for word in words):
+        library.decoder = decoders.Fuse()
+    library.add_special_tokens(names)
+    return cast(dict[str, Any], json.loads(library.to_str()))
+
+
 def train_bpe_content(texts: Iterable[str], size: int) -> dict[str, Any]:
     """Byte-level BPE (R. Sennrich et al., ACL 2016; over bytes as in GPT-2) with `size` entries: bytes, merges, then `EOT`.
 

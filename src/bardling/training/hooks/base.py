@@ -4,7 +4,7 @@ import contextlib
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -15,7 +15,9 @@ from bardling.distributed.context import Context
 from bardling.distributed.device import Precision, synchronize
 from bardling.evaluate.loss import Interrupted
 from bardling.monitor.records import Record
+from bardling.monitor.wandb import one_line
 from bardling.planning.batching import TrainPlan
+from bardling.training.hooks.may_fail import PeerFailed, WatchfulContext, attempt
 from bardling.training.recovery.signals import Stopped
 from bardling.training.state import TrainState
 from bardling.training.step import StepResult
@@ -27,6 +29,8 @@ class Monitor(Protocol):
     def log(self, record: Record) -> None: ...
 
     def progress(self, label: str, done: int, total: int) -> None: ...
+
+    def warn(self, text: str) -> None: ...
 
 
 class StepTimer:
@@ -82,9 +86,12 @@ class TimedHook(ABC):
 
     name: str
     uses_ema = True  # whether the work uses the weights that users get: the EMA, if there is one
+    may_fail = False  # whether an error of the work is a warning, and training continues
 
     def __init__(self, run: HookContext, every: int) -> None:
-        self.run, self._every = run, every
+        self._watchful = WatchfulContext.of(run.context)
+        self.run, self._every = replace(run, context=self._watchful) if self.may_fail else run, every
+        self._warned = False
         self.seconds: float | None = None  # duration of the latest work
 
     def is_due(self, state: TrainState) -> bool:
@@ -103,9 +110,21 @@ class TimedHook(ABC):
         begin = time.monotonic()
         try:
             with state.evaluation_weights() if self.uses_ema else contextlib.nullcontext():
-                self.work(state)
+                if self.may_fail:
+                    self._attempt(state)
+                else:
+                    self.work(state)
         except Interrupted:
             raise Stopped from None
         self.seconds = time.monotonic() - begin
         state.hooks_done[self.name] = state.step
         self.run.timer.resume()
+
+    def _attempt(self, state: TrainState) -> None:
+        """Do the work; the first failure is reported, by the processes in which it happened and by the primary one."""
+        error = attempt(lambda: self.work(state), self._watchful)
+        if error is None or self._warned or (isinstance(error, PeerFailed) and not self.run.context.is_primary):
+            return
+        self._warned = True
+        reason = one_line(error) or type(error).__name__
+        self.run.monitor.warn(f"{self.name} after step {state.step} failed; training continues without it: {reason}")

@@ -12,6 +12,7 @@ from bardling.training.state import TrainState
 
 class Sample(TimedHook):
     name = "sample"
+    may_fail = True
 
     def __init__(self, run: HookContext, config: SampleConfig, tokenizer: Tokenizer) -> None:
         super().__init__(run, config.every)
@@ -23,15 +24,16 @@ class Sample(TimedHook):
 
     def work(self, state: TrainState) -> None:
         config, tokenizer, run = self._config, self._tokenizer, self.run
+        prompt = prompt_ids(tokenizer, config.prompt)
         with evaluation_mode(state.model):
             steps = generate(
                 state.model,
-                [prompt_ids(tokenizer, config.prompt)] * config.num_samples,
+                [prompt] * config.num_samples,
                 max_new_tokens=config.max_new_tokens,
                 temperature=config.temperature,
                 top_k=config.top_k,
                 top_p=config.top_p,
-                eot_id=tokenizer.eot_id,
+                eot_id=tokenizer.interface.eos,
                 vocab_size=tokenizer.vocab_size,
                 seed=run.seed + state.step,
                 autocast=run.precision.autocast,
@@ -41,5 +43,5 @@ class Sample(TimedHook):
             rows = list(zip(*steps, strict=True))
         if run.context.any(run.stop_requested()):
             raise Interrupted
-        texts = [tokenizer.decode([token for token in row if token is not None]) for row in rows]
+        texts = [tokenizer.decode_after(prompt, [token for token in row if token is not None]) for row in rows]
         run.monitor.log(SampleRecord(state.step, config.prompt, texts))

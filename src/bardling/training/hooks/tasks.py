@@ -1,11 +1,12 @@
 """Measures accuracy on multiple-choice tasks, whose items are divided among the processes."""
 
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 from bardling.config import EvalConfig
 from bardling.data.tokens.tokenizer import Tokenizer
 from bardling.evaluate.multiple_choice import evaluate_choices
-from bardling.evaluate.tasks import draw_items, load_items, task_name
+from bardling.evaluate.tasks import ChoiceItem
 from bardling.monitor.records import TaskRecord
 from bardling.training.hooks.base import HookContext, TimedHook
 from bardling.training.state import TrainState
@@ -13,13 +14,13 @@ from bardling.training.state import TrainState
 
 class Tasks(TimedHook):
     name = "tasks"
+    may_fail = True
 
-    def __init__(self, run: HookContext, config: EvalConfig, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, run: HookContext, config: EvalConfig, tokenizer: Tokenizer, items: Mapping[str, Sequence[ChoiceItem]]
+    ) -> None:
         super().__init__(run, config.every if config.tasks_every is None else config.tasks_every)
-        self._tokenizer = tokenizer
-        self._items = run.context.on_primary(
-            lambda: {task_name(task): draw_items(load_items(task), config.task_items, run.seed) for task in config.tasks}
-        )
+        self._tokenizer, self._items = tokenizer, items
 
     def work(self, state: TrainState) -> None:
         """Evaluate all tasks; their results are logged together, so that none is logged twice after an interruption."""

@@ -1,0 +1,98 @@
+"""What a run encodes besides its data: the prompt of its samples and the items of its tasks.
+
+All of it is encoded once before the first step, so that a character that the tokenizer lacks ends the run before it has cost
+anything. A resumed run is not ended by what it was started with: it reports the fault and continues without the samples or the
+task.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+from bardling.config import RunConfig, SampleConfig
+from bardling.data.tokens.shards import TokenDataset
+from bardling.data.tokens.tokenizer import Tokenizer
+from bardling.errors import UserError
+from bardling.evaluate.multiple_choice import check_items
+from bardling.evaluate.tasks import ChoiceItem, absolute_task, draw_items, load_items, task_name
+from bardling.generation.generate import prompt_ids
+from bardling.training.hooks.may_fail import is_failure
+
+
+@dataclass(frozen=True)
+class RunTexts:
+    sample: SampleConfig | None  # with the prompt to use; None: no samples
+    tasks: dict[str, tuple[ChoiceItem, ...]]  # by name
+    warnings: tuple[str, ...]  # what is left out, and why
+
+
+def load_texts(config: RunConfig, previous: RunConfig | None, tokenizer: Tokenizer | None, dataset: TokenDataset) -> RunTexts:
+    """Read and check what the run encodes.
+
+    Args:
+        previous: the configuration that a resumed run was started with.
+
+    Raises:
+        UserError: something cannot be read or encoded, and `previous` does not have it.
+    """
+    if tokenizer is None:
+        return RunTexts(None, {}, ())
+    warnings, tasks = list[str](), dict[str, tuple[ChoiceItem, ...]]()
+
+    def check(work: Callable[[], None], *, kept: bool, without: str) -> bool:
+        try:
+            work()
+        except BaseException as error:
+            if not is_failure(error):
+                raise
+            fault = error if isinstance(error, UserError) else UserError(f"{without}: {type(error).__name__}: {error}")
+            if not kept:
+                raise fault from error
+            warnings.append(f"{fault}; the run continues without {without}")
+            return False
+        return True
+
+    asked, before = config.sample, None if previous is None else previous.sample
+    sample = replace(asked, prompt=asked.prompt or _new_document(tokenizer, dataset))
+    kept = before is not None and before.every > 0 and before.prompt == asked.prompt
+    sampled = not asked.every or check(
+        lambda: _check_prompt(asked.prompt, sample.prompt, tokenizer, config.model.vocab_size), kept=kept, without="samples"
+    )
+
+    def load(task: str) -> None:
+        name = task_name(task)
+        if name in tasks:
+            raise UserError(f"eval.tasks: {task} and another task are both called {name!r}: remove or rename one")
+        items = draw_items(load_items(task), config.eval.task_items, config.seed)
+        check_items(tokenizer, items, config.model, name)
+        tasks[name] = items
+
+    old = set() if previous is None else set(map(absolute_task, previous.eval.tasks))
+    for task in config.eval.tasks:
+        check(partial(load, task), kept=absolute_task(task) in old, without=f"the task {task}")
+    return RunTexts(sample if sampled else None, tasks, tuple(warnings))
+
+
+def _new_document(tokenizer: Tokenizer, dataset: TokenDataset) -> str:
+    """The prompt with which a new document begins: nothing where an end-of-text token precedes one, else a line break, or the
+    first token of a text that has no line breaks."""
+    if tokenizer.interface.start:
+        return ""
+    single = dataset.manifest.train.documents == 1  # such a text has no end-of-text token to start after
+    if not single and tokenizer.eot_id is not None:
+        return ""
+    try:
+        tokenizer.encode("\n")
+    except UserError:
+        return tokenizer.decode(dataset.split("train").read(0, 1))
+    return "\n" if single else ""
+
+
+def _check_prompt(asked: str, prompt: str, tokenizer: Tokenizer, vocab_size: int) -> None:
+    where = f"sample.prompt = {asked if len(asked) <= 60 else asked[:57] + '...'!r}"
+    try:
+        ids = prompt_ids(tokenizer, prompt)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    if outside := [token for token in ids if token >= vocab_size]:
+        raise UserError(f"{where}: contains token {outside[0]}, but the model has only {vocab_size}: change the prompt")
