@@ -17,6 +17,8 @@ def closest(word: str, names: list[str]) -> str:
     """
     import difflib  # imported here because most runs never need it
 
+    word = word[:200]  # a longer word is no misspelt name, and the search takes time proportional to the square of its length
+
     def similarity(name: str) -> tuple[float, float]:
         texts = (name.lower(), name.split("-")[0].lower())
         whole, start = (difflib.SequenceMatcher(None, text, word.lower()).ratio() for text in texts)

@@ -274,13 +274,17 @@ def test_figures_that_cannot_be_written_count_as_a_failed_save(started, capsys):
 
 def test_an_error_elsewhere_lets_the_writer_finish(tiny, tmp_path, slow_disk, monkeypatch):
     """What ends a run does not cost the checkpoint that is being written."""
-    from bardling.training.hooks import sample
+    from bardling.training import loop
 
-    def die(*args, **options):
+    real = loop.train_step
+
+    def step(state, *args, **options):
+        if state.step < 15:
+            return real(state, *args, **options)
         threading.Timer(0.05, slow_disk.set).start()
         raise RuntimeError("something else")
 
-    monkeypatch.setattr(sample, "generate", die)  # at step 15, while the checkpoint of step 10 is being written
+    monkeypatch.setattr(loop, "train_step", step)  # after step 15, while the checkpoint of step 10 is being written
     with pytest.raises(RuntimeError, match="something else"):
         train(tiny, tmp_path / "run", quiet=True)
     assert steps(tmp_path / "run") == [10]
