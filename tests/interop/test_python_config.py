@@ -142,9 +142,10 @@ def test_a_file_that_would_act_does_nothing(tmp_path: Path) -> None:
 def test_missing_binary_and_endless_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
         read_py_config(tmp_path / "none.py", KEYS)
-    (tmp_path / "b.py").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="UTF-8"):
-        read_py_config(tmp_path / "b.py", KEYS)
+    for data, encoding in ((b"\x80abc", "UTF-8"), (b"\xff\xfe\x00", "UTF-16")):
+        (tmp_path / "b.py").write_bytes(data)
+        with pytest.raises(UserError, match=encoding):
+            read_py_config(tmp_path / "b.py", KEYS)
     with pytest.raises(UserError, match="too large"):
         read_py_config(write(tmp_path, "# " + "x" * 300_000), KEYS)
     assert read_py_config(write(tmp_path, "\ufeff# mark\r\nmax_iters = 1\r\n"), KEYS) == {"max_iters": 1}
