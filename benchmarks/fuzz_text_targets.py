@@ -9,11 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bardling.checkpoint.load import load
+from bardling.config import ModelConfig
 from bardling.config.recipes import load_recipe
 from bardling.data.text.named_datasets import source_for
 from bardling.data.tokens.tokenizer import StreamDecoder, load_tokenizer
 from bardling.errors import UserError
-from bardling.evaluate.tasks import check_items, load_items
+from bardling.evaluate.multiple_choice import check_items
+from bardling.evaluate.tasks import load_items
 from bardling.files.prompt import read_prompt_file
 from bardling.generation.generate import prompt_ids
 from fuzz_targets import TEXT, Target, make_hf, make_recipe
@@ -160,7 +162,8 @@ def load_text(spec: str) -> Callable[[Path], None]:
 def load_task(folder: Path) -> None:
     from bardling.data.tokens.tokenizer import build_tokenizer
 
-    check_items("task", load_items(str(folder / "task.jsonl")), build_tokenizer("byte", []))
+    config = ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=16, vocab_size=257)
+    check_items(build_tokenizer("byte", []), load_items(str(folder / "task.jsonl")), config, "task")
 
 
 def load_toml(folder: Path) -> None:

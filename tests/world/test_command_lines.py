@@ -127,25 +127,15 @@ def test_a_run_folder_that_ends_in_py_is_a_run(tmp_path):
     assert not is_nanogpt([str(tmp_path / "run.py"), "--seed", "1"], SAMPLE_KEYS)
 
 
-def test_a_source_file_of_python_is_trained_on(tmp_path, bardling):
+def test_a_source_file_of_python_is_trained_on(tmp_path, capsys):
     source = tmp_path / "code.py"
     source.write_text("def add(a, b):\n    return a + b\n\n" * 40)
-    model = [
-        "--model.n_layer",
-        "1",
-        "--model.n_embd",
-        "16",
-        "--model.n_head",
-        "2",
-        "--model.block_size",
-        "16",
-        "--device",
-        "cpu",
-    ]
-    steps = ["--train.steps", "2", "--train.batch_size", "2", "--optim.warmup_steps", "1", "--data.tokenizer", "char"]
-    bardling(
-        "train", "quickstart", "--data.source", source, *model, *steps, "--out", tmp_path / "run", "--sample.prompt", "def"
-    )
+    model = ["--model.n_layer=1", "--model.n_embd=16", "--model.n_head=2", "--model.block_size=16", "--device=cpu"]
+    steps = ["--train.steps=2", "--train.batch_size=2", "--optim.warmup_steps=1", "--data.tokenizer=char"]
+    out = ["--out", str(tmp_path / "run"), "--sample.prompt", "def"]
+    main(["train", "quickstart", "--data.source", str(source), *model, *steps, *out])
+    capsys.readouterr()
     (tmp_path / "prompt.py").write_text("def add")
-    options = ("--prompt_file", tmp_path / "prompt.py", "--max_new_tokens", "2", "--seed", "0")
-    assert bardling("sample", tmp_path / "run", *options).stdout.startswith("def add")
+    prompt = ["--prompt_file", str(tmp_path / "prompt.py"), "--max_new_tokens", "2", "--seed", "0"]
+    main(["sample", str(tmp_path / "run"), *prompt])
+    assert capsys.readouterr().out.startswith("def add")

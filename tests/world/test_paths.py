@@ -11,7 +11,7 @@ from bardling.cli.prepare import PrepareOptions
 from bardling.cli.resume import ResumeOptions
 from bardling.cli.sample import SampleOptions
 from bardling.cli.train import TrainOptions
-from bardling.config import DataConfig, EvalConfig, ModelConfig, SampleConfig
+from bardling.config import DataConfig, EvalConfig, ModelConfig, RunConfig, SampleConfig
 from bardling.config.recipes import load_recipe, parse_recipe
 from bardling.data.text.named_datasets import source_for
 from bardling.evaluate.tasks import load_items
@@ -131,7 +131,7 @@ def test_a_colon_in_a_path(home, tmp_path, name):
     for spec in (name, f"./{name}", str(path)):
         (document,) = source_for(spec).documents()
         assert document.text == "text with a colon in its name\n"
-        assert _absolute_paths(DataConfig(source=spec), ModelConfig())[0].source == str(path)
+        assert _absolute_paths(RunConfig(data=DataConfig(source=spec))).data.source == str(path)
 
 
 def test_a_colon_before_the_field(home, tmp_path):
@@ -139,7 +139,7 @@ def test_a_colon_before_the_field(home, tmp_path):
     path.write_text('{"body": "one", "text": "two"}\n')
     assert [document.text for document in source_for("10:00.jsonl").documents()] == ["two"]
     assert [document.text for document in source_for("10:00.jsonl:body").documents()] == ["one"]
-    assert _absolute_paths(DataConfig(source="10:00.jsonl:body"), ModelConfig())[0].source == f"{path}:body"
+    assert _absolute_paths(RunConfig(data=DataConfig(source="10:00.jsonl:body"))).data.source == f"{path}:body"
 
 
 def test_an_existing_path_wins_over_a_field(home, tmp_path):

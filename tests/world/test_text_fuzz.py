@@ -17,9 +17,9 @@ TARGETS = ("tokenizer, metaspace", "tokenizer, bytelevel", "model with generatio
 
 
 def test_changed_texts_and_tokenizers_raise_our_error_and_do_nothing_else():
-    command = [sys.executable, str(BENCHMARKS / "fuzz.py"), "--cases", "400", "--seed", "7", "--kind", "text"]
+    command = [sys.executable, str(BENCHMARKS / "fuzz.py"), "--cases", "250", "--seed", "7", "--kind", "text"]
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     for name in TARGETS:
         (cases,) = re.findall(rf"^{re.escape(name)}: (\d+) cases, 0 violations$", done.stdout, re.MULTILINE)
-        assert int(cases) > 10
+        assert int(cases) > 5
