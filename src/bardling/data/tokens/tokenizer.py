@@ -254,7 +254,11 @@ class Tokenizer:
         names = {
             key: None if index is None or index >= self.vocab_size else self._tokens[index] for key, index in named.items()
         }
-        write_atomically(folder / "tokenizer.json", (json.dumps(self._stored, ensure_ascii=False) + "\n").encode())
+        try:
+            text = (json.dumps(self._stored, ensure_ascii=False) + "\n").encode()
+        except UnicodeEncodeError:  # a lone surrogate is not valid UTF-8; escaped, as it was read, it is valid JSON
+            text = (json.dumps(self._stored) + "\n").encode()
+        write_atomically(folder / "tokenizer.json", text)
         about.write(folder, names)
 
 
