@@ -43,6 +43,7 @@ _USER_ERRNOS = {
     errno.EACCES: "permission denied: choose a folder you can write to",
     errno.EPERM: "permission denied: choose a folder you can write to",
     errno.ENOENT: "no such file or folder",
+    errno.ENAMETOOLONG: "the name is too long: check the path",
     errno.ENOTDIR: "a component of this path is a file, not a folder",
     errno.EISDIR: "is a folder, not a file",
 }

@@ -25,6 +25,7 @@ from bardling.config import (
 )
 from bardling.config.recipes import config_to_dict
 from bardling.errors import UserError
+from bardling.files.atomic import os_reason
 from bardling.files.paths import expand_home
 from bardling.files.prompt import read_prompt_file
 from bardling.interop.nanogpt_keys import NAMED_DATASETS, PLACES, SAMPLE_DEFAULTS, TRAIN_DEFAULTS
@@ -146,8 +147,11 @@ def _data(dataset: str, parents: Sequence[Path], notes: list[str]) -> DataConfig
     """The dataset's folder where nanoGPT keeps it, or one of the datasets available by name."""
     for base in (Path(), *parents):
         folder = base / "data" / dataset
-        if dataset and (folder / "train.bin").is_file():
-            return DataConfig(source=str(folder))
+        try:
+            if dataset and (folder / "train.bin").is_file():
+                return DataConfig(source=str(folder))
+        except OSError as error:  # the name is too long, for example
+            raise UserError(f"dataset = {dataset[:60]!r}: cannot be opened ({os_reason(error).lower()})") from error
     if dataset in NAMED_DATASETS:
         source, tokenizer = NAMED_DATASETS[dataset]
         notes.append(f"there is no data/{dataset}/train.bin, so the dataset {source!r} is prepared instead")
