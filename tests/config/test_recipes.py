@@ -61,7 +61,7 @@ def test_a_missing_recipe_suggests_the_closest_name(tmp_path):
 
 
 def test_a_file_that_is_not_text_is_named(tmp_path):
-    (tmp_path / "a.toml").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "a.toml").write_bytes(b"\x80abc")
     with pytest.raises(UserError, match="is not UTF-8 text"):
         load_recipe(str(tmp_path / "a.toml"))
 

@@ -316,7 +316,7 @@ def test_families_fill_what_is_unset_and_explicit_options_win() -> None:
         ({"family": "llama", "sliding_window": 8}, None),
         ({"family": "qwen3", "mlp": "relu2"}, None),
         ({"family": "qwen3", "qk_norm": "plain"}, None),
-        ({"tied": False}, None),
+        ({"tied": False}, "gpt2"),
         ({"logit_softcap": 15.0}, None),
         ({"family": "llama", "value_embeddings": 1}, None),
         ({"family": "llama", "head_dim": 32}, "llama"),
