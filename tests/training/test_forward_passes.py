@@ -52,7 +52,8 @@ def recipe(tiny, change, tmp_path):
     """Every hook enabled, an uneven number of validation sequences and task items, and documents that upset some steps."""
     rows = []
     for number in range(14):
-        text = "".join(f"the {word} met the sea {n % 7} times. " for n, word in enumerate(["king", "rose", "love"] * 5))
+        words = ["king", "rose", "love"] * 5
+        text = "".join(f"the {word} met the sea {(n + number) % 10} times. " for n, word in enumerate(words))
         rows.append(text[:200] + "§" + text[201:] if number == 9 else text)
     source, task = tmp_path / "text.jsonl", tmp_path / "little.jsonl"
     source.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
