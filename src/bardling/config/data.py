@@ -18,10 +18,10 @@ class DataConfig:
     """Fraction of the text held out for validation."""
     document_mask: bool = False
     """Limit attention to the current document, in training and validation; documents end at the end-of-text token."""
-    encoding: str = ""
-    """Encoding of text files without a byte order mark, such as 'cp1252'; empty: UTF-8."""
     cache: str = ""
     """Folder for datasets prepared from a source; empty: $BARDLING_CACHE, or ~/.cache/bardling."""
+    encoding: str = ""
+    """Encoding of text files without a byte order mark, such as 'cp1252'; empty: UTF-8."""
 
     def __post_init__(self) -> None:
         expand_paths(self, "source", "tokenizer", "cache")

@@ -19,8 +19,6 @@ class ModelConfig:
     """Width of the residual stream (channels)."""
     block_size: int = 256
     """Maximum context length (tokens); in training, the length of a sequence."""
-    max_positions: int | None = None
-    """Context of a rotary model that is trained further with a shorter block_size, kept in exports; unset: block_size."""
     vocab_size: int = 0
     """Vocabulary size; 0: the tokenizer's."""
     dropout: float = 0.0
@@ -69,6 +67,8 @@ class ModelConfig:
     """Extra token embeddings mixed into the attention values of the first and last N layers (0 disables this)."""
     depth: int = 0
     """Derive a compute-optimal run (width, heads, learning rates, batch size, steps) from this many layers; 0: do not."""
+    max_positions: int | None = None
+    """Context of a rotary model that is trained further with a shorter block_size, kept in exports; unset: block_size."""
 
     def __post_init__(self) -> None:
         expand_paths(self, "init")
