@@ -1,4 +1,4 @@
-"""Without its tokenizer a model is not evaluated, trained or sampled on text: no other tokenizer stands in for it."""
+"""A model without its tokenizer is refused for evaluation, training and sampling on text; no other tokenizer is used."""
 
 import dataclasses
 import json

@@ -76,7 +76,9 @@ def run(argv: Sequence[str]) -> None:
             start = begins_documents(dataset, tokenizer) if masked and tokenizer is not None else None
             dataset.vocab_size = min(dataset.vocab_size, model.config.vocab_size)  # reading refuses ids that the model lacks
             # A run measures sequences as long as those it trains on, which may be shorter than the model's context.
-            length = min(model.config.block_size, run_folder.config().model.block_size if run_folder else 1 << 62)
+            length = model.config.block_size
+            if run_folder is not None:
+                length = min(length, run_folder.config().model.block_size)
             rows += _measure_loss(options, model, dataset, length, start, precision, context)
         for task in options.tasks:
             rows += _measure_task(options, task, model, loaded.needed_tokenizer(), precision, context)
