@@ -123,7 +123,7 @@ def test_recomputed_activations_are_work_of_the_device_and_not_of_the_model() ->
 def test_recomputing_is_a_remedy_for_too_little_memory() -> None:
     config = dataclasses.replace(GPT2, train=TrainConfig(batch_size=480, micro_batch=48, steps=600_000))
     (note,) = [note for note in plan(config, device_name="NVIDIA L4", device_memory=10**10).notes if "does not fit" in note]
-    assert note.endswith("use --train.micro_batch 16 or --train.recompute blocks (25% more time).")
+    assert note.endswith("use --train.micro_batch 12 or --train.recompute blocks (25% more time).")
     again = dataclasses.replace(config, train=dataclasses.replace(config.train, recompute="blocks"))
     assert not any("does not fit" in text for text in plan(again, device_name="NVIDIA L4", device_memory=10**10).notes)
     long = dataclasses.replace(config.model, block_size=65536)

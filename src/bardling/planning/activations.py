@@ -43,8 +43,8 @@ from bardling.planning.costs import (
 from bardling.planning.parameter_shapes import block_matrices
 
 # Limits in `model/kernels/head_loss.py`: a chunk of float32 logits, and the gradients of several chunks.
-LOGIT_CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
-LOGIT_GRAD_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
+LOGIT_CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 1 << 30}
+LOGIT_GRAD_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,7 @@ from bardling.training.compile_choice import AS_CONFIGURED
 from bardling.training.facts import Facts
 from bardling.training.loop import fit
 from bardling.training.objective import build_objective
+from bardling.training.recovery.spikes import require_gradient
 from bardling.training.resolve import ResolvedRun, resolve
 from bardling.training.state import TrainState
 from bardling.training.step import StepResult, StepSettings
@@ -227,11 +228,13 @@ class _Bench:
 
     def _train(self, assembly: Assembly, batches: Iterator[Batch], steps: int) -> list[float]:
         """Train for `steps` more steps as a run does; returns the seconds of each."""
-        timestamps = []
+        timestamps, latest = [], None
 
         def hook(state: TrainState, result: StepResult | None) -> None:
+            nonlocal latest
             timestamps.append(_timestamp(self.device))
             if result is not None:
+                latest = result
                 self.progress(state.step, self.total)
 
         config = self.run.config
@@ -239,6 +242,8 @@ class _Bench:
         lr_at = partial(learning_rate, config=config.optim, steps=self.run.plan.steps)
         fit(assembly, batches, plan, self.settings, lr_at=lr_at, seed=config.seed, hooks=[hook])
         synchronize(self.device)
+        if latest is not None:
+            require_gradient(assembly.state.step, float(latest.loss), float(latest.grad_norm))
         cuda, pairs = self.device.type == "cuda", itertools.pairwise(timestamps)
         return [before.elapsed_time(after) / 1e3 if cuda else after - before for before, after in pairs]
 

@@ -17,6 +17,7 @@ from bardling.data.tokens.documents import Documents
 from bardling.errors import UserError
 from bardling.model.gpt import GPT
 from bardling.monitor.records import TIMING_FIELDS
+from bardling.tools.bench import bench
 from bardling.training.recovery.guard import Guard
 from bardling.training.recovery.rollback_log import read_rollbacks
 from bardling.training.recovery.spikes import LARGEST, Limits, StepHistory
@@ -281,6 +282,26 @@ def test_a_diverged_run_ends(guarded, change, tmp_path, monkeypatch):
     monkeypatch.setattr(GPT, "forward", broken)
     with pytest.raises(UserError, match=r"step 10: .*10 in a row \(guard.max_skips = 10\), so training has diverged"):
         train(change(guarded, guard={"policy": "skip"}, sample={"every": 0}), tmp_path / "run", quiet=True)
+
+
+def no_gradient(monkeypatch):
+    """Passes whose loss is right and whose gradients are all zero."""
+    original = GPT.forward
+
+    def forward(self, *args, **options):
+        result = original(self, *args, **options)
+        return result.detach() + 0 * result if self.training else result
+
+    monkeypatch.setattr(GPT, "forward", forward)
+
+
+def test_a_loss_without_gradients_ends_the_run_at_its_first_step(guarded, change, tmp_path, monkeypatch):
+    no_gradient(monkeypatch)
+    config = change(guarded, guard={"policy": "skip"}, sample={"every": 0})
+    with pytest.raises(UserError, match=r"step 1: the loss is [\d.]+, but every gradient is zero, .*--compile off"):
+        train(config, tmp_path / "run", quiet=True)
+    with pytest.raises(UserError, match="every gradient is zero"):
+        bench(config, steps=1)
 
 
 def test_a_lost_rollback_log_is_detected_on_resume(guarded, change, explode, tmp_path):

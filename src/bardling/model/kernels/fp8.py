@@ -10,8 +10,8 @@ unaffected. On CUDA the products are PyTorch's `_scaled_mm` (compute capability 
 16. Layers of other sizes keep the run's precision; missing rows (tokens) are padded with zeros. On other devices the same
 float8 numbers are multiplied in float32: equal rounding, for tests.
 
-Limits: not measured on a GPU. There is one scale per tensor: an outlier of x times the rest costs log2(x) bits of range (e4m3
-has about 18 binades).
+Limits: the speed has not been measured. There is one scale per tensor: an outlier of x times the rest costs log2(x) bits of
+range (e4m3 has about 18 binades).
 
 Shapes: N rows (tokens), I in, O out.
 """

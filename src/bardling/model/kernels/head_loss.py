@@ -92,7 +92,8 @@ def _chunked_loss(
         rows = head_rows(weight, vocab_size)
         head = weight[:rows].to(dtype)  # [V, C]
         for part in _chunks(hidden.size(0), rows * wide.itemsize, _limit(CHUNK_BYTES, hidden)):
-            logits, _ = _logits(hidden[part].to(dtype), head, vocab_size, wide, softcap)  # [P, V]
+            product = _matmul(hidden[part].to(dtype), head.t(), wide)
+            logits, _ = _capped(product, vocab_size, softcap)  # [P, V]
             losses.append(F.cross_entropy(logits, targets[part], ignore_index=IGNORE, reduction="none"))
     return _concatenated(losses)
 
@@ -129,11 +130,12 @@ class _SummedLoss(torch.autograd.Function):
                 parts = _chunks(group.stop - group.start, rows * wide.itemsize, _limit(CHUNK_BYTES, hidden), group.start)
                 slopes = inputs.new_empty(group.stop - group.start, rows) if len(parts) > 1 else None  # [G, V]
                 for part in parts:
-                    logits, squashed = _logits(inputs[part], head, vocab_size, wide, softcap)
+                    logits, squashed = _capped(_training_logits(inputs[part], head, wide), vocab_size, softcap)
                     logp = F.log_softmax(logits, dim=1)  # [P, V]
                     found = logp.gather(1, ids[part])  # [P, 1]
-                    total -= (found if counted is None else found * counted[part]).sum()
-                    slope = logp.exp_().scatter_add_(1, ids[part], torch.full_like(found, -1.0))  # d loss / d logits
+                    # Not in place: the gradients of an output modified in place are zero in code compiled by PyTorch 2.11.
+                    total = total - (found if counted is None else found * counted[part]).sum()
+                    slope = _softmax_minus_one_hot(logp, ids[part])  # d loss / d logits
                     if squashed is not None:
                         slope.mul_(squashed.square_().neg_().add_(1))  # 1 - tanh^2
                     if slopes is None:
@@ -168,15 +170,28 @@ def _counted(ids: Tensor) -> Tensor | None:
     return None if is_eager_cpu(ids) and bool(counted.all()) else counted
 
 
-def _logits(hidden: Tensor, head: Tensor, vocab_size: int, wide: torch.dtype, softcap: float) -> tuple[Tensor, Tensor | None]:
-    """[P, C] -> [P, V] in `wide`, minus infinity at padded ids; with a cap, also the tanh."""
-    logits, squashed = _matmul(hidden, head.t(), wide), None
+def _training_logits(inputs: Tensor, head: Tensor, wide: torch.dtype) -> Tensor:
+    """[P, C] -> [P, V] in `wide`. bfloat16 products are rounded to bfloat16, which halves the memory traffic."""
+    return (inputs @ head.t()).to(wide) if inputs.dtype == torch.bfloat16 else _matmul(inputs, head.t(), wide)
+
+
+def _capped(logits: Tensor, vocab_size: int, softcap: float) -> tuple[Tensor, Tensor | None]:
+    """Logits [P, V], overwritten: with the cap, and minus infinity at padded ids. With a cap, also the tanh."""
+    squashed = None
     if softcap:
         squashed = logits.div_(softcap).tanh_()
         logits = squashed * softcap
-    if head.size(0) > vocab_size:
+    if logits.size(1) > vocab_size:
         logits[:, vocab_size:] = -torch.inf
     return logits, squashed
+
+
+def _softmax_minus_one_hot(logp: Tensor, ids: Tensor) -> Tensor:
+    """exp(logp) [P, V], overwritten, minus 1 at `ids` [P, 1]. Compiled code compares ids, which needs no pass of its own."""
+    if torch.compiler.is_compiling():
+        hit = torch.arange(logp.size(1), device=logp.device) == ids  # [P, V]
+        return torch.where(hit, logp.exp() - 1, logp.exp())
+    return logp.exp_().scatter_add_(1, ids, torch.full_like(ids, -1, dtype=logp.dtype))
 
 
 def _matmul(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:

@@ -34,7 +34,7 @@ from bardling.monitor.records import EventRecord, Record
 from bardling.planning.batching import TrainPlan
 from bardling.training.recovery.explain import Explainer, describe_sequence
 from bardling.training.recovery.rollback_log import Rollback
-from bardling.training.recovery.spikes import Limits
+from bardling.training.recovery.spikes import Limits, require_gradient
 from bardling.training.recovery.trace import order_after
 from bardling.training.state import TrainState
 from bardling.training.step import StepResult
@@ -132,6 +132,7 @@ class Guard:
         loss, norm, bad = metrics.read()
         history = state.history
         if not bad:
+            require_gradient(metrics.step, loss, norm)
             history.add(metrics.step, loss, norm, self.config.window)
             return
         if state.scaler is not None and math.isfinite(loss) and not math.isfinite(norm):

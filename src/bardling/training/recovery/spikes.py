@@ -20,6 +20,7 @@ from bardling.errors import UserError
 LARGEST = 3.4e38  # about float32's largest number; infinity and NaN are not below it
 LAG = 2  # steps between a step and the last one that its limits use
 _MAD_TO_STD = 1.4826  # ratio of the standard deviation to the median absolute deviation of a normal distribution
+_NEGLIGIBLE_LOSS = 1e-3  # below it (nats), gradients may round to zero
 _MIN_LOSS_DEVIATION, _MIN_NORM_DEVIATION = 0.01, 0.1  # as a fraction of the median
 
 
@@ -29,6 +30,15 @@ class Limits:
 
     loss: float = LARGEST
     grad_norm: float = LARGEST
+
+
+def require_gradient(step: int, loss: float, grad_norm: float) -> None:
+    """Raise `UserError` if a step has a loss but no gradient: whatever computed it is wrong, and nothing would be learned."""
+    if grad_norm == 0 and loss > _NEGLIGIBLE_LOSS:
+        raise UserError(
+            f"step {step:,}: the loss is {loss:.4g}, but every gradient is zero, so the model cannot learn: compiled code can "
+            "be wrong on some devices and PyTorch versions; use --compile off, or another version of PyTorch"
+        )
 
 
 @dataclass
