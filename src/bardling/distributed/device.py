@@ -105,15 +105,18 @@ def choose_precision(
     ratio = (measure or bfloat16_speedup)(device)
     if ratio > 1.3:
         return Precision("bfloat16", f"bf16 matmul is {ratio:.1f}x faster on this CPU", device.type)
-    return Precision("float32", f"bf16 matmul has {ratio:.1f}x the speed of float32 on this CPU", device.type)
+    return Precision("float32", f"bf16 matmul has {ratio:.2g}x the speed of float32 on this CPU", device.type)
 
 
 def bfloat16_speedup(device: torch.device, seconds: float = 1.5) -> float:
     """Measure the speed of bfloat16 matmuls relative to float32.
 
     The two are measured alternately and the best of each counts, until neither improves in two rounds: on a busy machine, a
-    single measurement may be many times too low.
+    single measurement may be many times too low. CPUs that emulate bfloat16 are so slow that small matmuls show it.
     """
+    small = [matmul_flops(device, dtype, size=192, seconds=0.005) for dtype in (torch.bfloat16, torch.float32)]
+    if small[0] < small[1] / 20:
+        return small[0] / small[1]
     speeds = dict.fromkeys((torch.float32, torch.bfloat16), 0.0)
     end, stable_rounds = time.perf_counter() + seconds, 0
     while stable_rounds < 2 and time.perf_counter() < end:
