@@ -121,6 +121,22 @@ def test_the_state_may_change_while_it_is_written(started, slow_disk):
         assert not torch.equal(started.state.model.state_dict()[name], tensor), name
 
 
+def test_no_thread_outlives_its_save(started):
+    """A thread keeps its OpenMP threads; with more of these than cores, OpenMP lets those of training sleep at every operator."""
+
+    def writers():
+        return [thread for thread in threading.enumerate() if thread.name.startswith("checkpoint-writer")]
+
+    saver = started.saver()
+    for action in (saver.prepare, saver.save):
+        action(started.state)
+        saver.wait()
+        for thread in writers():
+            thread.join(60)
+        assert writers() == []
+    assert steps(started.run) == [1]
+
+
 def test_one_save_at_a_time_and_memory_that_does_not_grow(started, slow_disk):
     saver = started.saver(keep_last=10)
     saver.save(started.state)

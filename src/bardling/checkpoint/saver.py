@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -37,6 +38,18 @@ class Savable(Protocol):
         """What a checkpoint of it contains, without random number generators."""
 
 
+def _in_background(work: Callable[[], None]) -> Future[None]:
+    """Do `work` in a thread, for which Python waits at exit.
+
+    The thread ends with its work, and its OpenMP threads with it. As long as there are more of these than cores, OpenMP lets
+    none of them spin, also not those of training, whose steps then take up to twice as long.
+    """
+    pool = ThreadPoolExecutor(1, "checkpoint-writer")
+    job = pool.submit(work)
+    pool.shutdown(wait=False)
+    return job
+
+
 class Saver:
     """Saves a run's checkpoints. In all processes but the primary one it only takes part in `finish`.
 
@@ -61,7 +74,6 @@ class Saver:
         self._tokenizer, self._run_config = tokenizer, run_config
         self._note, self._flush = note, flush
         self._store = folder.store(config)
-        self._writer = ThreadPoolExecutor(1, "checkpoint-writer")  # Python waits for it at exit
         self._job: Future[None] | None = None
         self._memory = HostCopy()
         self._asynchronous = config.asynchronous and context.is_primary
@@ -75,7 +87,7 @@ class Saver:
         if self._asynchronous and not self._prepared:
             self._prepared = True
             self.wait()
-            self._job = self._writer.submit(self._memory.prepare, _tensors(state.saved()))
+            self._job = _in_background(partial(self._memory.prepare, _tensors(state.saved())))
 
     def save(self, state: Savable, *, last: bool = False) -> None:
         """Begin to save `state`, which may change once this returns; after the `last` step, save it now, without a copy."""
@@ -100,7 +112,7 @@ class Saver:
             except (OSError, RuntimeError) as error:  # RuntimeError: how PyTorch reports that memory ran out
                 self._warn(f"no memory for copies of the state ({error}): training waits while checkpoints are written")
                 self._asynchronous = copied = False
-        self._job = self._writer.submit(self._write, saved, tensors, rng_state())
+        self._job = _in_background(partial(self._write, saved, tensors, rng_state()))
         if not copied:
             self.wait()
 
