@@ -122,7 +122,7 @@ def test_the_state_may_change_while_it_is_written(started, slow_disk):
 
 
 def test_no_thread_outlives_its_save(started):
-    """A thread keeps its OpenMP threads; with more of these than cores, OpenMP lets those of training sleep at every operator."""
+    """A thread keeps its OpenMP threads; with more of these than cores, those of training sleep after every operator."""
 
     def writers():
         return [thread for thread in threading.enumerate() if thread.name.startswith("checkpoint-writer")]
