@@ -31,6 +31,7 @@ from bardling.interop.imported import ImportedCheckpoint
 from bardling.interop.nano_gpt import read_nano_gpt_checkpoint
 from bardling.interop.nanogpt_checkpoint import read_nanogpt_checkpoint
 from bardling.interop.pretrained import fetch_model, is_hub_name
+from bardling.interop.torch_file import gguf_fault
 from bardling.model.gpt import GPT
 from bardling.model.init import crop_block_size
 
@@ -170,6 +171,16 @@ def _refuse_adapter(folder: Path, spec: str) -> None:
     raise UserError(f"{spec}: is an adapter ({kind}) for the base model {base}, not a model: merge both with peft: {merge}")
 
 
+def _refuse_weights_alone(folder: Path) -> None:
+    """Name the weights in a folder that has no `config.json`."""
+    kinds = ("*.safetensors", "*.gguf", "pytorch_model*.bin")
+    file = next((path for kind in kinds for path in sorted(folder.glob(kind))), None)
+    if file is not None and file.suffix == ".gguf":
+        raise UserError(f"{file}: {gguf_fault(file)}")
+    if file is not None:
+        raise UserError(f"{file}: there is no config.json beside it: copy the model's config.json to {folder}")
+
+
 def tokenizer_file(tokenizer: Tokenizer) -> str:
     """The path of a copy of a tokenizer in the cache, for `data.tokenizer`: it stays where it is when the model moves."""
     folder = cache_root() / "tokenizers" / tokenizer.data_key
@@ -183,6 +194,8 @@ def find_checkpoint(path: Path, *, best: bool = False) -> Path:
     if (path / "config.json").is_file():
         return path
     _refuse_adapter(path, str(path))
+    if not (path / "config.toml").is_file():
+        _refuse_weights_alone(path)
     run = open_run(path)
     found = run.store().best() if best else run.store().latest(_report)
     if found is None:

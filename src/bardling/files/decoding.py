@@ -43,6 +43,7 @@ _FORMATS = (  # offset and bytes that identify a format, its name, and what to d
     (0, b"{\\rtf", "an RTF document", "convert it, `pandoc {file} -t plain -o {text}`"),
     (0, b"\xd0\xcf\x11\xe0\xa1\xb1", "a Microsoft Office document", "save it as plain text"),
     (0, b"SQLite format 3\0", "an SQLite database", "export its text as JSON Lines"),
+    (0, b"GGUF\x03\0\0\0", "a GGUF model", _OTHER),
     (0, b"\x93NUMPY", "a NumPy array", _OTHER),
     (0, b"\x89HDF\r\n", "an HDF5 file", _OTHER),
     (0, b"\x89PNG\r\n", "a PNG image", _OTHER),

@@ -37,6 +37,7 @@ from bardling.interop.families import (
     tensor_parts,
 )
 from bardling.interop.tensor_file import open_tensors
+from bardling.interop.torch_file import gguf_fault
 from bardling.interop.weight_index import INDEX, MAX_INDEX_BYTES, indexed_files
 from bardling.planning.parameter_shapes import EMBEDDING, HEAD, parameter_shapes
 
@@ -272,6 +273,8 @@ def _weight_files(folder: Path) -> dict[Path, list[str] | None]:
             f"{pickled[0]}: pickled weights can execute code and are refused: "
             "save the model again with save_pretrained(..., safe_serialization=True)"
         )
+    if found := sorted(folder.glob("*.gguf")):
+        raise UserError(f"{found[0]}: {gguf_fault(found[0])}")
     remedy = "open the model with transformers and save it with save_pretrained(...)"
     raise UserError(f"{folder}: has no model.safetensors and no {INDEX}: {remedy}")
 

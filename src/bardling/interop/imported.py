@@ -85,7 +85,8 @@ def read_content(path: Path, trainer: str, required: tuple[str, ...]) -> dict[st
     """The top-level dict of a file written by `torch.save`, which must contain the keys `required`."""
     content = string_keyed(path, load_torch_file(path), "content")
     if missing := [key for key in required if key not in content]:
-        raise UserError(f"{path}: has no {missing[0]!r}: it is not a {trainer} checkpoint")
+        remedy = "give a folder that transformers' save_pretrained(...) wrote"
+        raise UserError(f"{path}: has no {missing[0]!r}: it is not a {trainer} checkpoint; of other models, {remedy}")
     return content
 
 

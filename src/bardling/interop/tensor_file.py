@@ -46,7 +46,7 @@ def open_tensors(path: Path) -> Iterator[Any]:
     except MemoryError:
         raise UserError(f"{path}: {path.stat().st_size:,} bytes do not fit in memory") from None
     except SafetensorError as error:
-        raise UserError(f"{path}: is damaged or not a safetensors file ({error})") from None
+        raise UserError(f"{path}: is damaged or not a safetensors file ({error}): restore it, or download it again") from None
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

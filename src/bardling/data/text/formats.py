@@ -63,7 +63,7 @@ def examine(path: Path, field: str, encoding: str, *, named_field: bool) -> Cont
             return Contents(fault=f"a JSON Lines file without the field {field!r}", remedy=remedy)
     if rows:
         return Contents(True, gzipped, encoding)
-    if suffix in _DOCUMENTS or suffix in _TABLES:
+    if head and (suffix in _DOCUMENTS or suffix in _TABLES):
         kind, remedy = _structured(path, suffix, head)
         return Contents(fault=kind, remedy=f"decompress it, then {remedy}" if gzipped else remedy)
     return Contents(fault=known[0], remedy=known[1]) if known else Contents()

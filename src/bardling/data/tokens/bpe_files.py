@@ -45,6 +45,19 @@ def missing_tokenizer(folder: Path) -> str:
     return f"{folder / found[0]}: a tokenizer in this format is not read, without a tokenizer.json: {_conversion(folder)}"
 
 
+def refuse_other_format(path: Path) -> None:
+    """Raise a `UserError` if the file `path` belongs to a tokenizer in another format than `tokenizer.json`."""
+    folder = path.parent
+    if path.name in ("vocab.json", "merges.txt"):
+        whole = _has_pair(folder) or (folder / "tokenizer.json").is_file()
+        remedy = f"name the folder instead, {folder}" if whole else _conversion(folder)
+        raise UserError(f"{path}: is only one of the files of a tokenizer: {remedy}")
+    if path.name in UNREAD_TOKENIZERS:
+        found = folder / "tokenizer.json"
+        remedy = f"name {found} instead" if found.is_file() else _conversion(folder)
+        raise UserError(f"{path}: a tokenizer in this format is not read: {remedy}")
+
+
 def _conversion(folder: Path) -> str:
     remedy = f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
     return f"convert it with transformers (which may need the package sentencepiece): {remedy}"

@@ -30,7 +30,7 @@ import numpy.typing as npt
 
 from bardling.config.architecture import GPT2_VOCAB_SIZE
 from bardling.data.text.sources import valid_text
-from bardling.data.tokens.bpe_files import pair_content
+from bardling.data.tokens.bpe_files import pair_content, refuse_other_format
 from bardling.data.tokens.gpt2_bpe import Encode, fast_encoder, gpt2_tokenizer_file
 from bardling.data.tokens.library import (
     is_control,
@@ -326,7 +326,14 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     folder, path = path.is_dir(), path / "tokenizer.json" if path.is_dir() else path
     if not folder and not path.is_file():
         raise UserError(f"{path}: no such tokenizer file")
-    content = read_json_object(path, limit=_MAX_FILE_BYTES) if path.is_file() else pair_content(path.parent)
+    if not folder:
+        refuse_other_format(path)
+    try:
+        content = read_json_object(path, limit=_MAX_FILE_BYTES) if path.is_file() else pair_content(path.parent)
+    except UserError as error:
+        if not str(error).startswith(f"{path}: is not valid JSON"):
+            raise
+        raise UserError(f"{error}: use a complete tokenizer.json, or the folder of one") from None
     return Tokenizer(content, str(path), files=read_text_files(path.parent))
 
 
