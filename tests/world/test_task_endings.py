@@ -95,3 +95,21 @@ def test_hellaswag_with_gpt2_tokens_is_encoded_as_before() -> None:
     for item in _encode(tokenizer, items, range(len(items)), config, "hellaswag"):
         assert item.context.tolist() == next(before).tolist()
         assert [ending.tolist() for ending in item.endings] == [next(before).tolist() for _ in item.endings]
+
+
+def fused_unknown(path: Path) -> Tokenizer:
+    """A tokenizer that makes one token of neighbouring unknown characters, also across a space that it does not know."""
+    from tokenizers import Tokenizer as Library
+    from tokenizers import models
+
+    vocab = {"<unk>": 0, "a": 1, "b": 2, "<s>": 3}
+    made = Library(models.BPE(vocab, [], unk_token="<unk>", fuse_unk=True))
+    return load_tokenizer(write(path, made, bos_token="<s>", unk_token="<unk>"))
+
+
+def test_an_ending_that_vanishes_in_the_unknown_token_before_it_is_scored_alone(tmp_path: Path) -> None:
+    tokenizer = fused_unknown(tmp_path)
+    config = ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=16, vocab_size=tokenizer.vocab_size)
+    (item,) = _encode(tokenizer, [ChoiceItem("aé", ("éé", "ab"), 0, "unknown")], [0], config, "task")
+    assert [ending.tolist() for ending in item.endings] == [[0], [1, 2]]
+    assert item.context.tolist() == [1, 0]
