@@ -220,7 +220,7 @@ def test_train_refuses(case, place, capsys):
 
 
 def resume_of_nothing(place, run):
-    return ["resume", place.path / "nosuch"], "no such run"
+    return ["resume", place.path / "nosuch"], "no such folder"
 
 
 def resume_of_no_run(place, run):

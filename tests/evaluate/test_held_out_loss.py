@@ -41,13 +41,14 @@ def test_it_is_the_mean_over_target_tokens_whatever_the_batch_size(model, batch_
     result = evaluate_loss(model, windows, batch_size=batch_size, precision=FLOAT32, bytes_per_token=table)
     assert model.training, "the model's mode is left as it was"
     logits = model.eval()(windows.tokens[:, :-1])
-    reference = torch.nn.functional.cross_entropy(
-        logits.double().flatten(0, 1), windows.targets.flatten(), ignore_index=-100, reduction="sum"
-    ).item()
+    each = torch.nn.functional.cross_entropy(
+        logits.double().flatten(0, 1), windows.targets.flatten(), ignore_index=-100, reduction="none"
+    )
+    reference, text = each.sum().item(), each[windows.targets.flatten() > 0].sum().item()  # token 0 has no bytes
     counted = windows.targets[windows.targets != -100]
     assert result.tokens == len(counted)
     assert result.loss == pytest.approx(reference / len(counted), rel=1e-6)
-    assert result.bits_per_byte == pytest.approx(reference / math.log(2) / counted.sum().item(), rel=1e-6)
+    assert result.bits_per_byte == pytest.approx(text / math.log(2) / counted.sum().item(), rel=1e-6)
     assert result.perplexity == pytest.approx(math.exp(result.loss))
 
 
@@ -64,10 +65,11 @@ def test_every_process_makes_the_same_forward_passes(model, processes):
         passes.append(len(made))
         assert all(shape[1] == 12 for shape in made)
     assert passes == [math.ceil(7 / (2 * processes))] * processes
-    loss, tokens, size_in_bytes = sum(totals).tolist()
+    loss, tokens, size_in_bytes, text_loss = sum(totals).tolist()
     alone = evaluate_loss(model, Windows(), batch_size=2, precision=FLOAT32, bytes_per_token=table)
     assert (tokens, size_in_bytes) == (alone.tokens, alone.bytes)
     assert loss / tokens == pytest.approx(alone.loss, rel=1e-6)
+    assert text_loss / math.log(2) / size_in_bytes == pytest.approx(alone.bits_per_byte, rel=1e-6)
 
 
 def test_progress_is_reported_and_a_stop_request_is_obeyed(model):

@@ -18,7 +18,11 @@ def run(tiny, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "config.toml").write_text(config_to_toml(tiny))
-    lines = [f'{{"kind": "{kind}", "step": {step}, "loss": {4 - step / 10}}}\n' for kind in ("train", "val") for step in (1, 2)]
+    lines = [
+        f'{{"kind": "{kind}", "step": {step}, "loss": {4 - step / 10}, "tokens": {64 * step}}}\n'
+        for kind in ("train", "val")
+        for step in (1, 2)
+    ]
     (folder / "metrics.jsonl").write_text("".join(lines))
     return folder
 

@@ -34,12 +34,14 @@ Context.activity, Transformer.forward = record, counted
 token, factor = int(sys.argv[3]), float(sys.argv[4])
 whole = GPT.forward
 
-def explode(self, tokens, targets=None, *, reduction="sum", **rest):
+def explode(self, tokens, targets=None, *, reduction="sum", tally=None, **rest):
     if targets is None or not self.training and reduction == "sum":
-        return whole(self, tokens, targets, reduction=reduction, **rest)
+        return whole(self, tokens, targets, reduction=reduction, tally=tally, **rest)
     losses = whole(self, tokens, targets, reduction="none", **rest)
     losses = losses * __import__("torch").where((tokens == token).cumsum(1) > 0, factor, 1.0)
-    return losses.sum() if reduction == "sum" else losses
+    if reduction == "none":
+        return losses
+    return losses.sum() if tally is None else losses.sum() * __import__("torch").ones(2)
 
 GPT.forward = explode
 train(load_recipe(sys.argv[1]), Path(sys.argv[2]) / "run", quiet=True)

@@ -23,14 +23,14 @@ from bardling.data.tokens.token_files import gpt2_tokenizer, read_meta
 from bardling.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from bardling.distributed.context import Context
 from bardling.errors import UserError
-from bardling.files.paths import expand_home
+from bardling.files.paths import expand_home, similar
 from bardling.files.reading import read_json_object
 from bardling.interop.families import shown
 from bardling.interop.huggingface import dropout_note, read_hf_folder
 from bardling.interop.imported import ImportedCheckpoint
 from bardling.interop.nano_gpt import read_nano_gpt_checkpoint
 from bardling.interop.nanogpt_checkpoint import read_nanogpt_checkpoint
-from bardling.interop.pretrained import fetch_model, is_hub_name
+from bardling.interop.pretrained import fetch_model, is_hub_name, is_shadowed
 from bardling.interop.torch_file import gguf_fault
 from bardling.model.gpt import GPT
 from bardling.model.init import crop_block_size
@@ -196,6 +196,9 @@ def find_checkpoint(path: Path, *, best: bool = False) -> Path:
     _refuse_adapter(path, str(path))
     if not (path / "config.toml").is_file():
         _refuse_weights_alone(path)
+    if not path.exists() and path.parent.is_dir() and is_shadowed(path) and not any(path.parent.glob("*/config.toml")):
+        where = f"it is not looked for on the hub, because there is a folder {path.parent} here"
+        raise UserError(f"{path}: no such folder{similar(path)}; {where}: correct the name, or run the command elsewhere")
     run = open_run(path)
     found = run.store().best() if best else run.store().latest(_report)
     if found is None:
@@ -219,6 +222,8 @@ def run_of(spec: Path | str) -> RunFolder | None:
     if is_hub_name(spec):
         return None
     path = Path(spec)
+    if not path.exists():
+        find_checkpoint(path)  # says so
     runs = map(RunFolder, (path, path.absolute().parent.parent))
     return next((run for run in runs if run.config_file.is_file()), None)
 

@@ -10,6 +10,7 @@ checkpoints/       step-000500/ ...
 """
 
 import contextlib
+import glob
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from bardling.distributed.context import Context
 from bardling.errors import UserError
 from bardling.files.atomic import remove_partial_files, write_atomically
 from bardling.files.lock import locked
+from bardling.files.paths import similar
 from bardling.files.reading import read_json_object, read_small_text
 
 LOCK_TIMEOUT = 5.0  # seconds; a job that was just killed may take a moment to disappear
@@ -72,8 +74,10 @@ def open_run(path: Path) -> RunFolder:
         return run
     if path.exists():
         raise UserError(f"{path}: is not a run folder (it has no config.toml); create a run with `bardling train`")
-    others = sorted(str(other.parent) for other in path.parent.glob("*/config.toml"))[-3:]
-    raise UserError(f"{path}: no such run{'; existing runs: ' + ', '.join(others) if others else ''}")
+    found = list(path.parent.glob("*/config.toml")) or path.parent.parent.glob(f"*/{glob.escape(path.name)}/config.toml")
+    others = sorted(str(other.parent) for other in found)
+    listed = f"; existing runs: {', '.join(others[-3:])}" if others else ""
+    raise UserError(f"{path}: no such folder{similar(path)}{listed}")
 
 
 def refuse_existing(path: Path) -> None:

@@ -121,11 +121,19 @@ def _measurements(result: "BenchResult") -> Table:
     table.add_row("FLOPs per token", count(result.flops_per_token), "forward and backward, matrix multiplications")
     table.add_row("speed", si(result.flops_per_second, "FLOP/s"))
     if result.peak_flops is None or result.mfu is None:
-        table.add_row("MFU (vendor peak)", "unknown", "no vendor spec for this device")
+        why = (
+            "no vendor spec for this device"
+            if result.peak_flops is None
+            else "faster than the vendor spec, which is wrong here"
+        )
+        table.add_row("MFU (vendor peak)", "unknown", why)
     else:
         table.add_row("[bold]MFU (vendor peak)", f"[bold]{percent(result.mfu)}", f"of {si(result.peak_flops, 'FLOP/s')}")
     measured = f"of {si(result.matmul_flops, 'FLOP/s')}, measured for matmul"
-    table.add_row("MFU (measured peak)", percent(result.mfu_of_matmul), measured)
+    if result.mfu_of_matmul is None:
+        table.add_row("MFU (measured peak)", "unknown", "faster than the matmul measured before: the machine was busy")
+    else:
+        table.add_row("MFU (measured peak)", percent(result.mfu_of_matmul), measured)
     memory = "peak on the device" if result.precision.device_type == "cuda" else "peak of the whole process"
     table.add_row("memory", size_bytes(result.memory_bytes), memory)
     table.add_section()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from bardling.cli.parse import Model, parse
+from bardling.cli.parse import Model, parse, require_options
 from bardling.cli.tables import print_rows
 from bardling.config import DataConfig
 from bardling.errors import UserError
@@ -38,9 +38,9 @@ class EvalOptions:
     batch_size: int = 16
     """Sequences per forward pass."""
     tasks: tuple[str, ...] = ()
-    """Multiple-choice tasks: 'hellaswag', or JSONL files in the same format."""
+    """Multiple-choice tasks: 'hellaswag', or JSON Lines or JSON files in the same format."""
     task_items: int | None = None
-    """Number of items per task, a random but fixed subset; default: all."""
+    """Number of items per task, a random but fixed subset; default: those that a run measures in training, else all."""
     device: str = "auto"
     """'auto', 'cpu', 'cuda', 'cuda:N' or 'mps'."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -51,6 +51,7 @@ class EvalOptions:
 
 def run(argv: Sequence[str]) -> None:
     options = parse(EvalOptions, argv, prog="bardling eval", description="Evaluate a model on validation text and on tasks.")
+    require_options(1, options, "windows", "batch_size", "task_items")
     from bardling.checkpoint.load import load, run_of
     from bardling.data.batches.packing import begins_documents
     from bardling.distributed.context import distributed
@@ -81,7 +82,7 @@ def run(argv: Sequence[str]) -> None:
                 length = min(length, run_folder.config().model.block_size)
             rows += _measure_loss(options, model, dataset, length, start, precision, context)
         for task in options.tasks:
-            rows += _measure_task(options, task, model, loaded.needed_tokenizer(), precision, context)
+            rows += _measure_task(options, task, run_folder, model, loaded.needed_tokenizer(), precision, context)
         if context.is_primary:
             print_rows([*rows, ("precision", f"{precision.name} ({precision.why})")])
 
@@ -123,20 +124,28 @@ def _measure_loss(
 
 
 def _measure_task(
-    options: EvalOptions, task: str, model: "GPT", tokenizer: "Tokenizer", precision: "Precision", context: "Context"
+    options: EvalOptions,
+    task: str,
+    run_folder: "RunFolder | None",
+    model: "GPT",
+    tokenizer: "Tokenizer",
+    precision: "Precision",
+    context: "Context",
 ) -> Rows:
     from bardling.evaluate.multiple_choice import evaluate_choices
     from bardling.evaluate.tasks import draw_items, load_items, task_name
 
-    items = context.on_primary(lambda: draw_items(load_items(task), options.task_items))
-    name = task_name(task)
+    run, name = None if run_folder is None else run_folder.config(), task_name(task)
+    count, seed = (options.task_items, 0) if run is None else (options.task_items or run.eval.task_items, run.seed)
+    found = context.on_primary(lambda: load_items(task))
+    items = draw_items(found, count, seed)
     with ProgressBar(name, unit="items", show=context.is_primary) as progress:
         result = evaluate_choices(model, tokenizer, items, precision=precision, task=name, context=context, progress=progress)
     rows = [
         (name, f"{result.accuracy('tokens'):.4f} ± {result.stderr('tokens'):.4f} accuracy, ending losses normalised by tokens"),
         ("", f"{result.accuracy('sum'):.4f} ± {result.stderr('sum'):.4f} accuracy, not normalised"),
         ("", f"{result.accuracy('characters'):.4f} ± {result.stderr('characters'):.4f} accuracy, normalised by characters"),
-        ("", f"{result.total:,} items, {result.items_per_second:.1f} items/s"),
+        ("", f"{result.total:,} of {len(found):,} items, {result.items_per_second:.1f} items/s"),
     ]
     if result.cut_contexts or result.cut_endings:
         rows.append(("", f"{result.cut_contexts} contexts and {result.cut_endings} endings truncated to the model's context"))

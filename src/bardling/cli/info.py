@@ -1,5 +1,6 @@
 """`bardling info PATH`: describe a run, checkpoint or dataset (also of nanoGPT, nano-gpt or llm.c) on one screen."""
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,10 +13,12 @@ from bardling.cli.parse import parse
 from bardling.cli.tables import print_rows, shape
 from bardling.config import ModelConfig
 from bardling.errors import UserError
+from bardling.files.paths import similar
 from bardling.monitor.console import escape_unprintable
 from bardling.monitor.format import count, duration, size_bytes
 from bardling.monitor.jsonl import metrics, read_jsonl
 from bardling.monitor.progress import ProgressBar
+from bardling.planning.costs import parameters
 
 if TYPE_CHECKING:
     from bardling.checkpoint.run_folder import RunFolder
@@ -38,7 +41,7 @@ def run(argv: Sequence[str]) -> None:
     options = parse(InfoOptions, argv, prog="bardling info", description="Describe a run, checkpoint or dataset.")
     path = options.path
     if not path.exists():
-        raise UserError(f"{path}: no such file or folder")
+        raise UserError(f"{path}: no such file or folder{similar(path)}")
     if options.step is not None:
         _show_step(path, options.step)
     elif (path / "config.toml").is_file():
@@ -60,11 +63,11 @@ def run(argv: Sequence[str]) -> None:
         raise UserError(f"{path}: not a run (config.toml), checkpoint (config.json), dataset (manifest.json) or recipe (.toml)")
 
 
-def _model_rows(config: ModelConfig, parameters: int, extra: str = "") -> list[tuple[str, str]]:
-    family = config.architecture.transformers_family or "custom architecture"
+def _model_rows(config: ModelConfig, extra: str = "") -> list[tuple[str, str]]:
+    family, size = config.architecture.transformers_family or "custom architecture", parameters(config)
     return [
         ("model", f"{family}, {shape(config)}{extra}"),
-        ("parameters", f"{parameters:,} ({count(parameters)})"),
+        ("parameters", f"{size:,} ({count(size)})"),
         ("context", f"{config.block_size:,} tokens"),
         ("vocabulary", f"{config.vocab_size:,} entries"),
     ]
@@ -97,19 +100,26 @@ def show_dataset(dataset: "TokenDataset") -> None:
 
 
 def _show_checkpoint(path: Path, verify: bool) -> None:
-    from bardling.checkpoint.contents import read_model, read_training
+    from bardling.checkpoint.checksums import read_manifest
+    from bardling.checkpoint.contents import read_training
+    from bardling.checkpoint.load import load
     from bardling.checkpoint.store import CheckpointStore
 
-    config, state = read_model(path)
-    rows = _model_rows(config, sum(tensor.numel() for tensor in state.values()))
-    if (path / "training.json").is_file():
+    rows, ours = _model_rows(load(path).config), (path / "training.json").is_file()
+    if ours:
         values = read_training(path / "training.json")
         rows.append(("step", f"{values['step']:,}"))
         if math.isfinite(values["best_val_loss"]):
             rows.append(("best validation loss", f"{values['best_val_loss']:.4f} nats per token"))
-    print_rows(rows, f"checkpoint {path}")
-    if verify:
+    print_rows(rows, f"checkpoint {path}" if ours else f"model {path}")
+    if not verify:
+        return
+    with contextlib.suppress(ValueError):  # another program's folder has no manifest of ours
+        ours = ours or bool(read_manifest(path))
+    if ours:
         _report_damage(CheckpointStore(path.parent, 1).verify(path))
+    else:
+        print("all weights are readable and finite; only checkpoints of runs have checksums")
 
 
 def _show_foreign(path: Path) -> bool:
@@ -119,12 +129,9 @@ def _show_foreign(path: Path) -> bool:
 
         loaded = load(path)
         config = loaded.config
-        # As the other trainer counts them: without the rows that pad the vocabulary here.
-        parameters = sum(tensor.numel() for tensor in loaded.state.values())
-        parameters -= (config.padded_vocab_size - config.vocab_size) * config.n_embd
         rows = [
             ("written by", loaded.imported.origin if loaded.imported is not None else "unknown"),
-            *_model_rows(config, parameters, f", GELU {config.gelu}"),
+            *_model_rows(config, f", GELU {config.gelu}"),
             ("tokenizer", "unknown" if loaded.tokenizer is None else loaded.tokenizer.kind),
             ("step", f"{loaded.step:,}"),
             ("optimizer state", "AdamW" if loaded.optimizer_tensors else "none"),
@@ -175,6 +182,9 @@ def _show_run(path: Path, verify: bool) -> None:
         rows.append(("validation loss", f"{validated[-1]['loss']:.4f} (best {best['loss']:.4f} at step {best['step']:,})"))
         if "bits_per_byte" in best and "bits_per_byte" in validated[-1]:
             rows.append(("bits per byte", f"{validated[-1]['bits_per_byte']:.4f} (best {best['bits_per_byte']:.4f})"))
+        elif any(record.get("kind") == "val" and "bits_per_byte" in record for record in records):
+            advice = "not shown: some are of an earlier version, which counted end-of-text tokens; measure with `bardling eval`"
+            rows.append(("bits per byte", advice))
     steps = run_folder.store().steps()
     rows.append(("checkpoints", ", ".join(f"step {step:,}" for step in steps) or "none yet"))
     print_rows(rows, f"run {path}")

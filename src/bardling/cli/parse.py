@@ -18,6 +18,7 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 from bardling.cli.paths import expand_paths, shadow_notes
+from bardling.config.checks import INF
 from bardling.errors import UserError, closest
 
 T = TypeVar("T")
@@ -68,6 +69,14 @@ def parse(cls: type[T], argv: Sequence[str], *, prog: str, description: str, def
         for text in shadow_notes(value):
             note(text)
     return value
+
+
+def require_options(minimum: int, options: object, *names: str) -> None:
+    """Raise a `UserError` unless each named option is unset, or at least `minimum` and finite."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and not minimum <= value < INF:
+            raise UserError(f"--{name} {value}: must be at least {minimum}{' and finite' if isinstance(value, float) else ''}")
 
 
 def refuse_repeated(argv: Sequence[str]) -> None:

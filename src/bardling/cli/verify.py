@@ -11,6 +11,7 @@ from rich.markup import escape
 from bardling.cli.recipe import Config, parse_recipe_command, with_depth
 from bardling.cli.tables import columns
 from bardling.config import RunConfig
+from bardling.config.checks import INF
 from bardling.errors import UserError
 from bardling.monitor.progress import ProgressBar
 
@@ -34,8 +35,8 @@ def run(argv: Sequence[str]) -> None:
         "other micro-batches, with two processes and compiled, and that a KV cache does not change greedy generation. Nothing "
         "is saved.",
     )
-    if options.seconds <= 0:
-        raise UserError(f"--seconds {options.seconds}: must be greater than 0")
+    if not 0 < options.seconds < INF:
+        raise UserError(f"--seconds {options.seconds:g}: must be above 0 and finite")
     from bardling.tools.verify import verify  # imports torch
 
     config = with_depth(options.config, recipe, rest)

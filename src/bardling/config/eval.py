@@ -12,7 +12,7 @@ class EvalConfig:
     windows: int = 64
     """Validation sequences of block_size tokens, evenly spaced over the validation split and the same every time."""
     tasks: tuple[str, ...] = ()
-    """Multiple-choice tasks to evaluate: 'hellaswag', or the path of a JSONL file in the same format."""
+    """Multiple-choice tasks to evaluate: 'hellaswag', or the path of a JSON Lines or JSON file in the same format."""
     tasks_every: int | None = None
     """Steps between task evaluations; unset: eval.every."""
     task_items: int | None = None

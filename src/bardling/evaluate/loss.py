@@ -1,8 +1,11 @@
 """Loss, perplexity and bits per byte on a fixed set of sequences, divided among the processes.
 
 Sums are float64, so that the result does not depend on how the sequences were divided. Bits per byte divides the loss by the
-bytes of the text rather than by its tokens, which makes models with different tokenizers comparable. Every process makes the
-same number of forward passes: one that has no sequences left evaluates the first one with all targets ignored.
+bytes of the text rather than by its tokens, which makes models with different tokenizers comparable. It leaves out the loss of
+tokens without bytes, which mark where documents begin and end: a compressor of the same text does not store that either.
+
+Every process makes the same number of forward passes: one that has no sequences left evaluates the first one with all targets
+ignored.
 """
 
 import math
@@ -70,7 +73,7 @@ def evaluate_loss(
         Interrupted: `stop_requested` returned true in any process.
     """
     # Apple GPUs have no float64, so the sums are in host memory there.
-    totals = torch.zeros(3, dtype=torch.float64, device="cpu" if context.device.type == "mps" else context.device)
+    totals = torch.zeros(4, dtype=torch.float64, device="cpu" if context.device.type == "mps" else context.device)
     stride = batch_size * context.data_size
     with evaluation_mode(model):
         for first in range(0, sequences.n, stride):
@@ -80,15 +83,21 @@ def evaluate_loss(
             with torch.no_grad(), precision.autocast():
                 losses = model(batch.inputs, batch.targets, reduction="none", documents=batch.documents)
             counted = batch.targets != IGNORE
-            totals[0] += losses.double().sum().to(totals.device) if losses.device.type != "mps" else losses.sum().cpu().double()
+            totals[0] += _wide_sum(losses).to(totals.device)
             totals[1] += counted.sum().to(totals.device)
             if bytes_per_token is not None:
-                totals[2] += (bytes_per_token[batch.targets.clamp(min=0)] * counted).sum().to(totals.device)
+                sizes = bytes_per_token[batch.targets.clamp(min=0)] * counted
+                totals[2] += sizes.sum().to(totals.device)
+                totals[3] += _wide_sum(torch.where(sizes > 0, losses, 0)).to(totals.device)
             if progress is not None:
                 progress(min(first + stride, sequences.n), sequences.n)
-    loss_sum, tokens, size_in_bytes = context.sum(totals).tolist()
-    bits_per_byte = loss_sum / math.log(2) / size_in_bytes if size_in_bytes else None
+    loss_sum, tokens, size_in_bytes, text_loss = context.sum(totals).tolist()
+    bits_per_byte = text_loss / math.log(2) / size_in_bytes if size_in_bytes else None
     return LossResult(loss_sum / tokens, bits_per_byte, int(tokens), int(size_in_bytes) or None)
+
+
+def _wide_sum(losses: Tensor) -> Tensor:
+    return losses.double().sum() if losses.device.type != "mps" else losses.sum().cpu().double()
 
 
 def _own_batch(sequences: SequenceSet, start: int, batch_size: int) -> Batch:

@@ -1,14 +1,16 @@
 """Multiple-choice tasks: where their items come from, and how they become text.
 
 A task is 'hellaswag' (Zellers et al. 2019, the 10,042 validation items, from the hub) or the path of a file in HellaSwag's
-format: JSON Lines, plain or gzip, each line an object with `ctx` (or `ctx_a` and `ctx_b`), `endings` and `label`, and
-optionally `ind`. An ending is scored as the text " " + ending after the context. Texts are used as they are, including marks
-such as `[header]`: GPT-2 124M then reaches the 0.294 of completion-normalised accuracy that small GPTs are compared with. The
-language model evaluation harness edits the texts, so its scores are not comparable.
+format: JSON Lines or a JSON array, plain or gzip, each line or element an object with `ctx` (or `ctx_a` and `ctx_b`), `endings`
+and `label`, and optionally `ind`. An ending is scored as the text " " + ending after the context. Texts are used as they are,
+including marks such as `[header]`: GPT-2 124M then reaches the 0.294 of completion-normalised accuracy that small GPTs are
+compared with. The language model evaluation harness edits the texts, so its scores are not comparable.
 
-Files are untrusted: every line is checked, and read within limits (1 MiB per line, 1 GiB and a million items in all).
+Files are untrusted: every item is checked, and files are read within limits (1 MiB per line, 1 GiB and a million items in all;
+256 MiB for an array, which is parsed as a whole).
 """
 
+import codecs
 import gzip
 import hashlib
 import json
@@ -21,12 +23,14 @@ from pathlib import Path
 from typing import IO, Any
 
 from bardling.data.text.hub import EXTRA, hub_file
-from bardling.errors import UserError, closest
+from bardling.errors import UserError
 from bardling.files.atomic import os_error_as_user_error
 from bardling.files.digests import file_sha256
+from bardling.files.paths import similar
 
 _MAX_LINE = 1 << 20  # bytes
 _MAX_BYTES = 1 << 30
+_MAX_ARRAY = 256 << 20
 _MAX_ITEMS = 1_000_000
 _MAX_ENDINGS = 64
 
@@ -64,8 +68,8 @@ HUB_TASKS = {
 def check_task(task: str) -> None:
     """Raise a `UserError`, without reading or downloading, if `task` is neither a known name nor a file."""
     if task not in HUB_TASKS and not Path(task).is_file():
-        known = f"{', '.join(HUB_TASKS)} or the path of a JSON Lines file in HellaSwag's format"
-        raise UserError(f"task {task!r}: no such task or file; use {known}{closest(task, list(HUB_TASKS))}")
+        known = f"{', '.join(HUB_TASKS)} or the path of a JSON Lines or JSON file in HellaSwag's format"
+        raise UserError(f"task {task!r}: no such task or file{similar(Path(task), list(HUB_TASKS))}; use {known}")
 
 
 def absolute_task(task: str) -> str:
@@ -92,9 +96,27 @@ def read_items(path: Path) -> tuple[ChoiceItem, ...]:
         packed = file.read(2) == b"\x1f\x8b"
         file.seek(0)
         try:
-            return _items(_lines(gzip.GzipFile(fileobj=file) if packed else file, path), path)
+            opened = gzip.GzipFile(fileobj=file) if packed else file
+            is_array = opened.peek(64).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+            return _items(_elements(opened, path) if is_array else _lines(opened, path), path)
         except (EOFError, zlib.error, gzip.BadGzipFile):
             raise UserError(f"{path}: the gzip data is corrupt or truncated: download the file again") from None
+
+
+def _elements(file: IO[bytes] | gzip.GzipFile, path: Path) -> Iterator[tuple[str, Any]]:
+    """The place and the content of every element of a JSON array."""
+    data = file.read(_MAX_ARRAY + 1)
+    if len(data) > _MAX_ARRAY:
+        raise UserError(f"{path}: a JSON array may have at most {_MAX_ARRAY >> 20} MiB: write one object per line (JSON Lines)")
+    try:
+        rows = json.loads(data.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: is not UTF-8: is this a JSON file?") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {error.lineno}: is not valid JSON ({error.msg}): correct the array") from None
+    except (ValueError, RecursionError):
+        raise UserError(f"{path}: is not valid JSON: write an array of objects, as in HellaSwag's files") from None
+    yield from ((f"{path}, item {number}", row) for number, row in enumerate(rows, 1))
 
 
 def _lines(file: IO[bytes] | gzip.GzipFile, path: Path) -> Iterator[tuple[str, Any]]:
@@ -121,7 +143,7 @@ def _items(rows: Iterable[tuple[str, Any]], path: Path | str) -> tuple[ChoiceIte
     if len(items) > _MAX_ITEMS:
         raise UserError(f"{path}: exceeds the limit of {_MAX_ITEMS:,} items")
     if not items:
-        raise UserError(f"{path}: contains no items: give a file with one JSON object per line")
+        raise UserError(f"{path}: contains no items: give a file with one JSON object per line, or an array of them")
     return items
 
 

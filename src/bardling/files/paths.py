@@ -4,7 +4,10 @@ A shell replaces it only at the start of a word, so `--out=~/x` and every value 
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
+
+from bardling.errors import closest
 
 
 def expand_home(path: str) -> str:
@@ -16,3 +19,15 @@ def expand_home(path: str) -> str:
         return path
     expanded = os.path.expanduser(path)  # noqa: PTH111  Path.expanduser raises an error if there is no such user
     return str(Path.cwd() / path) if expanded.startswith("~") else expanded
+
+
+def similar(path: Path, names: Sequence[str] = ()) -> str:
+    """A suggestion for a missing path: an entry of the same folder with a similar name, or one of `names`."""
+    folder = path.parent
+    if not folder.is_dir():
+        return f": the folder {folder} does not exist"
+    try:
+        found = [entry.name for entry in folder.iterdir()]
+    except OSError:
+        return ""
+    return closest(path.name, [*found, *names] if folder == Path() else found)

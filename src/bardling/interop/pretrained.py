@@ -12,6 +12,7 @@ from pathlib import Path
 
 from bardling.data.text.hub import call_hub, hub_endpoint, hub_library
 from bardling.data.tokens.bpe_files import UNREAD_TOKENIZERS
+from bardling.errors import closest
 from bardling.interop.weight_index import INDEX, indexed_files
 
 # The names that nanoGPT and nano-gpt use, and where these models are on the hub.
@@ -25,14 +26,25 @@ _REPOSITORY = re.compile(r"\w[\w.-]*/[\w.-]+")  # not ./NAME, which is a path
 
 
 def is_hub_name(spec: str | Path) -> bool:
-    """Whether `spec` names a model on the hub: one of GPT-2's names, or USER/REPO unless this path exists.
+    """Whether `spec` names a model on the hub: one of GPT-2's names, or USER/REPO unless that looks like a path here.
 
     GPT-2's names take precedence over files and folders: `./gpt2` is a path, and so is an existing `Path`.
     """
     name = str(spec)
     if name in GPT2_NAMES and isinstance(spec, str):
         return True
-    return (name in GPT2_NAMES or bool(_REPOSITORY.fullmatch(name))) and not Path(name).exists()
+    if name in GPT2_NAMES:
+        return not Path(name).exists()
+    return bool(_REPOSITORY.fullmatch(name)) and not is_shadowed(name)
+
+
+def is_shadowed(name: str | Path) -> bool:
+    """Whether USER/REPO is taken for a path: a folder USER exists here, or a folder of a similar name with a run REPO."""
+    path = Path(name)
+    if not _REPOSITORY.fullmatch(str(name)):
+        return False
+    folders = [run.parts[0] for run in Path().glob(f"*/{path.name}/config.toml")]
+    return path.parent.is_dir() or bool(closest(path.parent.name, folders))
 
 
 def fetch_model(spec: str, *, weights: bool = True) -> Path:

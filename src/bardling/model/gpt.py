@@ -238,6 +238,7 @@ class GPT(nn.Module):
         documents: Tensor | None = None,
         output: Literal["loss", "logits", "hidden"] | None = None,
         transformer: Callable[..., Tensor] | None = None,
+        tally: Tensor | None = None,
     ) -> Tensor:
         """Loss, logits or final hidden states of `tokens`.
 
@@ -250,9 +251,10 @@ class GPT(nn.Module):
                 (`data/batches/packing.py`). A token then sees only its own document; the loss is that of each document alone.
             output: what to return; None for the loss with targets, else the logits.
             transformer: called in place of `self.transformer`, such as a compiled version of it.
+            tally: [vocab_size] bool; a summed loss becomes [2]: of all targets, and of those in the tally, without a gradient.
 
         Returns:
-            Float32 loss, a scalar or [B, T]; float32 logits [B, T, V]; or hidden states [B, T, C], which `head` takes.
+            Float32 loss, a scalar, [2] or [B, T]; float32 logits [B, T, V]; or hidden states [B, T, C], which `head` takes.
 
         Raises:
             ValueError: more tokens than `config.block_size` or than the cache has room for, both a cache and documents, or no
@@ -277,7 +279,7 @@ class GPT(nn.Module):
         if output == "logits" or targets is None:
             return self.head(hidden)
         size, softcap = self.config.vocab_size, self.config.logit_softcap
-        return head_loss(hidden, weight, targets, vocab_size=size, reduction=reduction, softcap=softcap)
+        return head_loss(hidden, weight, targets, vocab_size=size, reduction=reduction, softcap=softcap, tally=tally)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of hidden states [..., C], at least float32, without those of padding."""

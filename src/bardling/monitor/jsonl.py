@@ -16,6 +16,7 @@ from typing import Any
 from bardling.errors import UserError
 from bardling.files.atomic import atomic_file, os_error_as_user_error
 from bardling.files.reading import parse_json_object
+from bardling.monitor.records import BITS_PER_BYTE_VERSION
 
 
 class JsonlSink:
@@ -92,11 +93,14 @@ def metrics(records: Iterable[Mapping[str, Any]], kind: str) -> list[dict[str, A
     """The numeric values of the records of one kind, with non-finite ones as floats again.
 
     Skips records without a step and a loss, and values that are not numbers: other programs write them, or they are damaged.
+    Bits per byte of another version of that metric are left out, since they must not be compared.
     """
     selected = []
     for record in records:
         if record.get("kind") == kind:
             values = {key: _number(value) for key, value in record.items()}
+            if values.get("bits_per_byte_version") != BITS_PER_BYTE_VERSION:
+                values.pop("bits_per_byte", None)
             if type(values.get("step")) is int and values.get("loss") is not None:
                 selected.append({key: value for key, value in values.items() if value is not None})
     return selected

@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+BITS_PER_BYTE_VERSION = 2
+"""Of the metric in records. 1 (not recorded): the loss of all tokens, also those that end documents. 2: of those with bytes."""
+
 
 @dataclass(frozen=True)
 class Record:
@@ -11,7 +14,8 @@ class Record:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values including the record's kind; unknown values (None) are left out."""
-        return {"kind": self.kind, **{name: value for name, value in vars(self).items() if value is not None}}
+        values = {"kind": self.kind, **{name: value for name, value in vars(self).items() if value is not None}}
+        return values | ({"bits_per_byte_version": BITS_PER_BYTE_VERSION} if "bits_per_byte" in values else {})
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class ValRecord(Record):
     bits_per_byte: float | None
     perplexity: float
     best: bool  # the lowest loss so far
+    tokens: int | None = None  # seen since the run began
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ DATA_AXES = ("replicate", "shard")
 
 @dataclass(frozen=True)
 class Layout:
-    """Processes along each axis of the mesh; an unused axis has size 1."""
+    """Processes along each axis of the mesh; an unused axis has size 1. So far, runs use only the first."""
 
     replicate: int = 1  # each holds all parameters (DDP)
     shard: int = 1  # each holds a shard of every parameter (FSDP2)

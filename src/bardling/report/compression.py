@@ -12,11 +12,13 @@ MAX_TEXT = 64 << 20  # tokens, and bytes
 def compressor_bits_per_byte(dataset: TokenDataset) -> dict[str, float]:
     """Bits per byte of `gzip -9` and `xz -9` on the concatenated validation text; empty if it is longer than `MAX_TEXT`."""
     split, tokenizer = dataset.split("val"), dataset.tokenizer
-    if tokenizer is None or len(split) > MAX_TEXT:
+    if tokenizer is None or not 0 < len(split) <= MAX_TEXT:
         return {}
     ids = split.read(0, len(split))
-    around = (*tokenizer.interface.start, tokenizer.eot_id)  # of each document
-    text = tokenizer.decode([int(token) for token in ids if token not in around]).encode()
+    sizes = tokenizer.bytes_per_token()
+    if ids.max() >= len(sizes):
+        return {}  # tokens that the tokenizer cannot decode
+    text = tokenizer.decode(ids[sizes[ids] > 0]).encode()
     if not text or len(text) > MAX_TEXT:
         return {}
     compressed = {"gzip -9": gzip.compress(text, 9), "xz -9": lzma.compress(text, preset=9)}

@@ -1,19 +1,21 @@
 """Training curves: losses of one or more runs over the number of tokens seen.
 
+All are drawn in bits per byte if all runs have recorded that, else in nats per token: one axis has one unit.
 Drawn with `matplotlib` (the `plot` extra), without a display. The image metadata names `bardling report` as the creator:
 drawing again replaces such an image, and no other file is ever overwritten.
 """
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 
 from bardling.checkpoint.run_folder import open_run
 from bardling.errors import UserError
 from bardling.files.atomic import atomic_file, os_error_as_user_error, remove_stale_partials
 from bardling.monitor.jsonl import metrics, read_jsonl
-from bardling.planning.batching import make_plan
 
 _CREATOR = "bardling report"  # in the image metadata
 _FORMATS = {".png": ("Software", b"\x89PNG\r\n"), ".svg": ("Creator", b"<?xml"), ".pdf": ("Creator", b"%PDF-")}
@@ -21,25 +23,57 @@ _FORMATS = {".png": ("Software", b"\x89PNG\r\n"), ".svg": ("Creator", b"<?xml"),
 _METADATA_RANGE = 4096  # bytes at the start or end of the file in which matplotlib writes the metadata
 
 
-def curve(
-    records: Sequence[dict[str, Any]], kind: str, tokens_before: Callable[[int], int]
-) -> tuple[list[float], list[float], str]:
-    """Tokens seen (millions), values and their unit (bits per byte if known); `tokens_before` counts those before a step."""
-    chosen = metrics(records, kind)
-    in_bits = bool(chosen) and all(record.get("bits_per_byte") is not None for record in chosen)
-    tokens = [tokens_before(record["step"]) / 1e6 for record in chosen]
-    values = [record["bits_per_byte"] if in_bits else record["loss"] for record in chosen]
-    return tokens, values, "bits per byte" if in_bits else "nats per token"
+class Curve(NamedTuple):
+    """One line of a figure."""
+
+    tokens: list[float]  # seen (millions)
+    values: list[float]
+
+
+def curve(records: Sequence[dict[str, Any]], kind: str, in_bits: bool) -> Curve:
+    """The losses of the records of a kind, in bits per byte or in nats per token.
+
+    A record that does not say how many tokens the run had seen lies between training steps that do.
+    """
+    trained, chosen = metrics(records, "train"), metrics(records, kind)
+    known = sorted((record["step"], record["tokens"]) for record in trained if "tokens" in record)
+    steps, seen = zip((0, 0), *known, strict=True)
+    tokens = [record.get("tokens", float(np.interp(record["step"], steps, seen))) / 1e6 for record in chosen]
+    return Curve(tokens, [record["bits_per_byte" if in_bits else "loss"] for record in chosen])
+
+
+def has_bits(records: Sequence[dict[str, Any]]) -> bool:
+    """Whether every loss is also known in bits per byte, in the current version of that metric."""
+    losses = [*metrics(records, "train"), *metrics(records, "val")]
+    return bool(losses) and all("bits_per_byte" in record for record in losses)
 
 
 def smooth(values: Sequence[float], span: int = 10) -> list[float]:
-    """Bias-corrected exponential moving average over about `span` values; non-finite values are skipped."""
-    decay, average, weight, out = 1 - 1 / span, 0.0, 0.0, []
-    for value in values:
-        if math.isfinite(value):
-            average, weight = decay * average + (1 - decay) * value, decay * weight + (1 - decay)
-        out.append(average / weight if weight else value)
-    return out
+    """Average over about `span` values on each side, weighted exponentially; non-finite values are skipped.
+
+    It fits a line to the weighted values around each place (local linear regression) and takes its value there. An average over
+    the values before a place would lag behind a falling loss, and start from a single noisy value; one over all values would be
+    biased at the ends, where there are values on one side only.
+    """
+    if not values:
+        return []
+    given = np.asarray(values, np.float64)
+    known = np.isfinite(given)
+    offsets = np.arange(-6 * span, 6 * span + 1)  # beyond, weights are below 0.2%
+    weights = (1 - 1 / span) ** np.abs(offsets)
+
+    def moment(power: int, of: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Sum over j of weight(j) j^power of[i + j], for each i."""
+        return np.convolve(of, (weights * offsets**power)[::-1], "full")[6 * span : 6 * span + len(given)]
+
+    ones, filled = known.astype(np.float64), np.where(known, given, 0.0)
+    s0, s1, s2 = (moment(power, ones) for power in range(3))
+    t0, t1 = (moment(power, filled) for power in range(2))
+    spread = s0 * s2 - s1 * s1
+    line = spread > 1e-9 * s0 * s2  # two values or more
+    with np.errstate(divide="ignore", invalid="ignore"):
+        fitted = np.where(line, (s2 * t0 - s1 * t1) / spread, t0 / s0)
+    return [float(value) for value in np.where(s0 > 0, fitted, given)]
 
 
 def draw_curves(runs: Sequence[Path], out: Path, *, marks: dict[str, float] | None = None) -> None:
@@ -58,15 +92,22 @@ def draw_curves(runs: Sequence[Path], out: Path, *, marks: dict[str, float] | No
         raise UserError("drawing a figure needs the package matplotlib: pip install 'bardling[plot]'") from None
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    drawn = [_draw_run(axes, path, f"C{number}") for number, path in enumerate(runs)]
-    highest = [value for values, _ in drawn for value in values[len(values) // 20 :]]
+    records = [_records(path) for path in runs]
+    in_bits = all(map(has_bits, records))
+    if marks and not in_bits:
+        raise UserError(f"--compressors: not all of {', '.join(map(str, runs))} have bits per byte: omit it, or draw new runs")
+    drawn = [
+        _draw_run(axes, path.name, own, in_bits, f"C{number}")
+        for number, (path, own) in enumerate(zip(runs, records, strict=True))
+    ]
+    highest = [value for values in drawn for value in values[len(values) // 20 :]]
     for name, value in (marks or {}).items():
         axes.axhline(value, color="0.4", linestyle=":", linewidth=1)
         axes.annotate(name, (0.005, value), xycoords=("axes fraction", "data"), ha="left", va="bottom", fontsize=9, color="0.3")
     if highest:
         axes.set_ylim(top=max(highest) * 1.05)
     axes.set_xlabel("tokens seen (millions)")
-    axes.set_ylabel(" / ".join(sorted({unit for _, unit in drawn})))
+    axes.set_ylabel("bits per byte" if in_bits else "nats per token")
     axes.grid(alpha=0.2)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
@@ -76,21 +117,22 @@ def draw_curves(runs: Sequence[Path], out: Path, *, marks: dict[str, float] | No
         figure.savefig(file, format=suffix[1:], dpi=120, metadata={_FORMATS[suffix][0]: _CREATOR})
 
 
-def _draw_run(axes: Any, path: Path, colour: str) -> tuple[list[float], str]:
-    """Draw one run's curves; returns its training values and their unit."""
+def _records(path: Path) -> list[dict[str, Any]]:
     run = open_run(path)
-    config = run.config()
     records = read_jsonl(run.metrics_file) if run.metrics_file.exists() else []
-    if not records:
+    if not any("tokens" in record for record in metrics(records, "train")):
         raise UserError(f"{path}: has no metrics yet: train the run first")
-    plan = make_plan(config.train, config.model.block_size, 1)
-    tokens, values, unit = curve(records, "train", plan.tokens_before)
-    axes.plot(tokens, values, color=colour, alpha=0.25, linewidth=0.8)
-    axes.plot(tokens, smooth(values), color=colour, linewidth=1.5, label=f"{path.name}: training")
-    tokens, validation, _ = curve(records, "val", plan.tokens_before)
+    return records
+
+
+def _draw_run(axes: Any, name: str, records: Sequence[dict[str, Any]], in_bits: bool, colour: str) -> list[float]:
+    """Draw one run's curves; returns its training values."""
+    training, validation = (curve(records, kind, in_bits) for kind in ("train", "val"))
+    axes.plot(*training, color=colour, alpha=0.25, linewidth=0.8)
+    axes.plot(training.tokens, smooth(training.values), color=colour, linewidth=1.5, label=f"{name}: training")
     style = {"markersize": 4, "linewidth": 1, "markerfacecolor": "white"}
-    axes.plot(tokens, validation, "o-", color=colour, **style, label=f"{path.name}: validation")
-    return values, unit
+    axes.plot(*validation, "o-", color=colour, **style, label=f"{name}: validation")
+    return training.values
 
 
 def check_image_path(out: Path) -> None:

@@ -43,7 +43,7 @@ from bardling.distributed.device import (
 from bardling.errors import UserError
 from bardling.files.atomic import os_error_as_user_error
 from bardling.planning.batching import Horizon, TrainPlan
-from bardling.planning.costs import flops_per_token
+from bardling.planning.costs import flops_per_token, parameters
 from bardling.planning.depth import apply_depth
 from bardling.planning.plan import resolve_vocabulary
 from bardling.planning.schedules import learning_rate
@@ -78,7 +78,7 @@ class BenchResult:
     compiled: bool
     compile_why: str
     model: ModelConfig
-    parameters: int
+    parameters: int  # without vocabulary padding
     plan: TrainPlan
     first_step_seconds: float  # including compilation and set-up
     step_seconds: tuple[float, ...]  # of each measured step, in order
@@ -106,13 +106,16 @@ class BenchResult:
 
     @property
     def mfu(self) -> float | None:
-        """Model FLOPs utilization: achieved fraction of the vendor's peak (PaLM, arXiv:2204.02311, appendix B)."""
-        return None if self.peak_flops is None else self.flops_per_second / self.peak_flops
+        """Model FLOPs utilization: achieved fraction of the vendor's peak (PaLM, arXiv:2204.02311, appendix B); None if the
+        peak is unknown, or wrong because the model exceeds it."""
+        mfu = None if self.peak_flops is None else self.flops_per_second / self.peak_flops
+        return None if mfu is None or mfu > 1 else mfu
 
     @property
-    def mfu_of_matmul(self) -> float:
-        """Achieved fraction of the measured matmul speed."""
-        return self.flops_per_second / self.matmul_flops
+    def mfu_of_matmul(self) -> float | None:
+        """Achieved fraction of the measured matmul speed; None if the model exceeds it, as on a busy machine."""
+        mfu = self.flops_per_second / self.matmul_flops
+        return None if mfu > 1 else mfu
 
 
 def bench(
@@ -212,7 +215,7 @@ class _Bench:
             compiled=run.execution.compiled,
             compile_why=why if why == AS_CONFIGURED else f"auto: {why}, in a run of {run.plan.steps:,} steps",
             model=run.config.model,
-            parameters=sum(parameter.numel() for parameter in assembly.state.model.parameters()),
+            parameters=parameters(run.config.model),
             plan=self.plan,
             first_step_seconds=first,
             step_seconds=tuple(seconds),

@@ -32,6 +32,7 @@ class Forward(Protocol):
         reduction: Literal["sum", "none"] = "sum",
         documents: Tensor | None = None,
         output: Literal["loss", "logits", "hidden"] | None = None,
+        tally: Tensor | None = None,
     ) -> Tensor:
         """Loss of `targets`, logits, or final hidden states of `tokens` [B, T]."""
 
@@ -61,7 +62,7 @@ class Objective(ABC):
 
 
 class NextToken(Objective):
-    """Cross-entropy of the next token (nats), summed over all targets.
+    """Cross-entropy of the next token (nats), summed over all targets; for bits per byte, `text_loss` sums those with bytes.
 
     Args:
         bytes_per_token: [vocab] UTF-8 bytes of each token, on the device, to report bits per byte; None without a tokenizer.
@@ -69,16 +70,17 @@ class NextToken(Objective):
 
     def __init__(self, bytes_per_token: Tensor | None = None) -> None:
         self._bytes_per_token = bytes_per_token
+        self._text = None if bytes_per_token is None else bytes_per_token > 0
 
     def denominator(self, batch: Batch) -> Tensor:
         return (batch.targets != IGNORE).sum()
 
     def __call__(self, forward: Forward, batch: Batch) -> Sums:
-        loss = forward(batch.inputs, batch.targets, reduction="sum", documents=batch.documents)
         if self._bytes_per_token is None:
-            return Sums(loss)
+            return Sums(forward(batch.inputs, batch.targets, reduction="sum", documents=batch.documents))
+        losses = forward(batch.inputs, batch.targets, reduction="sum", documents=batch.documents, tally=self._text)
         size = (self._bytes_per_token[batch.targets.clamp(min=0)] * (batch.targets != IGNORE)).sum()
-        return Sums(loss, {"bytes": size})
+        return Sums(losses[0], {"bytes": size, "text_loss": losses[1].detach()})
 
 
 def build_objective(train: TrainConfig, tokenizer: Tokenizer | None, device: torch.device) -> Objective:

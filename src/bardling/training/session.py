@@ -23,7 +23,7 @@ from bardling.errors import UserError
 from bardling.extensions import EXPORT_FORMATS, HOOKS
 from bardling.files.atomic import remove_partial_files, write_atomically
 from bardling.monitor import RunInfo
-from bardling.planning.costs import flops_per_token
+from bardling.planning.costs import flops_per_token, parameters
 from bardling.planning.schedules import learning_rate
 from bardling.training.build import Assembly, Execution, build
 from bardling.training.environment import dataset_record, environment_facts
@@ -194,11 +194,10 @@ class Session:
         for reason in run.reasons:
             if reason.from_depth:
                 monitor.note(str(reason))
-        parameters = sum(parameter.numel() for parameter in state.model.parameters())
         epochs = plan.samples_before(plan.steps) / self.order.sequences_per_epoch
-        passes = "pass" if plan.accumulation == 1 else "passes"
+        size, passes = parameters(config.model), "pass" if plan.accumulation == 1 else "passes"
         monitor.note(
-            f"{parameters / 1e6:.2f}M parameters, {plan.steps:,} steps of {plan.samples_per_step} x {plan.block_size} "
+            f"{size / 1e6:.2f}M parameters, {plan.steps:,} steps of {plan.samples_per_step} x {plan.block_size} "
             f"tokens ({plan.accumulation} forward {passes} of {plan.micro_batch}), {epochs:.2f} epochs of "
             f"{self.order.n_tokens:,} tokens"
         )
@@ -335,7 +334,8 @@ class Session:
             bytes_per_token=bytes_per_token(tokenizer, context.device),
             stop_requested=stop_requested,
         )
-        validation = EvalSequences(self.dataset.split("val"), config.model.block_size, config.eval.windows, self.document_start)
+        split, size, remedy = self.dataset.split("val"), config.model.block_size, "add text, or raise data.val_fraction"
+        validation = EvalSequences(split, size, config.eval.windows, self.document_start, remedy=remedy)
         hooks: list[Hook] = [
             NewShapes(plan, context, compiled=run.execution.compiled),
             Log(

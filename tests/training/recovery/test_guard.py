@@ -34,12 +34,14 @@ from bardling.model.gpt import GPT
 
 def explode(token, factor):
     original = GPT.forward
-    def forward(self, tokens, targets=None, *, reduction="sum", **rest):
+    def forward(self, tokens, targets=None, *, reduction="sum", tally=None, **rest):
         if targets is None:
             return original(self, tokens, targets, reduction=reduction, **rest)
         losses = original(self, tokens, targets, reduction="none", **rest)
         losses = losses * torch.where((tokens == token).cumsum(1) > 0, factor, 1.0)
-        return losses.sum() if reduction == "sum" else losses
+        if reduction == "none":
+            return losses
+        return losses.sum() if tally is None else losses.sum() * torch.ones(2)
     GPT.forward = forward
     return original
 """

@@ -72,20 +72,28 @@ class EvalSequences:
     """A fixed set of non-overlapping sequences, spread evenly over a split; `document_start` is as in `TrainSequences`.
 
     `n` is their number: `windows`, or all in the split if that is None or more than there are. All of them together have each
-    token of the split except the first as a target exactly once; if the split ends within the last one, its missing targets are
-    `IGNORE`.
+    token of the split except the first as a target exactly once. Where the split ends within the last one, its missing targets
+    are `IGNORE`; a batch is only as wide as its longest sequence, so a short text is not padded to the whole context.
     """
 
-    def __init__(self, split: TokenSplit, block_size: int, windows: int | None, document_start: int | None = None) -> None:
+    def __init__(
+        self,
+        split: TokenSplit,
+        block_size: int,
+        windows: int | None,
+        document_start: int | None = None,
+        *,
+        remedy: str = "use a longer text",
+    ) -> None:
         if len(split) < 2:
             fault = f"the {split.name} split has fewer than 2 tokens ({len(split)}), so there is nothing to predict"
-            raise UserError(f"{fault}: add text, or raise data.val_fraction")
+            raise UserError(f"{fault}: {remedy}")
         self._split, self._block_size, self._document_start = split, block_size, document_start
         self._available = -(-(len(split) - 1) // block_size)
         self.n = self._available if windows is None else min(windows, self._available)
 
     def batch(self, first_sample: int, size: int) -> Batch:
-        """Sequences `first_sample` to `first_sample + size - 1`, fewer at the end of the set: [up to size, block_size]."""
+        """Sequences `first_sample` to `first_sample + size - 1`, fewer at the end: [up to size, up to block_size]."""
         chosen = range(first_sample, min(first_sample + size, self.n))
         starts = [sample * self._available // self.n * self._block_size for sample in chosen]
         return _read_batch(self._split, starts, self._block_size, self._document_start)
@@ -93,6 +101,7 @@ class EvalSequences:
 
 def _read_batch(split: TokenSplit, starts: list[int], time: int, document_start: int | None) -> Batch:
     """The sequences from `starts` on; after the end of the split, targets are `IGNORE` and inputs are token 0."""
+    time = min(time, len(split) - 1 - min(starts, default=0))
     tokens = np.full((len(starts), time + 1), IGNORE, np.int64)  # [B, T + 1]
     for row, start in zip(tokens, starts, strict=True):
         count = min(time + 1, len(split) - start)

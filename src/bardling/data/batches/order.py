@@ -66,7 +66,7 @@ class SequenceOrder:
             raise UserError(f"model.block_size = {self.block_size}: must be at least 1")
         if self.n_tokens < self.block_size + 1:
             need = f"one sequence needs model.block_size + 1 = {self.block_size + 1:,}"
-            remedy = f"lower model.block_size to at most {max(self.n_tokens - 1, 1)}, or add text"
+            remedy = f"lower model.block_size to at most {self.n_tokens - 1}, or add text" if self.n_tokens > 1 else "add text"
             raise UserError(f"the training split has {self.n_tokens:,} tokens, but {need}: {remedy}")
 
     @property

@@ -34,6 +34,7 @@ from bardling.data.text.formats import Contents, examine, row_lines
 from bardling.errors import UserError, closest
 from bardling.files.atomic import os_error_as_user_error
 from bardling.files.decoding import MARK, byte_order_mark, decode_text
+from bardling.files.paths import similar
 
 STDLIB = "stdlib"
 _DEFAULT_FIELD = "text"
@@ -242,7 +243,7 @@ def open_source(spec: str, encoding: str = "") -> Source:
         source = FileSource(slug(files[0].parent.stem), root, tuple(files), field, encoding=encoding, unread=tuple(left))
     else:
         hint = f"{STDLIB!r} is available on every machine"
-        raise UserError(f"data.source = {spec!r}: no such file or folder{_similar(path)}; {hint}")
+        raise UserError(f"data.source = {spec!r}: no such file or folder{similar(path, [STDLIB])}; {hint}")
     if field != _DEFAULT_FIELD and not any(source.contents(file).rows or source.contents(file).fault for file in source.files):
         raise UserError(
             f"data.source = {spec + ':' + field!r}: only .jsonl files have fields (JSON Lines), and none is selected"
@@ -279,15 +280,3 @@ def slug(name: str, default: str = "text") -> str:
     """A short version of a name that is usable as a folder name."""
     plain = "".join(character if character.isalnum() and character.isascii() else "-" for character in name)
     return plain.strip("-").lower()[:40] or default
-
-
-def _similar(path: Path) -> str:
-    """A suggestion: an entry of the same folder whose name is like the missing one's."""
-    folder = path.parent
-    if not folder.is_dir():
-        return f": the folder {folder} does not exist"
-    try:
-        names = [entry.name for entry in folder.iterdir()]
-    except OSError:
-        return ""
-    return closest(path.name, [*names, STDLIB] if folder == Path() else names)

@@ -239,12 +239,17 @@ class Tokenizer:
         return token.replace("\u2581", " ").encode()  # SentencePiece's mark for a space
 
     def bytes_per_token(self) -> Ids:
-        """UTF-8 bytes of each token: int64 [vocab_size], 0 for special tokens.
+        """UTF-8 bytes of each token: int64 [vocab_size], 0 for control tokens and those that the tokenizer puts around a text.
 
         They turn a loss per token into bits per byte, which is comparable between tokenizers. Exact for bytes, characters and
-        byte-level BPE, approximate for others (WordPiece does not record where spaces were).
+        byte-level BPE, approximate for others (WordPiece does not record where spaces were). The token for unknown words stands
+        for text, and has the bytes of its name, as in the decoded text.
         """
-        counts = [0 if index in self._control else len(self.token_bytes(index)) for index in range(self.vocab_size)]
+        about, model = self.interface, self._content.get("model") or {}
+        unknown = (model.get("unk_token"), model.get("unk_id"))
+        control = {index for index, name in self._control.items() if name != unknown[0] and index != unknown[1]}
+        without = {self.eot_id, *about.start, *about.end, *control}
+        counts = [0 if index in without else len(self.token_bytes(index)) for index in range(self.vocab_size)]
         return np.array(counts, np.int64)
 
     def save(self, folder: Path | str) -> None:

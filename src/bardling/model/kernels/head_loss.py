@@ -38,6 +38,7 @@ def head_loss(
     vocab_size: int,
     reduction: Literal["sum", "none"] = "sum",
     softcap: float = 0.0,
+    tally: Tensor | None = None,
 ) -> Tensor:
     """Cross-entropy of softmax(hidden @ weight.T) against `targets` (nats).
 
@@ -46,9 +47,10 @@ def head_loss(
         targets: [...] int64 ids below vocab_size, or -100 for positions without loss.
         reduction: "sum" for a scalar, "none" for a loss per position (0 where ignored).
         softcap: bound of the logits; 0 for none.
+        tally: [vocab_size] bool, the ids whose loss a sum also states separately, without a gradient.
 
     Returns:
-        float32 (float64 for float64 hidden states), a scalar or shaped as `targets`.
+        float32 (float64 for float64 hidden states), a scalar or shaped as `targets`; with a tally, both sums [2].
     """
     if reduction not in ("sum", "none"):
         raise ValueError(f"reduction = {reduction!r}: must be 'sum' or 'none'")
@@ -58,10 +60,12 @@ def head_loss(
     if not any(grads):
         losses = _chunked_loss(flat, weight, ids, vocab_size, dtype, softcap)
     elif reduction == "sum":
-        return _SummedLoss.apply(flat, weight, ids, vocab_size, dtype, grads, softcap)  # type: ignore[no-untyped-call,no-any-return]
+        return _SummedLoss.apply(flat, weight, ids, vocab_size, dtype, grads, softcap, tally)  # type: ignore[no-untyped-call,no-any-return]
     else:
         losses = full_logits_loss(flat, weight, ids, vocab_size=vocab_size, dtype=dtype, softcap=softcap)
-    return losses.sum() if reduction == "sum" else losses.view(targets.shape)
+    if reduction == "none":
+        return losses.view(targets.shape)
+    return losses.sum() if tally is None else torch.stack([losses.sum(), losses[tally[ids.clamp_min(0)]].sum()])
 
 
 def head_logits(hidden: Tensor, weight: Tensor, *, vocab_size: int, softcap: float = 0.0) -> Tensor:
@@ -111,6 +115,7 @@ class _SummedLoss(torch.autograd.Function):
         dtype: torch.dtype,
         grads: tuple[bool, bool],
         softcap: float,
+        tally: Tensor | None,
     ) -> Tensor:
         wide = _wide(hidden.dtype)
         hidden_needs_grad, weight_needs_grad = grads
@@ -124,6 +129,7 @@ class _SummedLoss(torch.autograd.Function):
                 ids = ids.clamp_min(0)
                 inputs = inputs * counted  # zero vectors do not contribute to the weight's gradient
             total = torch.zeros((), dtype=wide, device=hidden.device)
+            tallied = torch.zeros_like(total)
             hidden_grads: list[Tensor] = []
             weight_grad = torch.zeros_like(weight, dtype=wide) if weight_needs_grad else None
             for group in _chunks(hidden.size(0), rows * dtype.itemsize, _limit(SLOPE_BYTES, hidden)):
@@ -135,6 +141,9 @@ class _SummedLoss(torch.autograd.Function):
                     found = logp.gather(1, ids[part])  # [P, 1]
                     # Not in place: the gradients of an output modified in place are zero in code compiled by PyTorch 2.11.
                     total = total - (found if counted is None else found * counted[part]).sum()
+                    if tally is not None:
+                        kept = tally[ids[part]] if counted is None else tally[ids[part]] & counted[part]
+                        tallied = tallied - torch.where(kept, found, 0).sum()
                     slope = _softmax_minus_one_hot(logp, ids[part])  # d loss / d logits
                     if squashed is not None:
                         slope.mul_(squashed.square_().neg_().add_(1))  # 1 - tanh^2
@@ -151,13 +160,14 @@ class _SummedLoss(torch.autograd.Function):
             if hidden_grad is not None and counted is not None:
                 hidden_grad *= counted
         ctx.save_for_backward(hidden_grad, None if weight_grad is None else weight_grad.to(weight.dtype))
-        return total
+        return total if tally is None else torch.stack([total, tallied])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        slope = grads[0].flatten()[0]  # of the sum of all losses: a tally has no gradient
         # Scaling in place saves a copy of the largest gradient; autograd's version check makes a second backward pass an error.
-        hidden_grad, weight_grad = (None if grad is None else grad.mul_(grads[0]) for grad in ctx.saved_tensors)
-        return hidden_grad, weight_grad, None, None, None, None, None
+        hidden_grad, weight_grad = (None if grad is None else grad.mul_(slope) for grad in ctx.saved_tensors)
+        return hidden_grad, weight_grad, *(None,) * 6
 
 
 def _concatenated(parts: list[Tensor]) -> Tensor:

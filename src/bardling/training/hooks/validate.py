@@ -30,4 +30,5 @@ class Validate(TimedHook):
         best = result.loss < state.best_val_loss
         if best:
             state.best_val_loss, state.best_step = result.loss, state.step
-        run.monitor.log(ValRecord(state.step, result.loss, result.bits_per_byte, result.perplexity, best))
+        tokens = state.samples * run.plan.block_size
+        run.monitor.log(ValRecord(state.step, result.loss, result.bits_per_byte, result.perplexity, best, tokens))
