@@ -71,14 +71,14 @@ def run(argv: Sequence[str]) -> None:
         if options.data is not None or run_folder is not None:
             dataset = _dataset(options, loaded, run_folder)
             # Mask attention between documents if the run did so in training.
-            masked = run_folder is not None and run_folder.config().data.document_mask
+            masked = run_folder is not None and run_folder.trained_config().data.document_mask
             tokenizer = dataset.tokenizer or loaded.tokenizer
             start = begins_documents(dataset, tokenizer) if masked and tokenizer is not None else None
             dataset.vocab_size = min(dataset.vocab_size, model.config.vocab_size)  # reading refuses ids that the model lacks
             # A run measures sequences as long as those it trains on, which may be shorter than the model's context.
             length = model.config.block_size
             if run_folder is not None:
-                length = min(length, run_folder.config().model.block_size)
+                length = min(length, run_folder.trained_config().model.block_size)
             rows += _measure_loss(options, model, dataset, length, start, precision, context)
         for task in options.tasks:
             rows += _measure_task(options, task, model, loaded.needed_tokenizer(), precision, context)
@@ -149,7 +149,7 @@ def _dataset(options: EvalOptions, loaded: "Loaded", run_folder: "RunFolder | No
     from bardling.data.text.named_datasets import DEFAULTS
     from bardling.data.tokens.dataset import is_tokenized, open_data, open_recorded
 
-    config, tokenizer = DataConfig() if run_folder is None else run_folder.config().data, loaded.tokenizer
+    config, tokenizer = DataConfig() if run_folder is None else run_folder.trained_config().data, loaded.tokenizer
     if options.data is not None:
         _, val_fraction = DEFAULTS.get(options.data, ("", config.val_fraction))
         spec = DataConfig.tokenizer

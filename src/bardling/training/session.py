@@ -158,6 +158,8 @@ class Session:
         if self.facts.resumed:
             self.folder.write_config(config_to_toml(self.run.config))
             self.folder.add_environment(facts)
+            if state.step and not self.facts.continued:
+                self.folder.record_saved()
             return
 
         def write_files() -> None:
@@ -269,11 +271,9 @@ class Session:
         rollbacks = load_rollbacks(self.folder, state, context)
         guard = Guard(config.guard, context, order, rollbacks, explainer, plan=plan, log=monitor.log, note=monitor.note)
         hooks = self._hooks(guard, monitor, stop_requested)
-        # With a deadline, the decay ends there.
-        optim = config.optim if config.train.deadline is None else replace(config.optim, decay_steps=None)
 
         def lr_at(step: int) -> float:
-            return learning_rate(step, optim, plan.steps)
+            return learning_rate(step, self.run.schedule, plan.steps)
 
         while True:
             source = TrainSequences(self.dataset.split("train"), guard.order, self.document_start)
@@ -363,6 +363,7 @@ class Session:
                 started_at=self.facts.started_at,
                 seconds_before=self.seconds_before,
                 finishing_time=partial(finishing_time, hooks, seconds, config.eval.windows / plan.samples_per_step / 2),
+                lr_at=lambda step, steps: learning_rate(step, run.schedule, steps),
                 on_change=monitor.planned,
             )
             hooks.insert(0, deadline)
