@@ -34,6 +34,7 @@ from bardling.training.build import Execution
 from bardling.training.compile_choice import choose_compile
 from bardling.training.facts import Facts
 from bardling.training.recovery.memory import choose_micro_batch
+from bardling.training.schedule_report import report_schedule
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class ResolvedRun:
     layout: Layout
     plan: TrainPlan
     execution: Execution
+    schedule: OptimConfig  # `config.optim` with the warmup and decay that the learning rate follows
     reasons: tuple[Reason, ...]
     changes: tuple[str, ...]  # what differs from the previous start, or from what was asked
     tokenizer: Tokenizer | None
@@ -104,7 +106,9 @@ def resolve(config: RunConfig, facts: Facts) -> ResolvedRun:
     start = facts.start(asked.init)
     data = _with_models_tokenizer(data, optim, start, facts, log)
     dataset = facts.dataset(data)
-    _check_steps(train, facts, start)
+    report = report_schedule(optim, train, facts, start)
+    log.changes += report.changes
+    log.warnings += report.warnings
     tokenizer, vocab_size = _vocabulary(dataset, asked.vocab_size if start is None else start.config.vocab_size, start, facts)
     model = _model(asked, vocab_size, start, dataset, tokenizer, log, facts.continued or asked.init)
 
@@ -130,7 +134,7 @@ def resolve(config: RunConfig, facts: Facts) -> ResolvedRun:
     mask = data.document_mask
     chosen = choose_micro_batch(model, optim, train, plan, execution, facts.context, tokenizer=tokenizer, document_mask=mask)
     resolved = replace(config, model=model, data=data, optim=optim, train=train, precision=precision.name, compile=compiled)
-    run = ResolvedRun(resolved, layout, plan, execution, (), (), tokenizer, peak)
+    run = ResolvedRun(resolved, layout, plan, execution, report.schedule, (), (), tokenizer, peak)
     if chosen is not None:
         micro, why = chosen
         log.add("train.micro_batch", micro, why)
@@ -187,20 +191,6 @@ def _checked_changes(changed: Mapping[str, tuple[object, object]]) -> list[str]:
         if key in _FIXED or (key.startswith("model.") and key != "model.dropout"):
             raise UserError(f"{key} = {new!r}: a run that has started keeps {old!r}; start a new run for another value")
     return [f"{key}: {old} -> {new}" for key, (old, new) in changed.items()]
-
-
-def _check_steps(train: TrainConfig, facts: Facts, start: Loaded | None) -> None:
-    """Refuse to end a run before its current step: its steps so far would not fit the schedule.
-
-    With a deadline the number of steps is planned during the run, so any number is accepted.
-    """
-    done, where = (0, "")
-    if facts.checkpoint is not None:
-        done, where = facts.checkpoint.training["step"], str(facts.folder.path)
-    elif facts.continued and start is not None:
-        done, where = start.step, facts.continued
-    if train.deadline is None and train.steps < done:
-        raise UserError(f"train.steps = {train.steps}: {where} has already completed {done} steps; set it to at least that")
 
 
 def _with_models_tokenizer(data: DataConfig, optim: OptimConfig, start: Loaded | None, facts: Facts, log: _Log) -> DataConfig:
