@@ -105,7 +105,7 @@ def test_steps_raised_in_the_file_continue_the_run(run, capsys):
     assert f"changed: train.steps: {STEPS} -> {STEPS + 2}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", [["eval"], ["info", "--step", "2"]])
+@pytest.mark.parametrize("command", [["eval", "--precision", "float32"], ["info", "--step", "2"]])
 def test_readers_use_the_settings_that_the_run_was_trained_with(run, capsys, command):
     argv = [command[0], str(run), *command[1:]]
     main(argv)

@@ -15,7 +15,7 @@ from bardling.checkpoint.contents import Checkpoint
 from bardling.checkpoint.load import Loaded, latest_checkpoint, load
 from bardling.checkpoint.run_folder import RunFolder
 from bardling.config import DataConfig, RunConfig
-from bardling.data.tokens.dataset import open_data, open_recorded
+from bardling.data.tokens.dataset import open_data, open_recorded, recorded_tokens
 from bardling.data.tokens.shards import TokenDataset
 from bardling.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from bardling.distributed.context import Context
@@ -51,12 +51,16 @@ class Facts:
         if data not in self._datasets:
             self.context.activity("preparing the data", UNLIMITED_PATIENCE)
             record = self.folder.dataset_record() if self.previous else {}
-            if self.previous and data != self.previous.data:  # the user names a place where the data is now
+            if self.previous and data.source != self.previous.data.source:  # the user names a place where the data is now
                 record.pop("path", None)
             found = open_recorded(data, record, self.folder.path) if self.previous else open_data(data)
             self._datasets[data] = found
             self.context.activity("setting up", LONG_PATIENCE)
         return self._datasets[data]
+
+    def has_tokens(self, data: DataConfig) -> bool:
+        """Whether the tokens of the resumed run are still where it recorded them."""
+        return recorded_tokens(data, self.folder.dataset_record()) is not None
 
     @cached_property
     def checkpoint(self) -> Checkpoint | None:

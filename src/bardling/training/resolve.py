@@ -17,7 +17,7 @@ from bardling.checkpoint.load import Loaded, tokenizer_file
 from bardling.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from bardling.config.recipes import changed_settings
 from bardling.data.text.named_datasets import is_source_name
-from bardling.data.tokens.dataset import is_tokenized
+from bardling.data.tokens.dataset import changed_text, is_tokenized
 from bardling.data.tokens.shards import TokenDataset
 from bardling.data.tokens.tokenizer import Tokenizer, build_tokenizer, is_tokenizer_path
 from bardling.distributed.device import DTYPES, choose_precision, device_name
@@ -89,23 +89,14 @@ def resolve(config: RunConfig, facts: Facts) -> ResolvedRun:
     """
     log, device = _Log(), facts.context.device
     config = apply_depth(_absolute_paths(config), facts.given, record=partial(log.add, from_depth=True))
+    if facts.previous is not None:
+        config = _continued(config, facts.previous, facts, log)
     data, asked, optim, train = config.data, config.model, config.optim, config.train
-    previous = facts.previous
-    if previous is not None:
-        asked, optim, train = _keep(asked, optim, train, previous.model, previous.train, previous.precision)
-        kept: dict[str, Any] = {
-            key: getattr(previous, key) for key in ("precision", "compile") if getattr(config, key) == "auto"
-        }
-        config = replace(config, **kept)
-        before = _absolute_paths(previous)
-        if asked.init and data.tokenizer == DataConfig.tokenizer:  # a run from initial weights recorded their tokenizer
-            data = replace(data, tokenizer=before.data.tokenizer)
-        now = replace(config, data=data, model=asked, optim=optim, train=train)
-        log.changes += _checked_changes(changed_settings(before, now))
-
     start = facts.start(asked.init)
     data = _with_models_tokenizer(data, optim, start, facts, log)
     dataset = facts.dataset(data)
+    if facts.resumed and (change := changed_text(data, dataset)):
+        log.changes.append(change)
     report = report_schedule(optim, train, facts, start)
     log.changes += report.changes
     log.warnings += report.warnings
@@ -160,6 +151,22 @@ def _absolute_paths(config: RunConfig) -> RunConfig:
     return replace(config, data=data, model=replace(model, init=init), eval=replace(config.eval, tasks=tasks))
 
 
+def _continued(config: RunConfig, previous: RunConfig, facts: Facts, log: _Log) -> RunConfig:
+    """The configuration of a resumed run, which keeps what `previous` decided; the changes are checked and recorded."""
+    model, optim, train = _keep(config.model, config.optim, config.train, previous.model, previous.train, previous.precision)
+    kept: dict[str, Any] = {key: getattr(previous, key) for key in ("precision", "compile") if getattr(config, key) == "auto"}
+    before, data = _absolute_paths(previous), config.data
+    if model.init and data.tokenizer == DataConfig.tokenizer:  # a run from initial weights recorded their tokenizer
+        data = replace(data, tokenizer=before.data.tokenizer)
+    if str(Path.cwd() / data.source) == before.data.source:  # the relative path of a file that is gone
+        data = replace(data, source=before.data.source)
+    now = replace(config, data=data, model=model, optim=optim, train=train, **kept)
+    # Tokens may have moved, and text too if it is needed to prepare them again; both must have the recorded digest.
+    moved = is_tokenized(data.source) or not facts.has_tokens(data)
+    log.changes += _checked_changes(changed_settings(before, now), moved=moved)
+    return now
+
+
 def _keep(
     model: ModelConfig, optim: OptimConfig, train: TrainConfig, old: ModelConfig, old_train: TrainConfig, precision: str
 ) -> tuple[ModelConfig, OptimConfig, TrainConfig]:
@@ -181,14 +188,14 @@ def _keep(
 _FIXED = ("seed", "data.source", "data.tokenizer", "data.val_fraction", "optim.name")
 
 
-def _checked_changes(changed: Mapping[str, tuple[object, object]]) -> list[str]:
-    """Describe what changed since the run started ("train.steps: 100 -> 200").
+def _checked_changes(changed: Mapping[str, tuple[object, object]], *, moved: bool = False) -> list[str]:
+    """Describe what changed since the run started ("train.steps: 100 -> 200"); `moved`: data.source may have changed too.
 
     Raises:
         UserError: a change is incompatible with the trained weights or the data order.
     """
     for key, (old, new) in changed.items():
-        if key in _FIXED or (key.startswith("model.") and key != "model.dropout"):
+        if (key in _FIXED and not (moved and key == "data.source")) or (key.startswith("model.") and key != "model.dropout"):
             raise UserError(f"{key} = {new!r}: a run that has started keeps {old!r}; start a new run for another value")
     return [f"{key}: {old} -> {new}" for key, (old, new) in changed.items()]
 
