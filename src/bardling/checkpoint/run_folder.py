@@ -11,6 +11,7 @@ checkpoints/       step-000500/ ...
 
 import contextlib
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,16 @@ def create_run(
     write_files()
     run.write_config(recipe)
     return run
+
+
+def discard_run(run: RunFolder, *, share_folder: bool) -> None:
+    """Undo `create_run` for a run that failed before its first step; in a shared folder, remove only what nobody else wrote."""
+    run.config_file.unlink(missing_ok=True)  # first: without it the folder is no run
+    ours = [run.metrics_file, run.samples_file, run.environment_file, run.dataset_file]
+    for entry in ours if share_folder else list(run.path.iterdir()):
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # not empty, or a mount point
+        run.path.rmdir()
 
 
 def _is_leftover(entry: Path) -> bool:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from bardling.config.checkpoint import CheckpointConfig
+from bardling.config.checks import require_storable
 from bardling.config.data import DataConfig
 from bardling.config.eval import EvalConfig
 from bardling.config.guard import GuardConfig
@@ -46,6 +47,7 @@ class RunConfig:
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
 
     def __post_init__(self) -> None:
+        require_storable(self)
         if self.fp8 and self.precision not in ("auto", "bfloat16"):
             raise UserError(
                 f"fp8 = True with precision = {self.precision!r}: fp8 needs bfloat16 for everything else; leave one of them out"

@@ -17,7 +17,7 @@ from bardling.checkpoint.load import Loaded, tokenizer_file
 from bardling.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from bardling.config.recipes import changed_settings
 from bardling.data.text.named_datasets import is_source_name
-from bardling.data.tokens.dataset import changed_text, is_tokenized
+from bardling.data.tokens.dataset import is_tokenized
 from bardling.data.tokens.shards import TokenDataset
 from bardling.data.tokens.tokenizer import Tokenizer, build_tokenizer, is_tokenizer_path
 from bardling.distributed.device import DTYPES, choose_precision, device_name
@@ -95,8 +95,6 @@ def resolve(config: RunConfig, facts: Facts) -> ResolvedRun:
     start = facts.start(asked.init)
     data = _with_models_tokenizer(data, optim, start, facts, log)
     dataset = facts.dataset(data)
-    if facts.resumed and (change := changed_text(data, dataset)):
-        log.changes.append(change)
     report = report_schedule(optim, train, facts, start)
     log.changes += report.changes
     log.warnings += report.warnings
@@ -115,6 +113,9 @@ def resolve(config: RunConfig, facts: Facts) -> ResolvedRun:
 
     layout = Layout(replicate=facts.context.world_size)
     plan = make_plan(train, model.block_size, layout.data_size)
+    if isinstance(train.micro_batch, int) and plan.micro_batch != train.micro_batch:
+        share = f"each of {layout.data_size} processes has {plan.samples_per_step // layout.data_size} sequences per step"
+        log.changes.append(f"train.micro_batch: {train.micro_batch} -> {plan.micro_batch}, because {share}")
     execution = Execution(precision, False, config.cuda_graphs, config.fp8, train.recompute == "blocks")
     flops, deadline = _run_flops(model, plan, execution) / layout.data_size, train.deadline_seconds
     compiles, why = choose_compile(config.compile, config.cuda_graphs, device, flops, peak, plan.shapes, deadline=deadline)
@@ -162,7 +163,7 @@ def _continued(config: RunConfig, previous: RunConfig, facts: Facts, log: _Log) 
         data = replace(data, source=before.data.source)
     now = replace(config, data=data, model=model, optim=optim, train=train, **kept)
     # Tokens may have moved, and text too if it is needed to prepare them again; both must have the recorded digest.
-    moved = is_tokenized(data.source) or not facts.has_tokens(data)
+    moved = data.source != before.data.source and (is_tokenized(data.source) or not facts.has_tokens(data))
     log.changes += _checked_changes(changed_settings(before, now), moved=moved)
     return now
 

@@ -9,17 +9,18 @@ from pathlib import Path
 
 from bardling.checkpoint.disk_space import check_space
 from bardling.checkpoint.load import latest_checkpoint
-from bardling.checkpoint.run_folder import create_run, run_lock
+from bardling.checkpoint.run_folder import create_run, discard_run, run_lock
 from bardling.checkpoint.saver import Saver
 from bardling.config.recipes import config_to_dict, config_to_toml
 from bardling.data.batches.loader import EvalSequences, Prefetcher, TrainSequences
 from bardling.data.batches.order import SequenceOrder
 from bardling.data.batches.packing import document_start
 from bardling.data.text.findings import describe_findings
+from bardling.data.tokens.dataset import changed_text
 from bardling.distributed.context import SINGLE, Context
 from bardling.distributed.device import device_name
 from bardling.distributed.heartbeat import LONG_PATIENCE
-from bardling.errors import UserError
+from bardling.errors import JobLost, UserError
 from bardling.extensions import EXPORT_FORMATS, HOOKS
 from bardling.files.atomic import remove_partial_files, write_atomically
 from bardling.monitor import RunInfo
@@ -76,6 +77,7 @@ class Session:
         self.order = SequenceOrder(config.seed, len(self.dataset.split("train")), config.model.block_size)
         self.objective = build_objective(config.train, run.tokenizer, self.context.device)
         self.context.activity("checking the sample prompt and the tasks", LONG_PATIENCE)
+        self.created = False  # whether this process has created the run's folder
         self.texts = self.context.on_primary(lambda: load_texts(config, facts.previous, run.tokenizer, self.dataset))
 
     def train(self) -> RunResult:
@@ -90,6 +92,7 @@ class Session:
                     self.folder.store().tidy(exclusive=True)
             warning = self._check_space(state)
             if not self.facts.resumed:
+                cleanup.push(partial(self._discard_failed_start, state, state.step))
                 cleanup.enter_context(run_lock(self.folder, context))
             context.on_primary(lambda: self._write_folder(state))
             monitor = cleanup.enter_context(self._monitor(state))
@@ -113,6 +116,13 @@ class Session:
                 monitor.note(f"stopped at step {state.step} and saved; continue with: bardling resume {self.folder.path}")
                 return RunResult(self.folder.path, state.step, False, state.best_val_loss, 128 + number)
         return RunResult(self.folder.path, state.step, True, state.best_val_loss, 0)
+
+    def _discard_failed_start(self, state: TrainState, first: int, kind: type[BaseException] | None, *_: object) -> None:
+        """Remove the folder of a run that failed before its first step, unless only a process of the job was lost."""
+        failed = kind is not None and not issubclass(kind, JobLost) and state.step == first
+        if failed and self.created and not self.folder.store().steps():
+            with suppress(OSError):
+                discard_run(self.folder, share_folder=bool(self.facts.continued))
 
     def _assemble(self) -> Assembly:
         checkpoint = self.facts.checkpoint
@@ -170,6 +180,7 @@ class Session:
 
         recipe, shared = config_to_toml(self.run.config), bool(self.facts.continued)
         create_run(self.folder.path, recipe, share_folder=shared, write_files=write_files)
+        self.created = True
 
     def _monitor(self, state: TrainState) -> RunMonitor:
         config, steps, primary = self.run.config, self.run.plan.steps, self.context.is_primary
@@ -207,6 +218,8 @@ class Session:
         if not self.facts.resumed:
             for line in describe_findings(self.dataset.manifest.source):
                 monitor.note(f"{config.data.source}: {line}")
+        elif change := changed_text(config.data, self.dataset):
+            monitor.note(change)
         if len(plan.stages) > 1:
             monitor.note(f"batch and context grow: {plan.describe_stages()}")
         where = device_name(self.context.device) + (f" x {run.layout.world_size}" if run.layout.world_size > 1 else "")
@@ -237,7 +250,8 @@ class Session:
                     raise
                 early = state.step - max(first, plan.at(state.step).first_step) < FIRST_STEPS
                 retry = early and not update.updating
-                device, run = self.context.device, self.folder.path
+                device, begun = self.context.device, state.step > first or self.facts.resumed
+                run = self.folder.path if begun else None
                 micro = reduced_micro_batch(plan, state.model, device, state.step, run, retry=retry)
             self.saver.wait()
             self.run = self.run.with_micro_batch(micro)
