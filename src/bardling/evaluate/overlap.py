@@ -1,8 +1,7 @@
 """How much of a text occurs in the training data, which makes its loss better than that of new text.
 
 The text is cut into pieces of 32 tokens, and each is looked up among all sequences of 32 consecutive training tokens by a
-polynomial hash modulo 2^64. Limits: only the first 100 million training tokens are read; another tokenization of the same words
-is not found.
+polynomial hash modulo 2^64. Limits: only the first 100 million training tokens are read.
 """
 
 import numpy as np

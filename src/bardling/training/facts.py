@@ -15,7 +15,7 @@ from bardling.checkpoint.contents import Checkpoint
 from bardling.checkpoint.load import Loaded, latest_checkpoint, load
 from bardling.checkpoint.run_folder import RunFolder
 from bardling.config import DataConfig, RunConfig
-from bardling.data.tokens.dataset import open_data, open_recorded, recorded_tokens
+from bardling.data.tokens.dataset import open_data, open_recorded
 from bardling.data.tokens.shards import TokenDataset
 from bardling.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from bardling.distributed.context import Context
@@ -57,10 +57,6 @@ class Facts:
             self._datasets[data] = found
             self.context.activity("setting up", LONG_PATIENCE)
         return self._datasets[data]
-
-    def has_tokens(self, data: DataConfig) -> bool:
-        """Whether the tokens of the resumed run are still where it recorded them."""
-        return recorded_tokens(data, self.folder.dataset_record()) is not None
 
     @cached_property
     def checkpoint(self) -> Checkpoint | None:

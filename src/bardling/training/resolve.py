@@ -17,7 +17,7 @@ from bardling.checkpoint.load import Loaded, tokenizer_file
 from bardling.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from bardling.config.recipes import changed_settings
 from bardling.data.text.named_datasets import is_source_name
-from bardling.data.tokens.dataset import is_tokenized
+from bardling.data.tokens.dataset import is_tokenized, recorded_tokens
 from bardling.data.tokens.shards import TokenDataset
 from bardling.data.tokens.tokenizer import Tokenizer, build_tokenizer, is_tokenizer_path
 from bardling.distributed.device import DTYPES, choose_precision, device_name
@@ -34,7 +34,7 @@ from bardling.training.build import Execution
 from bardling.training.compile_choice import choose_compile
 from bardling.training.facts import Facts
 from bardling.training.recovery.memory import choose_micro_batch
-from bardling.training.schedule_report import report_schedule
+from bardling.training.schedule_report import check_schedule
 
 
 @dataclass(frozen=True)
@@ -95,9 +95,7 @@ def resolve(config: RunConfig, facts: Facts) -> ResolvedRun:
     start = facts.start(asked.init)
     data = _with_models_tokenizer(data, optim, start, facts, log)
     dataset = facts.dataset(data)
-    report = report_schedule(optim, train, facts, start)
-    log.changes += report.changes
-    log.warnings += report.warnings
+    schedule = check_schedule(optim, train, facts, start, log.changes, log.warnings)
     tokenizer, vocab_size = _vocabulary(dataset, asked.vocab_size if start is None else start.config.vocab_size, start, facts)
     model = _model(asked, vocab_size, start, dataset, tokenizer, log, facts.continued or asked.init)
 
@@ -126,7 +124,7 @@ def resolve(config: RunConfig, facts: Facts) -> ResolvedRun:
     mask = data.document_mask
     chosen = choose_micro_batch(model, optim, train, plan, execution, facts.context, tokenizer=tokenizer, document_mask=mask)
     resolved = replace(config, model=model, data=data, optim=optim, train=train, precision=precision.name, compile=compiled)
-    run = ResolvedRun(resolved, layout, plan, execution, report.schedule, (), (), tokenizer, peak)
+    run = ResolvedRun(resolved, layout, plan, execution, schedule, (), (), tokenizer, peak)
     if chosen is not None:
         micro, why = chosen
         log.add("train.micro_batch", micro, why)
@@ -163,7 +161,8 @@ def _continued(config: RunConfig, previous: RunConfig, facts: Facts, log: _Log) 
         data = replace(data, source=before.data.source)
     now = replace(config, data=data, model=model, optim=optim, train=train, **kept)
     # Tokens may have moved, and text too if it is needed to prepare them again; both must have the recorded digest.
-    moved = data.source != before.data.source and (is_tokenized(data.source) or not facts.has_tokens(data))
+    moved = data.source != before.data.source
+    moved = moved and (is_tokenized(data.source) or recorded_tokens(data, facts.folder.dataset_record()) is None)
     log.changes += _checked_changes(changed_settings(before, now), moved=moved)
     return now
 

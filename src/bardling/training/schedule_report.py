@@ -6,7 +6,6 @@ was on: the learning rates of its next step on both are reported, a rise as a wa
 """
 
 import math
-from dataclasses import dataclass
 
 from bardling.checkpoint.load import Loaded
 from bardling.config import OptimConfig, TrainConfig
@@ -15,15 +14,10 @@ from bardling.planning.schedules import followed_schedule, learning_rate
 from bardling.training.facts import Facts
 
 
-@dataclass(frozen=True)
-class ScheduleReport:
-    schedule: OptimConfig  # with the warmup and decay that the run follows
-    changes: tuple[str, ...] = ()
-    warnings: tuple[str, ...] = ()
-
-
-def report_schedule(optim: OptimConfig, train: TrainConfig, facts: Facts, start: Loaded | None) -> ScheduleReport:
-    """Find the schedule that the run follows.
+def check_schedule(
+    optim: OptimConfig, train: TrainConfig, facts: Facts, start: Loaded | None, changes: list[str], warnings: list[str]
+) -> OptimConfig:
+    """The schedule that the run follows, as `optim` with another warmup or decay; adds sentences to `changes` and `warnings`.
 
     Raises:
         UserError: the run would end before its current step, whose steps so far would not fit the schedule, or train at a
@@ -37,7 +31,7 @@ def report_schedule(optim: OptimConfig, train: TrainConfig, facts: Facts, start:
     if train.deadline is None and train.steps < done:
         raise UserError(f"train.steps = {train.steps}: {where} has already completed {done} steps; set it to at least that")
     # The warmup of another trainer's run is as long as it was there.
-    schedule, changes = followed_schedule(optim, train, shorten=facts.origin is None), list[str]()
+    schedule = followed_schedule(optim, train, shorten=facts.origin is None)
     if schedule.warmup_steps < optim.warmup_steps:
         short = f"the run has only {train.steps}; resumed with more steps, it returns to {optim.warmup_steps}"
         changes.append(f"optim.warmup_steps: {optim.warmup_steps} -> {schedule.warmup_steps}, because {short}")
@@ -49,25 +43,31 @@ def report_schedule(optim: OptimConfig, train: TrainConfig, facts: Facts, start:
             raise UserError(f"optim.decay_steps = {end}: {fault}: {remedy}")
         constant = f"the learning rate stays at {schedule.final_lr:.3g} from step {end + 1:,} to step {train.steps:,}"
         changes.append(f"{constant}, because its decay from {schedule.lr:.3g} ends at optim.decay_steps = {end}")
-    change, warning = _jump(schedule, train, facts, done) if left > 0 else ("", "")
-    return ScheduleReport(schedule, tuple([*changes, change] if change else changes), (warning,) if warning else ())
+    if left > 0:
+        _report_jump(schedule, train, facts, done, changes, warnings)
+    return schedule
 
 
-def _jump(schedule: OptimConfig, train: TrainConfig, facts: Facts, done: int) -> tuple[str, str]:
-    """The change of the next step's learning rate since the checkpoint was saved: a fall, or a rise; otherwise empty."""
+def _report_jump(
+    schedule: OptimConfig, train: TrainConfig, facts: Facts, done: int, changes: list[str], warnings: list[str]
+) -> None:
+    """Report how the next step's learning rate has changed since the checkpoint was saved; a rise is a warning."""
     previous, checkpoint = facts.previous, facts.checkpoint
     if previous is None or checkpoint is None:
-        return "", ""
+        return
     old = followed_schedule(previous.optim, previous.train, shorten=facts.origin is None)
     end = previous.train.steps if previous.train.deadline is None else checkpoint.training.get("planned_steps", 0)
     if not isinstance(end, int):  # damaged; restoring the checkpoint refuses it
-        return "", ""
+        return
     before, after = learning_rate(done, old, end), learning_rate(done, schedule, train.steps)
     if math.isclose(before, after, rel_tol=1e-3):
-        return "", ""
+        return
     if after < before:
-        return f"learning rate of step {done + 1:,}: {before:.3g} -> {after:.3g}", ""
+        changes.append(f"learning rate of step {done + 1:,}: {before:.3g} -> {after:.3g}")
+        return
     # Steps after the end of the previous decay can stay where it ended, unless that is a learning rate of 0.
-    stays = done >= end and schedule.decay_steps is None and schedule.schedule != "constant" and before == schedule.final_lr > 0
-    remedy = f"; --optim.decay_steps {end} keeps it at {before:.3g}" if stays and end > schedule.warmup_steps else ""
-    return "", f"the learning rate rises from {before:.3g} to {after:.3g} at step {done + 1:,}, the first of this start{remedy}"
+    stays = done >= end > schedule.warmup_steps and schedule.decay_steps is None and before == schedule.final_lr > 0
+    remedy = f"; --optim.decay_steps {end} keeps it at {before:.3g}" if stays and schedule.schedule != "constant" else ""
+    warnings.append(
+        f"the learning rate rises from {before:.3g} to {after:.3g} at step {done + 1:,}, the first of this start{remedy}"
+    )
