@@ -39,7 +39,7 @@ from bardling.errors import UserError
         (lambda: SampleConfig(top_p=1.5), "sample.top_p = 1.5"),
         (lambda: CheckpointConfig(keep_last=0), "checkpoint.keep_last = 0"),
         (
-            lambda: RunConfig(train=TrainConfig(steps=100), optim=OptimConfig(warmup_steps=100)),
+            lambda: RunConfig(optim=OptimConfig(warmup_steps=100, decay_steps=100)),
             "warmup_steps = 100 leaves no step",
         ),
     ],

@@ -238,7 +238,7 @@ def test_nano_gpt(tmp_path: Path) -> None:
     assert (imported.step, imported.best_val_loss, imported.origin) == (2, 3.5, "nano-gpt")
     config = run_config_from_nano_gpt(imported)
     assert (config.train.batch_size, config.train.micro_batch, config.train.steps) == (8, 2, 50)
-    assert (config.optim.warmup_steps, config.optim.lr, config.optim.final_lr) == (49, 1e-3, 1e-4)
+    assert (config.optim.warmup_steps, config.optim.lr, config.optim.final_lr) == (715, 1e-3, 1e-4)
     assert (config.eval.windows, config.sample.prompt, config.model) == (40, "Hello", imported.config)
 
 

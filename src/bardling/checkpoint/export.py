@@ -68,7 +68,7 @@ def export_nanogpt(spec: str, out: Path, *, best: bool = False, dataset: str = "
     with atomic_folder(out) as folder:
         notes = write_nanogpt_checkpoint(
             folder / "ckpt.pt",
-            config=dataclasses.replace(RunConfig() if run is None else run.config(), model=loaded.config),
+            config=dataclasses.replace(RunConfig() if run is None else run.trained_config(), model=loaded.config),
             weights=loaded.state,
             optimizer=loaded.optimizer_tensors,
             step=loaded.step,

@@ -201,6 +201,8 @@ def find_checkpoint(path: Path, *, best: bool = False) -> Path:
         raise UserError(f"{path}: no such folder{similar(path)}; {where}: correct the name, or run the command elsewhere")
     run = open_run(path)
     found = run.store().best() if best else run.store().latest(_report)
+    if found is None and not run.store().steps():
+        _refuse_lost(run)
     if found is None:
         kind = "best checkpoint" if best else "checkpoint"
         raise UserError(f"{path}: has no {kind} yet; continue the run with `bardling resume {path}`")
@@ -253,7 +255,14 @@ def _latest(folder: RunFolder) -> Checkpoint | None:
             f"{store.path(store.steps()[-1])}: every checkpoint of this run is damaged (see above): restore one from a copy, "
             "or start a new run"
         )
+    _refuse_lost(folder)
     return None
+
+
+def _refuse_lost(run: RunFolder) -> None:
+    """Refuse a run without checkpoints that has had some: starting again at step 0 would also delete its metrics."""
+    if run.has_saved():
+        raise UserError(f"{run.checkpoints}: every checkpoint of this run is gone: restore one from a copy, or start a new run")
 
 
 def _report(message: str) -> None:

@@ -1,7 +1,7 @@
 """The run folder: its layout, creating one, opening it again, and its lock.
 
 config.toml        the resolved configuration, itself a recipe
-environment.json   every start of the run: versions, device, choices
+environment.json   every start of the run: versions, device, choices; whether the run has ever saved a checkpoint
 dataset.json       the dataset it trains on, with its fingerprint
 tokenizer.json     and tokenizer_config.json
 metrics.jsonl      one record per line
@@ -12,13 +12,14 @@ checkpoints/       step-000500/ ...
 import contextlib
 import glob
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from bardling.checkpoint.store import CheckpointStore
 from bardling.config import CheckpointConfig, RunConfig
-from bardling.config.recipes import parse_recipe
+from bardling.config.recipes import config_from_dict, parse_recipe
 from bardling.distributed.context import Context
 from bardling.errors import UserError
 from bardling.files.atomic import remove_partial_files, write_atomically
@@ -52,6 +53,15 @@ class RunFolder:
     def config(self) -> RunConfig:
         return parse_recipe(read_small_text(self.config_file), str(self.config_file))
 
+    def trained_config(self, step: int | None = None) -> RunConfig:
+        """The configuration in the checkpoint of `step` (None: the latest), which nobody edits; without one, config.toml's."""
+        store = self.store()
+        for number in reversed(store.steps()) if step is None else [step]:
+            path = store.path(number) / "run_config.json"
+            with contextlib.suppress(UserError):  # of a damaged checkpoint
+                return config_from_dict(RunConfig, read_json_object(path), str(path))
+        return self.config()
+
     def write_config(self, recipe: str) -> None:
         """Write or replace the configuration, given as TOML."""
         write_atomically(self.config_file, recipe.encode())
@@ -61,10 +71,25 @@ class RunFolder:
 
     def add_environment(self, facts: dict[str, Any]) -> None:
         """Append the facts of one more start of the run."""
-        starts = read_json_object(self.environment_file).get("starts", []) if self.environment_file.exists() else []
+        starts = self._environment().get("starts", [])
         if not isinstance(starts, list):
             raise UserError(f"{self.environment_file}: starts = {str(starts)[:80]!r} must be a list: remove the file")
-        write_atomically(self.environment_file, (json.dumps({"starts": [*starts, facts]}, indent=2) + "\n").encode())
+        self._update_environment(starts=[*starts, facts])
+
+    def has_saved(self) -> bool:
+        """Whether the run has ever saved a checkpoint. If it has none now, they are lost."""
+        return self._environment().get("saved") is True
+
+    def record_saved(self) -> None:
+        if not self.has_saved():
+            self._update_environment(saved=True)
+
+    def _environment(self) -> dict[str, Any]:
+        return read_json_object(self.environment_file) if self.environment_file.exists() else {}
+
+    def _update_environment(self, **values: Any) -> None:
+        content = json.dumps({**self._environment(), **values}, indent=2) + "\n"
+        write_atomically(self.environment_file, content.encode())
 
 
 def open_run(path: Path) -> RunFolder:
@@ -106,6 +131,16 @@ def create_run(
     write_files()
     run.write_config(recipe)
     return run
+
+
+def discard_run(run: RunFolder, *, share_folder: bool) -> None:
+    """Undo `create_run` for a run that failed before its first step; in a shared folder, remove only what nobody else wrote."""
+    run.config_file.unlink(missing_ok=True)  # first: without it the folder is no run
+    ours = [run.metrics_file, run.samples_file, run.environment_file, run.dataset_file]
+    for entry in ours if share_folder else list(run.path.iterdir()):
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # not empty, or a mount point
+        run.path.rmdir()
 
 
 def _is_leftover(entry: Path) -> bool:

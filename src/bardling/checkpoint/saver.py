@@ -10,6 +10,7 @@ the last save fails twice does the run end with an error.
 import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
@@ -70,7 +71,7 @@ class Saver:
         note: Callable[[str], None],
         flush: Callable[[], None],
     ) -> None:
-        self._run, self._context = folder.path, context
+        self._folder, self._context = folder, context
         self._tokenizer, self._run_config = tokenizer, run_config
         self._note, self._flush = note, flush
         self._store = folder.store(config)
@@ -140,7 +141,7 @@ class Saver:
             if self._training is None:
                 raise UserError(
                     f"the state at step {state.step} could not be saved ({self._reason}); once that is fixed, continue from "
-                    f"the latest checkpoint with: bardling resume {self._run}"
+                    f"the latest checkpoint with: bardling resume {self._folder.path}"
                 )
 
         self._context.on_primary(finish)
@@ -159,6 +160,8 @@ class Saver:
             lambda place: write_checkpoint(place, content, self._tokenizer, self._run_config),
             best=step == best_step,
         )
+        with suppress(OSError, UserError):  # the checkpoint is there, and the next save tries again
+            self._folder.record_saved()
 
     def _failed(self, error: BaseException) -> None:
         self._training = None

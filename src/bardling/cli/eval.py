@@ -1,6 +1,5 @@
-"""`bardling eval MODEL`: loss, perplexity and bits per byte on validation text, compared with gzip and xz; task accuracy."""
+"""`bardling eval MODEL`: loss, perplexity and bits per byte on text, compared with gzip and xz; task accuracy."""
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -30,11 +29,11 @@ class EvalOptions:
     model: Model
     """A run, a checkpoint, a model folder, gpt2 or USER/REPO on the hub, or a nanoGPT or nano-gpt checkpoint."""
     data: str | None = None
-    """Dataset to evaluate on: a prepared folder, or a source as in data.source; default: the run's dataset."""
+    """Text to evaluate on: whole files, or the validation split of a named or prepared dataset; default: that of the run."""
     encoding: Annotated[str, tyro.conf.arg(aliases=["--data.encoding"])] = ""
     """Encoding of the text files of --data without a byte order mark, such as cp1252; default: UTF-8."""
     windows: int | None = None
-    """Number of validation sequences to use, evenly spaced; default: the whole split."""
+    """Number of sequences to use, evenly spaced; default: all."""
     batch_size: int = 16
     """Sequences per forward pass."""
     tasks: tuple[str, ...] = ()
@@ -71,16 +70,17 @@ def run(argv: Sequence[str]) -> None:
         model = loaded.build().to(context.device)
         if options.data is not None or run_folder is not None:
             dataset = _dataset(options, loaded, run_folder)
-            # Mask attention between documents if the run did so in training.
-            masked = run_folder is not None and run_folder.config().data.document_mask
+            # Its own validation split is measured as in training; on other text, a run gives the same result as its export.
+            trained = None if run_folder is None or options.data is not None else run_folder.trained_config()
+            masked = trained is not None and trained.data.document_mask
             tokenizer = dataset.tokenizer or loaded.tokenizer
             start = begins_documents(dataset, tokenizer) if masked and tokenizer is not None else None
             dataset.vocab_size = min(dataset.vocab_size, model.config.vocab_size)  # reading refuses ids that the model lacks
-            # A run measures sequences as long as those it trains on, which may be shorter than the model's context.
-            length = model.config.block_size
-            if run_folder is not None:
-                length = min(length, run_folder.config().model.block_size)
+            # A run trains on sequences that may be shorter than the model's context.
+            length = model.config.block_size if trained is None else min(model.config.block_size, trained.model.block_size)
             rows += _measure_loss(options, model, dataset, length, start, precision, context)
+            if options.data is not None and run_folder is not None and context.is_primary:
+                rows.append(("overlap", _overlap(dataset, run_folder)))
         for task in options.tasks:
             rows += _measure_task(options, task, run_folder, model, loaded.needed_tokenizer(), precision, context)
         if context.is_primary:
@@ -155,27 +155,41 @@ def _measure_task(
 def _dataset(options: EvalOptions, loaded: "Loaded", run_folder: "RunFolder | None") -> "TokenDataset":
     """The dataset given by `--data`, else the run's. Text is tokenized with the model's tokenizer."""
     from bardling.checkpoint.load import tokenizer_file
-    from bardling.data.text.named_datasets import DEFAULTS
+    from bardling.data.text.named_datasets import DEFAULTS, is_source_name
     from bardling.data.tokens.dataset import is_tokenized, open_data, open_recorded
+    from bardling.data.tokens.prepare import EVALUATION_ONLY, SPLIT_RULE
 
-    config, tokenizer = DataConfig() if run_folder is None else run_folder.config().data, loaded.tokenizer
-    if options.data is not None:
-        _, val_fraction = DEFAULTS.get(options.data, ("", config.val_fraction))
-        spec = DataConfig.tokenizer
-        if not is_tokenized(options.data):
-            tokenizer = loaded.needed_tokenizer()
-            spec = tokenizer_file(tokenizer)
-        config = dataclasses.replace(
-            config, source=options.data, tokenizer=spec, val_fraction=val_fraction, encoding=options.encoding
-        )
+    tokenizer = loaded.tokenizer
     if run_folder is not None and options.data is None:
         remedy = "name the text to evaluate on with --data"
+        config = run_folder.trained_config().data
         dataset = open_recorded(config, run_folder.dataset_record(), run_folder.path, remedy)
     else:
-        dataset = open_data(config)
+        source, spec, rule = options.data or "", DataConfig.tokenizer, SPLIT_RULE
+        _, val_fraction = DEFAULTS.get(source, ("", DataConfig.val_fraction))
+        if not is_tokenized(source):
+            tokenizer = loaded.needed_tokenizer()
+            spec = tokenizer_file(tokenizer)
+            rule = SPLIT_RULE if is_source_name(source) else EVALUATION_ONLY
+        cache = "" if run_folder is None else run_folder.trained_config().data.cache
+        config = DataConfig(source, spec, val_fraction, cache=cache, encoding=options.encoding)
+        dataset = open_data(config, rule)
     if tokenizer is not None and dataset.tokenizer is not None and tokenizer.fingerprint != dataset.tokenizer.fingerprint:
         raise UserError(
             f"{dataset.path}: was prepared with another tokenizer ({dataset.tokenizer.fingerprint}) than the model's "
             f"({tokenizer.fingerprint}): prepare it again with --tokenizer {tokenizer_file(tokenizer)}"
         )
     return dataset
+
+
+def _overlap(dataset: "TokenDataset", run: "RunFolder") -> str:
+    """How much of the text was also training text of the run that the model belongs to."""
+    from bardling.data.tokens.dataset import recorded_tokens
+    from bardling.evaluate.overlap import MOST_TOKENS, training_overlap
+
+    trained = recorded_tokens(run.trained_config().data, run.dataset_record())
+    if trained is None:
+        return f"unknown, because the training tokens of {run.path} are gone"
+    training = trained.split("train")
+    part = "" if len(training) <= MOST_TOKENS else f" (in its first {MOST_TOKENS:,} tokens)"
+    return f"{training_overlap(dataset.split('val'), training):.1%} of this text is also training text of {run.path}{part}"

@@ -154,7 +154,7 @@ def _show_run(path: Path, verify: bool) -> None:
     from bardling.checkpoint.run_folder import open_run
 
     run_folder = open_run(path)
-    config = run_folder.config()
+    config, used = run_folder.config(), run_folder.trained_config()
     try:
         records = read_jsonl(run_folder.metrics_file) if run_folder.metrics_file.exists() else []
     except UserError:
@@ -163,9 +163,9 @@ def _show_run(path: Path, verify: bool) -> None:
         records = []  # reported below with all other damage
     trained, validated = metrics(records, "train"), metrics(records, "val")
     rows = [
-        ("model", f"{shape(config.model)}, context {config.model.block_size}"),
-        ("data", f"{config.data.source}, tokenizer {config.data.tokenizer}"),
-        ("precision", f"{config.precision}{', float8 blocks' if config.fp8 else ''}, compile {config.compile}"),
+        ("model", f"{shape(used.model)}, context {used.model.block_size}"),
+        ("data", f"{used.data.source}, tokenizer {used.data.tokenizer}"),
+        ("precision", f"{used.precision}{', float8 blocks' if used.fp8 else ''}, compile {used.compile}"),
     ]
     if trained:
         last = trained[-1]

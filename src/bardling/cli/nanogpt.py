@@ -75,7 +75,7 @@ def _with_shape_of_run(run: NanoGPTRun) -> RunConfig:
     """The configuration for resuming a Bardling run. As in nanoGPT, it keeps the model's shape but not its dropout."""
     from bardling.checkpoint.run_folder import open_run
 
-    model, requested = open_run(run.out).config().model, run.config.model
+    model, requested = open_run(run.out).trained_config().model, run.config.model
     if requested.block_size < model.block_size:
         raise UserError(
             f"block_size = {requested.block_size}: {run.out} keeps its block_size of {model.block_size}; for a shorter context "

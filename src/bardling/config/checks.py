@@ -1,6 +1,8 @@
 """Checks and conversions shared by the sections of a configuration."""
 
+import dataclasses
 import re
+from typing import Any
 
 from bardling.errors import UserError
 from bardling.files.paths import expand_home
@@ -20,6 +22,16 @@ def require_at_least(minimum: int, config: object, section: str, *names: str) ->
         value = getattr(config, name)
         rule = f"must be at least {minimum}" + (" and finite" if isinstance(value, float) else "")
         require(value is None or minimum <= value < INF, f"{section}.{name}", value, rule)
+
+
+def require_storable(config: Any, prefix: str = "") -> None:
+    """Raise a `UserError` if an integer of a configuration does not fit TOML, so that a run could not be resumed from it."""
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if dataclasses.is_dataclass(value):
+            require_storable(value, f"{item.name}.")
+        elif isinstance(value, int) and value.bit_length() > 63:
+            raise UserError(f"{prefix}{item.name}: an integer of {value.bit_length()} bits is too large: use at most 63 bits")
 
 
 def require_positive(config: object, section: str, *names: str) -> None:

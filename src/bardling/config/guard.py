@@ -17,7 +17,7 @@ class GuardConfig:
     window: int = 100
     """Recent steps used for the median and deviation; spike detection starts after half as many steps."""
     max_skips: int = 10
-    """Consecutive bad steps after which the run ends, because it has diverged."""
+    """Consecutive bad steps after which the run ends, or, if loss and gradient are finite, they count as the new normal."""
     max_rollbacks: int = 5
     """Rollbacks per run; the next bad step ends it."""
 

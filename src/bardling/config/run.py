@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from bardling.config.checkpoint import CheckpointConfig
+from bardling.config.checks import require_storable
 from bardling.config.data import DataConfig
 from bardling.config.eval import EvalConfig
 from bardling.config.guard import GuardConfig
@@ -46,6 +47,7 @@ class RunConfig:
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
 
     def __post_init__(self) -> None:
+        require_storable(self)
         if self.fp8 and self.precision not in ("auto", "bfloat16"):
             raise UserError(
                 f"fp8 = True with precision = {self.precision!r}: fp8 needs bfloat16 for everything else; leave one of them out"
@@ -64,10 +66,10 @@ class RunConfig:
                 f"train.deadline = {self.train.deadline!r} leaves the number of steps open, but the stages of "
                 "train.batch_start and train.context_start depend on it: set train.steps instead, or leave these out"
             )
-        end = self.optim.decay_steps or self.train.steps
+        end = self.optim.decay_steps
         fixed = self.train.deadline is None and not self.model.depth  # a deadline sets the steps once their speed is known
-        if fixed and self.optim.schedule != "constant" and self.optim.warmup_steps >= end:
+        if fixed and end is not None and self.optim.schedule != "constant" and self.optim.warmup_steps >= end:
             raise UserError(
                 f"optim.warmup_steps = {self.optim.warmup_steps} leaves no step for the decay, which ends at step {end}: "
-                f"lower it to at most {max(end - 1, 0)}, or raise train.steps"
+                f"lower it to at most {end - 1}, or raise optim.decay_steps"
             )

@@ -51,8 +51,7 @@ def run_config_from_nano_gpt(imported: ImportedCheckpoint) -> RunConfig:
             optim=OptimConfig(
                 lr=lr,
                 min_lr=lr * float(train.get("min_lr_ratio", 0.1)),
-                # A nano-gpt run may be shorter than its warmup; here the warmup must end before the run does.
-                warmup_steps=min(int(train.get("warmup_steps", 715)), max(steps - 1, 0)),
+                warmup_steps=int(train.get("warmup_steps", 715)),
             ),
             train=TrainConfig(steps=steps, batch_size=total // length, micro_batch=micro, log_every=1),
             eval=EvalConfig(

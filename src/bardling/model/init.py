@@ -62,7 +62,7 @@ def init_weights(model: nn.Module, seed: int) -> None:
 
 
 def crop_block_size(tensors: Mapping[str, Tensor], block_size: int) -> dict[str, Tensor]:
-    """Copy the first `block_size` learned positions of a state dict, or their moments in an optimizer's tensors by parameter.
+    """Copy the first `block_size` learned positions of a state dict, or their moments and weights among an optimizer's tensors.
 
     Raises:
         UserError: there are fewer.
@@ -77,4 +77,4 @@ def crop_block_size(tensors: Mapping[str, Tensor], block_size: int) -> dict[str,
         return positions[:block_size].clone()
 
     learned = "transformer.wpe.weight"  # [block_size, n_embd]
-    return {name: crop(value) if name.startswith(learned) and value.ndim else value for name, value in tensors.items()}
+    return {name: crop(value) if learned in name and value.ndim else value for name, value in tensors.items()}

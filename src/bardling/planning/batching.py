@@ -142,12 +142,9 @@ def make_plan(config: TrainConfig, block_size: int, data_size: int) -> TrainPlan
     per_process = config.batch_size // data_size
     # 'auto' is resolved on the device (training/recovery/memory.py); until then plan the fastest option, a single pass.
     micro_batch = config.micro_batch if isinstance(config.micro_batch, int) else per_process
-    if per_process % micro_batch:
-        raise UserError(
-            f"train.micro_batch = {micro_batch} does not divide the {per_process} sequences per process and step "
-            f"(train.batch_size = {config.batch_size} over {data_size} processes): use --train.micro_batch "
-            f"{_largest_divisor(per_process, micro_batch)}"
-        )
+    if per_process % micro_batch and data_size == 1:  # several processes use the nearest divisor below, as each stage does
+        remedy = f"use --train.micro_batch {_largest_divisor(per_process, micro_batch)}"
+        raise UserError(f"train.micro_batch = {micro_batch} does not divide train.batch_size = {config.batch_size}: {remedy}")
     first_steps = {ramp.start(stage, config.steps) for ramp in (batch, context) for stage in range(ramp.doublings + 1)}
     stages = []
     for first_step in sorted(first_steps):

@@ -9,10 +9,10 @@ before a step follows from it, so the data order stays a function of the sample 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from bardling.config import OptimConfig
+from bardling.config import OptimConfig, TrainConfig
 
 
 def learning_rate(step: int, config: OptimConfig, steps: int) -> float:
@@ -42,6 +42,16 @@ def learning_rate(step: int, config: OptimConfig, steps: int) -> float:
     progress = (step - start) / (end - start)
     remaining = (1.0 + math.cos(math.pi * progress)) / 2.0 if config.schedule == "cosine" else 1.0 - progress
     return config.final_lr + (config.lr - config.final_lr) * remaining
+
+
+def followed_schedule(optim: OptimConfig, train: TrainConfig, *, shorten: bool = True) -> OptimConfig:
+    """The schedule that a run follows: with a deadline, the decay ends with the run; with `shorten`, a warmup that would leave
+    no step for the decay, as in a short trial of a recipe, leaves one."""
+    if train.deadline is not None:
+        return replace(optim, decay_steps=None)
+    if not shorten or optim.schedule == "constant" or optim.decay_steps is not None:
+        return optim
+    return replace(optim, warmup_steps=min(optim.warmup_steps, train.steps - 1))
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,9 @@ class Facts:
 
     @cached_property
     def previous(self) -> RunConfig | None:
-        """The configuration with which the run was started, if it is resumed."""
+        """The configuration with which a resumed run has trained: its checkpoint's, because config.toml can be edited."""
+        if self.checkpoint is not None:
+            return self.folder.trained_config(self.checkpoint.training["step"])
         return self.folder.config() if self.resumed else None
 
     def dataset(self, data: DataConfig) -> TokenDataset:
@@ -49,7 +51,7 @@ class Facts:
         if data not in self._datasets:
             self.context.activity("preparing the data", UNLIMITED_PATIENCE)
             record = self.folder.dataset_record() if self.previous else {}
-            if self.previous and data != self.previous.data:  # the user names a place where the data is now
+            if self.previous and data.source != self.previous.data.source:  # the user names a place where the data is now
                 record.pop("path", None)
             found = open_recorded(data, record, self.folder.path) if self.previous else open_data(data)
             self._datasets[data] = found
@@ -62,12 +64,14 @@ class Facts:
         return latest_checkpoint(self.folder, self.context) if self.resumed else None
 
     @cached_property
+    def origin(self) -> str | None:
+        """The checkpoint of another trainer whose training the run continues."""
+        return self.continue_from or (continued_checkpoint(self.folder) if self.resumed else None)
+
+    @cached_property
     def continued(self) -> str | None:
-        """The checkpoint of another trainer that the run continues, as long as it has none of its own."""
-        found = self.continue_from
-        if self.resumed and self.checkpoint is None:
-            found = found or continued_checkpoint(self.folder)
-        return None if found is None else str(Path(found).absolute())
+        """The same, as long as the run has no checkpoint of its own."""
+        return None if self.origin is None or self.checkpoint is not None else str(Path(self.origin).absolute())
 
     def start(self, init: str) -> Loaded | None:
         """The weights to start from: the checkpoint to continue, else `init`; None if the run has a checkpoint of its own."""

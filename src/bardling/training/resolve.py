@@ -17,7 +17,7 @@ from bardling.checkpoint.load import Loaded, tokenizer_file
 from bardling.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from bardling.config.recipes import changed_settings
 from bardling.data.text.named_datasets import is_source_name
-from bardling.data.tokens.dataset import is_tokenized
+from bardling.data.tokens.dataset import is_tokenized, recorded_tokens
 from bardling.data.tokens.shards import TokenDataset
 from bardling.data.tokens.tokenizer import Tokenizer, build_tokenizer, is_tokenizer_path
 from bardling.distributed.device import DTYPES, choose_precision, device_name
@@ -34,6 +34,7 @@ from bardling.training.build import Execution
 from bardling.training.compile_choice import choose_compile
 from bardling.training.facts import Facts
 from bardling.training.recovery.memory import choose_micro_batch
+from bardling.training.schedule_report import check_schedule
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class ResolvedRun:
     layout: Layout
     plan: TrainPlan
     execution: Execution
+    schedule: OptimConfig  # `config.optim` with the warmup and decay that the learning rate follows
     reasons: tuple[Reason, ...]
     changes: tuple[str, ...]  # what differs from the previous start, or from what was asked
     tokenizer: Tokenizer | None
@@ -87,24 +89,13 @@ def resolve(config: RunConfig, facts: Facts) -> ResolvedRun:
     """
     log, device = _Log(), facts.context.device
     config = apply_depth(_absolute_paths(config), facts.given, record=partial(log.add, from_depth=True))
+    if facts.previous is not None:
+        config = _continued(config, facts.previous, facts, log)
     data, asked, optim, train = config.data, config.model, config.optim, config.train
-    previous = facts.previous
-    if previous is not None:
-        asked, optim, train = _keep(asked, optim, train, previous.model, previous.train, previous.precision)
-        kept: dict[str, Any] = {
-            key: getattr(previous, key) for key in ("precision", "compile") if getattr(config, key) == "auto"
-        }
-        config = replace(config, **kept)
-        before = _absolute_paths(previous)
-        if asked.init and data.tokenizer == DataConfig.tokenizer:  # a run from initial weights recorded their tokenizer
-            data = replace(data, tokenizer=before.data.tokenizer)
-        now = replace(config, data=data, model=asked, optim=optim, train=train)
-        log.changes += _checked_changes(changed_settings(before, now))
-
     start = facts.start(asked.init)
     data = _with_models_tokenizer(data, optim, start, facts, log)
     dataset = facts.dataset(data)
-    _check_steps(train, facts, start)
+    schedule = check_schedule(optim, train, facts, start, log.changes, log.warnings)
     tokenizer, vocab_size = _vocabulary(dataset, asked.vocab_size if start is None else start.config.vocab_size, start, facts)
     model = _model(asked, vocab_size, start, dataset, tokenizer, log, facts.continued or asked.init)
 
@@ -120,6 +111,9 @@ def resolve(config: RunConfig, facts: Facts) -> ResolvedRun:
 
     layout = Layout(replicate=facts.context.world_size)
     plan = make_plan(train, model.block_size, layout.data_size)
+    if isinstance(train.micro_batch, int) and plan.micro_batch != train.micro_batch:
+        share = f"each of {layout.data_size} processes has {plan.samples_per_step // layout.data_size} sequences per step"
+        log.changes.append(f"train.micro_batch: {train.micro_batch} -> {plan.micro_batch}, because {share}")
     execution = Execution(precision, False, config.cuda_graphs, config.fp8, train.recompute == "blocks")
     flops, deadline = _run_flops(model, plan, execution) / layout.data_size, train.deadline_seconds
     compiles, why = choose_compile(config.compile, config.cuda_graphs, device, flops, peak, plan.shapes, deadline=deadline)
@@ -130,7 +124,7 @@ def resolve(config: RunConfig, facts: Facts) -> ResolvedRun:
     mask = data.document_mask
     chosen = choose_micro_batch(model, optim, train, plan, execution, facts.context, tokenizer=tokenizer, document_mask=mask)
     resolved = replace(config, model=model, data=data, optim=optim, train=train, precision=precision.name, compile=compiled)
-    run = ResolvedRun(resolved, layout, plan, execution, (), (), tokenizer, peak)
+    run = ResolvedRun(resolved, layout, plan, execution, schedule, (), (), tokenizer, peak)
     if chosen is not None:
         micro, why = chosen
         log.add("train.micro_batch", micro, why)
@@ -156,6 +150,23 @@ def _absolute_paths(config: RunConfig) -> RunConfig:
     return replace(config, data=data, model=replace(model, init=init), eval=replace(config.eval, tasks=tasks))
 
 
+def _continued(config: RunConfig, previous: RunConfig, facts: Facts, log: _Log) -> RunConfig:
+    """The configuration of a resumed run, which keeps what `previous` decided; the changes are checked and recorded."""
+    model, optim, train = _keep(config.model, config.optim, config.train, previous.model, previous.train, previous.precision)
+    kept: dict[str, Any] = {key: getattr(previous, key) for key in ("precision", "compile") if getattr(config, key) == "auto"}
+    before, data = _absolute_paths(previous), config.data
+    if model.init and data.tokenizer == DataConfig.tokenizer:  # a run from initial weights recorded their tokenizer
+        data = replace(data, tokenizer=before.data.tokenizer)
+    if str(Path.cwd() / data.source) == before.data.source:  # the relative path of a file that is gone
+        data = replace(data, source=before.data.source)
+    now = replace(config, data=data, model=model, optim=optim, train=train, **kept)
+    # Tokens may have moved, and text too if it is needed to prepare them again; both must have the recorded digest.
+    moved = data.source != before.data.source
+    moved = moved and (is_tokenized(data.source) or recorded_tokens(data, facts.folder.dataset_record()) is None)
+    log.changes += _checked_changes(changed_settings(before, now), moved=moved)
+    return now
+
+
 def _keep(
     model: ModelConfig, optim: OptimConfig, train: TrainConfig, old: ModelConfig, old_train: TrainConfig, precision: str
 ) -> tuple[ModelConfig, OptimConfig, TrainConfig]:
@@ -177,30 +188,16 @@ def _keep(
 _FIXED = ("seed", "data.source", "data.tokenizer", "data.val_fraction", "optim.name")
 
 
-def _checked_changes(changed: Mapping[str, tuple[object, object]]) -> list[str]:
-    """Describe what changed since the run started ("train.steps: 100 -> 200").
+def _checked_changes(changed: Mapping[str, tuple[object, object]], *, moved: bool = False) -> list[str]:
+    """Describe what changed since the run started ("train.steps: 100 -> 200"); `moved`: data.source may have changed too.
 
     Raises:
         UserError: a change is incompatible with the trained weights or the data order.
     """
     for key, (old, new) in changed.items():
-        if key in _FIXED or (key.startswith("model.") and key != "model.dropout"):
+        if (key in _FIXED and not (moved and key == "data.source")) or (key.startswith("model.") and key != "model.dropout"):
             raise UserError(f"{key} = {new!r}: a run that has started keeps {old!r}; start a new run for another value")
     return [f"{key}: {old} -> {new}" for key, (old, new) in changed.items()]
-
-
-def _check_steps(train: TrainConfig, facts: Facts, start: Loaded | None) -> None:
-    """Refuse to end a run before its current step: its steps so far would not fit the schedule.
-
-    With a deadline the number of steps is planned during the run, so any number is accepted.
-    """
-    done, where = (0, "")
-    if facts.checkpoint is not None:
-        done, where = facts.checkpoint.training["step"], str(facts.folder.path)
-    elif facts.continued and start is not None:
-        done, where = start.step, facts.continued
-    if train.deadline is None and train.steps < done:
-        raise UserError(f"train.steps = {train.steps}: {where} has already completed {done} steps; set it to at least that")
 
 
 def _with_models_tokenizer(data: DataConfig, optim: OptimConfig, start: Loaded | None, facts: Facts, log: _Log) -> DataConfig:

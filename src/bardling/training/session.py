@@ -9,17 +9,18 @@ from pathlib import Path
 
 from bardling.checkpoint.disk_space import check_space
 from bardling.checkpoint.load import latest_checkpoint
-from bardling.checkpoint.run_folder import create_run, run_lock
+from bardling.checkpoint.run_folder import create_run, discard_run, run_lock
 from bardling.checkpoint.saver import Saver
 from bardling.config.recipes import config_to_dict, config_to_toml
 from bardling.data.batches.loader import EvalSequences, Prefetcher, TrainSequences
 from bardling.data.batches.order import SequenceOrder
 from bardling.data.batches.packing import document_start
 from bardling.data.text.findings import describe_findings
+from bardling.data.tokens.dataset import changed_text
 from bardling.distributed.context import SINGLE, Context
 from bardling.distributed.device import device_name
 from bardling.distributed.heartbeat import LONG_PATIENCE
-from bardling.errors import UserError
+from bardling.errors import JobLost, UserError
 from bardling.extensions import EXPORT_FORMATS, HOOKS
 from bardling.files.atomic import remove_partial_files, write_atomically
 from bardling.monitor import RunInfo
@@ -76,6 +77,7 @@ class Session:
         self.order = SequenceOrder(config.seed, len(self.dataset.split("train")), config.model.block_size)
         self.objective = build_objective(config.train, run.tokenizer, self.context.device)
         self.context.activity("checking the sample prompt and the tasks", LONG_PATIENCE)
+        self.created = False  # whether this process has created the run's folder
         self.texts = self.context.on_primary(lambda: load_texts(config, facts.previous, run.tokenizer, self.dataset))
 
     def train(self) -> RunResult:
@@ -90,6 +92,7 @@ class Session:
                     self.folder.store().tidy(exclusive=True)
             warning = self._check_space(state)
             if not self.facts.resumed:
+                cleanup.push(partial(self._discard_failed_start, state, state.step))
                 cleanup.enter_context(run_lock(self.folder, context))
             context.on_primary(lambda: self._write_folder(state))
             monitor = cleanup.enter_context(self._monitor(state))
@@ -113,6 +116,13 @@ class Session:
                 monitor.note(f"stopped at step {state.step} and saved; continue with: bardling resume {self.folder.path}")
                 return RunResult(self.folder.path, state.step, False, state.best_val_loss, 128 + number)
         return RunResult(self.folder.path, state.step, True, state.best_val_loss, 0)
+
+    def _discard_failed_start(self, state: TrainState, first: int, kind: type[BaseException] | None, *_: object) -> None:
+        """Remove the folder of a run that failed before its first step, unless only a process of the job was lost."""
+        failed = kind is not None and not issubclass(kind, JobLost) and state.step == first
+        if failed and self.created and not self.folder.store().steps():
+            with suppress(OSError):
+                discard_run(self.folder, share_folder=bool(self.facts.continued))
 
     def _assemble(self) -> Assembly:
         checkpoint = self.facts.checkpoint
@@ -158,6 +168,8 @@ class Session:
         if self.facts.resumed:
             self.folder.write_config(config_to_toml(self.run.config))
             self.folder.add_environment(facts)
+            if state.step and not self.facts.continued:
+                self.folder.record_saved()
             return
 
         def write_files() -> None:
@@ -168,6 +180,7 @@ class Session:
 
         recipe, shared = config_to_toml(self.run.config), bool(self.facts.continued)
         create_run(self.folder.path, recipe, share_folder=shared, write_files=write_files)
+        self.created = True
 
     def _monitor(self, state: TrainState) -> RunMonitor:
         config, steps, primary = self.run.config, self.run.plan.steps, self.context.is_primary
@@ -204,6 +217,8 @@ class Session:
         if not self.facts.resumed:
             for line in describe_findings(self.dataset.manifest.source):
                 monitor.note(f"{config.data.source}: {line}")
+        elif change := changed_text(config.data, self.dataset):
+            monitor.note(change)
         if len(plan.stages) > 1:
             monitor.note(f"batch and context grow: {plan.describe_stages()}")
         where = device_name(self.context.device) + (f" x {run.layout.world_size}" if run.layout.world_size > 1 else "")
@@ -234,7 +249,8 @@ class Session:
                     raise
                 early = state.step - max(first, plan.at(state.step).first_step) < FIRST_STEPS
                 retry = early and not update.updating
-                device, run = self.context.device, self.folder.path
+                device, begun = self.context.device, state.step > first or self.facts.resumed
+                run = self.folder.path if begun else None
                 micro = reduced_micro_batch(plan, state.model, device, state.step, run, retry=retry)
             self.saver.wait()
             self.run = self.run.with_micro_batch(micro)
@@ -268,11 +284,9 @@ class Session:
         rollbacks = load_rollbacks(self.folder, state, context)
         guard = Guard(config.guard, context, order, rollbacks, explainer, plan=plan, log=monitor.log, note=monitor.note)
         hooks = self._hooks(guard, monitor, stop_requested)
-        # With a deadline, the decay ends there.
-        optim = config.optim if config.train.deadline is None else replace(config.optim, decay_steps=None)
 
         def lr_at(step: int) -> float:
-            return learning_rate(step, optim, plan.steps)
+            return learning_rate(step, self.run.schedule, plan.steps)
 
         while True:
             source = TrainSequences(self.dataset.split("train"), guard.order, self.document_start)
@@ -363,6 +377,7 @@ class Session:
                 started_at=self.facts.started_at,
                 seconds_before=self.seconds_before,
                 finishing_time=partial(finishing_time, hooks, seconds, config.eval.windows / plan.samples_per_step / 2),
+                lr_at=lambda step, steps: learning_rate(step, run.schedule, steps),
                 on_change=monitor.planned,
             )
             hooks.insert(0, deadline)

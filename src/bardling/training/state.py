@@ -2,10 +2,12 @@
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from bardling.checkpoint.contents import Checkpoint
 from bardling.checkpoint.load import Loaded
@@ -76,19 +78,8 @@ class TrainState:
 
     def _load(self, saved: Checkpoint) -> None:
         """Take over everything in `saved` but the random number generators."""
-        model, optimizer, training = saved.model_state, saved.optimizer_tensors, saved.training
-        names = dict(self.model.named_parameters())
-        raw = {name.removeprefix(RAW): tensor for name, tensor in optimizer.items() if name.startswith(RAW)}
-        for name, tensor in raw.items():
-            if name not in names or tensor.shape != names[name].shape or not tensor.is_floating_point():
-                raise UserError(
-                    f"the checkpoint's optimizer.safetensors contains {name!r}, which is not a weight of this model"
-                )
-        self.model.load_state_dict({**model, **raw})
-        if self.ema is not None:
-            self.ema.load_tensors({name: model[name] for name in names})
-        own = {name: tensor for name, tensor in optimizer.items() if not name.startswith(RAW)}
-        load_optimizer_tensors(self.optimizer, names, own, saved.optimizer_meta)
+        training = saved.training
+        self._load_weights(saved.model_state, saved.optimizer_tensors, saved.optimizer_meta)
         self.step, self.samples = training["step"], training["samples"]
         self.best_val_loss, self.best_step = training["best_val_loss"], training["best_step"]
         self.hooks_done = dict(training["hooks_done"])
@@ -102,15 +93,29 @@ class TrainState:
         self.seconds, self.planned = float(seconds), planned
         self.history = StepHistory.from_json(training.get("guard"), where)
 
+    def _load_weights(self, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+        """Load the model, its EMA and its optimizer from what `saved` gives."""
+        names = dict(self.model.named_parameters())
+        raw = {name.removeprefix(RAW): tensor for name, tensor in optimizer.items() if name.startswith(RAW)}
+        for name, tensor in raw.items():
+            if name not in names or tensor.shape != names[name].shape or not tensor.is_floating_point():
+                raise UserError(
+                    f"the checkpoint's optimizer.safetensors contains {name!r}, which is not a weight of this model"
+                )
+        self.model.load_state_dict({**model, **raw})
+        if self.ema is not None:
+            self.ema.load_tensors({name: model[name] for name in names})
+        own = {name: tensor for name, tensor in optimizer.items() if not name.startswith(RAW)}
+        load_optimizer_tensors(self.optimizer, names, own, meta)
+
     def take_over(self, start: Loaded, samples_before: Callable[[int], int]) -> None:
-        """Continue the training of another trainer's checkpoint, whose weights the model already has.
+        """Continue the training of a checkpoint, possibly of another trainer, whose weights the model already has.
 
         Args:
             samples_before: number of the first sample of a step.
         """
         if start.optimizer_tensors:
-            names = dict(self.model.named_parameters())
-            load_optimizer_tensors(self.optimizer, names, start.optimizer_tensors, start.optimizer_meta)
+            self._load_weights(start.state, start.optimizer_tensors, start.optimizer_meta)
         self.step, self.samples = start.step, samples_before(start.step)
         if start.best_val_loss is not None:
             self.best_val_loss, self.best_step = start.best_val_loss, start.step

@@ -47,6 +47,7 @@ class Clock:
             started_at=0.0,
             seconds_before=before,
             finishing_time=lambda rate: finishing,
+            lr_at=lambda step, steps: learning_rate(step, OptimConfig(warmup_steps=3), steps),
             on_change=lambda steps, text: self.plans.append((self.state.step, steps)),
             clock=lambda: self.now,
         )

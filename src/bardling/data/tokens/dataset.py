@@ -1,5 +1,6 @@
 """Opens the dataset that a configuration names: a prepared folder, text to prepare first, or another trainer's token files."""
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -37,7 +38,7 @@ def open_data(config: DataConfig, split_rule: int = SPLIT_RULE) -> TokenDataset:
             raise UserError(f"data.tokenizer = {spec!r}: {fault}: {remedy}")
         return dataset
     check_tokenizer_spec(spec)
-    cache = Path(config.cache).expanduser() if config.cache else cache_root()
+    cache = _cache(config)
     source = source_for(config.source, config.encoding)
     tag_cache(cache)
     key = json_sha256([FORMAT, METHOD, split_rule, source.identity(), made_with, config.val_fraction])[:16]
@@ -57,6 +58,10 @@ def open_data(config: DataConfig, split_rule: int = SPLIT_RULE) -> TokenDataset:
         raise UserError(f"{error}: remove {cached}, and it is prepared again from data.source") from error
 
 
+def _cache(config: DataConfig) -> Path:
+    return Path(config.cache).expanduser() if config.cache else cache_root()
+
+
 def is_tokenized(source: str) -> bool:
     """Whether a source holds tokens, of a tokenizer that is given, instead of text."""
     return _token_format(source) is not None
@@ -74,21 +79,47 @@ def _token_format(source: str) -> Literal["prepared", "foreign"] | None:
         raise UserError(f"data.source = {source[:100]!r}: cannot be opened ({error.strerror})") from None
 
 
-def open_recorded(config: DataConfig, record: Mapping[str, Any], run: Path, remedy: str = "start a new run") -> TokenDataset:
-    """The dataset that a run has recorded: its folder, else, if that is gone, prepared again from `config` by the same rule.
+def recorded_tokens(config: DataConfig, record: Mapping[str, Any]) -> TokenDataset | None:
+    """The intact tokens that a run has recorded, in their folder or in one of its name in the cache; None if they are gone."""
+    path = Path(str(record.get("path")))
+    for folder in (path, _cache(config) / "datasets" / path.name):
+        with contextlib.suppress(UserError, OSError):  # damaged, or removed at this moment
+            if (folder / "manifest.json").is_file() and (found := open_dataset(folder)).fingerprint == record.get(
+                "fingerprint"
+            ):
+                return found
+    return None
 
-    Text or tokenizer files that have changed since do not matter as long as the folder is there. Raises a `UserError` if what
+
+def open_recorded(config: DataConfig, record: Mapping[str, Any], run: Path, remedy: str = "start a new run") -> TokenDataset:
+    """The dataset that a run has recorded: its tokens, else, if they are gone, prepared again from `config` by the same rule.
+
+    Text or tokenizer files that have changed since do not matter as long as the tokens are there. Raises a `UserError` if what
     is found has another digest than the `record`; `remedy` is what else to do then.
     """
-    digest, path = record.get("fingerprint"), Path(str(record.get("path")))
+    if (found := recorded_tokens(config, record)) is not None:
+        return found
+    digest, rule = record.get("fingerprint"), record.get("split_rule", 1)  # runs of versions with a single rule recorded none
     try:
-        if (path / "manifest.json").is_file() and (found := open_dataset(path)).fingerprint == digest:
-            return found
-    except (UserError, OSError):  # damaged, or removed at this moment
-        pass
-    rule = record.get("split_rule", 1)  # runs of versions with a single rule recorded none
-    found = open_data(config, rule if isinstance(rule, int) else SPLIT_RULE)
+        found = open_data(config, rule if isinstance(rule, int) else SPLIT_RULE)
+    except UserError as error:
+        fault = f"has no tokens any more ({record.get('path')}), and they cannot be prepared again ({error})"
+        raise UserError(f"{run}: {fault}: restore them or their text, or {remedy}") from error
     if found.fingerprint != digest:
         fault = f"is not the dataset that {run} started with (fingerprint {found.fingerprint}, was {digest})"
         raise UserError(f"{found.path}: {fault}: restore the data, or {remedy}")
     return found
+
+
+def changed_text(config: DataConfig, dataset: TokenDataset) -> str:
+    """What has happened to the files that a dataset was prepared from, as a sentence; empty if nothing, or unknown."""
+    identity = dataset.manifest.source.get("identity")
+    if identity is None or is_source_name(config.source) or is_tokenized(config.source):
+        return ""
+    try:
+        if source_for(config.source, config.encoding).identity() == identity:
+            return ""
+        fault = "has changed since it was prepared"
+    except UserError:
+        fault = "cannot be read any more"
+    return f"{config.source}: {fault}; its tokens in {dataset.path} are used"

@@ -3,7 +3,7 @@
 `train.deadline` is the total time of a run, over all its starts: set-up, steps, validation and saving. (Steps that a kill
 undid and the time between two starts do not count.) Some of it is reserved for the work after the last step. The learning rate
 is the usual function of the step and the planned number of steps, so its decay ends at the last step. When the plan changes,
-the learning rate moves to the new plan's curve, by less and less as the end approaches.
+the learning rate moves to the new plan's curve, by less and less as the end approaches; a rise of more than 5% is reported.
 
 The primary process plans for all. The plan depends on the machine: a run with a deadline is not reproducible bit for bit, and
 a resumed one uses the plan in its checkpoint until it has measured its own speed.
@@ -34,6 +34,7 @@ class Deadline:
     started_at: float  # `clock()` when this start of the run began
     seconds_before: float  # spent in earlier starts
     finishing_time: Callable[[float], float]  # seconds per step -> estimated seconds of work after the last step
+    lr_at: Callable[[int, int], float]  # step, planned steps -> learning rate
     on_change: Callable[[int, str], None]  # receives the number of steps and a message for the user (empty for small changes)
     clock: Callable[[], float] = time.monotonic
     _marks: list[tuple[int, float]] = field(default_factory=list)  # (step, seconds) of each planning
@@ -72,11 +73,14 @@ class Deadline:
         previous, self.horizon.steps, state.planned = state.planned, steps, steps
         left = steps - state.step
         self._next = state.step + max(1, min(state.step - self._marks[0][0], left // 10))
-        message = ""
-        if abs(steps - previous) > 0.05 * max(previous, 1) and left > 0:
+        before, after = (self.lr_at(state.step, number) for number in (previous or steps, steps))
+        rises, message = after > 1.05 * before, ""
+        if left > 0 and (rises or abs(steps - previous) > 0.05 * max(previous, 1)):
             rest = max(0.0, self.budget - state.seconds)
             ending = f"{rest:.0f} s" if rest < 120 else f"{rest / 60:.0f} min" if rest < 7200 else f"{rest / 3600:.1f} h"
             message = f"deadline: {steps:,} steps are planned, {left:,} of them in the next {ending}"
+            if rises:
+                message += f"; this raises the learning rate of step {state.step + 1:,} from {before:.3g} to {after:.3g}"
         self.on_change(steps, message)
 
 

@@ -3,7 +3,8 @@
 A step is bad if its loss or gradient norm is NaN, infinite or a spike (`spikes.py`). Its update is never applied (`step.py`);
 the policies differ in what follows:
 
-- skip: the step counts as done, and training continues. `max_skips` consecutive bad steps end the run.
+- skip: the step counts as done, and training continues. After `max_skips` consecutive bad steps, the run ends if the last one
+  is not finite; if it is, the loss or the gradient has shifted for good, and recent steps are no longer compared with.
 - rollback: the run returns to its latest checkpoint, and skips the step's sequences from then on (`session.py`).
   After `max_rollbacks` rollbacks, the next bad step ends the run.
 - stop: the run ends; its checkpoints precede the bad step.
@@ -140,7 +141,8 @@ class Guard:
             if history.overflows < _MAX_OVERFLOWS:
                 return
         history.skipped += 1
-        action, remedy = self._decide(history.skipped)
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        action, remedy = self._decide(history.skipped, finite=finite)
         ranges = self.order.places(metrics.first, metrics.count)
         # Every process explains, so that all run the same forward passes; the primary's explanation counts.
         event = self.context.broadcast(self._explain(state, metrics, loss, norm, action, ranges))
@@ -151,8 +153,14 @@ class Guard:
         if action == "stop":
             raise UserError(f"{describe_event(event)}; training ends: {remedy}")
         self.note(f"{describe_event(event)}; its update was skipped")
+        if finite and history.skipped >= self.config.max_skips:
+            shifted = (
+                f"after {history.skipped} bad steps in a row, loss {loss:.4g} and gradient norm {norm:.4g} count as normal"
+            )
+            self.note(f"step {metrics.step:,}: {shifted}: updates are applied again, and later steps are compared with these")
+            history.forget()
 
-    def _decide(self, skipped: int) -> tuple[Action, str]:
+    def _decide(self, skipped: int, *, finite: bool) -> tuple[Action, str]:
         """What follows the bad step, the `skipped`th in a row, and what to do if it ends the run."""
         config = self.config
         if config.policy == "rollback":
@@ -166,7 +174,7 @@ class Guard:
                 f"this is bad step {skipped} in a row (guard.max_skips = {config.max_skips}), so training has diverged: "
                 "lower optim.lr, or resume with --guard.policy rollback"
             )
-            return "skip" if skipped < config.max_skips else "stop", remedy
+            return "skip" if skipped < config.max_skips or finite else "stop", remedy
         return "stop", "guard.policy = 'stop': resume with --guard.policy skip (or rollback) to continue past it"
 
     def _explain(

@@ -233,10 +233,11 @@ def _remedy(recompute: bool) -> str:
     return f"{'' if recompute else 'set --train.recompute blocks, '}shorten model.block_size, or use a smaller model"
 
 
-def reduced_micro_batch(plan: TrainPlan, model: GPT, device: torch.device, step: int, run: Path, *, retry: bool) -> int:
+def reduced_micro_batch(plan: TrainPlan, model: GPT, device: torch.device, step: int, run: Path | None, *, retry: bool) -> int:
     """The size of passes to continue with after memory ran out: at most half as large. Frees the memory of the failed step.
 
     Args:
+        run: the folder with which it can be resumed; None if it has completed no step.
         retry: whether the step may be repeated.
 
     Raises:
@@ -248,6 +249,7 @@ def reduced_micro_batch(plan: TrainPlan, model: GPT, device: torch.device, step:
     size = next((size for size in divisors(plan.micro_batch * plan.accumulation) if 2 * size <= plan.micro_batch), None)
     if size is not None and retry and plan.data_size == 1:
         return size
-    remedy = f"continue with: bardling resume {run} --train.micro_batch {size}" if size else _remedy(model.recompute)
+    start = "start with:" if run is None else f"continue with: bardling resume {run}"
+    remedy = f"{start} --train.micro_batch {size}" if size else _remedy(model.recompute)
     where = f"the memory of {device} ran out at step {step + 1}"
     raise UserError(f"train.micro_batch = {plan.micro_batch}: {where}: {remedy}") from None

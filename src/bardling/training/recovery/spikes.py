@@ -61,6 +61,10 @@ class StepHistory:
         if len(self.steps) > window + LAG:
             del self.steps[0], self.loss[0], self.grad_norm[0]
 
+    def forget(self) -> None:
+        """Drop all steps: the next ones are no longer comparable with them."""
+        self.steps, self.loss, self.grad_norm, self.skipped = [], [], [], 0
+
     def _reference(self, step: int, config: GuardConfig, since: int) -> slice:
         """The entries that a step is compared with."""
         end = sum(earlier <= step - LAG for earlier in self.steps)

@@ -76,11 +76,11 @@ def trace_step(folder: RunFolder, step: int) -> TracedStep:
     Raises:
         UserError: there is no such step, or the run's data is missing or has changed.
     """
-    config = folder.config()
+    config, trained = folder.config(), folder.trained_config()
     if not 1 <= step <= config.train.steps:
         raise UserError(f"--step {step}: {folder.path} has steps 1 to {config.train.steps:,}; choose one of these")
     dataset = _open_dataset(folder)
-    order = SequenceOrder(config.seed, len(dataset.split("train")), config.model.block_size)
+    order = SequenceOrder(trained.seed, len(dataset.split("train")), trained.model.block_size)
     rollbacks = read_rollbacks(folder)
     first, count = _samples(folder, config, step)
     if count > _MAX_SEQUENCES or first > _LAST_SAMPLE:
