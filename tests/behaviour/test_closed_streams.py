@@ -1,4 +1,4 @@
-"""Standard streams that are closed, full, broken, or of an encoding that lacks characters: no traceback, and no work is lost."""
+"""Standard streams that are closed, full, broken, or of an encoding that lacks characters: no traceback, no lost work."""
 
 import errno
 import io

@@ -1,7 +1,7 @@
 """`bardling COMMAND ...`: runs a command and turns errors into one line and an exit status.
 
-Exit status: 0 success; 2 user errors; 129, 130, 138 and 143 stopped by SIGHUP, SIGINT, SIGUSR1 and SIGTERM; 1 anything else. A command's
-module is imported only when it runs, so that `--help` does not import torch.
+Exit status: 0 success; 2 user errors; 129, 130, 138 and 143 stopped by SIGHUP, SIGINT, SIGUSR1 and SIGTERM; 1 anything else. A
+command's module is imported only when it runs, so that `--help` does not import torch.
 """
 
 import contextlib
@@ -13,8 +13,8 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
-from types import FrameType
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn
 
 import bardling
@@ -171,7 +171,7 @@ def _command(arguments: Sequence[str]) -> None:
         if any("\ud800" <= character <= "\udfff" for character in argument):
             encoding = sys.getfilesystemencoding()
             remedy = "rename the file, or type the text again" if encoding == "utf-8" else "set PYTHONUTF8=1"
-            raise UserError(f"argument {ascii(argument)}: contains bytes that are not {encoding.upper()}: {remedy}")
+            raise UserError(f"argument {argument!a}: contains bytes that are not {encoding.upper()}: {remedy}")
     try:
         Path.cwd()
     except FileNotFoundError:
