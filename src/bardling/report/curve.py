@@ -11,7 +11,7 @@ from typing import Any
 
 from bardling.checkpoint.run_folder import open_run
 from bardling.errors import UserError
-from bardling.files.atomic import atomic_file, os_error_as_user_error, remove_stale_partials
+from bardling.files.atomic import atomic_file, check_place, os_error_as_user_error, remove_stale_partials
 from bardling.monitor.jsonl import metrics, read_jsonl
 from bardling.planning.batching import make_plan
 
@@ -98,6 +98,7 @@ def check_image_path(out: Path) -> None:
     suffix = out.suffix.lower()
     if suffix not in _FORMATS:
         raise UserError(f"{out}: is not an image file name: use a name that ends in {', '.join(_FORMATS)}")
+    check_place(out)
     if not out.exists():
         return
     if out.is_file():
