@@ -285,7 +285,7 @@ def test_a_longer_context_is_no_spike():
 
 
 def test_the_heartbeat_expects_steps_that_compile_a_new_shape():
-    calls = []
+    calls, notes = [], []
 
     class Watched:
         def warmed_up(self):
@@ -296,11 +296,15 @@ def test_the_heartbeat_expects_steps_that_compile_a_new_shape():
 
     state = TrainState(*small())
     for compiled in (True, False):
-        hook = NewShapes(make_plan(TrainConfig(**RAMPS), 16, 1), Watched(), compiled=compiled)
+        state.step = 0
+        notes.clear()
+        hook = NewShapes(make_plan(TrainConfig(**RAMPS), 16, 1), Watched(), compiled, notes.append)
+        hook(state, None)
         for state.step in range(1, 12):
             hook(state, object())
-    assert [step for step, word in enumerate(calls[:11], 1) if word == "unsteady"] == [5, 9]
-    assert set(calls[11:]) == {"steady"}
+        assert len(notes) == (3 if compiled else 0)
+    assert [step for step, word in enumerate(calls[:12]) if word == "unsteady"] == [0, 5, 9]
+    assert set(calls[12:]) == {"steady"}
 
 
 def test_depth_reaches_its_tokens_with_a_growing_batch():

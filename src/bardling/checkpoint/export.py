@@ -13,7 +13,7 @@ from bardling.checkpoint.load import Loaded, load, run_of
 from bardling.config import ModelConfig, RunConfig
 from bardling.config.architecture import GPT2_VOCAB_SIZE
 from bardling.errors import UserError
-from bardling.files.atomic import atomic_folder
+from bardling.files.atomic import atomic_folder, check_place
 from bardling.interop.huggingface import refuse_nonfinite
 from bardling.interop.nanogpt_checkpoint import write_meta, write_nanogpt_checkpoint
 
@@ -35,6 +35,7 @@ class ExportFormat(NamedTuple):
 
 def _load(spec: str, out: Path, target: ExportFormat, *, best: bool, training: bool = False) -> Loaded:
     """The model to export, after checking that it can be exported to `out`."""
+    check_place(out)
     if out.exists():
         raise UserError(f"{out}: already exists: remove it, or choose another --out")
     loaded = load(spec, best=best, training=training)

@@ -22,7 +22,7 @@ from bardling.config import CheckpointConfig, RunConfig
 from bardling.config.recipes import config_from_dict, parse_recipe
 from bardling.distributed.context import Context
 from bardling.errors import UserError
-from bardling.files.atomic import remove_partial_files, write_atomically
+from bardling.files.atomic import check_place, remove_partial_files, write_atomically
 from bardling.files.lock import locked
 from bardling.files.paths import similar
 from bardling.files.reading import read_json_object, read_small_text
@@ -106,7 +106,8 @@ def open_run(path: Path) -> RunFolder:
 
 
 def refuse_existing(path: Path) -> None:
-    """Raise a `UserError` early, before any work, if a new run's folder already contains a run."""
+    """Raise a `UserError` early, before any work, if a new run's folder already contains a run or cannot be created."""
+    check_place(path)
     if RunFolder(path).config_file.exists():
         raise UserError(f"{path}: already contains a run; continue it with `bardling resume {path}`, or choose another --out")
 

@@ -135,7 +135,7 @@ def _measurements(result: "BenchResult") -> Table:
     else:
         table.add_row("MFU (measured peak)", percent(result.mfu_of_matmul), measured)
     memory = "peak on the device" if result.precision.device_type == "cuda" else "peak of the whole process"
-    table.add_row("memory", size_bytes(result.memory_bytes), memory)
+    table.add_row("memory", "unknown" if result.memory_bytes is None else size_bytes(result.memory_bytes), memory)
     table.add_section()
     notes = {"data": "  waiting for batches", "backward": "  and clipping"}
     total = sum(result.parts.values()) or 1.0

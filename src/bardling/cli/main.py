@@ -1,7 +1,7 @@
 """`bardling COMMAND ...`: runs a command and turns errors into one line and an exit status.
 
-Exit status: 0 success; 2 user errors; 130, 138 and 143 stopped by SIGINT, SIGUSR1 and SIGTERM; 1 anything else. A command's
-module is imported only when it runs, so that `--help` does not import torch.
+Exit status: 0 success; 2 user errors; 129, 130, 138 and 143 stopped by SIGHUP, SIGINT, SIGUSR1 and SIGTERM; 1 anything else. A
+command's module is imported only when it runs, so that `--help` does not import torch.
 """
 
 import contextlib
@@ -13,12 +13,14 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
 import bardling
 from bardling.distributed.openmp_spin import limit_spinning
 from bardling.errors import JobLost, Terminated, UserError, closest
+from bardling.files.streams import open_standard_streams
 
 COMMANDS = {
     "train": "train a model from a recipe",
@@ -65,7 +67,8 @@ def usage() -> str:
 
 
 def _fail(message: str, status: int) -> NoReturn:
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
     print(f"bardling: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)
 
@@ -96,8 +99,8 @@ def _signals() -> Iterator[None]:
 
     previous = {}
     if threading.current_thread() is threading.main_thread():
-        for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-            number = getattr(signal, name, None)  # Windows has no SIGUSR1
+        for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGUSR1 and no SIGHUP
             if number is not None and signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
                 previous[number] = signal.signal(number, receive)
     try:
@@ -109,6 +112,8 @@ def _signals() -> Iterator[None]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command: returns on success, else raises `SystemExit`; under torchrun, exits the process either way."""
+    if argv is None:
+        open_standard_streams()
     if argv is not None or os.environ.get("WORLD_SIZE", "1") == "1":
         _run(argv)
         return
@@ -128,6 +133,31 @@ def _run(argv: Sequence[str] | None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        try:
+            _command(arguments)
+        finally:
+            sys.stdout.flush()
+    except KeyboardInterrupt as error:
+        status = error.status if isinstance(error, Terminated) else 130
+        if argv is None:  # running as a program, not called from Python
+            # Threads of libraries may still be running, and some crash during normal interpreter shutdown.
+            with contextlib.suppress(OSError):
+                sys.stdout.flush()
+            print("bardling: interrupted", file=sys.stderr, flush=True)
+            os._exit(status)
+        _fail("interrupted", status)
+    except Exception as error:
+        lost = getattr(sys.stdout, "failure", None)
+        if isinstance(lost or error, BrokenPipeError):  # the reader (`| head`) has exited
+            sys.exit(1)
+        if debug:
+            raise
+        _fail(*_describe(lost or error))
+
+
+def _command(arguments: Sequence[str]) -> None:
+    """Run the command that the arguments name."""
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())
         return
@@ -135,29 +165,20 @@ def _run(argv: Sequence[str] | None) -> None:
         print(f"bardling {bardling.__version__}")
         return
     command = arguments[0]
+    if command not in COMMANDS:
+        raise UserError(f"unknown command {command!r}{closest(command, list(COMMANDS))}; choose from {', '.join(COMMANDS)}")
+    for argument in arguments:
+        if any("\ud800" <= character <= "\udfff" for character in argument):
+            encoding = sys.getfilesystemencoding()
+            remedy = "rename the file, or type the text again" if encoding == "utf-8" else "set PYTHONUTF8=1"
+            raise UserError(f"argument {argument!a}: contains bytes that are not {encoding.upper()}: {remedy}")
     try:
-        if command not in COMMANDS:
-            raise UserError(f"unknown command {command!r}{closest(command, list(COMMANDS))}; choose from {', '.join(COMMANDS)}")
-        limit_spinning()
-        with _signals():
-            importlib.import_module(f"bardling.cli.{command}").run(arguments[1:])
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # The reader (`| head`) has exited; without this, Python reports the broken pipe again when it closes stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except KeyboardInterrupt as error:
-        status = error.status if isinstance(error, Terminated) else 130
-        if argv is None:  # running as a program, not called from Python
-            # Threads of libraries may still be running, and some crash during normal interpreter shutdown.
-            sys.stdout.flush()
-            print("bardling: interrupted", file=sys.stderr, flush=True)
-            os._exit(status)
-        _fail("interrupted", status)
-    except Exception as error:
-        if debug:
-            raise
-        _fail(*_describe(error))
+        Path.cwd()
+    except FileNotFoundError:
+        raise UserError("the working directory has been deleted: change to one that exists with cd") from None
+    limit_spinning()
+    with _signals():
+        importlib.import_module(f"bardling.cli.{command}").run(arguments[1:])
 
 
 def _describe(error: Exception) -> tuple[str, int]:
@@ -170,5 +191,5 @@ def _describe(error: Exception) -> tuple[str, int]:
         case OSError():
             reason = _USER_ERRNOS.get(error.errno or 0)
             subject = f"{error.filename}: " if error.filename else ""
-            return f"{subject}{reason or error}", 2 if reason else 1
+            return f"{subject}{reason or error.strerror or error}", 2 if reason else 1
     return f"internal error: {type(error).__name__}: {error} (rerun with --debug for the traceback)", 1

@@ -217,14 +217,15 @@ def device_name(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
-def memory_used(device: torch.device) -> int:
-    """Peak memory of this process so far (bytes): on the GPU, or resident memory on a CPU."""
+def memory_used(device: torch.device) -> int | None:
+    """Peak memory of this process so far (bytes): on the GPU, or resident memory on a CPU (None on Windows)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if device.type == "mps":
         return torch.mps.driver_allocated_memory()
-    import resource
-    import sys
-
+    try:
+        import resource
+    except ImportError:
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

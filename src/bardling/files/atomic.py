@@ -14,6 +14,7 @@ from typing import BinaryIO
 
 from bardling.errors import UserError
 
+_LONGEST_NAME = 255  # bytes, on all common file systems
 _PARTIAL = re.compile(r"\..+\.\d{1,10}\.partial")
 
 
@@ -28,7 +29,23 @@ def os_error_as_user_error(path: Path, doing: str, *, remedy: str = "") -> Itera
     try:
         yield
     except OSError as error:
-        raise UserError(f"{error.filename or path}: cannot {doing}: {os_reason(error).lower()}{remedy}") from error
+        raise UserError(f"{_named(error, path)}: cannot {doing}: {os_reason(error).lower()}{remedy}") from error
+
+
+def _named(error: OSError, path: Path) -> object:
+    """The path at fault; a temporary name stands for `path`."""
+    return path if str(error.filename or "").endswith(".partial") else error.filename or path
+
+
+def check_place(path: Path) -> None:
+    """Raise a `UserError` with the reason if nothing can be created at `path`, before anything is."""
+    for place in (*reversed(path.parents), path):
+        if len(os.fsencode(place.name)) > _LONGEST_NAME:
+            raise UserError(f"{path}: the name is too long (more than {_LONGEST_NAME} bytes): choose a shorter one")
+        if place.is_symlink() and not place.exists():
+            raise UserError(f"{place}: is a link to {place.readlink()}, which does not exist: create that, or remove the link")
+        if place != path and place.exists() and not place.is_dir():
+            raise UserError(f"{path}: {place} is a file, not a folder: choose another path")
 
 
 def partial_path(path: Path) -> Path:

@@ -4,6 +4,7 @@ A thin layer over `filelock`. Its fallback to a lock that merely exists as a fil
 such a lock behind forever. Where a file system has no `flock` (some network ones), work continues unlocked, with a warning.
 """
 
+import importlib.util
 import os
 import sys
 from collections.abc import Iterator
@@ -24,6 +25,11 @@ def locked(path: Path, *, timeout: float = -1, message: str = "", folder_moves: 
     if folder_moves and os.name == "nt":
         yield
         return
+    if os.name != "nt" and importlib.util.find_spec("fcntl") is None:
+        _warn(f"{path}: cannot lock (this system has no file locks); continuing unlocked")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+        return
     import filelock  # imported here because most commands never lock anything
 
     lock = filelock.FileLock(path, timeout=timeout, fallback_to_soft=False)
@@ -38,10 +44,13 @@ def locked(path: Path, *, timeout: float = -1, message: str = "", folder_moves: 
         except FileNotFoundError:  # its holder has moved or removed the folder
             continue
         except OSError as error:
-            warning = f"{path}: cannot lock ({os_reason(error).lower()}); continuing unlocked"
-            print(f"bardling: warning: {warning}", file=sys.stderr, flush=True)
+            _warn(f"{path}: cannot lock ({os_reason(error).lower()}); continuing unlocked")
         break
     try:
         yield
     finally:
         lock.release()
+
+
+def _warn(text: str) -> None:
+    print(f"bardling: warning: {text}", file=sys.stderr, flush=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO
 
 from bardling.errors import UserError
-from bardling.files.atomic import os_reason
+from bardling.files.atomic import os_error_as_user_error, os_reason
 from bardling.files.decoding import decode_text
 from bardling.files.paths import expand_home
 
@@ -37,7 +37,9 @@ def read_prompt_input() -> str:
     stream: IO[bytes] | None = getattr(sys.stdin, "buffer", None)
     if stream is None:  # replaced by a text stream, or closed
         return sys.stdin.read() if sys.stdin else ""
-    return decode_text(_read(stream, "standard input"), "the prompt on standard input", file="prompt.txt")
+    with os_error_as_user_error(Path("standard input"), "read"):
+        data = _read(stream, "standard input")
+    return decode_text(data, "the prompt on standard input", file="prompt.txt")
 
 
 def _read(file: IO[bytes], name: str) -> bytes:

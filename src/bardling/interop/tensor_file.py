@@ -6,7 +6,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,12 @@ METADATA = {"format": "pt"}
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors from any device and with any strides; equal tensors give equal files. Disk failures are `OSError`s."""
     plain = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)  # the library replaces the file by one that only its owner can read
     try:
         save_file(plain, path, metadata=METADATA)
+        with suppress(OSError):  # some network file systems have no permissions
+            path.chmod(mode)
     except SafetensorError as error:
         # The library reports the system's error number only in the message.
         if (number := re.search(r"os error (\d+)", str(error))) is None:

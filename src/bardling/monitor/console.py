@@ -1,23 +1,23 @@
 """The terminal display of a run.
 
 On a terminal: a progress bar and the latest metrics at the bottom, while validation results, samples and messages scroll above.
-Elsewhere (a file, a pipe, a notebook): one plain line per record. If the reader of a pipe exits (`| head`), the display stops
-and training continues.
+Elsewhere (a file, a pipe, a notebook): one plain line per record. If the stream fails (the reader of a pipe exits, the terminal
+is closed, the device is full), the display stops and training continues.
 """
 
 import contextlib
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TextIO
+from typing import TextIO, cast
 
 import rich.console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.rule import Rule
 from rich.text import Text
 
+from bardling.files.streams import Lasting
 from bardling.monitor.format import count, duration, percent, size_bytes
 from bardling.monitor.progress import PATIENCE
 
@@ -52,13 +52,15 @@ class Console:
 
     def __init__(self, steps: int, first_step: int, *, stream: TextIO | None = None, width: int | None = None) -> None:
         self._steps = steps
-        self._stream: TextIO | None = stream or sys.stdout
+        target = stream or sys.stdout
+        self._stream: Lasting | None = None if target is None else Lasting(target)
+        self.failure: Exception | None = None  # why the display has stopped
         self._clock = time.monotonic
         self._work: tuple[str, int] | None = None  # the work between steps: label and total
         self._begin = self._last_line = 0.0
         self._first = self._done = 0
         self._display: _Display | None = None
-        screen = rich.console.Console(file=self._stream, width=width, highlight=False, markup=False, emoji=False)
+        screen = rich.console.Console(file=cast(TextIO, self._stream), width=width, highlight=False, markup=False, emoji=False)
         if screen.is_terminal and not (screen.is_dumb_terminal or screen.is_jupyter):
             self._display = _Display(screen, steps, first_step)
             with self._guard():
@@ -141,13 +143,13 @@ class Console:
 
     @contextlib.contextmanager
     def _guard(self) -> Iterator[None]:
-        """Stop displaying once the reader of the stream has exited."""
-        try:
-            yield
-        except BrokenPipeError:
-            self._display, stream, self._stream = None, self._stream, None
-            if stream is sys.stdout:  # otherwise Python reports the broken pipe again at exit
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        """Stop displaying once the stream has failed."""
+        yield
+        if self._stream is not None and self._stream.failure is not None:
+            self.failure, display, self._display = self._stream.failure, self._display, None
+            if display is not None:
+                display.stop()
+            self._stream = None
 
 
 class _Display(Progress):

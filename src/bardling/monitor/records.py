@@ -32,7 +32,7 @@ class TrainRecord(Record):
 
     tokens_per_second: float  # over the steps since the last record, without validation, samples and saving
     mfu: float | None  # achieved FLOP/s as a fraction of the device's peak; None if the peak is unknown
-    memory_bytes: int  # peak
+    memory_bytes: int | None  # peak; None where the system does not tell
     seconds_left: float  # at this speed
     time: float  # Unix time (seconds)
 

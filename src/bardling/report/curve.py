@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from bardling.checkpoint.run_folder import open_run
 from bardling.errors import UserError
-from bardling.files.atomic import atomic_file, os_error_as_user_error, remove_stale_partials
+from bardling.files.atomic import atomic_file, check_place, os_error_as_user_error, remove_stale_partials
 from bardling.monitor.jsonl import metrics, read_jsonl
 
 _CREATOR = "bardling report"  # in the image metadata
@@ -140,6 +140,7 @@ def check_image_path(out: Path) -> None:
     suffix = out.suffix.lower()
     if suffix not in _FORMATS:
         raise UserError(f"{out}: is not an image file name: use a name that ends in {', '.join(_FORMATS)}")
+    check_place(out)
     if not out.exists():
         return
     if out.is_file():

@@ -83,7 +83,7 @@ class BenchResult:
     first_step_seconds: float  # including compilation and set-up
     step_seconds: tuple[float, ...]  # of each measured step, in order
     parts: dict[str, float]  # of a step: data (waiting for the batches), forward, backward (including clipping), optimizer
-    memory_bytes: int  # peak; of the whole process on a CPU
+    memory_bytes: int | None  # peak; of the whole process on a CPU; None where the system does not tell
     flops_per_token: int
     peak_flops: float | None  # vendor spec; None if unknown for this device
     matmul_flops: float  # measured

@@ -95,6 +95,11 @@ class RunMonitor:
             with suppress(Exception):
                 console.close()
             self._report("the terminal display", error)
+        else:
+            if console.failure is not None:
+                self._console = None
+                if not isinstance(console.failure, BrokenPipeError):  # a reader that exits means to
+                    self._report("the terminal display", console.failure)
 
     def _report(self, title: str, error: Exception) -> None:
         if title not in self._failed:

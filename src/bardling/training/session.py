@@ -2,7 +2,7 @@
 
 import signal
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -98,6 +98,7 @@ class Session:
             monitor = cleanup.enter_context(self._monitor(state))
             self._new_saver(monitor)
             cleanup.callback(lambda: self.saver.wait())  # the latest saver, which may not be this one
+            signals.begin(monitor.note)
             try:
                 self._announce(monitor, state)
                 if warning:
@@ -264,7 +265,7 @@ class Session:
     def _fit(self, assembly: Assembly, monitor: RunMonitor, signals: StopOnSignal) -> None:
         """Train to the end, returning to earlier checkpoints as the guard requests."""
         config, plan, context, state = self.run.config, self.run.plan, self.context, assembly.state
-        order, precision = self.order, self.run.execution.precision
+        order, precision, compiled = self.order, self.run.execution.precision, self.run.execution.compiled
 
         def stop_requested() -> bool:  # called wherever work progresses
             context.progressed()
@@ -277,6 +278,7 @@ class Session:
             grad_clip=config.train.grad_clip,
             keep_gradients=config.cuda_graphs,
             stop_requested=stop_requested,
+            interruptible=signals.interruptible if compiled and context.world_size == 1 else nullcontext,
         )
         explainer = Explainer(
             self.dataset, order, self.objective, context.device, precision, plan.micro_batch, self.document_start
@@ -351,7 +353,7 @@ class Session:
         split, size, remedy = self.dataset.split("val"), config.model.block_size, "add text, or raise data.val_fraction"
         validation = EvalSequences(split, size, config.eval.windows, self.document_start, remedy=remedy)
         hooks: list[Hook] = [
-            NewShapes(plan, context, compiled=run.execution.compiled),
+            NewShapes(plan, context, run.execution.compiled, monitor.note),
             Log(
                 shared,
                 every=config.train.log_every,

@@ -15,6 +15,7 @@ validation, samples and saving begin when the steps have finished.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,7 @@ from bardling.data.batches.loader import Batch
 from bardling.distributed.context import Context
 from bardling.distributed.device import Precision
 from bardling.distributed.wrap import gradient_sync
+from bardling.errors import Terminated
 from bardling.optim.build import set_learning_rate
 from bardling.training.objective import Forward, Objective
 from bardling.training.recovery.signals import Stopped
@@ -54,6 +56,7 @@ class StepSettings:
     grad_clip: float = 1.0  # largest gradient norm; 0 disables clipping
     keep_gradients: bool = False  # zero gradients instead of freeing them, so that all passes accumulate in the same memory
     stop_requested: Callable[[], bool] = lambda: False  # called before each forward pass
+    interruptible: Callable[[], AbstractContextManager[None]] = nullcontext  # a pass may raise `Terminated`, to stop
     skip_on_device: bool | None = None  # let the device decide whether to skip, if the optimizer supports it; None: on CUDA
 
 
@@ -90,12 +93,16 @@ def train_step(
             state.optimizer.zero_grad(set_to_none=True)
             raise Stopped
         context.activity(f"pass {number + 1} of {len(batches)} of step {state.step + 1}")
-        with gradient_sync(forward, on=number == len(batches) - 1):
-            with settings.precision.autocast():
-                sums = objective(forward, batch)
-            # DDP averages gradients over the data-parallel processes; the factor turns that into the sum over all tokens' mean.
-            scaled = sums.loss * (context.data_size / tokens)
-            (scaled if state.scaler is None else state.scaler.scale(scaled)).backward()  # type: ignore[no-untyped-call]
+        try:
+            with settings.interruptible(), gradient_sync(forward, on=number == len(batches) - 1):
+                with settings.precision.autocast():
+                    sums = objective(forward, batch)
+                # DDP averages gradients over data-parallel processes; the factor turns that into the sum over all tokens' mean.
+                scaled = sums.loss * (context.data_size / tokens)
+                (scaled if state.scaler is None else state.scaler.scale(scaled)).backward()  # type: ignore[no-untyped-call]
+        except Terminated:
+            state.optimizer.zero_grad(set_to_none=True)
+            raise Stopped from None
         found = torch.stack([sums.loss.detach(), *(value.to(sums.loss.dtype) for value in sums.others.values())])
         totals, names = found if totals is None else totals + found, tuple(sums.others)
     assert totals is not None

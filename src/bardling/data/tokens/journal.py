@@ -17,7 +17,7 @@ from typing import Any
 
 from bardling.data.tokens.manifest import SplitName
 from bardling.errors import UserError
-from bardling.files.atomic import remove_partial_files, write_atomically
+from bardling.files.atomic import check_place, remove_partial_files, write_atomically
 from bardling.files.lock import locked
 
 JOURNAL = "journal.json"
@@ -79,7 +79,8 @@ def work_folder(out: Path) -> Path:
 
 
 def refuse_existing(out: Path) -> None:
-    """Raise a `UserError` if there is something at `out`, where a dataset is to be created."""
+    """Raise a `UserError` if there is something at `out`, where a dataset is to be created, or if it cannot be."""
+    check_place(out)
     if out.exists() or out.is_symlink():
         raise UserError(f"{out}: already exists: choose another folder, or remove it first")
 
