@@ -22,6 +22,7 @@ from bardling.data.tokens.gpt2_bpe import gpt2_tokenizer_file
 from bardling.data.tokens.token_files import gpt2_tokenizer, read_meta
 from bardling.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from bardling.distributed.context import Context
+from bardling.distributed.global_state import NEUTRAL
 from bardling.errors import UserError
 from bardling.files.paths import expand_home
 from bardling.files.reading import read_json_object
@@ -110,6 +111,7 @@ def load(spec: str | Path, *, best: bool = False, training: bool = False) -> Loa
     )
 
 
+@NEUTRAL.applied()
 def load_model(spec: Path | str, *, best: bool = False) -> GPT:
     """Load the model `spec` (see `load`) in host memory and evaluation mode."""
     return load(spec, best=best).build()
