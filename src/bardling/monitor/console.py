@@ -147,7 +147,8 @@ class Console:
         except BrokenPipeError:
             self._display, stream, self._stream = None, self._stream, None
             if stream is sys.stdout:  # otherwise Python reports the broken pipe again at exit
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+                with contextlib.suppress(AttributeError, OSError):  # in a notebook it has no file
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class _Display(Progress):
