@@ -117,7 +117,7 @@ def test_a_prompt_that_looks_like_an_option_is_refused_with_the_form_that_works(
 
 def test_numbers_and_lists_keep_their_form():
     assert train("--optim.betas", "0.8", "0.9").optim.betas == (0.8, 0.9)
-    with pytest.raises(UserError, match="seed|train.steps"):
+    with pytest.raises(UserError, match=r"train\.steps"):
         train("--train.steps", "-5")
 
 

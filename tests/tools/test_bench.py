@@ -8,7 +8,7 @@ import statistics
 import pytest
 import torch
 
-from bardling.cli.bench import show
+from bardling.cli.bench import show_result
 from bardling.config import ModelConfig
 from bardling.errors import UserError
 from bardling.monitor.format import ms, si
@@ -138,7 +138,7 @@ def test_the_table_fits_into_80_columns(random_tiny, tmp_path, monkeypatch, caps
         model=ModelConfig(n_layer=48, n_head=25, n_embd=1600, block_size=1024, vocab_size=50257),
         trace=result.trace.rename(tmp_path / "t"),
     )
-    show(result, "random")
+    show_result(result, "random")
     lines = capsys.readouterr().out.splitlines()
     table = [line for line in lines if not line.startswith("trace:")]
     assert max(map(len, table)) <= 80

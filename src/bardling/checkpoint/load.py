@@ -24,7 +24,7 @@ from bardling.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from bardling.distributed.context import Context
 from bardling.distributed.global_state import NEUTRAL
 from bardling.errors import UserError
-from bardling.files.paths import expand_home
+from bardling.files.paths import expand_home, shell_path
 from bardling.files.reading import read_json_object
 from bardling.interop.families import shown
 from bardling.interop.huggingface import dropout_note, read_hf_folder
@@ -189,7 +189,7 @@ def find_checkpoint(path: Path, *, best: bool = False) -> Path:
     found = run.store().best() if best else run.store().latest(_report)
     if found is None:
         kind = "best checkpoint" if best else "checkpoint"
-        raise UserError(f"{path}: has no {kind} yet; continue the run with `bardling resume {path}`")
+        raise UserError(f"{path}: has no {kind} yet; continue the run with `bardling resume {shell_path(path)}`")
     return found
 
 

@@ -22,6 +22,7 @@ from bardling.distributed.context import Context
 from bardling.errors import UserError
 from bardling.files.atomic import remove_partial_files, write_atomically
 from bardling.files.lock import locked
+from bardling.files.paths import shell_path
 from bardling.files.reading import read_json_object, read_small_text
 
 LOCK_TIMEOUT = 5.0  # seconds; a job that was just killed may take a moment to disappear
@@ -79,7 +80,9 @@ def open_run(path: Path) -> RunFolder:
 def refuse_existing(path: Path) -> None:
     """Raise a `UserError` early, before any work, if a new run's folder already contains a run."""
     if RunFolder(path).config_file.exists():
-        raise UserError(f"{path}: already contains a run; continue it with `bardling resume {path}`, or choose another --out")
+        raise UserError(
+            f"{path}: already contains a run; continue it with `bardling resume {shell_path(path)}`, or choose another --out"
+        )
 
 
 def create_run(

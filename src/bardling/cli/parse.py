@@ -10,6 +10,7 @@ import io
 import itertools
 import os
 import re
+import shutil
 import sys
 import types
 import typing
@@ -27,12 +28,15 @@ Model = tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
 """The argument that names a model."""
 
 
+_LEAST_WIDTH = 60  # columns of the help; a narrower terminal wraps its lines
 _REPEATED = {"--data.source": "give it once; to train on several files, name their folder or a glob pattern in quotes"}
 
 
 def note(text: str) -> None:
     """Print a line about what the command does, on standard error."""
-    print(f"bardling: {text}", file=sys.stderr)
+    from bardling.monitor.console import escape_unprintable
+
+    print(f"bardling: {escape_unprintable(text)}", file=sys.stderr)
 
 
 def parse(cls: type[T], argv: Sequence[str], *, prog: str, description: str, default: T | None = None) -> T:
@@ -42,7 +46,7 @@ def parse(cls: type[T], argv: Sequence[str], *, prog: str, description: str, def
     message = io.StringIO()
     options: dict[str, Any] = {} if default is None else {"default": default}
     try:
-        with contextlib.redirect_stderr(message):
+        with contextlib.redirect_stderr(message), _wide_enough():
             parsed: tuple[T, list[str]] = tyro.cli(
                 cls,
                 args=list(argv),
@@ -70,6 +74,19 @@ def parse(cls: type[T], argv: Sequence[str], *, prog: str, description: str, def
         for text in shadow_notes(value):
             note(text)
     return value
+
+
+@contextlib.contextmanager
+def _wide_enough() -> Iterator[None]:
+    """Let `tyro` lay out its help for at least `_LEAST_WIDTH` columns: with fewer it drops words, and with very few never ends."""
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = str(max(_LEAST_WIDTH, shutil.get_terminal_size().columns))
+    try:
+        yield
+    finally:
+        del os.environ["COLUMNS"]
+        if before is not None:
+            os.environ["COLUMNS"] = before
 
 
 def spelled_out(argv: Sequence[str], cls: Any) -> list[str]:

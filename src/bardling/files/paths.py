@@ -4,6 +4,7 @@ A shell replaces it only at the start of a word, so `--out=~/x` and every value 
 """
 
 import os
+import shlex
 from pathlib import Path
 
 
@@ -16,3 +17,9 @@ def expand_home(path: str) -> str:
         return path
     expanded = os.path.expanduser(path)  # noqa: PTH111  Path.expanduser raises an error if there is no such user
     return str(Path.cwd() / path) if expanded.startswith("~") else expanded
+
+
+def shell_path(path: object) -> str:
+    """`path` for a command that a user copies: quoted where a shell needs it, and never like an option."""
+    text = str(path)
+    return shlex.quote(f"./{text}" if text.startswith("-") else text)

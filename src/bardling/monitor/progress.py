@@ -59,7 +59,8 @@ class ProgressBar:
             amount: list[rich.ProgressColumn] = [rich.MofNCompleteColumn()]
             if self._unit == "bytes":
                 amount = [rich.TaskProgressColumn(), rich.TransferSpeedColumn()]
-            columns = [rich.TextColumn("{task.description}"), rich.BarColumn(), *amount, rich.TextColumn("{task.fields[text]}")]
+            name, detail = (rich.TextColumn(field, markup=False) for field in ("{task.description}", "{task.fields[text]}"))
+            columns = [name, rich.BarColumn(), *amount, detail]
             self._bar = rich.Progress(*columns, rich.TimeRemainingColumn(), console=Console(stderr=True), transient=True)
             self._bar.start()
         if label not in self._tasks:

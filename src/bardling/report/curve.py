@@ -5,6 +5,7 @@ drawing again replaces such an image, and no other file is ever overwritten.
 """
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from bardling.planning.batching import make_plan
 _CREATOR = "bardling report"  # in the image metadata
 _FORMATS = {".png": ("Software", b"\x89PNG\r\n"), ".svg": ("Creator", b"<?xml"), ".pdf": ("Creator", b"%PDF-")}
 """File name suffix -> the metadata key for the creating program, and the file's first bytes."""
+_KINDS = ("training", "validation")  # of each run's two curves
 _METADATA_RANGE = 4096  # bytes at the start or end of the file in which matplotlib writes the metadata
 
 
@@ -58,6 +60,7 @@ def draw_curves(runs: Sequence[Path], out: Path, *, marks: dict[str, float] | No
         raise UserError("drawing a figure needs the package matplotlib: pip install 'bardling[plot]'") from None
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
+    names = distinct_names(runs)
     drawn = [_draw_run(axes, path, f"C{number}") for number, path in enumerate(runs)]
     highest = [value for values, _ in drawn for value in values[len(values) // 20 :]]
     for name, value in (marks or {}).items():
@@ -69,7 +72,10 @@ def draw_curves(runs: Sequence[Path], out: Path, *, marks: dict[str, float] | No
     axes.set_ylabel(" / ".join(sorted({unit for _, unit in drawn})))
     axes.grid(alpha=0.2)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    legend = axes.legend(frameon=False)
+    for text, label in zip(legend.get_texts(), (f"{name}: {kind}" for name in names for kind in _KINDS), strict=True):
+        text.set_parse_math(False)  # a name is no formula, and may begin with an underscore, which hides a label given earlier
+        text.set_text(_drawable(label))
     suffix = out.suffix.lower()
     remove_stale_partials(out)
     with os_error_as_user_error(out, "write"), atomic_file(out) as file:
@@ -86,11 +92,29 @@ def _draw_run(axes: Any, path: Path, colour: str) -> tuple[list[float], str]:
     plan = make_plan(config.train, config.model.block_size, 1)
     tokens, values, unit = curve(records, "train", plan.tokens_before)
     axes.plot(tokens, values, color=colour, alpha=0.25, linewidth=0.8)
-    axes.plot(tokens, smooth(values), color=colour, linewidth=1.5, label=f"{path.name}: training")
+    axes.plot(tokens, smooth(values), color=colour, linewidth=1.5, label=_KINDS[0])
     tokens, validation, _ = curve(records, "val", plan.tokens_before)
     style = {"markersize": 4, "linewidth": 1, "markerfacecolor": "white"}
-    axes.plot(tokens, validation, "o-", color=colour, **style, label=f"{path.name}: validation")
+    axes.plot(tokens, validation, "o-", color=colour, **style, label=_KINDS[1])
     return values, unit
+
+
+def distinct_names(runs: Sequence[Path]) -> list[str]:
+    """The names of run folders, with as many parent folders as tell them apart."""
+    paths = [Path(os.path.abspath(path)) for path in runs]  # noqa: PTH100  keeps links, removes "."
+    for length in range(1, max(len(path.parts) for path in paths) + 1):
+        names = ["/".join(path.parts[-length:]) for path in paths]
+        if len(set(names)) == len(set(paths)):
+            break
+    return names
+
+
+def _drawable(label: str) -> str:
+    """`label`, with an escape sequence for each character that the font lacks."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    known = get_font(findfont(FontProperties())).get_charmap()
+    return "".join(c if ord(c) in known else c.encode("unicode_escape").decode() for c in label)
 
 
 def check_image_path(out: Path) -> None:
