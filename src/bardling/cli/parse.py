@@ -78,9 +78,9 @@ def parse(cls: type[T], argv: Sequence[str], *, prog: str, description: str, def
 
 @contextlib.contextmanager
 def _wide_enough() -> Iterator[None]:
-    """Let `tyro` lay out its help for at least `_LEAST_WIDTH` columns: with fewer it drops words, and with very few never ends."""
+    """Let `tyro` lay out its help for at least `_LEAST_WIDTH` columns: with very few it never ends."""
     before = os.environ.get("COLUMNS")
-    os.environ["COLUMNS"] = str(max(_LEAST_WIDTH, shutil.get_terminal_size().columns))
+    os.environ["COLUMNS"] = str(max(_LEAST_WIDTH, shutil.get_terminal_size()[0]))
     try:
         yield
     finally:

@@ -86,6 +86,8 @@ def columns(*names: str, title: str | None = None) -> Rows:
 def print_rows(rows: Iterable[tuple[str, str]], title: str | None = None) -> None:
     table = Rows(box=None, show_header=False, pad_edge=False, title=None if title is None else printable(title))
     table.title_justify = "left"
+    table.add_column(no_wrap=True)
+    table.add_column()
     for row in rows:
         table.add_row(*row)
     show_table(table)

@@ -50,7 +50,7 @@ def show_result(result: "VerifyResult") -> None:
     show()
     table = columns("check", "", "difference", "tolerance", "time")
     table.columns[1].justify = table.columns[2].justify = "left"
-    table.columns[2].no_wrap = False
+    table.columns[0].no_wrap, table.columns[2].no_wrap = True, False
     signs = {True: styled("pass", "green"), False: styled("FAIL", "red"), None: styled("skipped", "yellow")}
     for check in result.checks:
         table.add_row(check.name, signs[check.passed], check.result, check.tolerance, f"{check.seconds:.1f} s")

@@ -54,8 +54,7 @@ def fit_batches(
 
     Args:
         model: on the device it is to be trained on.
-        optimizer: over its parameters; `bardling.optim.build.build_optimizer` makes the usual one (with rank and world size, it
-            divides Muon's work among processes).
+        optimizer: over its parameters, as by `bardling.optim.build.build_optimizer` (rank and world size divide Muon's work).
         batches: pairs of int64 [batch, time] on the model's device; targets are already shifted by one, and -100 where no loss
             is wanted. `train.micro_batch` (default: `train.batch_size`) rows each; a step takes as many as it accumulates.
         train: steps, batch sizes, clipping, logging.
@@ -75,21 +74,17 @@ def fit_batches(
     optim, precision = optim or OptimConfig(), precision or Precision("float32", "default", context.device.type)
     stream = iter(batches)
     first = next(stream, None)
-    if first is None:
-        raise UserError("batches: is empty; give at least one pair of inputs and targets")
-    rows, time = first[0].shape
-    plan = _checked_plan(train, rows, time, context)
-    validation = None if val_batches is None else _ValidationSet(val_batches)
+    plan = _checked_plan(train, first, context)
     with isolated() as outside:
         monitor, timer = _CallbackMonitor(outside(on_record)), StepTimer(context.device)
         shared = HookContext(monitor, timer, plan, context, precision, seed=seed, bytes_per_token=bytes_per_token)
         execution = Execution(precision, recompute=train.recompute == "blocks")
         assembly = build(model, optim, execution, context, optimizer=optimizer)
         cost = cache(partial(flops_per_token, model.config))
-        hooks: list[Hook] = [
-            Log(shared, every=train.log_every, sequences_per_epoch=None, flops_per_token=cost, peak_flops=None)
-        ]
-        if validation is not None:
+        log = Log(shared, every=train.log_every, sequences_per_epoch=None, flops_per_token=cost, peak_flops=None)
+        hooks: list[Hook] = [log]
+        if val_batches is not None:
+            validation = outside(_ValidationSet)(val_batches)
             hooks.append(Validate(shared, validation, every=eval_every, batch_size=plan.micro_batch))
         if after_step is not None:
             called = outside(after_step)
@@ -100,8 +95,11 @@ def fit_batches(
         return assembly.state
 
 
-def _checked_plan(train: TrainConfig, rows: int, time: int, context: Context) -> TrainPlan:
-    """The batch arithmetic, which batches of [rows, time] must match."""
+def _checked_plan(train: TrainConfig, first: Pair | None, context: Context) -> TrainPlan:
+    """The batch arithmetic, which the batches must match, as the `first` one shows."""
+    if first is None:
+        raise UserError("batches: is empty; give at least one pair of inputs and targets")
+    rows, time = first[0].shape
     if train.deadline is not None:
         raise UserError(f"train.deadline = {train.deadline!r}: fit_batches counts only train.steps; leave it out")
     plan = make_plan(train, time, context.data_size)
