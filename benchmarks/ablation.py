@@ -255,10 +255,7 @@ def final_loss(config: RunConfig, steps: int, seed: int, out: Path, dataset: Tok
         "checkpoint.every": 0,
         "checkpoint.save_best": False,
     }
-    result = train(changed(config, settings), out, quiet=True)
-    if not result.finished:
-        raise KeyboardInterrupt
-    return result.best_val_loss  # of the only validation
+    return train(changed(config, settings), out, quiet=True).best_val_loss  # of the only validation
 
 
 def _differences(config: RunConfig, case: RunConfig) -> list[str]:

@@ -3,12 +3,13 @@
 import dataclasses
 import gzip
 import json
+import re
 import statistics
 
 import pytest
 import torch
 
-from bardling.cli.bench import show
+from bardling.cli.bench import show_result
 from bardling.config import ModelConfig
 from bardling.errors import UserError
 from bardling.monitor.format import ms, si
@@ -125,8 +126,9 @@ def test_running_out_of_memory_names_a_remedy(random_tiny, monkeypatch):
         bench(random_tiny, steps=1)
 
 
-def test_the_table_fits_into_80_columns(random_tiny, tmp_path, monkeypatch, capsys):
+def test_the_table_fits_into_80_columns_of_a_terminal(random_tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
     result = bench(random_tiny, steps=1, warmup=1, profile=tmp_path)
     result = dataclasses.replace(
         result,
@@ -138,9 +140,9 @@ def test_the_table_fits_into_80_columns(random_tiny, tmp_path, monkeypatch, caps
         model=ModelConfig(n_layer=48, n_head=25, n_embd=1600, block_size=1024, vocab_size=50257),
         trace=result.trace.rename(tmp_path / "t"),
     )
-    show(result, "random")
-    lines = capsys.readouterr().out.splitlines()
-    table = [line for line in lines if not line.startswith("trace:")]
+    show_result(result, "random")
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out).splitlines()
+    table = [line for line in lines[lines.index("") :] if not line.startswith("trace:")]
     assert max(map(len, table)) <= 80
     [step] = [line for line in table if line.startswith("step time")]
     assert "210 ms" in step  # the median, 209.5, rounded

@@ -28,7 +28,7 @@ class ExportFormat(NamedTuple):
     """One format of `bardling export`."""
 
     write: Exporter
-    usage: str  # what to do with the result; {out} is its path
+    usage: str  # what to do with the result; {out} is its path, and {quoted} the same for a shell
     refusal: Callable[[ModelConfig], str] = lambda _: ""  # why the format cannot hold such a model; empty if it can
     dtype: str = "float32"  # of the weights that are written
 
@@ -100,5 +100,5 @@ def _nanogpt_refusal(config: ModelConfig) -> str:
 
 HF = ExportFormat(export_hf, "{out}: load it with transformers: AutoModelForCausalLM.from_pretrained({out!r})", _hf_refusal)
 NANOGPT = ExportFormat(
-    export_nanogpt, "{out}/ckpt.pt: sample from it with nanoGPT: python sample.py --out_dir={out}", _nanogpt_refusal
+    export_nanogpt, "{out}/ckpt.pt: sample from it with nanoGPT: python sample.py --out_dir={quoted}", _nanogpt_refusal
 )

@@ -22,8 +22,9 @@ from bardling.data.tokens.gpt2_bpe import gpt2_tokenizer_file
 from bardling.data.tokens.token_files import gpt2_tokenizer, read_meta
 from bardling.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from bardling.distributed.context import Context
+from bardling.distributed.global_state import NEUTRAL
 from bardling.errors import UserError
-from bardling.files.paths import expand_home, similar
+from bardling.files.paths import expand_home, shell_path, similar
 from bardling.files.reading import read_json_object
 from bardling.interop.families import shown
 from bardling.interop.huggingface import dropout_note, read_hf_folder
@@ -111,6 +112,7 @@ def load(spec: str | Path, *, best: bool = False, training: bool = False) -> Loa
     )
 
 
+@NEUTRAL.applied()
 def load_model(spec: Path | str, *, best: bool = False) -> GPT:
     """Load the model `spec` (see `load`) in host memory and evaluation mode."""
     return load(spec, best=best).build()
@@ -205,7 +207,7 @@ def find_checkpoint(path: Path, *, best: bool = False) -> Path:
         _refuse_lost(run)
     if found is None:
         kind = "best checkpoint" if best else "checkpoint"
-        raise UserError(f"{path}: has no {kind} yet; continue the run with `bardling resume {path}`")
+        raise UserError(f"{path}: has no {kind} yet; continue the run with `bardling resume {shell_path(path)}`")
     return found
 
 

@@ -24,7 +24,7 @@ from bardling.distributed.context import Context
 from bardling.errors import UserError
 from bardling.files.atomic import check_place, remove_partial_files, write_atomically
 from bardling.files.lock import locked
-from bardling.files.paths import similar
+from bardling.files.paths import shell_path, similar
 from bardling.files.reading import read_json_object, read_small_text
 
 LOCK_TIMEOUT = 5.0  # seconds; a job that was just killed may take a moment to disappear
@@ -109,7 +109,9 @@ def refuse_existing(path: Path) -> None:
     """Raise a `UserError` early, before any work, if a new run's folder already contains a run or cannot be created."""
     check_place(path)
     if RunFolder(path).config_file.exists():
-        raise UserError(f"{path}: already contains a run; continue it with `bardling resume {path}`, or choose another --out")
+        raise UserError(
+            f"{path}: already contains a run; continue it with `bardling resume {shell_path(path)}`, or choose another --out"
+        )
 
 
 def create_run(

@@ -26,6 +26,7 @@ from bardling.data.tokens.tokenizer import Tokenizer
 from bardling.distributed.context import Context
 from bardling.distributed.heartbeat import LONG_PATIENCE
 from bardling.errors import UserError
+from bardling.files.paths import shell_path
 
 _OPTIMIZER = "optimizer:"  # prefix of the optimizer's tensors, so that they and the model's can share one dictionary
 
@@ -141,7 +142,7 @@ class Saver:
             if self._training is None:
                 raise UserError(
                     f"the state at step {state.step} could not be saved ({self._reason}); once that is fixed, continue from "
-                    f"the latest checkpoint with: bardling resume {self._folder.path}"
+                    f"the latest checkpoint with: bardling resume {shell_path(self._folder.path)}"
                 )
 
         self._context.on_primary(finish)

@@ -8,13 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-
 from bardling.cli.parse import note
 from bardling.cli.recipe import Config, parse_recipe_command, with_depth
-from bardling.cli.tables import columns, facts, shape
+from bardling.cli.tables import Rows, columns, facts, shape, show, show_table, styled
 from bardling.config import RunConfig
 from bardling.monitor.format import count, ms, percent, si, size_bytes
 from bardling.monitor.progress import ProgressBar
@@ -87,37 +83,35 @@ def main(options: BenchOptions) -> None:
 
     with ProgressBar("measuring") as progress:
         result = bench(**vars(options), progress=progress)
-    show(result, options.data)
+    show_result(result, options.data)
 
 
-def show(result: "BenchResult", data: str) -> None:
+def show_result(result: "BenchResult", data: str) -> None:
     """Print a result as tables of at most 80 columns."""
-    console, model = Console(highlight=False), result.model
-    console.print(
-        f"[bold]{count(result.parameters)} parameters[/]; {shape(model)}, "
-        f"context {model.block_size:,}, vocabulary {model.vocab_size:,}"
-    )
-    console.print(f"{escape(result.device)}; {data} tokens")
-    console.print(f"precision {result.precision.name} ({escape(result.precision.why)})")
-    console.print(f"compile {'on' if result.compiled else 'off'} ({escape(result.compile_why)})")
+    model = result.model
+    size = f"; {shape(model)}, context {model.block_size:,}, vocabulary {model.vocab_size:,}"
+    show(styled(f"{count(result.parameters)} parameters"), size)
+    show(f"{result.device}; {data} tokens")
+    show(f"precision {result.precision.name} ({result.precision.why})")
+    show(f"compile {'on' if result.compiled else 'off'} ({result.compile_why})")
     for text in result.notes:
-        console.print(f"[yellow]note:[/] {escape(text)}")
-    console.print()
-    console.print(_measurements(result))
+        show(styled("note:", "yellow"), f" {text}")
+    show()
+    show_table(_measurements(result))
     if result.trace is not None:
-        console.print()
-        console.print(_operators(result))
-        console.print(f"trace: {escape(str(result.trace))}", soft_wrap=True)
+        show()
+        show_table(_operators(result))
+        show(f"trace: {result.trace}")
 
 
-def _measurements(result: "BenchResult") -> Table:
+def _measurements(result: "BenchResult") -> Rows:
     model, plan = result.model, result.plan
     table = facts()
     micro_batches = f"{plan.accumulation} x {plan.micro_batch} sequences of {model.block_size:,}"
     table.add_row("tokens per step", f"{plan.tokens_per_step:,}", f"accumulation x micro-batch: {micro_batches}")
-    table.add_row("[bold]step time", f"[bold]{ms(result.median_seconds)}", _spread(result.step_seconds))
+    table.add_row(styled("step time"), styled(ms(result.median_seconds)), _spread(result.step_seconds))
     table.add_row("first step", ms(result.first_step_seconds), "with set-up" + (" and compilation" if result.compiled else ""))
-    table.add_row("[bold]tokens per second", f"[bold]{count(result.tokens_per_second)}")
+    table.add_row(styled("tokens per second"), styled(count(result.tokens_per_second)))
     table.add_row("FLOPs per token", count(result.flops_per_token), "forward and backward, matrix multiplications")
     table.add_row("speed", si(result.flops_per_second, "FLOP/s"))
     if result.peak_flops is None or result.mfu is None:
@@ -128,7 +122,7 @@ def _measurements(result: "BenchResult") -> Table:
         )
         table.add_row("MFU (vendor peak)", "unknown", why)
     else:
-        table.add_row("[bold]MFU (vendor peak)", f"[bold]{percent(result.mfu)}", f"of {si(result.peak_flops, 'FLOP/s')}")
+        table.add_row(styled("MFU (vendor peak)"), styled(percent(result.mfu)), f"of {si(result.peak_flops, 'FLOP/s')}")
     measured = f"of {si(result.matmul_flops, 'FLOP/s')}, measured for matmul"
     if result.mfu_of_matmul is None:
         table.add_row("MFU (measured peak)", "unknown", "faster than the matmul measured before: the machine was busy")
@@ -144,12 +138,11 @@ def _measurements(result: "BenchResult") -> Table:
     return table
 
 
-def _operators(result: "BenchResult") -> Table:
+def _operators(result: "BenchResult") -> Rows:
     table = columns("operator (self time)", "calls per step", "ms per step", "fraction")
-    table.columns[0].no_wrap, table.columns[0].max_width = True, 44
     total = sum(row.seconds for row in result.operators) or 1.0
     for row in result.operators[:TOP_OPERATORS]:
-        table.add_row(escape(row.name), f"{row.calls:,.0f}", f"{row.seconds * 1e3:,.2f}", percent(row.seconds / total))
+        table.add_row(row.name, f"{row.calls:,.0f}", f"{row.seconds * 1e3:,.2f}", percent(row.seconds / total))
     return table
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from bardling.cli.parse import Model, parse
 from bardling.extensions import EXPORT_FORMATS
+from bardling.files.paths import shell_path
 
 
 @dataclass(frozen=True)
@@ -30,4 +31,4 @@ def run(argv: Sequence[str]) -> None:
     for note in target.write(options.model, options.out, best=options.best, dataset=options.dataset):
         print(f"note: {note}")
     print(f"weights: {target.dtype}")
-    print(target.usage.format(out=str(options.out)))
+    print(target.usage.format(out=str(options.out), quoted=shell_path(options.out)))

@@ -67,9 +67,11 @@ def usage() -> str:
 
 
 def _fail(message: str, status: int) -> NoReturn:
+    from bardling.monitor.console import escape_unprintable
+
     with contextlib.suppress(OSError):
         sys.stdout.flush()
-    print(f"bardling: {' '.join(message.split())}", file=sys.stderr)
+    print(f"bardling: {escape_unprintable(' '.join(map(str.strip, message.splitlines())))}", file=sys.stderr)
     sys.exit(status)
 
 
@@ -192,4 +194,6 @@ def _describe(error: Exception) -> tuple[str, int]:
             reason = _USER_ERRNOS.get(error.errno or 0)
             subject = f"{error.filename}: " if error.filename else ""
             return f"{subject}{reason or error.strerror or error}", 2 if reason else 1
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        return "out of memory: lower the sizes of the model or the batch; `bardling plan RECIPE` shows what they need", 2
     return f"internal error: {type(error).__name__}: {error} (rerun with --debug for the traceback)", 1

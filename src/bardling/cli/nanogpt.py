@@ -7,7 +7,6 @@ executed.
 
 import dataclasses
 import os
-import sys
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
@@ -60,15 +59,13 @@ def train(argv: Sequence[str]) -> None:
     from bardling.training.run import resume, train
 
     if run.init_from != "resume":
-        result = train(run.config, run.out)
+        train(run.config, run.out)
     elif (run.out / "config.toml").is_file():
-        result = resume(run.out, _with_shape_of_run(run))
+        resume(run.out, _with_shape_of_run(run))
     elif (run.out / "ckpt.pt").is_file():
-        result = train(run.config, run.out, continue_from=str(run.out / "ckpt.pt"))
+        train(run.config, run.out, continue_from=str(run.out / "ckpt.pt"))
     else:
         raise UserError(f"{run.out}: contains neither a run nor a ckpt.pt to resume from; check --out_dir")
-    if result.exit_status:
-        sys.exit(result.exit_status)
 
 
 def _with_shape_of_run(run: NanoGPTRun) -> RunConfig:

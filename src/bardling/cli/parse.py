@@ -10,9 +10,11 @@ import io
 import itertools
 import os
 import re
+import shutil
 import sys
+import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Annotated, Any, TypeVar
 
 import tyro
@@ -27,21 +29,25 @@ Model = tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
 """The argument that names a model."""
 
 
+_LEAST_WIDTH = 60  # columns of the help; a narrower terminal wraps its lines
 _REPEATED = {"--data.source": "give it once; to train on several files, name their folder or a glob pattern in quotes"}
 
 
 def note(text: str) -> None:
     """Print a line about what the command does, on standard error."""
-    print(f"bardling: {text}", file=sys.stderr)
+    from bardling.monitor.console import escape_unprintable
+
+    print(f"bardling: {escape_unprintable(text)}", file=sys.stderr)
 
 
 def parse(cls: type[T], argv: Sequence[str], *, prog: str, description: str, default: T | None = None) -> T:
     """Parse `argv` into the dataclass `cls`; `--help` prints and exits with status 0, and a wrong option is a `UserError`."""
+    argv = spelled_out(argv, cls)
     refuse_repeated(argv)
     message = io.StringIO()
     options: dict[str, Any] = {} if default is None else {"default": default}
     try:
-        with contextlib.redirect_stderr(message):
+        with contextlib.redirect_stderr(message), _wide_enough():
             parsed: tuple[T, list[str]] = tyro.cli(
                 cls,
                 args=list(argv),
@@ -49,7 +55,7 @@ def parse(cls: type[T], argv: Sequence[str], *, prog: str, description: str, def
                 description=description,
                 return_unknown_args=True,
                 use_underscores=True,
-                config=(tyro.conf.FlagCreatePairsOff, tyro.conf.HelptextFromCommentsOff),
+                config=(tyro.conf.FlagConversionOff, tyro.conf.HelptextFromCommentsOff),
                 **options,
             )
     except SystemExit as stop:
@@ -79,6 +85,63 @@ def require_options(minimum: int, options: object, *names: str) -> None:
             raise UserError(f"--{name} {value}: must be at least {minimum}{' and finite' if isinstance(value, float) else ''}")
 
 
+@contextlib.contextmanager
+def _wide_enough() -> Iterator[None]:
+    """Let `tyro` lay out its help for at least `_LEAST_WIDTH` columns: with very few it never ends."""
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = str(max(_LEAST_WIDTH, shutil.get_terminal_size()[0]))
+    try:
+        yield
+    finally:
+        del os.environ["COLUMNS"]
+        if before is not None:
+            os.environ["COLUMNS"] = before
+
+
+def spelled_out(argv: Sequence[str], cls: Any) -> list[str]:
+    """`argv` as `tyro` reads it: `--fp8`, `--no-fp8` and `--fp8=false` become `--fp8 True` or `--fp8 False`, and a value that
+    begins with a dash is joined to its option: `--prompt=-abc`."""
+    hints = dict(_options(cls))
+    words, result = list(argv), list[str]()
+    while words:
+        word = words.pop(0)
+        name, equals, value = word.partition("=")
+        key = name[2:].replace("-", "_") if name.startswith("--") else ""
+        section, dot, last = key.rpartition(".")
+        positive = section.removeprefix("no_") + dot + (last if section.startswith("no_") else last.removeprefix("no_"))
+        if key not in hints and positive in hints and not equals and bool in _members(hints[positive]):
+            result += [f"--{positive}", "False"]
+        elif key in hints and bool in _members(hints[key]):
+            if not equals and words and words[0].lower() in ("true", "false", "none"):
+                value = words.pop(0)
+            result += [f"--{key}", _BOOLEANS.get(value.lower(), value)]
+        elif (
+            key in hints and not equals and words and not any(typing.get_origin(each) is tuple for each in _members(hints[key]))
+        ):
+            result.append(f"{word}={words.pop(0)}" if _is_value(words[0], word, hints) else word)
+        else:
+            result.append(word)
+    return result
+
+
+_BOOLEANS = dict.fromkeys(("", "true", "1", "yes", "on"), "True") | dict.fromkeys(("false", "0", "no", "off"), "False")
+_BOOLEANS["none"] = "None"
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+
+
+def _is_value(word: str, option: str, known: Collection[str]) -> bool:
+    """Whether a word that follows an option is its value although it begins with a dash."""
+    if not word.startswith("--") or " " in word:
+        return word.startswith("-") and word not in ("-", "-h")
+    name = word[2:].partition("=")[0].replace("-", "_")
+    if name not in known and name.removeprefix("no_") not in known and word not in ("--help", "--debug"):
+        raise UserError(f"{option}: missing a value; if {word!r} is the value, write {option}={word}")
+    return False
+
+
 def refuse_repeated(argv: Sequence[str]) -> None:
     """Raise a `UserError` if an option occurs twice: only the last one would count."""
     seen: dict[str, str] = {}
@@ -94,18 +157,21 @@ def refuse_repeated(argv: Sequence[str]) -> None:
         seen[key] = value
 
 
-def option_names(cls: Any, prefix: str = "") -> list[str]:
+def option_names(cls: Any) -> list[str]:
     """The dotted option names of a dataclass, with underscores in place of leading dashes (for `closest`)."""
-    names = []
+    return [f"__{name}" for name, _ in _options(cls)]
+
+
+def _options(cls: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The dotted names of the options of a dataclass, and their types."""
     hints = typing.get_type_hints(cls)
     for item in dataclasses.fields(cls):
         hint = hints[item.name]
         if dataclasses.is_dataclass(hint):
             # `config` is the run's configuration; its sections are named without it: --train.steps.
-            names += option_names(hint, prefix if item.name == "config" else f"{prefix}{item.name}.")
+            yield from _options(hint, prefix if item.name == "config" else f"{prefix}{item.name}.")
         else:
-            names.append(f"__{prefix}{item.name}")
-    return names
+            yield f"{prefix}{item.name}", hint
 
 
 def _one_line(box: str) -> str:

@@ -7,12 +7,10 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from rich.text import Text
 
 from bardling.cli.recipe import Config, parse_recipe_command, with_depth
-from bardling.cli.tables import columns, facts, shape
+from bardling.cli.tables import Rows, columns, facts, shape, show, show_table, styled
 from bardling.config import RunConfig
 from bardling.errors import UserError, closest
 from bardling.monitor.format import count, duration, si, size_bytes
@@ -85,18 +83,15 @@ def run(argv: Sequence[str]) -> None:
         budget_flops=args.budget_flops,
         budget_seconds=None if args.budget_hours is None else args.budget_hours * 3600,
     )
-    console = Console(highlight=False)
     model = result.model
-    console.print(
-        f"[bold]{escape(recipe)}[/]: {count(result.parameters)} parameters; {shape(model)}, "
-        f"context {model.block_size:,}, vocabulary {model.vocab_size:,}"
-    )
+    size = f": {count(result.parameters)} parameters; {shape(model)}, "
+    show(styled(recipe), size, f"context {model.block_size:,}, vocabulary {model.vocab_size:,}")
     for table in (_parameters(result), _flops(result), _run(result, device)):
-        console.print()
-        console.print(table)
-    _scaling(console, result, args)
+        show()
+        show_table(table)
+    _scaling(result, args)
     for note in result.notes:
-        console.print(f"[yellow]note:[/] {escape(note)}")
+        show(styled("note:", "yellow"), f" {note}")
 
 
 def _named_device(name: str, args: PlanOptions) -> _Device:
@@ -134,7 +129,7 @@ def _this_device(args: PlanOptions) -> _Device:
     return _Device(device_name(device), device.type, precision, memory, peak, source)
 
 
-def _parameters(result: Plan) -> Table:
+def _parameters(result: Plan) -> Rows:
     table = columns("component", "each", "copies", "total", "fraction", title="Parameters")
     for part in result.components:
         padding = part.name == "embedding.padding"
@@ -144,11 +139,11 @@ def _parameters(result: Plan) -> Table:
         table.add_row(part.name, f"{part.each:,}", str(part.copies), f"{part.total:,}", fraction)
     table.add_section()
     table.add_row("all blocks", "", "", f"{result.block_parameters:,}", f"{result.block_parameters / result.parameters:.1%}")
-    table.add_row("[bold]model", "", "", f"[bold]{result.parameters:,}", "100.0%")
+    table.add_row(styled("model"), "", "", styled(f"{result.parameters:,}"), "100.0%")
     return table
 
 
-def _flops(result: Plan) -> Table:
+def _flops(result: Plan) -> Rows:
     rows = forward_table(result.model)
     forward = sum(row.total for row in rows)
     title = f"FLOPs per sequence of {result.model.block_size:,} tokens"
@@ -157,11 +152,11 @@ def _flops(result: Plan) -> Table:
         table.add_row(row.name, f"{row.total:,}", f"{2 * row.total:,}", f"{row.total / forward:.1%}")
     table.add_section()
     table.add_row("total", f"{forward:,}", f"{2 * forward:,}", "100.0%")
-    table.add_row("[bold]forward and backward", "", f"[bold]{3 * forward:,}", "")
+    table.add_row(styled("forward and backward"), "", styled(f"{3 * forward:,}"), "")
     return table
 
 
-def _run(result: Plan, device: _Device) -> Table:
+def _run(result: Plan, device: _Device) -> Rows:
     table = facts("The run")
     _add_work(table, result)
     table.add_section()
@@ -169,14 +164,14 @@ def _run(result: Plan, device: _Device) -> Table:
     table.add_section()
     stored = f"weights, optimizer{' and EMA' if result.memory.ema else ''}, float32"
     table.add_row("checkpoint", size_bytes(result.checkpoint_bytes), stored)
-    disk = f"[bold]{size_bytes(result.disk_bytes)}"
-    table.add_row("[bold]disk", disk, f"at most {result.checkpoints_kept} checkpoints at once")
+    disk = styled(size_bytes(result.disk_bytes))
+    table.add_row(styled("disk"), disk, f"at most {result.checkpoints_kept} checkpoints at once")
     table.add_section()
     _add_time(table, result, device)
     return table
 
 
-def _add_work(table: Table, result: Plan) -> None:
+def _add_work(table: Rows, result: Plan) -> None:
     batch = result.batch
     product = f"{batch.data_size} x {batch.accumulation} x {batch.micro_batch} sequences of {result.model.block_size:,}"
     table.add_row("tokens per step", f"{batch.tokens_per_step:,}", f"processes x accumulation x micro-batch: {product}")
@@ -199,7 +194,7 @@ def _add_work(table: Table, result: Plan) -> None:
         table.add_row("FLOPs recomputed", f"{result.flops_recomputed:.3g}", f"{more:.0%} extra, not counted in MFU")
 
 
-def _add_memory(table: Table, result: Plan) -> None:
+def _add_memory(table: Rows, result: Plan) -> None:
     batch, memory = result.batch, result.memory
     activations = memory.activations
     muon = "Muon: one float32 moment per matrix, two for the rest" if result.config.optim.name == "muon" else ""
@@ -217,18 +212,18 @@ def _add_memory(table: Table, result: Plan) -> None:
     for name, size, note in rows:
         if size:
             table.add_row(name, size_bytes(size), note)
-    fraction = "device memory unknown"
+    fraction: str | Text = "device memory unknown"
     if result.device_memory is not None:
         fraction = f"{memory.total / result.device_memory:.0%} of {size_bytes(result.device_memory)}"
-        fraction = f"[red]{fraction}: does not fit[/]" if memory.total > result.device_memory else fraction
-    table.add_row("[bold]total memory", f"[bold]{size_bytes(memory.total)}", fraction)
+        fraction = styled(f"{fraction}: does not fit", "red") if memory.total > result.device_memory else fraction
+    table.add_row(styled("total memory"), styled(size_bytes(memory.total)), fraction)
 
 
-def _add_time(table: Table, result: Plan, device: _Device) -> None:
+def _add_time(table: Rows, result: Plan, device: _Device) -> None:
     """The device's peak, and the time that the run takes at the expected MFU."""
-    name = escape(result.device_name)
+    name = result.device_name
     if result.seconds is None or result.tokens_per_second is None or result.peak_flops is None:
-        table.add_row("[bold]time", "[bold]unknown", f"peak of {name or 'the device'} unknown: give --peak_tflops")
+        table.add_row(styled("time"), styled("unknown"), f"peak of {name or 'the device'} unknown: give --peak_tflops")
         return
     world_size = result.batch.data_size
     table.add_row("device", f"{world_size} x", name or "as given")
@@ -238,10 +233,10 @@ def _add_time(table: Table, result: Plan, device: _Device) -> None:
         at = f"at {result.mfu:.0%} of the peak: {result.mfu * result.model_fraction:.0%} MFU plus recomputation"
     table.add_row("speed", f"{count(result.tokens_per_second)} tokens/s", at)
     hours = f"{count(result.seconds * world_size / 3600)} device-hours"
-    table.add_row("[bold]time", f"[bold]{duration(result.seconds)}", hours)
+    table.add_row(styled("time"), styled(duration(result.seconds)), hours)
 
 
-def _scaling(console: Console, result: Plan, args: PlanOptions) -> None:
+def _scaling(result: Plan, args: PlanOptions) -> None:
     comparison = result.comparison
     budget = f"this recipe's 6ND = {comparison.flops:.3g} FLOPs"
     if args.budget_flops is not None or args.budget_hours is not None:
@@ -250,12 +245,12 @@ def _scaling(console: Console, result: Plan, args: PlanOptions) -> None:
     rows = [(best.fit, best.parameters, best.tokens, best.loss) for best in comparison.optima]
     for name, n, d, loss in [*rows, ("this recipe", comparison.parameters, comparison.tokens, comparison.loss)]:
         table.add_row(name, count(n), count(d), count(d / n), f"{loss:.2f}")
-    console.print()
-    console.print(table)
-    console.print("[dim]* nats per token on web text as predicted by approach 3; not comparable across tokenizers[/]")
-    console.print(f"This recipe {comparison.verdict}.")
+    show()
+    show_table(table)
+    show(styled("* nats per token on web text as predicted by approach 3; not comparable across tokenizers", "dim"))
+    show(f"This recipe {comparison.verdict}.")
     if comparison.steps_in_budget is not None:
-        console.print(f"The budget is enough for {comparison.steps_in_budget:,} steps of this recipe.")
+        show(f"The budget is enough for {comparison.steps_in_budget:,} steps of this recipe.")
     if args.sweep:
         approaches = ("N, approach 2", "D, approach 2", "N, approach 3", "D, approach 3")
         table = columns("FLOPs", *approaches, "loss*", title="Compute-optimal by budget")
@@ -263,5 +258,5 @@ def _scaling(console: Console, result: Plan, args: PlanOptions) -> None:
             two, three = chinchilla_optimal(10.0**exponent)
             sizes = (count(two.parameters), count(two.tokens), count(three.parameters), count(three.tokens))
             table.add_row(f"1e{exponent}", *sizes, f"{three.loss:.2f}")
-        console.print()
-        console.print(table)
+        show()
+        show_table(table)

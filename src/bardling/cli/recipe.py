@@ -5,14 +5,14 @@ from typing import Annotated, TypeVar
 
 import tyro
 
-from bardling.cli.parse import note, parse
+from bardling.cli.parse import note, parse, spelled_out
 from bardling.config import RunConfig
 from bardling.config.recipes import load_recipe, recipe_keys, recipe_names, validated
 from bardling.errors import UserError
 
 T = TypeVar("T")
 # The field of a command's options that holds the run's configuration; its options have no prefix: --train.steps.
-Config = Annotated[RunConfig, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
+Config = Annotated[RunConfig, tyro.conf.arg(name="")]
 
 
 def split_first(argv: Sequence[str]) -> tuple[str, Sequence[str]]:
@@ -29,7 +29,7 @@ def parse_recipe_command(command: str, cls: type[T], argv: Sequence[str], descri
 
     Returns the recipe, the arguments after it, and the options.
     """
-    recipe, rest = split_first(argv)
+    recipe, rest = split_first(spelled_out(argv, cls))
     names = ", ".join(recipe_names())
     if not recipe and not wants_help(rest):
         raise UserError(f"{command}: no recipe given; name a TOML file or one of {names}")

@@ -1,7 +1,6 @@
 """`bardling resume RUN`: continue a run, or continue training a nanoGPT or nano-gpt checkpoint in a new run."""
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,13 +44,11 @@ def run(argv: Sequence[str]) -> None:
 
     if foreign:
         out = options.out or default_folder(folder)
-        result = train(options.config, out, continue_from=folder)
+        train(options.config, out, continue_from=folder)
     elif options.out is not None:
         raise UserError(f"--out {options.out}: a run is resumed in its own folder: remove this option")
     else:
-        result = resume(folder, options.config)
-    if result.exit_status:
-        sys.exit(result.exit_status)
+        resume(folder, options.config)
 
 
 def is_foreign(path: Path) -> bool:

@@ -1,7 +1,6 @@
 """`bardling train RECIPE`: start a run."""
 
 import os
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -31,9 +30,7 @@ def run(argv: Sequence[str]) -> None:
 
     out = options.out or default_folder(recipe)
     config = validated(options.config)
-    result = train(config, out, given=given_settings(config, recipe, rest))
-    if result.exit_status:
-        sys.exit(result.exit_status)
+    train(config, out, given=given_settings(config, recipe, rest))
 
 
 def default_folder(name: str) -> Path:

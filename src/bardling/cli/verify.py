@@ -5,11 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.markup import escape
-
 from bardling.cli.recipe import Config, parse_recipe_command, with_depth
-from bardling.cli.tables import columns
+from bardling.cli.tables import columns, show, show_table, styled
 from bardling.config import RunConfig
 from bardling.config.checks import INF
 from bardling.errors import UserError
@@ -42,21 +39,20 @@ def run(argv: Sequence[str]) -> None:
     config = with_depth(options.config, recipe, rest)
     with ProgressBar("verifying") as progress:
         result = verify(config, seconds=options.seconds, progress=progress)
-    show(result)
+    show_result(result)
     if not result.passed:
         sys.exit(1)
 
 
-def show(result: "VerifyResult") -> None:
-    console = Console(highlight=False)
-    console.print(f"{escape(result.device)}; precision {result.precision}")
+def show_result(result: "VerifyResult") -> None:
+    show(f"{result.device}; precision {result.precision}")
     for note in result.notes:
-        console.print(f"[yellow]shrunk:[/] {escape(note)}")
-    console.print()
+        show(styled("shrunk:", "yellow"), f" {note}")
+    show()
     table = columns("check", "", "difference", "tolerance", "time")
     table.columns[1].justify = table.columns[2].justify = "left"
-    table.columns[2].no_wrap = False
-    signs = {True: "[green]pass[/]", False: "[red]FAIL[/]", None: "[yellow]skipped[/]"}
+    table.columns[0].no_wrap, table.columns[2].no_wrap = True, False
+    signs = {True: styled("pass", "green"), False: styled("FAIL", "red"), None: styled("skipped", "yellow")}
     for check in result.checks:
-        table.add_row(check.name, signs[check.passed], escape(check.result), check.tolerance, f"{check.seconds:.1f} s")
-    console.print(table)
+        table.add_row(check.name, signs[check.passed], check.result, check.tolerance, f"{check.seconds:.1f} s")
+    show_table(table)

@@ -39,6 +39,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         require_at_least(1, self, "train", "steps", "batch_size", "log_every")
         require_at_least(0, self, "train", "rank_timeout", "grad_clip")
+        require(self.batch_size <= 10**7, "train.batch_size", self.batch_size, "must be at most 10000000 sequences")
         require(0 < self.ramp <= 1, "train.ramp", self.ramp, "must be above 0 and at most 1")
         OBJECTIVES.check("train.objective", self.objective)
         for hook in self.hooks:

@@ -4,6 +4,7 @@ A shell replaces it only at the start of a word, so `--out=~/x` and every value 
 """
 
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,3 +32,9 @@ def similar(path: Path, names: Sequence[str] = ()) -> str:
     except OSError:
         return ""
     return closest(path.name, [*found, *names] if folder == Path() else found)
+
+
+def shell_path(path: object) -> str:
+    """`path` for a command that a user copies: quoted where a shell needs it, and never like an option."""
+    text = str(path)
+    return shlex.quote(f"./{text}" if text.startswith("-") else text)

@@ -12,17 +12,24 @@ first positions (`will_slide` predicts this). Halving keeps the cost of sliding 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from bardling.data.tokens.tokenizer import Tokenizer
+from bardling.distributed.global_state import NEUTRAL
 from bardling.errors import UserError
 from bardling.model.cache import KVCache
 from bardling.model.gpt import GPT, evaluation_mode
 from bardling.model.init import named_generator
 
 Autocast = Callable[[], AbstractContextManager[object]]
+Ids = Sequence[int] | Tensor | NDArray[Any]
+
+_PROMPTS = "prompts are token ids, as in [tokenizer.encode(text).tolist()]"
 
 
 @dataclass
@@ -54,7 +61,7 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str, *, allow_special: bool = False
 
 def generate(
     model: GPT,
-    prompts: Sequence[Sequence[int]],
+    prompts: Ids | Sequence[Ids],
     *,
     max_new_tokens: int,
     temperature: float = 1.0,
@@ -71,7 +78,8 @@ def generate(
 
     Args:
         model: on any device; in evaluation mode during a step, in its previous mode between steps.
-        prompts: token ids, at least one each. Of a prompt longer than `block_size` the model sees the end.
+        prompts: token ids: a sequence, array or tensor for each prompt, or a single one. Of a prompt longer than `block_size`
+            the model sees the end.
         max_new_tokens: largest number of tokens generated per prompt.
         temperature: divides the logits; 0 always takes the likeliest token.
         top_k: sample from the k likeliest tokens only (all, if k is larger than the vocabulary).
@@ -91,16 +99,19 @@ def generate(
     _check_sampling(temperature, top_k, top_p)
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens = {max_new_tokens}: must be at least 1")
-    if not prompts:
+    if isinstance(model, str | Path):
+        raise UserError(f"model = {str(model)!r}: is a name, not a model; open it with bardling.load_model")
+    ids = _token_lists(prompts)
+    if not ids:
         raise UserError("no prompts: give at least one")
-    for index, prompt in enumerate(prompts):
+    for index, prompt in enumerate(ids):
         if len(prompt) == 0:
             raise UserError(f"prompt {index} is empty: start it with the end-of-text token or some text")
         if outside := [token for token in prompt if not 0 <= token < model.config.vocab_size]:
             raise UserError(
                 f"prompt {index} holds the id {outside[0]}, outside the vocabulary of {model.config.vocab_size} tokens"
             )
-    rows = [_Row(index, list(prompt), named_generator(seed, f"sample:{index}")) for index, prompt in enumerate(prompts)]
+    rows = [_Row(index, prompt, named_generator(seed, f"sample:{index}")) for index, prompt in enumerate(ids)]
 
     def pick(logits: Tensor) -> list[int]:  # a token for each row, from logits [B, V]
         draws = [float(torch.rand((), generator=row.random, dtype=torch.float64)) for row in rows] if temperature else None
@@ -108,6 +119,28 @@ def generate(
 
     ends = frozenset(() if eot_id is None else (eot_id,) if isinstance(eot_id, int) else eot_id)
     return _steps(model, rows, max_new_tokens, pick, ends, autocast, should_stop or (lambda: False))
+
+
+def _token_lists(prompts: Any) -> list[list[int]]:
+    """The prompts as lists of ids; a single prompt becomes a list of one."""
+    plain = _plain(prompts)
+    rows = [_plain(row) for row in plain] if plain and _has_items(plain[0]) else [plain] if plain else []
+    for index, row in enumerate(rows):
+        if wrong := [token for token in row if not isinstance(token, int) or isinstance(token, bool)]:
+            raise UserError(f"prompt {index} holds {wrong[0]!r:.80}, a {type(wrong[0]).__name__}: {_PROMPTS}")
+    return rows
+
+
+def _plain(values: Any) -> list[Any]:
+    """Ids or prompts, also those of an array or a tensor, as a list of Python's own objects."""
+    values = values.tolist() if hasattr(values, "tolist") else values
+    if isinstance(values, Iterator) or _has_items(values):
+        return [item.tolist() if hasattr(item, "tolist") else item for item in values]
+    raise UserError(f"prompts: found {values!r:.80}, a {type(values).__name__}: {_PROMPTS}")
+
+
+def _has_items(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 
 def _check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
@@ -133,10 +166,12 @@ def _steps(
     for number in range(max_new_tokens):
         if should_stop():
             return
-        with evaluation_mode(model), torch.no_grad(), autocast():
-            logits = _prefill(model, cache, [row.tokens for row in rows]) if number == 0 else _decode(model, cache, rows)
+        with NEUTRAL.applied():  # not while the caller has the tokens of a step
+            with evaluation_mode(model), torch.no_grad(), autocast():
+                logits = _prefill(model, cache, [row.tokens for row in rows]) if number == 0 else _decode(model, cache, rows)
+            tokens = pick(logits)
         step: list[int | None] = [None] * prompts
-        for row, token in zip(rows, pick(logits), strict=True):
+        for row, token in zip(rows, tokens, strict=True):
             step[row.index] = token
             row.tokens.append(token)
         yield step

@@ -26,7 +26,7 @@ from bardling.config import (
 from bardling.config.recipes import config_to_dict
 from bardling.errors import UserError
 from bardling.files.atomic import os_reason
-from bardling.files.paths import expand_home
+from bardling.files.paths import expand_home, shell_path
 from bardling.files.prompt import read_prompt_file
 from bardling.interop.nanogpt_keys import NAMED_DATASETS, PLACES, SAMPLE_DEFAULTS, TRAIN_DEFAULTS
 from bardling.interop.pretrained import GPT2_NAMES
@@ -203,7 +203,7 @@ def recipe_toml(run: NanoGPTRun, origin: str) -> str:
     """The equivalent recipe as TOML, with nanoGPT's names and the notes as comments; the first line names its `origin`."""
     header = [f"Made from {origin}.", f"Start it with: bardling train RECIPE --out {run.out}", *run.notes]
     if run.init_from == "resume":
-        header.append(f"init_from was 'resume': `bardling resume {run.out / 'ckpt.pt'}` continues that run")
+        header.append(f"init_from was 'resume': `bardling resume {shell_path(run.out / 'ckpt.pt')}` continues that run")
     if run.eval_only:
         header.append("eval_only was set: use `bardling eval`")
     text = ["# " + "".join(char if char.isprintable() else " " for char in sentence) for sentence in header]

@@ -13,12 +13,15 @@ equal parts.
 import hashlib
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bardling.config import ModelConfig
 from bardling.errors import UserError
+
+_FLOAT32: Any = {"dtype": torch.float32, "device": "cpu"}
 
 
 def has_vocabulary_rows(name: str) -> bool:
@@ -39,16 +42,16 @@ def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) 
     """
     projection = name.endswith(".c_proj.weight")
     if name.endswith(".bias") or (projection and config.zero_init):
-        return torch.zeros(shape, device="cpu")
+        return torch.zeros(shape, **_FLOAT32)
     if ".ln_" in name:
-        return torch.ones(shape, device="cpu")
+        return torch.ones(shape, **_FLOAT32)
     if name.endswith(".value_mix"):
-        return torch.full(shape, 0.5, device="cpu")
+        return torch.full(shape, 0.5, **_FLOAT32)
     std = config.init_std / math.sqrt(2 * config.n_layer) if projection else config.init_std
     if name.startswith("transformer.wve."):
         std *= math.sqrt(config.n_embd)  # standard deviation of c_attn's product with a normed input
-    value, rows = torch.zeros(shape, device="cpu"), config.vocab_size if has_vocabulary_rows(name) else shape[0]
-    value[:rows] = torch.normal(0.0, std, (rows, *shape[1:]), generator=named_generator(seed, name), device="cpu")
+    value, rows = torch.zeros(shape, **_FLOAT32), config.vocab_size if has_vocabulary_rows(name) else shape[0]
+    value[:rows] = torch.normal(0.0, std, (rows, *shape[1:]), generator=named_generator(seed, name), **_FLOAT32)
     return value
 
 

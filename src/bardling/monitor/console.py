@@ -15,6 +15,7 @@ from typing import TextIO, cast
 import rich.console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.rule import Rule
+from rich.table import Column
 from rich.text import Text
 
 from bardling.files.streams import Lasting
@@ -79,6 +80,7 @@ class Console:
         place = f"step {step:>{len(f'{self._steps:,}')},}/{self._steps:,}" if isinstance(step, int) else ""
         name = {"train": "", "val": "validation", "task": str(record.get("task", ""))}.get(kind, kind)
         line = "  ".join(part for part in [place, name, *metrics.values(), *best] if part)
+        line = escape_unprintable(line, self._encoding)
         self._print(Text(line, style="bold green" if best else "bold") if self._display else line)
 
     def note(self, text: str) -> None:
@@ -137,8 +139,12 @@ class Console:
                 self._stream.write(f"{item}\n")
                 self._stream.flush()
 
+    @property
+    def _encoding(self) -> str:
+        return getattr(self._stream, "encoding", None) or "utf-8"
+
     def _text(self, text: str) -> str | Text:
-        shown = escape_unprintable(text, getattr(self._stream, "encoding", None) or "utf-8")
+        shown = escape_unprintable(text, self._encoding)
         return Text(shown) if self._display else shown
 
     @contextlib.contextmanager
@@ -157,8 +163,11 @@ class _Display(Progress):
 
     def __init__(self, screen: rich.console.Console, steps: int, first_step: int) -> None:
         self.metrics = Text("waiting for the first step", style="dim")
-        place = TextColumn("{task.completed:,}/{task.total:,}{task.fields[rest]}")
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), place)
+        name, place = (
+            TextColumn(text, markup=False, table_column=Column(overflow="fold"))
+            for text in ("{task.description}", "{task.completed:,}/{task.total:,}{task.fields[rest]}")
+        )
+        columns = (name, BarColumn(bar_width=None), place)
         super().__init__(*columns, expand=True, console=screen, refresh_per_second=4)
         self.training = self.add_task("training", total=steps, completed=first_step, rest=" steps")
         self.work = self.add_task("", visible=False, rest="")  # between steps

@@ -12,6 +12,11 @@ PATIENCE = 2.0  # seconds before anything is shown
 PLAIN_INTERVAL = 15.0  # seconds between lines where there is no terminal
 
 
+def on_terminal() -> bool:
+    """Whether standard error is a terminal; the one of a notebook may not even have the method."""
+    return bool(getattr(sys.stderr, "isatty", bool)())
+
+
 class ProgressBar:
     """On a terminal, draws bars on standard error; elsewhere, prints a line there every `PLAIN_INTERVAL` seconds.
 
@@ -41,7 +46,7 @@ class ProgressBar:
             return
         speed = done / (now - self._start)
         rate = f"{speed:.1f} {self._unit}/s" if self._unit else ""
-        if sys.stderr.isatty():
+        if on_terminal():
             self._draw(label, done, total, self.note if self._unit == "bytes" else rate)
         elif now - self._last_line > PLAIN_INTERVAL and done < total:
             self._last_line = now
@@ -54,7 +59,8 @@ class ProgressBar:
             amount: list[rich.ProgressColumn] = [rich.MofNCompleteColumn()]
             if self._unit == "bytes":
                 amount = [rich.TaskProgressColumn(), rich.TransferSpeedColumn()]
-            columns = [rich.TextColumn("{task.description}"), rich.BarColumn(), *amount, rich.TextColumn("{task.fields[text]}")]
+            name, detail = (rich.TextColumn(field, markup=False) for field in ("{task.description}", "{task.fields[text]}"))
+            columns = [name, rich.BarColumn(), *amount, detail]
             self._bar = rich.Progress(*columns, rich.TimeRemainingColumn(), console=Console(stderr=True), transient=True)
             self._bar.start()
         if label not in self._tasks:

@@ -5,6 +5,7 @@ Drawn with `matplotlib` (the `plot` extra), without a display. The image metadat
 drawing again replaces such an image, and no other file is ever overwritten.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from bardling.monitor.jsonl import metrics, read_jsonl
 _CREATOR = "bardling report"  # in the image metadata
 _FORMATS = {".png": ("Software", b"\x89PNG\r\n"), ".svg": ("Creator", b"<?xml"), ".pdf": ("Creator", b"%PDF-")}
 """File name suffix -> the metadata key for the creating program, and the file's first bytes."""
+_KINDS = ("training", "validation")  # of each run's two curves
 _METADATA_RANGE = 4096  # bytes at the start or end of the file in which matplotlib writes the metadata
 
 
@@ -92,14 +94,11 @@ def draw_curves(runs: Sequence[Path], out: Path, *, marks: dict[str, float] | No
         raise UserError("drawing a figure needs the package matplotlib: pip install 'bardling[plot]'") from None
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    records = [_records(path) for path in runs]
+    records, names = [_records(path) for path in runs], distinct_names(runs)
     in_bits = all(map(has_bits, records))
     if marks and not in_bits:
         raise UserError(f"--compressors: not all of {', '.join(map(str, runs))} have bits per byte: omit it, or draw new runs")
-    drawn = [
-        _draw_run(axes, path.name, own, in_bits, f"C{number}")
-        for number, (path, own) in enumerate(zip(runs, records, strict=True))
-    ]
+    drawn = [_draw_run(axes, own, in_bits, f"C{number}") for number, own in enumerate(records)]
     highest = [value for values in drawn for value in values[len(values) // 20 :]]
     for name, value in (marks or {}).items():
         axes.axhline(value, color="0.4", linestyle=":", linewidth=1)
@@ -110,7 +109,10 @@ def draw_curves(runs: Sequence[Path], out: Path, *, marks: dict[str, float] | No
     axes.set_ylabel("bits per byte" if in_bits else "nats per token")
     axes.grid(alpha=0.2)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    legend = axes.legend(frameon=False)
+    for text, label in zip(legend.get_texts(), (f"{name}: {kind}" for name in names for kind in _KINDS), strict=True):
+        text.set_parse_math(False)  # a name is no formula, and may begin with an underscore, which hides a label given earlier
+        text.set_text(_drawable(label))
     suffix = out.suffix.lower()
     remove_stale_partials(out)
     with os_error_as_user_error(out, "write"), atomic_file(out) as file:
@@ -125,14 +127,32 @@ def _records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _draw_run(axes: Any, name: str, records: Sequence[dict[str, Any]], in_bits: bool, colour: str) -> list[float]:
+def _draw_run(axes: Any, records: Sequence[dict[str, Any]], in_bits: bool, colour: str) -> list[float]:
     """Draw one run's curves; returns its training values."""
     training, validation = (curve(records, kind, in_bits) for kind in ("train", "val"))
     axes.plot(*training, color=colour, alpha=0.25, linewidth=0.8)
-    axes.plot(training.tokens, smooth(training.values), color=colour, linewidth=1.5, label=f"{name}: training")
+    axes.plot(training.tokens, smooth(training.values), color=colour, linewidth=1.5, label=_KINDS[0])
     style = {"markersize": 4, "linewidth": 1, "markerfacecolor": "white"}
-    axes.plot(*validation, "o-", color=colour, **style, label=f"{name}: validation")
+    axes.plot(*validation, "o-", color=colour, **style, label=_KINDS[1])
     return training.values
+
+
+def distinct_names(runs: Sequence[Path]) -> list[str]:
+    """The names of run folders, with as many parent folders as tell them apart."""
+    paths = [Path(os.path.abspath(path)) for path in runs]  # noqa: PTH100  keeps links, removes "."
+    for length in range(1, max(len(path.parts) for path in paths) + 1):
+        names = ["/".join(path.parts[-length:]) for path in paths]
+        if len(set(names)) == len(set(paths)):
+            break
+    return names
+
+
+def _drawable(label: str) -> str:
+    """`label`, with an escape sequence for each character that the font lacks."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    known = get_font(findfont(FontProperties())).get_charmap()
+    return "".join(c if ord(c) in known else c.encode("unicode_escape").decode() for c in label)
 
 
 def check_image_path(out: Path) -> None:

@@ -1,10 +1,9 @@
 """Training from a script or a notebook: your own model, optimizer and batches, without a run folder.
 
 `fit_batches` runs the same loop as `bardling train`. Nothing is written to disk; all metrics reach `on_record` as typed records
-(`monitor/records.py`).
+(`monitor/records.py`). Iterators and callbacks of the caller run with the caller's defaults and random number generators.
 """
 
-import itertools
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
 
@@ -15,6 +14,7 @@ from bardling.config import OptimConfig, TrainConfig
 from bardling.data.batches.loader import Batch
 from bardling.distributed.context import SINGLE, Context
 from bardling.distributed.device import Precision
+from bardling.distributed.global_state import isolated
 from bardling.errors import UserError
 from bardling.model.gpt import GPT
 from bardling.monitor.records import Record
@@ -54,8 +54,7 @@ def fit_batches(
 
     Args:
         model: on the device it is to be trained on.
-        optimizer: over its parameters; `bardling.optim.build.build_optimizer` makes the usual one (with rank and world size, it
-            divides Muon's work among processes).
+        optimizer: over its parameters, as by `bardling.optim.build.build_optimizer` (rank and world size divide Muon's work).
         batches: pairs of int64 [batch, time] on the model's device; targets are already shifted by one, and -100 where no loss
             is wanted. `train.micro_batch` (default: `train.batch_size`) rows each; a step takes as many as it accumulates.
         train: steps, batch sizes, clipping, logging.
@@ -75,27 +74,32 @@ def fit_batches(
     optim, precision = optim or OptimConfig(), precision or Precision("float32", "default", context.device.type)
     stream = iter(batches)
     first = next(stream, None)
+    plan = _checked_plan(train, first, context)
+    with isolated() as outside:
+        monitor, timer = _CallbackMonitor(outside(on_record)), StepTimer(context.device)
+        shared = HookContext(monitor, timer, plan, context, precision, seed=seed, bytes_per_token=bytes_per_token)
+        execution = Execution(precision, recompute=train.recompute == "blocks")
+        assembly = build(model, optim, execution, context, optimizer=optimizer)
+        cost = cache(partial(flops_per_token, model.config))
+        log = Log(shared, every=train.log_every, sequences_per_epoch=None, flops_per_token=cost, peak_flops=None)
+        hooks: list[Hook] = [log]
+        if val_batches is not None:
+            validation = outside(_ValidationSet)(val_batches)
+            hooks.append(Validate(shared, validation, every=eval_every, batch_size=plan.micro_batch))
+        if after_step is not None:
+            called = outside(after_step)
+            hooks.append(lambda state, result: None if result is None else called(state))
+        settings = StepSettings(objective or NextToken(bytes_per_token), precision, context, grad_clip=train.grad_clip)
+        source = _batches(first, outside(partial(next, stream, None)))
+        fit(assembly, source, plan, settings, lr_at=lambda step: learning_rate(step, optim, plan.steps), seed=seed, hooks=hooks)
+        return assembly.state
+
+
+def _checked_plan(train: TrainConfig, first: Pair | None, context: Context) -> TrainPlan:
+    """The batch arithmetic, which the batches must match, as the `first` one shows."""
     if first is None:
         raise UserError("batches: is empty; give at least one pair of inputs and targets")
     rows, time = first[0].shape
-    plan = _checked_plan(train, rows, time, context)
-    monitor, timer = _CallbackMonitor(on_record), StepTimer(context.device)
-    shared = HookContext(monitor, timer, plan, context, precision, seed=seed, bytes_per_token=bytes_per_token)
-    assembly = build(model, optim, Execution(precision, recompute=train.recompute == "blocks"), context, optimizer=optimizer)
-    cost = cache(partial(flops_per_token, model.config))
-    hooks: list[Hook] = [Log(shared, every=train.log_every, sequences_per_epoch=None, flops_per_token=cost, peak_flops=None)]
-    if val_batches is not None:
-        hooks.append(Validate(shared, _ValidationSet(val_batches), every=eval_every, batch_size=plan.micro_batch))
-    if after_step is not None:
-        hooks.append(lambda state, result: None if result is None else after_step(state))
-    settings = StepSettings(objective or NextToken(bytes_per_token), precision, context, grad_clip=train.grad_clip)
-    source = _batches(itertools.chain([first], stream))
-    fit(assembly, source, plan, settings, lr_at=lambda step: learning_rate(step, optim, plan.steps), seed=seed, hooks=hooks)
-    return assembly.state
-
-
-def _checked_plan(train: TrainConfig, rows: int, time: int, context: Context) -> TrainPlan:
-    """The batch arithmetic, which batches of [rows, time] must match."""
     if train.deadline is not None:
         raise UserError(f"train.deadline = {train.deadline!r}: fit_batches counts only train.steps; leave it out")
     plan = make_plan(train, time, context.data_size)
@@ -111,10 +115,11 @@ def _checked_plan(train: TrainConfig, rows: int, time: int, context: Context) ->
     return plan
 
 
-def _batches(pairs: Iterable[Pair]) -> Iterator[Batch]:
+def _batches(pair: Pair | None, following: Callable[[], Pair | None]) -> Iterator[Batch]:
     count = 0
-    for count, (inputs, targets) in enumerate(pairs, 1):  # noqa: B007  used in the error below
-        yield Batch(inputs, targets)
+    while pair is not None:
+        yield Batch(*pair)
+        count, pair = count + 1, following()
     raise UserError(f"batches: ended after {count}, before the last step; give more, or lower train.steps")
 
 

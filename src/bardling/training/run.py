@@ -4,6 +4,7 @@ The path from a configuration to a trained model goes straight down: `resolve` d
 open, `Session` assembles the parts and trains, and each part receives only its own section of the configuration.
 """
 
+import signal
 from collections.abc import Set as AbstractSet
 from contextlib import ExitStack
 from functools import partial
@@ -13,6 +14,7 @@ from bardling.checkpoint.run_folder import RunFolder, open_run, refuse_existing,
 from bardling.config import MonitorConfig, RunConfig
 from bardling.distributed.context import distributed
 from bardling.distributed.device import backend
+from bardling.distributed.global_state import isolated
 from bardling.evaluate.tasks import check_task
 from bardling.files.paths import expand_home
 from bardling.monitor.services import check_services
@@ -22,6 +24,7 @@ from bardling.training.resolve import resolve
 from bardling.training.session import RunResult, Session
 
 
+@isolated()
 def train(
     config: RunConfig,
     out: Path | str,
@@ -40,6 +43,7 @@ def train(
 
     Raises:
         UserError: the configuration does not fit the data or the machine; nothing has been written then.
+        KeyboardInterrupt, SystemExit: a signal stopped the run, which is saved first.
     """
     folder, fingerprint = RunFolder(Path(expand_home(str(out)))), config_fingerprint(config)
     with distributed(config.device, rank_timeout=config.train.rank_timeout) as context, ExitStack() as cleanup:
@@ -52,9 +56,11 @@ def train(
             facts = Facts(context, folder, continue_from=continue_from, given=given)
         context.on_primary(partial(_check_requirements, config.monitor, config.eval.tasks, facts.previous))
         cleanup.enter_context(backend(context.device, deterministic=config.deterministic, attention=config.attention))
-        return Session(resolve(config, facts), facts, fingerprint=fingerprint, quiet=quiet).train()
+        result = Session(resolve(config, facts), facts, fingerprint=fingerprint, quiet=quiet).train()
+    return _unless_stopped(result)
 
 
+@isolated()
 def resume(run: Path | str, config: RunConfig | None = None, *, quiet: bool = False) -> RunResult:
     """Continue a run from its latest valid checkpoint, as if it had never stopped.
 
@@ -63,6 +69,7 @@ def resume(run: Path | str, config: RunConfig | None = None, *, quiet: bool = Fa
 
     Raises:
         UserError: there is no such run, its data has changed, or a change is one that a trained model cannot follow.
+        KeyboardInterrupt, SystemExit: as for `train`.
     """
     folder = open_run(Path(expand_home(str(run))))
     config = config or folder.config()
@@ -71,7 +78,18 @@ def resume(run: Path | str, config: RunConfig | None = None, *, quiet: bool = Fa
         facts, fingerprint = Facts(context, folder, resumed=True), config_fingerprint(config)
         context.on_primary(partial(_check_requirements, config.monitor, config.eval.tasks, facts.previous))
         cleanup.enter_context(backend(context.device, deterministic=config.deterministic, attention=config.attention))
-        return Session(resolve(config, facts), facts, fingerprint=fingerprint, quiet=quiet).train()
+        result = Session(resolve(config, facts), facts, fingerprint=fingerprint, quiet=quiet).train()
+    return _unless_stopped(result)
+
+
+def _unless_stopped(result: RunResult) -> RunResult:
+    """The result of a run that has finished. A signal that stopped it reaches the caller as if there were no run: Ctrl-C as
+    KeyboardInterrupt, unless the program handles SIGINT in its own way, and any other as SystemExit."""
+    if result.exit_status == 128 + signal.SIGINT and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        raise KeyboardInterrupt
+    if result.exit_status:
+        raise SystemExit(result.exit_status)
+    return result
 
 
 def _check_requirements(monitor: MonitorConfig, tasks: tuple[str, ...], previous: RunConfig | None) -> None:

@@ -23,6 +23,7 @@ from bardling.distributed.heartbeat import LONG_PATIENCE
 from bardling.errors import JobLost, UserError
 from bardling.extensions import EXPORT_FORMATS, HOOKS
 from bardling.files.atomic import remove_partial_files, write_atomically
+from bardling.files.paths import shell_path
 from bardling.monitor import RunInfo
 from bardling.planning.costs import flops_per_token, parameters
 from bardling.planning.schedules import learning_rate
@@ -114,7 +115,9 @@ class Session:
                 context.activity(f"saving step {state.step}", LONG_PATIENCE)
                 self.saver.save(state, last=True)
                 self.saver.finish(state)
-                monitor.note(f"stopped at step {state.step} and saved; continue with: bardling resume {self.folder.path}")
+                monitor.note(
+                    f"stopped at step {state.step} and saved; continue with: bardling resume {shell_path(self.folder.path)}"
+                )
                 return RunResult(self.folder.path, state.step, False, state.best_val_loss, 128 + number)
         return RunResult(self.folder.path, state.step, True, state.best_val_loss, 0)
 

@@ -44,7 +44,7 @@ from bardling.data.tokens.tokenizer import Tokenizer, build_tokenizer, check_tok
 from bardling.errors import UserError
 from bardling.files.atomic import os_error_as_user_error, sync_folder
 from bardling.files.digests import json_sha256
-from bardling.monitor.progress import ProgressBar
+from bardling.monitor.progress import ProgressBar, on_terminal
 
 METHOD = 2  # raise it if the same source starts to give other tokens, so that cached datasets are prepared again
 SPLIT_RULE = 2
@@ -149,7 +149,7 @@ def prepare(
     refuse_existing(out)
     check_tokenizer_spec(tokenizer_spec)
     source = source_for(source_spec, encoding)
-    with ProgressBar(unit="bytes", show=sys.stderr.isatty()) as bar:
+    with ProgressBar(unit="bytes", show=on_terminal()) as bar:
         told = progress or bar.update
         job = _Job(source, source_spec, tokenizer_spec, val_fraction, split_rule, shard_tokens, workers, told, bar)
         with os_error_as_user_error(out, "prepare the dataset"):

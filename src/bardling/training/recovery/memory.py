@@ -27,6 +27,7 @@ from bardling.distributed.context import Context
 from bardling.distributed.device import synchronize
 from bardling.distributed.heartbeat import LONG_PATIENCE
 from bardling.errors import UserError
+from bardling.files.paths import shell_path
 from bardling.model.gpt import GPT
 from bardling.planning.activations import activation_bytes
 from bardling.planning.batching import TrainPlan
@@ -249,7 +250,7 @@ def reduced_micro_batch(plan: TrainPlan, model: GPT, device: torch.device, step:
     size = next((size for size in divisors(plan.micro_batch * plan.accumulation) if 2 * size <= plan.micro_batch), None)
     if size is not None and retry and plan.data_size == 1:
         return size
-    start = "start with:" if run is None else f"continue with: bardling resume {run}"
+    start = "start with:" if run is None else f"continue with: bardling resume {shell_path(run)}"
     remedy = f"{start} --train.micro_batch {size}" if size else _remedy(model.recompute)
     where = f"the memory of {device} ran out at step {step + 1}"
     raise UserError(f"train.micro_batch = {plan.micro_batch}: {where}: {remedy}") from None
