@@ -320,15 +320,11 @@ def load_metrics(folder: Path) -> None:
 
 def draw_metrics(folder: Path) -> None:
     """`bardling report` without the drawing."""
-    from bardling.config import RunConfig
-    from bardling.planning.batching import make_plan
-    from bardling.report.curve import curve, smooth
+    from bardling.report.curve import curve, has_bits, smooth
 
     records = read_jsonl(folder / "run/metrics.jsonl")
-    plan = make_plan(RunConfig().train, 32, 1)
     for kind in ("train", "val"):
-        _, values, _ = curve(records, kind, plan.tokens_before)
-        smooth(values)
+        smooth(curve(records, kind, has_bits(records)).values)
 
 
 def resume_run(folder: Path) -> None:

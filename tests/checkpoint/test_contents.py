@@ -225,7 +225,7 @@ HOSTILE: list[tuple[Callable[[Path], object], str]] = [
     (edit_json("config.json", model_type="llama"), "config.json: model_type = 'llama'"),
     (edit_json("config.json", model_type=None), "config.json: model_type = None"),
     (edit_json("config.json", n_layer=10**12), "config.json: n_layer"),
-    (edit_json("config.json", n_layer=2 * 10**9), "model.safetensors: "),
+    (edit_json("config.json", n_layer=2 * 10**9), "config.json: n_layer = 2000000000"),
     (edit_json("config.json", n_embd=4), "model.safetensors: "),
     (edit_json("config.json", n_positions="x"), "config.json: n_positions"),
     (edit_json("config.json", bardling={"vocab_multiple": 2**31 - 1}), "config.json: vocab_multiple = 2147483647"),

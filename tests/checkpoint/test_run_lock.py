@@ -15,7 +15,7 @@ from bardling.checkpoint.load import load_tokenizer_of
 from bardling.checkpoint.run_folder import RunFolder
 from bardling.checkpoint.saver import Saver
 from bardling.checkpoint.store import CheckpointStore
-from bardling.errors import UserError
+from bardling.errors import JobLost, UserError
 from bardling.files.lock import locked
 from bardling.training.run import resume, train
 
@@ -36,6 +36,10 @@ def steps(run):
 
 def killed(*_, **__):
     raise KeyboardInterrupt
+
+
+def lost(*_, **__):
+    raise JobLost("another process ended")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no such locks")
@@ -74,8 +78,8 @@ def test_a_continued_run_that_never_saved_goes_on_from_where_it_was_taken_up(tin
     monkeypatch.chdir(tmp_path)
     whole = train(longer, tmp_path / "whole", continue_from="other/ckpt.pt", quiet=True).folder
     with monkeypatch.context() as patch:
-        patch.setattr(Saver, "save", killed)
-        with pytest.raises(KeyboardInterrupt):
+        patch.setattr(Saver, "save", lost)
+        with pytest.raises(JobLost):
             train(longer, tmp_path / "run", continue_from="other/ckpt.pt", quiet=True)
     assert RunFolder(tmp_path / "run").config_file.exists()
     assert not list((tmp_path / "run" / "checkpoints").iterdir())

@@ -116,8 +116,8 @@ def float16_on_cpu(place):
     return ["--precision", "float16"], "float32 or bfloat16"
 
 
-def warmup_as_long_as_the_run(place):
-    return ["--optim.warmup_steps", "8"], "warmup_steps = 8"
+def warmup_as_long_as_the_decay(place):
+    return ["--optim.warmup_steps", "8", "--optim.decay_steps", "8"], "warmup_steps = 8"
 
 
 def out_is_a_file(place):
@@ -194,7 +194,7 @@ CASES = [
     unknown_device,
     no_such_gpu,
     float16_on_cpu,
-    warmup_as_long_as_the_run,
+    warmup_as_long_as_the_decay,
     out_is_a_file,
     out_holds_something,
     out_on_a_system_that_takes_no_files,

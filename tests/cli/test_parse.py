@@ -93,7 +93,7 @@ def test_parse_takes_plain_defaults():
 
 def test_an_option_can_fix_an_incomplete_recipe(tmp_path, bardling):
     recipe = tmp_path / "short.toml"
-    recipe.write_text("[train]\nsteps = 12\n[model]\nn_layer = 1\nn_embd = 12\n")
+    recipe.write_text("[optim]\ndecay_steps = 12\n[model]\nn_layer = 1\nn_embd = 12\n")
     bardling("plan", recipe, "--optim.warmup_steps", "2")
     refused = "optim.warmup_steps = 100 leaves no step for the decay, which ends at step 12: lower it to at most 11"
     for command in ("train", "plan", "bench", "verify"):

@@ -190,7 +190,8 @@ def test_a_shape_mismatch_is_reported_before_the_values_are_looked_at(tmp_path: 
 def test_a_configuration_that_does_not_fit_the_file_is_refused_before_memory_is_taken(tmp_path: Path) -> None:
     model = trained(TINY)
     for change, message in [
-        ({"n_layer": 2**31 - 1}, "has 2 layers"),
+        ({"n_layer": 2**31 - 1}, "config.json: n_layer = 2147483647"),
+        ({"n_layer": 3}, "has 2 layers"),
         ({"n_embd": 2**30}, r"bias has shape \[96\], but the configuration needs \[3221225472\]"),
         ({"n_positions": 2**31 - 1}, r"wpe.weight has shape \[64, 32\]"),
         ({"vocab_size": 76}, r"wte.weight has shape \[75, 32\], but the configuration needs \[76, 32\]"),

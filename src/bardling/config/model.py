@@ -6,6 +6,9 @@ from bardling.config.checks import expand_paths, require, require_at_least, requ
 from bardling.errors import UserError
 from bardling.extensions import ACTIVATIONS
 
+MAX_LAYERS = 1000
+"""As many as the deepest published transformers have (DeepNet, arXiv:2203.00555)."""
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -78,8 +81,7 @@ class ModelConfig:
         require_at_least(1, self, "model", "n_kv_head", "head_dim", "mlp_hidden", "sliding_window", "max_positions")
         require_at_least(0, self, "model", "depth", "vocab_size", "global_every", "logit_softcap")
         require_positive(self, "model", "norm_eps", "rope_theta", "init_std")
-        # The deepest published transformers have 1,000 layers (DeepNet, arXiv:2203.00555).
-        require(self.n_layer <= 1000, "model.n_layer", self.n_layer, "must be at most 1000")
+        require(self.n_layer <= MAX_LAYERS, "model.n_layer", self.n_layer, f"must be at most {MAX_LAYERS}")
         require(self.vocab_multiple <= 4096, "model.vocab_multiple", self.vocab_multiple, "must be at most 4096")
         require(0.0 <= self.dropout < 1.0, "model.dropout", self.dropout, "must be at least 0 and below 1")
         tables = (self.n_layer + 1) // 2

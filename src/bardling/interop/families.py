@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 from bardling.config import ModelConfig
+from bardling.config.model import MAX_LAYERS
 from bardling.config.recipes import config_from_dict, config_to_dict
 from bardling.errors import UserError
 from bardling.model.init import has_vocabulary_rows
@@ -53,7 +54,6 @@ _UNSCALED: dict[str, tuple[object, ...]] = {  # what unscaled RoPE may state bes
     "factor": (1.0, None),
     "partial_rotary_factor": (1.0, None),
 }
-_MAX_LAYERS = 1 << 16  # lists of this length are built before the weights confirm it
 _RMS_EPS, _ROPE_THETA = 1e-6, 10_000.0  # the defaults of transformers
 
 
@@ -152,7 +152,7 @@ def model_config_from_llama(values: Mapping[str, Any], source: str) -> ModelConf
     if not isinstance(tied, bool) or not isinstance(ours.get("zero_init", False), bool):
         raise UserError(f"{source}: tie_word_embeddings = {tied!r}, and bardling.zero_init, must be true or false")
     options: dict[str, Any] = {
-        "n_layer": positive_int(values, "num_hidden_layers", 0, source, limit=_MAX_LAYERS),
+        "n_layer": positive_int(values, "num_hidden_layers", 0, source, limit=MAX_LAYERS),
         "n_head": positive_int(values, "num_attention_heads", 0, source),
         "n_embd": positive_int(values, "hidden_size", 0, source),
         "block_size": positive_int(values, "max_position_embeddings", 2048 if kind == "llama" else 32768, source),

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bardling.config import ModelConfig
 from bardling.config.architecture import GPT2_VOCAB_SIZE
+from bardling.config.model import MAX_LAYERS
 from bardling.errors import UserError
 from bardling.files.reading import read_json_object
 from bardling.interop.families import (
@@ -122,7 +123,7 @@ def model_config_from_hf(values: Mapping[str, Any], source: str = "config.json")
         raise UserError(f"{source}: activation_function = {shown(activation)} is not supported; choose from {choices}")
     ours = bardling_section(values, source)
     return ModelConfig(
-        n_layer=positive_int(values, "n_layer", 12, source),
+        n_layer=positive_int(values, "n_layer", 12, source, limit=MAX_LAYERS),
         n_head=positive_int(values, "n_head", 12, source),
         n_embd=n_embd,
         block_size=positive_int(values, "n_positions", 1024, source),
