@@ -43,6 +43,9 @@ class FakeFacts(Facts):
     def matmul_flops(self, device, dtype):
         return self.flops
 
+    def compiler_problem(self, device, *, compiles):
+        return None
+
 
 SMALL = ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=8)
 

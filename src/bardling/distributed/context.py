@@ -10,6 +10,7 @@ NCCL, so that small decisions (has any process been asked to stop?) never wait f
 import contextlib
 import math
 import os
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -184,10 +185,8 @@ def distributed(device: str, *, rank_timeout: float = 0.0) -> Iterator[Context]:
     Raises:
         JobLost: another process has died; the message names it.
     """
-    try:
-        rank, local_rank, world_size = (int(os.environ.get(name, default)) for name, default in _VARIABLES)
-    except ValueError:
-        raise UserError("RANK, LOCAL_RANK and WORLD_SIZE must be integers: start with torchrun, or unset them") from None
+    world_size = _variable("WORLD_SIZE", 1, 1, 2**31)
+    rank, local_rank = _variable("RANK", 0, 0, world_size), _variable("LOCAL_RANK", 0, 0, 2**31)
     own = choose_device(device, local_rank)
     if own.type == "cuda":
         torch.cuda.set_device(own)
@@ -239,12 +238,33 @@ def _attempt() -> str:
 
 def _store(rank: int, world_size: int) -> PrefixStore:
     """The store for rendezvous at MASTER_ADDR:MASTER_PORT, hosted by torchrun or by rank 0."""
-    host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
-    if not host or not port.isdecimal():
-        raise UserError("MASTER_ADDR and MASTER_PORT must be the address of rank 0: start with torchrun, or set them")
+    host, port = os.environ.get("MASTER_ADDR", ""), _variable("MASTER_PORT", 0, 1, 2**16)
+    try:
+        socket.getaddrinfo(host or " ", port)  # an empty name would be that of this machine
+    except (OSError, UnicodeError) as error:  # UnicodeError: a label of the name is empty or too long
+        reason = getattr(error, "strerror", None) or "not a host name"
+        remedy = "set it to the host name or IP address of rank 0, or start with torchrun"
+        raise UserError(f"MASTER_ADDR = {host!r}: cannot be resolved ({reason}): {remedy}") from None
     hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = TCPStore(host, int(port), world_size, is_master=rank == 0 and not hosted, timeout=TIMEOUT, multi_tenant=not hosted)
+    primary = rank == 0 and not hosted
+    try:
+        store = TCPStore(host, port, world_size, is_master=primary, timeout=TIMEOUT, multi_tenant=not hosted)
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        reason = str(error).splitlines()[0].rpartition("message: ")[2]
+        if "failed to listen" in str(error):
+            problem = f"MASTER_PORT = {port}: rank 0 cannot listen ({reason}): set another port, the same for all processes"
+        else:
+            where = f"MASTER_ADDR = {host!r}, MASTER_PORT = {port}"
+            problem = f"{where}: the processes cannot meet there ({reason}): check that rank 0 runs there"
+        raise UserError(problem) from None
     return PrefixStore(_attempt(), store)
 
 
-_VARIABLES = (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
+def _variable(name: str, default: int, low: int, high: int) -> int:
+    """The integer in an environment variable, from `low` to `high` - 1."""
+    text = os.environ.get(name, str(default)).strip()
+    value = int(text) if text.isdecimal() and len(text) < 12 else -1
+    if not low <= value < high:
+        limits = f"{low} to {high - 1}" + (" (WORLD_SIZE - 1)" if name == "RANK" else "")
+        raise UserError(f"{name} = {text!r}: must be an integer from {limits}: start with torchrun, or correct or unset it")
+    return value

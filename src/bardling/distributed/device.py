@@ -6,6 +6,7 @@ AVX-512-BF16 or AMX, and slower without. The choice is stored with the run, and 
 
 import contextlib
 import ctypes
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -124,6 +125,25 @@ def bfloat16_speedup(device: torch.device, seconds: float = 1.5) -> float:
         stable_rounds = stable_rounds + 1 if all(found[dtype] < 1.1 * best for dtype, best in speeds.items()) else 0
         speeds = {dtype: max(best, found[dtype]) for dtype, best in speeds.items()}
     return speeds[torch.bfloat16] / speeds[torch.float32]
+
+
+def compiler_problem(device: torch.device) -> str | None:
+    """Why `torch.compile` fails on this device, in a few words; None if it works. Compiles a trivial function."""
+    try:
+        torch.compile(lambda x: x + 1, dynamic=False)(torch.zeros(8, device=device))
+    except Exception as error:  # noqa: BLE001  compilers and libraries fail in many ways, and a run can do without them
+        cause = getattr(error, "inner_exception", error)
+        if type(cause).__name__ == "InvalidCxxCompiler":
+            name = os.environ.get("CXX")
+            found = f"CXX = {name!r} is not a working compiler" if name else "there is no C++ compiler"
+            return f"{found} (install g++ or clang++, or set CXX)"
+        if type(cause).__name__ == "TritonMissing":
+            return "there is no working Triton (pip install triton)"
+        text = str(getattr(cause, "output", None) or cause).strip() or type(cause).__name__
+        errors = [line.strip() for line in text.splitlines() if "error" in line.lower()] or text.splitlines()
+        line = errors[-1 if "Traceback" in text else 0]  # Triton compiles in another process, whose traceback it passes on
+        return f"the compiler fails: {line if len(line) <= 120 else line[:119] + '…'}"
+    return None
 
 
 def _require_fp8(device: torch.device) -> None:

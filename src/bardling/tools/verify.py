@@ -43,7 +43,15 @@ from bardling.data.text.named_datasets import is_source_name
 from bardling.data.tokens.dataset import open_data
 from bardling.data.tokens.tokenizer import is_tokenizer_path
 from bardling.distributed.context import SINGLE
-from bardling.distributed.device import DTYPES, Precision, choose_device, choose_precision, device_name, matmul_flops
+from bardling.distributed.device import (
+    DTYPES,
+    Precision,
+    choose_device,
+    choose_precision,
+    compiler_problem,
+    device_name,
+    matmul_flops,
+)
 from bardling.errors import UserError
 from bardling.evaluate.loss import evaluate_loss
 from bardling.generation.generate import generate
@@ -306,9 +314,9 @@ class _Verification:
         """Loss and gradients of one batch, with and without torch.compile; one or two layers suffice to see a difference."""
         if self.device.type == "mps":
             raise _Skip("torch.compile is not reliable on Apple GPUs")
-        if self.device.type == "cpu" and not any(shutil.which(name) for name in ("g++", "clang++", "c++", "cl")):
-            raise _Skip("no C++ compiler, which torch.compile needs on a CPU")
         self._skip_if_late()
+        if (problem := compiler_problem(self.device)) is not None:
+            raise _Skip(f"torch.compile does not work here, because {problem}")
         config = dataclasses.replace(_shallower(RunFolder(self.uninterrupted).config().model), dropout=0.0)
         tokens = torch.randint(config.vocab_size, (2, config.block_size + 1), generator=torch.Generator().manual_seed(0))
         inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()

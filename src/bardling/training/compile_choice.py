@@ -1,4 +1,4 @@
-"""Whether `compile = "auto"` compiles: only when the run is long enough for compilation to pay for itself."""
+"""Whether `compile = "auto"` compiles: only when compilation works here and the run is long enough for it to pay off."""
 
 import torch
 
@@ -48,3 +48,19 @@ def choose_compile(
     if saved > 2 * cost:
         return True, f"saves about {saved:.0f} s for about {cost:.0f} s of compiling"
     return False, f"would save about {saved:.0f} s and cost about {cost:.0f} s"
+
+
+def without_compiler(problem: str, setting: str, cuda_graphs: bool) -> str:
+    """Why a run that would compile runs eagerly, as `compile = "auto"` may.
+
+    Args:
+        problem: why compilation fails on this machine.
+
+    Raises:
+        UserError: the run has to compile.
+    """
+    if setting != "auto" or cuda_graphs:
+        asked = f"compile = {setting!r}" if setting != "auto" else f"cuda_graphs = {cuda_graphs}"
+        instead = "use --compile off" + (" and --cuda_graphs false" if cuda_graphs else "")
+        raise UserError(f"{asked}: torch.compile does not work here, because {problem}; {instead}")
+    return problem

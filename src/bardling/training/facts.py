@@ -19,7 +19,7 @@ from bardling.data.tokens.dataset import open_data, open_recorded
 from bardling.data.tokens.shards import TokenDataset
 from bardling.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from bardling.distributed.context import Context
-from bardling.distributed.device import bfloat16_speedup, matmul_flops
+from bardling.distributed.device import bfloat16_speedup, compiler_problem, matmul_flops
 from bardling.distributed.heartbeat import LONG_PATIENCE, UNLIMITED_PATIENCE
 from bardling.training.environment import continued_checkpoint
 
@@ -91,3 +91,11 @@ class Facts:
 
     def matmul_flops(self, device: torch.device, dtype: torch.dtype) -> float:
         return self.context.on_primary(lambda: matmul_flops(device, dtype))
+
+    def compiler_problem(self, device: torch.device, *, compiles: bool) -> str | None:
+        """Why compilation fails in any process that compiles; None if it works. Each process tries on its own machine."""
+        self.context.activity("compiling for the first time", LONG_PATIENCE)
+        problem = compiler_problem(device) if compiles else None
+        failed = self.context.any(problem is not None)
+        self.context.activity("setting up", LONG_PATIENCE)
+        return problem or ("it fails in another process" if failed else None)

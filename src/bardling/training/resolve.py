@@ -31,7 +31,7 @@ from bardling.planning.depth import apply_depth
 from bardling.planning.devices import peak_flops
 from bardling.planning.layout import Layout
 from bardling.training.build import Execution
-from bardling.training.compile_choice import choose_compile
+from bardling.training.compile_choice import choose_compile, without_compiler
 from bardling.training.facts import Facts
 from bardling.training.recovery.memory import choose_micro_batch
 from bardling.training.schedule_report import check_schedule
@@ -117,6 +117,8 @@ def resolve(config: RunConfig, facts: Facts) -> ResolvedRun:
     execution = Execution(precision, False, config.cuda_graphs, config.fp8, train.recompute == "blocks")
     flops, deadline = _run_flops(model, plan, execution) / layout.data_size, train.deadline_seconds
     compiles, why = choose_compile(config.compile, config.cuda_graphs, device, flops, peak, plan.shapes, deadline=deadline)
+    if (problem := facts.compiler_problem(device, compiles=compiles)) is not None:
+        compiles, why = False, without_compiler(problem, config.compile, config.cuda_graphs)
     execution = replace(execution, compiled=compiles)
     compiled: Literal["on", "off"] = "on" if compiles else "off"
     log.add("compile", compiled, why)
