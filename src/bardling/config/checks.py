@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from typing import Any
+from collections.abc import Mapping
 
 from bardling.errors import UserError
 from bardling.files.paths import expand_home
@@ -24,14 +24,13 @@ def require_at_least(minimum: int, config: object, section: str, *names: str) ->
         require(value is None or minimum <= value < INF, f"{section}.{name}", value, rule)
 
 
-def require_storable(config: Any, prefix: str = "") -> None:
+def require_storable(settings: Mapping[str, object], prefix: str = "") -> None:
     """Raise a `UserError` if an integer of a configuration does not fit TOML, so that a run could not be resumed from it."""
-    for item in dataclasses.fields(config):
-        value = getattr(config, item.name)
+    for name, value in settings.items():
         if dataclasses.is_dataclass(value):
-            require_storable(value, f"{item.name}.")
+            require_storable(vars(value), f"{name}.")
         elif isinstance(value, int) and value.bit_length() > 63:
-            raise UserError(f"{prefix}{item.name}: an integer of {value.bit_length()} bits is too large: use at most 63 bits")
+            raise UserError(f"{prefix}{name}: an integer of {value.bit_length()} bits is too large: use at most 63 bits")
 
 
 def require_positive(config: object, section: str, *names: str) -> None:

@@ -47,7 +47,7 @@ class RunConfig:
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
 
     def __post_init__(self) -> None:
-        require_storable(self)
+        require_storable(vars(self))
         if self.fp8 and self.precision not in ("auto", "bfloat16"):
             raise UserError(
                 f"fp8 = True with precision = {self.precision!r}: fp8 needs bfloat16 for everything else; leave one of them out"

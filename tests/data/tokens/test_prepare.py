@@ -184,7 +184,7 @@ def test_a_damaged_cached_dataset_says_what_to_remove(tmp_path: Path) -> None:
 def test_a_cache_that_cannot_be_written_says_which_setting(tmp_path: Path) -> None:
     rows(tmp_path / "a.jsonl", TEXTS)
     (tmp_path / "cache").write_text("a file, not a folder")
-    with pytest.raises(UserError, match=r"cache.*cannot prepare the dataset.*BARDLING_CACHE") as caught:
+    with pytest.raises(UserError, match=r"cache is a file, not a folder.*BARDLING_CACHE") as caught:
         open_data(config_for(tmp_path))
     assert "\n" not in str(caught.value)
 

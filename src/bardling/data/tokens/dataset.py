@@ -15,7 +15,10 @@ from bardling.data.tokens.shards import TokenDataset, open_dataset
 from bardling.data.tokens.token_files import detect_token_folder, open_token_folder
 from bardling.data.tokens.tokenizer import check_tokenizer_spec, is_tokenizer_path, load_tokenizer
 from bardling.errors import UserError
+from bardling.files.atomic import check_place
 from bardling.files.digests import json_sha256
+
+_ELSEWHERE = "set data.cache or $BARDLING_CACHE to store datasets elsewhere"
 
 
 def open_data(config: DataConfig, split_rule: int = SPLIT_RULE) -> TokenDataset:
@@ -45,12 +48,16 @@ def open_data(config: DataConfig, split_rule: int = SPLIT_RULE) -> TokenDataset:
     cached = cache / "datasets" / f"{source.name}-{fingerprint or spec.replace(':', '')}-{key}"
     if not cached.exists():
         try:
+            check_place(cached)
+        except UserError as error:
+            raise UserError(f"{error}; {_ELSEWHERE}") from error
+        try:
             fraction, encoding = config.val_fraction, config.encoding
             return prepare(config.source, cached, spec, val_fraction=fraction, encoding=encoding, split_rule=split_rule)
         except UserError as error:
             if not (cached / "manifest.json").is_file():  # else another process has just prepared the same dataset
                 if isinstance(error.__cause__, OSError) and str(cache) in str(error):
-                    raise UserError(f"{error}; set data.cache or $BARDLING_CACHE to store datasets elsewhere") from error
+                    raise UserError(f"{error}; {_ELSEWHERE}") from error
                 raise
     try:
         return open_dataset(cached)
