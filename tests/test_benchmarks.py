@@ -191,7 +191,7 @@ def test_cpu_contention(tmp_path: Path) -> None:
 def test_step_profile(tmp_path: Path) -> None:
     import step_profile
 
-    step_profile.main(["--settings", "qwen3", "--steps", "2", "--top", "3", "--results", str(tmp_path)])
+    step_profile.main(["--settings", "gpt2", "--steps", "1", "--top", "3", "--results", str(tmp_path)])
     rows = rows_of(tmp_path / "step_profile.md")
     parts = [row[0] for row in rows]
     assert parts[1:6] == ["forward", "backward", "optimizer", "the rest", "step"]

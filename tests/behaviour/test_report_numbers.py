@@ -143,10 +143,10 @@ def test_a_peak_that_the_run_exceeds_is_unknown_from_then_on(tiny):
 
 
 def test_bench_reports_no_mfu_above_the_peak(tiny, change, capsys):
-    from bardling.cli.bench import show
+    from bardling.cli.bench import show_result
 
     result = bench(change(tiny, model={"vocab_size": 64}), steps=2, warmup=1)
     slow = dataclasses.replace(result, matmul_flops=result.flops_per_second / 2, peak_flops=result.flops_per_second / 3)
     assert (slow.mfu, slow.mfu_of_matmul) == (None, None)
-    show(slow, "random")
+    show_result(slow, "random")
     assert capsys.readouterr().out.count("unknown") == 2

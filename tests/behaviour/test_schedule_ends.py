@@ -98,7 +98,9 @@ def stopped(tmp_path, monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr("bardling.training.loop.train_step", until)
-            return train(config, tmp_path / "stopped", quiet=True).folder
+            with pytest.raises(SystemExit):
+                train(config, tmp_path / "stopped", quiet=True)
+        return tmp_path / "stopped"
 
     return make
 
