@@ -188,9 +188,12 @@ def test_cpu_contention(tmp_path: Path) -> None:
         cpu_contention.main(["--rounds", "0"])
 
 
-def test_step_profile(tmp_path: Path) -> None:
+def test_step_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import step_profile
 
+    config, optim, _ = step_profile.SETTINGS["gpt2"]
+    tiny = dataclasses.replace(config, n_layer=1, n_head=1, n_embd=16, block_size=16)
+    monkeypatch.setitem(step_profile.SETTINGS, "gpt2", (tiny, optim, 2))
     step_profile.main(["--settings", "gpt2", "--steps", "1", "--top", "3", "--results", str(tmp_path)])
     rows = rows_of(tmp_path / "step_profile.md")
     parts = [row[0] for row in rows]
