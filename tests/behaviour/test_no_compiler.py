@@ -35,12 +35,12 @@ def no_compiler(monkeypatch):
 
 def test_pytorch_finds_no_compiler(monkeypatch):
     torch._dynamo.reset()
-    monkeypatch.setattr(inductor.cpp, "cxx", (None, "/no/such/compiler"))
-    monkeypatch.setenv("CXX", "/no/such/compiler")
-    problem = compiler_problem(CPU)
-    assert problem == "CXX = '/no/such/compiler' is not a working compiler (install g++ or clang++, or set CXX)"
-    monkeypatch.delenv("CXX")
-    assert compiler_problem(CPU) == "there is no C++ compiler (install g++ or clang++, or set CXX)"
+    with inductor.patch({"cpp.cxx": (None, "/no/such/compiler")}):
+        monkeypatch.setenv("CXX", "/no/such/compiler")
+        problem = compiler_problem(CPU)
+        assert problem == "CXX = '/no/such/compiler' is not a working compiler (install g++ or clang++, or set CXX)"
+        monkeypatch.delenv("CXX")
+        assert compiler_problem(CPU) == "there is no C++ compiler (install g++ or clang++, or set CXX)"
 
 
 @pytest.mark.parametrize(
