@@ -138,7 +138,7 @@ def create_run(
 
 def discard_run(run: RunFolder, *, share_folder: bool) -> None:
     """Undo `create_run` for a run that failed before its first step; in a shared folder, remove only what nobody else wrote."""
-    run.config_file.unlink(missing_ok=True)  # first: without it the folder is no run
+    run.config_file.unlink(missing_ok=True)  # first: a folder without it is not a run
     ours = [run.metrics_file, run.samples_file, run.environment_file, run.dataset_file]
     for entry in ours if share_folder else list(run.path.iterdir()):
         shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
