@@ -28,6 +28,17 @@ def closest(word: str, names: list[str]) -> str:
     return f" (did you mean {nearest!r}?)" if names and similarity(nearest)[0] >= 0.6 else ""
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether `error` reports that memory has run out, in the host or on a GPU.
+
+    PyTorch raises a `RuntimeError`; its allocators for CPUs on Linux, for CPUs on Windows and for GPUs word it differently.
+    """
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
+        return True
+    words = ("can't allocate memory", "not enough memory", "out of memory")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
 class JobLost(RuntimeError):  # noqa: N818  names the event, not an error
     """Another process of the run died or hangs; the message names it. The run can be resumed."""
 

@@ -135,7 +135,7 @@ def _measure_task(
     from bardling.evaluate.multiple_choice import evaluate_choices
     from bardling.evaluate.tasks import draw_items, load_items, task_name
 
-    run, name = None if run_folder is None else run_folder.config(), task_name(task)
+    run, name = None if run_folder is None else run_folder.trained_config(), task_name(task)
     count, seed = (options.task_items, 0) if run is None else (options.task_items or run.eval.task_items, run.seed)
     found = context.on_primary(lambda: load_items(task))
     items = draw_items(found, count, seed)

@@ -19,7 +19,7 @@ from typing import NoReturn
 
 import bardling
 from bardling.distributed.openmp_spin import limit_spinning
-from bardling.errors import JobLost, Terminated, UserError, closest
+from bardling.errors import JobLost, Terminated, UserError, closest, out_of_memory
 from bardling.files.streams import open_standard_streams
 
 COMMANDS = {
@@ -194,6 +194,6 @@ def _describe(error: Exception) -> tuple[str, int]:
             reason = _USER_ERRNOS.get(error.errno or 0)
             subject = f"{error.filename}: " if error.filename else ""
             return f"{subject}{reason or error.strerror or error}", 2 if reason else 1
-    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+    if out_of_memory(error):
         return "out of memory: lower the sizes of the model or the batch; `bardling plan RECIPE` shows what they need", 2
     return f"internal error: {type(error).__name__}: {error} (rerun with --debug for the traceback)", 1

@@ -30,6 +30,11 @@ Model = tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
 
 
 _LEAST_WIDTH = 60  # columns of the help; a narrower terminal wraps its lines
+_BOOLEANS = {
+    **dict.fromkeys(("", "true", "1", "yes", "on"), "True"),
+    **dict.fromkeys(("false", "0", "no", "off"), "False"),
+    "none": "None",
+}
 _REPEATED = {"--data.source": "give it once; to train on several files, name their folder or a glob pattern in quotes"}
 
 
@@ -122,10 +127,6 @@ def spelled_out(argv: Sequence[str], cls: Any) -> list[str]:
         else:
             result.append(word)
     return result
-
-
-_BOOLEANS = dict.fromkeys(("", "true", "1", "yes", "on"), "True") | dict.fromkeys(("false", "0", "no", "off"), "False")
-_BOOLEANS["none"] = "None"
 
 
 def _members(hint: Any) -> tuple[Any, ...]:

@@ -36,6 +36,7 @@ def run(argv: Sequence[str]) -> None:
         from bardling.report.compression import compressor_bits_per_byte
 
         run = open_run(options.runs[0])
-        marks = compressor_bits_per_byte(open_recorded(run.config().data, run.dataset_record(), run.path, "omit --compressors"))
+        data = run.trained_config().data
+        marks = compressor_bits_per_byte(open_recorded(data, run.dataset_record(), run.path, "omit --compressors"))
     draw_curves(options.runs, out, marks=marks)
     print(out)

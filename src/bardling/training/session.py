@@ -20,7 +20,7 @@ from bardling.data.tokens.dataset import changed_text
 from bardling.distributed.context import SINGLE, Context
 from bardling.distributed.device import device_name
 from bardling.distributed.heartbeat import LONG_PATIENCE
-from bardling.errors import JobLost, UserError
+from bardling.errors import JobLost, UserError, out_of_memory
 from bardling.extensions import EXPORT_FORMATS, HOOKS
 from bardling.files.atomic import remove_partial_files, write_atomically
 from bardling.files.paths import shell_path
@@ -42,7 +42,7 @@ from bardling.training.objective import build_objective, bytes_per_token
 from bardling.training.recovery.deadline import UNBOUNDED_STEPS, Deadline, finishing_time
 from bardling.training.recovery.explain import Explainer
 from bardling.training.recovery.guard import Guard, RollbackRequested
-from bardling.training.recovery.memory import FIRST_STEPS, UpdateTracker, out_of_memory, reduced_micro_batch
+from bardling.training.recovery.memory import FIRST_STEPS, UpdateTracker, reduced_micro_batch
 from bardling.training.recovery.rollback_log import Rollback, load_rollbacks, write_rollbacks
 from bardling.training.recovery.signals import StopOnSignal, Stopped
 from bardling.training.recovery.trace import sample_position

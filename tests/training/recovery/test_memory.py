@@ -10,7 +10,7 @@ import torch
 from bardling.config.recipes import load_recipe
 from bardling.distributed.context import SINGLE, Context
 from bardling.distributed.device import Precision
-from bardling.errors import UserError
+from bardling.errors import UserError, out_of_memory
 from bardling.model.gpt import GPT
 from bardling.planning.costs import weight_bytes
 from bardling.planning.memory import optimizer_bytes
@@ -19,15 +19,16 @@ from bardling.training import run as run_module
 from bardling.training.build import Execution
 from bardling.training.objective import NextToken
 from bardling.training.recovery import memory
-from bardling.training.recovery.memory import TrialPasses, divisors, fastest_size, out_of_memory
+from bardling.training.recovery.memory import TrialPasses, divisors, fastest_size
 from bardling.training.run import resume, train
 
 EXECUTION = Execution(Precision("float32", "", "cpu"))
 ERRORS = (
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
     MemoryError(),
-    RuntimeError(
-        "[enforce fail at alloc_cpu.cpp:117] data. DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."
+    *(
+        RuntimeError(f"[enforce fail at alloc_cpu.cpp:117] data. DefaultCPUAllocator: {words}: you tried to allocate 8 bytes.")
+        for words in ("can't allocate memory", "not enough memory")
     ),
 )
 
@@ -52,7 +53,7 @@ def fail_above(monkeypatch, rows, error, after=0):
     monkeypatch.setattr(GPT, "forward", forward)
 
 
-@pytest.mark.parametrize("error", ERRORS, ids=["gpu", "python", "cpu"])
+@pytest.mark.parametrize("error", ERRORS, ids=["gpu", "python", "linux", "windows"])
 def test_the_first_steps_continue_with_smaller_passes_and_the_same_losses(tiny, change, tmp_path, monkeypatch, capsys, error):
     config = change(tiny, train={"batch_size": 8, "micro_batch": 8, "steps": 10})
     train(config, tmp_path / "calm", quiet=True)

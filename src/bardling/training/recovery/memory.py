@@ -26,7 +26,7 @@ from bardling.data.tokens.tokenizer import Tokenizer
 from bardling.distributed.context import Context
 from bardling.distributed.device import synchronize
 from bardling.distributed.heartbeat import LONG_PATIENCE
-from bardling.errors import UserError
+from bardling.errors import UserError, out_of_memory
 from bardling.files.paths import shell_path
 from bardling.model.gpt import GPT
 from bardling.planning.activations import activation_bytes
@@ -44,14 +44,6 @@ _MAX_PASSES = 1024  # per step, for `train.micro_batch = "auto"`
 _FRACTION_OF_FREE = 0.7  # of a CPU's free memory that activations may use, besides other processes
 _MIN_SPEEDUP = 1.05  # of a larger pass, to be chosen on a CPU
 _SEARCH_SECONDS = 20.0  # limit of the search on a CPU
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether `error` reports that memory has run out, on a GPU or in the host."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and ("not enough memory" in text or "out of memory" in text)
 
 
 def divisors(sequences: int) -> list[int]:
