@@ -6,6 +6,7 @@ polynomial hash modulo 2^64. Limits: only the first 100 million training tokens 
 
 import numpy as np
 import numpy.typing as npt
+from numpy.lib.stride_tricks import sliding_window_view
 
 from bardling.data.tokens.shards import TokenSplit
 
@@ -18,18 +19,18 @@ _FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no digit of the hash is 
 def training_overlap(text: TokenSplit, training: TokenSplit) -> float:
     """The fraction of the pieces of `text` that occur in `training`; a text shorter than a piece is one."""
     size = min(_PIECE, len(text))
-    pieces = _hashes(text.read(0, len(text)), size)[::size]
+    pieces = _hashes(sliding_window_view(text.read(0, len(text)), size)[::size])
     found = np.zeros(len(pieces), bool)
     end = min(len(training), MOST_TOKENS)
     for start in range(0, end - size + 1, _READ):
-        found |= np.isin(pieces, _hashes(training.read(start, min(_READ + size - 1, end - start)), size))
+        tokens = training.read(start, min(_READ + size - 1, end - start))
+        found |= np.isin(pieces, _hashes(sliding_window_view(tokens, size)))
     return float(found.mean()) if len(found) else 0.0
 
 
-def _hashes(tokens: npt.NDArray[np.int64], size: int) -> npt.NDArray[np.uint64]:
-    """A hash of each sequence of `size` consecutive tokens."""
-    digits, count = tokens.astype(np.uint64) + np.uint64(1), len(tokens) - size + 1
-    hashes = np.zeros(count, np.uint64)
-    for offset in range(size):
-        hashes = hashes * _FACTOR + digits[offset : offset + count]
+def _hashes(sequences: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
+    """A hash of each row of `sequences` [N, size]: [N]."""
+    hashes = np.zeros(len(sequences), np.uint64)
+    for tokens in sequences.T:
+        hashes = hashes * _FACTOR + tokens.astype(np.uint64) + np.uint64(1)
     return hashes
