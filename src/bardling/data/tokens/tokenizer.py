@@ -115,6 +115,16 @@ class Tokenizer:
         return (), ()
 
     @property
+    def content(self) -> Mapping[str, Any]:
+        """The content of the `tokenizer.json`."""
+        return self._content
+
+    @property
+    def tokens(self) -> Sequence[str | None]:
+        """The token of each id, as the file writes it; None for an id without a token."""
+        return self._tokens
+
+    @property
     def data_key(self) -> str:
         """Names all that determines the tokens of documents: the fingerprint, and what differs from a plain tokenizer."""
         guessed = next((self._tokens.index(token) for token in _EOT_NAMES if token in self._tokens), None)
