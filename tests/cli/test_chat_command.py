@@ -6,13 +6,16 @@ import os
 import pty
 import re
 import select
+import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bardling.cli.main import COMMANDS, main
+from bardling.cli.chat import _Interrupts
+from bardling.cli.main import main
+from bardling.errors import Terminated
 from chat_models import write_scripted_model
 
 ANSWER = "A\x1b[31m\tB\r"  # colours the terminal, if it arrives there
@@ -156,10 +159,6 @@ def test_a_faulty_template_is_named(chat: Any, models: Path, tmp_path: Path) -> 
     assert err.startswith(f"bardling: {folder}/chat_template.jinja: line 2: SecurityError: ")
 
 
-def test_the_command_is_listed() -> None:
-    assert "chat" in COMMANDS
-
-
 # ---- on a terminal ----
 
 
@@ -237,3 +236,33 @@ def test_ctrl_c_ends_the_answer_and_at_the_prompt_the_chat(models: Path, tmp_pat
     assert all(5 < len(message["content"]) < 15000 for message in messages[1::2])
     terminal.type("\x03")
     assert terminal.status() == 0
+
+
+def test_the_prompt_stays_out_of_a_file_that_collects_the_answers(
+    models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ours, theirs = pty.openpty()
+    os.write(ours, b"hi\n\x04")  # Ctrl-D
+    with os.fdopen(theirs) as terminal:
+        monkeypatch.setattr(sys, "stdin", terminal)
+        main(["chat", str(models / "chat"), "--temperature", "0", "--seed", "1", "--device", "cpu"])
+    os.close(ours)
+    printed = capsys.readouterr()
+    assert printed.out == f"{SHOWN}\n\n"
+    assert printed.err == "bardling: /help lists the commands, Ctrl-D leaves\n> > "
+
+
+def test_a_second_ctrl_c_during_an_answer_ends_the_command() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    interrupts = _Interrupts()
+    with interrupts:
+        with interrupts.during_answer():
+            signal.raise_signal(signal.SIGINT)
+            assert interrupts.requested
+            with pytest.raises(Terminated):
+                signal.raise_signal(signal.SIGINT)
+        with interrupts.during_answer():
+            assert not interrupts.requested
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before

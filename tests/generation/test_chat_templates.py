@@ -16,6 +16,7 @@ from bardling.data.tokens.text_interface import TextFiles, TextInterface
 from bardling.data.tokens.tokenizer import load_tokenizer
 from bardling.errors import UserError
 from bardling.generation.chat import ChatTemplate, chat_prompt_ids, render_chat
+from bardling.generation.chat_process import rendered
 from chat_models import FORMATS, write_chat_tokenizer
 
 WORDS = [
@@ -74,6 +75,40 @@ def test_texts_and_ids_are_those_of_transformers(name: str, tmp_path: Path) -> N
             ids = theirs.apply_chat_template(messages, add_generation_prompt=True).input_ids
             assert chat_prompt_ids(tokenizer, messages, template) == ids
     assert refused == 0 if name in ("chatml", "llama3", "json") else 0 < refused < 25
+
+
+SNIPPETS = [
+    "{% macro say(m, end='') %}{{ m.role|upper }}{{ caller() if caller }}{{ end }}{% endmacro %}"
+    "{% call say(messages[0], end='!') %}<{{ messages|length }}>{% endcall %}",
+    "{%- for m in messages -%}\n  {{ loop.index }}/{{ loop.length }} {{ loop.previtem.role if not loop.first }}\n{% endfor %}",
+    "  {% if true %}\n    indented\n  {% endif %}\n{#- comment -#}\n  {{ '  a ' | trim }}  \n\n",
+    "{{ messages|selectattr('role', 'equalto', 'user')|map(attribute='content')|join(', ') }}{{ messages[-1:]|list }}",
+    "{% set ns = namespace(a=1, b={'c': [1, 2]}) %}{% set ns.a = ns.a + 1 %}{{ ns.a }}{{ ns.b.c|last }}{{ ns.x is undefined }}",
+    "{{ 'é<b>&\"' | tojson }}{{ {'z': 1, 'a': [none, true, 1.5]} | tojson(indent=4) }}",
+    "{{ [1] | tojson(separators=(',', ':')) }}{{ {'z': 1, 'a': 2} | tojson(sort_keys=true) }}{{ 'é' | tojson(true) }}",
+    "{{ dict([('a', 1)], b=2) }}{{ dict.fromkeys('ab', 0) }}{{ 5 // 2 }}{{ 2 ** 10 }}{{ 7 % 3 }}{{ -3 | abs }}",
+    "{{ '%05d' % 42 }}{{ '{:>5}'.format('x') }}{{ 'a' 'b' }}{{ 1 if false }}{{ 'x' if false else 'y' }}{{ 'abc'[::-1] }}",
+    "{% for c in 'abcdef' %}{% if c == 'b' %}{% continue %}{% elif c == 'e' %}{% break %}{% endif %}{{ c }}{% endfor %}",
+    "{% set x %}block{% for i in range(3) %}{{ i }}{% endfor %}{% endset %}{{ x }}{% filter upper %}{{ x }}{% endfilter %}",
+    "{% generation %}a{% if true %}b{% generation %}c{% endgeneration %}{% endif %}{% endgeneration %}\n{{ missing }}",
+    "{{ tools }}{{ documents }}{{ add_generation_prompt }}{{ bos_token }}{{ eos_token }}{{ pad_token }}{{ unk_token }}",
+    "{% set m = messages[0] %}{{ m }}{{ m.items()|list }}{{ m.get('x', 'none') }}{{ 'role' in m }}{{ m is mapping }}",
+    "{{ strftime_now('%Y')|length }}{{ '<b>'|e }}{{ '<b>'|safe }}{{ 'a\\nb'|indent(2) }}{{ 'A b'|title }}{{ [3, 1]|sort }}",
+    "{% raw %}{{ not rendered }}{% endraw %}{{ messages[0].content is string }}{{ (1, 2)[0] }}\r\nx\ry\n",
+]
+
+
+def test_everything_that_templates_use_is_rendered_as_transformers_does(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    write_chat_tokenizer(tmp_path, "chatml")
+    tokenizer, theirs = load_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    variables = {**tokenizer.interface.special_tokens, "tools": None, "documents": None}
+    for messages in (HI, [{"role": "system", "content": "é"}, *HI, {"role": "assistant", "content": "<ok>\n"}]):
+        for prompt in (False, True):
+            given = variables | {"messages": messages, "add_generation_prompt": prompt}
+            for snippet in SNIPPETS:
+                options = {"chat_template": snippet, "tokenize": False, "add_generation_prompt": prompt}
+                assert rendered(snippet, given, 1000) == {"text": theirs.apply_chat_template(messages, **options)}
 
 
 def test_one_text_without_a_kept_template(tmp_path: Path) -> None:
