@@ -5,6 +5,7 @@ context and its endings) are batched by length, divided among the processes, and
 the division. Every process makes the same number of forward passes: one without a batch in some turn evaluates a dummy.
 """
 
+import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -68,6 +69,7 @@ def score_endings(
     *,
     precision: Precision,
     context: Context,
+    greedy: bool = True,
     batch_tokens: int | None = None,
     stop_requested: Callable[[], bool] = lambda: False,
     progress: Callable[[int, int], None] | None = None,
@@ -78,6 +80,7 @@ def score_endings(
         model: on the context's device; not compiled, since every batch has a different shape.
         mine: this process's groups.
         shape: number of groups of all processes, and the most endings of one.
+        greedy: also find out which tokens are the likeliest.
         batch_tokens: tokens per batch of one process, padding included and the context counted with each ending: the keys and
             values of this many are held at a time. A single group may exceed it. None for a value that suits the device.
         stop_requested: called before each batch. progress: called with (groups done, groups in all), where with several
@@ -85,7 +88,7 @@ def score_endings(
 
     Returns:
         float64 [2, *shape] in host memory, the same in every process, and for every number of processes: the loss of each
-        ending, summed over its tokens (nats), and how many of its tokens are the likeliest ones in their places.
+        ending, summed over its tokens (nats), and, with `greedy`, how many of its tokens are the likeliest in their places.
 
     Raises:
         Interrupted: `stop_requested` returned true in any process.
@@ -99,7 +102,7 @@ def score_endings(
             if context.any(stop_requested()):
                 raise Interrupted
             batch = batches[turn - 1] if turn <= len(batches) else []
-            scores = _score(model, batch or [_DUMMY], precision, context.device, context_pass)
+            scores = _score(model, batch or [_DUMMY], precision, context.device, context_pass, greedy)
             for group in batch:
                 count = len(group.endings)
                 table[:, group.index, :count], scores = scores[:, :count], scores[:, count:]
@@ -108,6 +111,70 @@ def score_endings(
                 share = round(shape[0] * done / max(len(mine), 1))
                 progress(shape[0] if turn == len(with_context) else min(share, shape[0] - 1), shape[0])
     return context.sum(table)
+
+
+@dataclass(frozen=True)
+class Score:
+    """How a model predicts a continuation."""
+
+    loss: float  # summed over its tokens (nats)
+    tokens: int
+    greedy: bool  # whether each of its tokens is the likeliest one in its place; False if that was not asked for
+
+
+def score_pairs(
+    model: GPT,
+    pairs: Sequence[tuple[Ids, Ids]],
+    *,
+    precision: Precision,
+    context: Context,
+    greedy: bool = True,
+    batch_tokens: int | None = None,
+    stop_requested: Callable[[], bool] = lambda: False,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Score]:
+    """Score pairs of a context (at least one token) and a continuation of any length; of a context that is too long, the model
+    sees the end. Equal contexts are computed once. All processes give the same pairs and get the same result; further arguments
+    as in `score_endings`."""
+    limit = batch_tokens or BATCH_TOKENS.get(context.device.type, 2048)
+    contexts: dict[bytes, dict[bytes, None]] = {}  # of each, its continuations
+    size = model.config.block_size
+    parts = [[(before.tobytes(), after.tobytes()) for before, after in windows(*pair, size)] for pair in pairs]
+    for before, after in itertools.chain.from_iterable(parts):
+        contexts.setdefault(before, {})[after] = None
+    groups: list[Group] = []
+    places: dict[tuple[bytes, bytes], tuple[int, int]] = {}  # group and ending
+    for before, continuations in contexts.items():
+        endings, ids = sorted(continuations, key=len), _ids(before)
+        while endings:  # as many as fit into a batch, and at least one
+            count = sum(number * (len(ids) - 1 + len(_ids(each))) <= limit for number, each in enumerate(endings, 1))
+            taken, endings = endings[: max(count, 1)], endings[max(count, 1) :]
+            places.update(((before, each), (len(groups), number)) for number, each in enumerate(taken))
+            groups.append(Group(len(groups), ids, tuple(map(_ids, taken))))
+    mine = share_of([sum(group.widths) * len(group.endings) for group in groups], context)
+    table = score_endings(
+        model,
+        [groups[index] for index in mine],
+        (len(groups), max((len(group.endings) for group in groups), default=0)),
+        precision=precision,
+        context=context,
+        greedy=greedy,
+        batch_tokens=limit,
+        stop_requested=stop_requested,
+        progress=progress,
+    )
+    losses, hits = table.tolist()
+
+    def whole(part: Sequence[tuple[bytes, bytes]], tokens: int) -> Score:
+        found = [places[one] for one in part]
+        likeliest = sum(hits[group][ending] for group, ending in found)
+        return Score(sum(losses[group][ending] for group, ending in found), tokens, greedy and likeliest == tokens)
+
+    return [whole(part, len(after)) for part, (_, after) in zip(parts, pairs, strict=True)]
+
+
+def _ids(key: bytes) -> Ids:
+    return np.frombuffer(key, np.int64)
 
 
 def _agree_on_passes(batches: Sequence[Sequence[Group]], context: Context) -> list[bool]:
@@ -135,7 +202,9 @@ def _batches(groups: Sequence[Group], batch_tokens: int, block_size: int) -> lis
     return batches[:1] + others
 
 
-def _score(model: GPT, batch: Sequence[Group], precision: Precision, device: torch.device, context_pass: bool) -> Tensor:
+def _score(
+    model: GPT, batch: Sequence[Group], precision: Precision, device: torch.device, context_pass: bool, greedy: bool
+) -> Tensor:
     """Loss and number of likeliest tokens of every ending of the batch, one group's after another's: float64 [2, endings], in
     host memory. `context_pass`: make a forward pass for contexts even if this batch has none, because another process does."""
     before, after = (max(widths) for widths in zip(*(group.widths for group in batch), strict=True))
@@ -161,5 +230,6 @@ def _score(model: GPT, batch: Sequence[Group], precision: Precision, device: tor
         elif context_pass:
             model(torch.zeros(1, 1, dtype=torch.int64, device=device), output="hidden")
         tokens, wanted = torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device)
-        scores: Tensor = model(tokens, wanted, cache=cache, output="scores")  # [2, endings, after]
+        scores: Tensor = model(tokens, wanted, reduction="none", cache=cache, output="scores" if greedy else "loss")
+    scores = scores if greedy else torch.stack([scores, torch.zeros_like(scores)])  # [2, endings, after]
     return scores.cpu().double().sum(2)

@@ -130,6 +130,7 @@ def evaluate_choices(
         (len(items), width),
         precision=precision,
         context=context,
+        greedy=False,
         batch_tokens=batch_tokens,
         stop_requested=stop_requested,
         progress=progress,

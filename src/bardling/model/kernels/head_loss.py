@@ -97,6 +97,11 @@ def _chunked_loss(
 ) -> Tensor:
     """Loss of each token [N], without gradients; with `greedy`, and whether it is the likeliest [2, N]."""
     wide, losses = _wide(hidden.dtype), []
+    if is_eager_cpu(targets) and not bool((counted := targets != IGNORE).all()):  # compute no logits where none are needed
+        found = _chunked_loss(hidden[counted], weight, targets[counted], vocab_size, dtype, softcap, greedy)
+        every = found.new_zeros(*found.shape[:-1], targets.numel())
+        every[..., counted] = found
+        return every
     with torch.autocast(hidden.device.type, enabled=False):
         rows = head_rows(weight, vocab_size)
         head = weight[:rows].to(dtype)  # [V, C]
