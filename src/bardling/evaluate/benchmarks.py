@@ -40,10 +40,11 @@ class Subject:
 class Metric:
     """One result of a task."""
 
-    name: str  # in records: accuracy, acc_norm, ...
+    name: str  # in records: accuracy, acc_norm, ...; empty: not in records
     value: float
     stderr: float | None = None
     note: str = ""  # what it is, for people
+    stderr_name: str = ""  # in records, unless it is the metric's name with _stderr
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,15 @@ class Scores:
     metrics: tuple[Metric, ...]
     items: int
     notes: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, float]:
+        """The metrics by name, with their standard errors."""
+        found = {}
+        for metric in (metric for metric in self.metrics if metric.name):
+            found[metric.name] = metric.value
+            if metric.stderr is not None:
+                found[metric.stderr_name or f"{metric.name}_stderr"] = metric.stderr
+        return found
 
 
 class Benchmark(Protocol):
@@ -140,9 +150,9 @@ class ChoiceTask:
             progress=subject.reporting(self.name),
         )
         metrics = (
-            Metric("accuracy_norm", *_accuracy(result, "tokens"), "accuracy, ending losses normalised by tokens"),
+            Metric("accuracy_norm", *_accuracy(result, "tokens"), "accuracy, ending losses normalised by tokens", "stderr"),
             Metric("accuracy", *_accuracy(result, "sum"), "accuracy, not normalised"),
-            Metric("accuracy_characters", *_accuracy(result, "characters"), "accuracy, normalised by characters"),
+            Metric("", *_accuracy(result, "characters"), "accuracy, normalised by characters"),
         )
         notes = [f"{result.total:,} of {self.available:,} items, {result.items_per_second:.1f} items/s"]
         if result.cut_contexts or result.cut_endings:
