@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import lm_eval.models  # noqa: F401  registers lm-eval's own models, which it does itself only while there are no others
 import numpy as np
+import torch
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
@@ -136,6 +137,8 @@ class _Finished:
 def _opened(path: str, best: bool, device: str, precision: Literal["auto", "float32", "bfloat16", "float16"]) -> Subject:
     if not path:
         raise UserError("--model_args: name the model, as in --model_args path=runs/first")
+    if device.startswith("cuda") and not torch.cuda.is_available():  # lm-eval's command says cuda:0 unless told otherwise
+        device = "auto"
     loaded, chosen = load(path, best=best), choose_device(device)
     model, bar = loaded.build().to(chosen), ProgressBar(unit="contexts")
     return Subject(

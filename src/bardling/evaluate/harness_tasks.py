@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +71,7 @@ def _is_file(rest: str) -> bool:
 
 def _load(rest: str, spec: str) -> tuple[dict[str, Any], dict[str, int]]:
     """What lm-eval's task manager finds, and the number of items of each task."""
-    from lm_eval.tasks import TaskManager
-
-    manager = TaskManager(include_defaults=not _is_file(rest))
+    manager = _manager(built_in=not _is_file(rest))
     if not _is_file(rest) and rest not in manager.all_tasks:
         hint = closest(rest, manager.all_tasks)
         raise UserError(f"task {spec}: lm-eval has no such task{hint}; `lm-eval ls tasks` lists them")
@@ -82,6 +81,14 @@ def _load(rest: str, spec: str) -> tuple[dict[str, Any], dict[str, int]]:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=_SEED)
     return found, {name: len(task.eval_docs) for name, task in found["tasks"].items()}
+
+
+@cache
+def _manager(*, built_in: bool) -> Any:
+    """lm-eval's task manager. To find its own tasks, it reads thousands of files."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_defaults=built_in)
 
 
 def _choose(size: int, count: int | None, seed: int) -> list[int] | None:
@@ -97,6 +104,10 @@ class HarnessTask:
     tasks: Mapping[str, Any] = field(repr=False)  # what lm-eval's task manager has found
     chosen: Mapping[str, list[int] | None] = field(repr=False)
     available: int
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What other processes need: the tasks stay in the primary one."""
+        return {**vars(self), "tasks": {}}
 
     def check(self, tokenizer: Tokenizer, config: ModelConfig) -> None:
         """Nothing to check: lm-eval writes the texts when it needs them."""
