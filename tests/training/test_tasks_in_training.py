@@ -14,9 +14,6 @@ ITEMS = [
     {"query": "The king and the", "choices": ["queen", "zzzz"], "gold": 0},
     {"query": "x", "choices": ["zz", "day"], "gold": 0},
 ]
-    {"query": "The king and the", "choices": ["queen", "zzzz"], "gold": 0},
-    {"query": "x", "choices": ["zz", "day"], "gold": 0},
-]
 
 
 @pytest.fixture
