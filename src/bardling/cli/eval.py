@@ -153,13 +153,13 @@ def _about_data(found: "Sequence[Measured]", wanted: "Wanted") -> Rows:
 
     rows: Rows = []
     datasets = {measured.dataset.path: measured for measured in found if measured.dataset is not None}
-    for measured in datasets.values():
+    for number, measured in enumerate(datasets.values()):
         dataset, loss = measured.dataset, measured.loss
         assert dataset is not None
         assert loss is not None
-        if wanted.windows is None:
-            baselines = compressor_bits_per_byte(dataset).items()
-            rows += [(f"  {name}", f"{bits:.4f} bits per byte on the same text") for name, bits in baselines]
+        if wanted.windows is None and (number == 0 or wanted.data is None):  # else it is the same text in other tokens
+            indent, baselines = "  " if len(found) == 1 else "", compressor_bits_per_byte(dataset).items()
+            rows += [(f"{indent}{name}", f"{bits:.4f} bits per byte on the same text") for name, bits in baselines]
         rows.append(("measured on", f"{loss.tokens:,} tokens of {dataset.path}"))
         if wanted.data is not None and measured.run is not None:
             rows.append(("overlap", _overlap(dataset, measured.run)))
