@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from serve_help import TEMPLATE, running_server, write_folder
 
 import bardling
 from bardling.model.gpt import GPT
-from serve_help import TEMPLATE, running_server, write_folder
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,9 @@ from bardling.serve.server import Running, serve
 from bardling.serve.settings import Settings
 
 CONFIG = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=128, vocab_size=257, init_std=0.2)
-TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 
 
 @dataclasses.dataclass

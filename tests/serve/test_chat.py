@@ -2,7 +2,6 @@
 
 import openai
 import pytest
-
 from serve_help import running_server, write_folder
 
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hello"}]
@@ -60,7 +59,8 @@ def test_by_default_a_chat_fills_the_context(served):
 
 
 @pytest.mark.parametrize(
-    "messages", [None, [], "hello", [{"role": "user"}], [{"role": "king", "content": "x"}], [{"role": "user", "content": 5}], [7]]
+    "messages",
+    [None, [], "hello", [{"role": "user"}], [{"role": "king", "content": "x"}], [{"role": "user", "content": 5}], [7]],
 )
 def test_malformed_messages(served, messages):
     assert served.post("/v1/chat/completions", status=400, messages=messages)["error"]["param"] == "messages"

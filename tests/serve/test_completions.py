@@ -2,7 +2,6 @@
 
 import openai
 import pytest
-
 from serve_help import CONFIG, running_server, sse, write_folder
 
 PROMPT = "The king and the"

@@ -4,10 +4,10 @@ import re
 import socket
 
 import pytest
+from serve_help import running_server
 
 from bardling.errors import UserError
 from bardling.serve.settings import Settings
-from serve_help import running_server
 
 KEY = "a-secret-of-the-tests"
 

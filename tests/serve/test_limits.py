@@ -5,7 +5,6 @@ import json
 import threading
 
 import pytest
-
 from serve_help import CONFIG, running_server, write_folder
 
 LONG = {"prompt": "a", "max_tokens": 4_000, "logit_bias": {"256": -100}, "seed": 1}
@@ -57,7 +56,8 @@ def test_a_disconnected_client_frees_its_slot(folder, stream):
 
 def test_a_full_queue_is_answered_with_429(folder):
     with running_server(folder, slots=1, queue=1) as served:
-        running, waiting = Stream(served), threading.Thread(target=served.post, args=("/v1/completions",), kwargs={"prompt": "b"})
+        running = Stream(served)
+        waiting = threading.Thread(target=served.post, args=("/v1/completions",), kwargs={"prompt": "b"})
         waiting.start()
         wait_until(lambda: served.metric("completions_waiting") == 1)
         answer = served.http.post("/v1/completions", json=LONG)

@@ -4,13 +4,13 @@ import dataclasses
 import shutil
 
 import pytest
+from serve_help import CONFIG, running_server, write_folder
 
 import bardling
 from bardling.checkpoint.export import export_nanogpt
 from bardling.config.recipes import config_from_dict
 from bardling.data.tokens.tokenizer import load_tokenizer
 from bardling.errors import UserError
-from serve_help import CONFIG, running_server, write_folder
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,8 @@ def test_models_in_use_stay(tmp_path):
     with running_server(*folders, memory=size) as served:
         body = {"model": "one", "prompt": "a", "max_tokens": 4_000, "stream": True, "logit_bias": {"256": -100}}
         with served.http.stream("POST", "/v1/completions", json=body) as stream:
-            next(stream.iter_lines())
+            lines = stream.iter_lines()
+            next(lines)
             answer = served.http.post("/v1/completions", json={"model": "two", "prompt": "a"})
         assert answer.status_code == 503
         assert answer.json()["error"]["code"] == "out_of_memory"

@@ -10,9 +10,9 @@ import sys
 import urllib.request
 
 import pytest
+from serve_help import write_folder
 
 from bardling.cli.main import main
-from serve_help import write_folder
 
 
 def start(*argv, **environment):

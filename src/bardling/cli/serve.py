@@ -1,8 +1,8 @@
 """`bardling serve MODEL ...`: an HTTP server with OpenAI's interface for one or several models."""
 
+import dataclasses
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _RUNS = Path("runs")
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class ServeOptions:
     models: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="MODEL [MODEL ...]")]] = ()
     """Runs, each with all its checkpoints; checkpoints, model folders, gpt2 or USER/REPO on the hub. The first one is the
@@ -67,25 +67,24 @@ def run(argv: Sequence[str]) -> None:
         if (error.name or "").partition(".")[0] not in ("starlette", "uvicorn", "sse_starlette"):
             raise
         raise UserError(f"serving needs the package {error.name}: pip install 'bardling[serve]'") from None
-    names = ("host", "port", "allow_origin", "insecure", "device", "weights", "best", "slots", "queue")
-    names += ("max_body", "max_tokens", "timeout", "drain")
-    settings = Settings(
-        **{name: getattr(options, name) for name in names},
-        api_key=os.environ.get("BARDLING_API_KEY", "") if options.api_key is None else options.api_key,
-        memory=None if options.memory_gb is None else int(options.memory_gb * 1e9),
-    )
+    given = {item.name: getattr(options, item.name) for item in dataclasses.fields(options)}
+    names, memory = given.pop("models"), given.pop("memory_gb")
+    if options.api_key is None:
+        given["api_key"] = os.environ.get("BARDLING_API_KEY", "")
+    settings = Settings(**given, memory=memory and int(memory * 1e9))
 
     def ready(running: "Running") -> None:
         _print_start(running.url, running.models, settings.api_key != "")
 
-    serve(options.models, settings, ready=ready, note=note)
+    serve(names, settings, ready=ready, note=note)
 
 
 def _existing_runs() -> str:
     """What can be served: the runs in this folder."""
-    runs = sorted((path.parent for path in _RUNS.glob("*/config.toml")), key=lambda path: path.stat().st_mtime, reverse=True)
+    files = sorted(_RUNS.glob("*/config.toml"), key=lambda file: file.stat().st_mtime, reverse=True)
+    runs = [file.parent for file in files]
     if not runs:
-        return "there are no runs in runs/; `bardling train quickstart --out runs/first` makes one, and `bardling serve gpt2` works too"
+        return "a run (there is none in runs/; `bardling train quickstart --out runs/first` makes one), or gpt2"
     shown = ", ".join(shell_path(path) for path in runs[:10])
     more = f" and {len(runs) - 10} more" if len(runs) > 10 else ""
     return f"`bardling serve {shell_path(runs[0])}`; runs here: {shown}{more}"
@@ -105,7 +104,7 @@ def _print_start(url: str, models: "Models", has_key: bool) -> None:
         ("key", "needed" if has_key else "none needed"),
     ]
     print_rows(rows)
-    key = " -H \"Authorization: Bearer $BARDLING_API_KEY\"" if has_key else ""
+    key = ' -H "Authorization: Bearer $BARDLING_API_KEY"' if has_key else ""
     body = f'{{"model": "{first}", "prompt": "The", "max_tokens": 40}}'
     print(f"\ncurl {url}/v1/completions{key} -H 'Content-Type: application/json' -d '{body}'\n")
     print(f"Next: open {url}/ in a browser, or run the command above; Ctrl-C stops the server.", flush=True)

@@ -110,9 +110,7 @@ class Answer:
         deadline: when it must be complete, in the event loop's time.
     """
 
-    def __init__(
-        self, generation: Generation, prompts: Sequence[Encoded], loaded: Loaded, job: Job, deadline: float
-    ) -> None:
+    def __init__(self, generation: Generation, prompts: Sequence[Encoded], loaded: Loaded, job: Job, deadline: float) -> None:
         self._generation, self._prompts, self._job, self._deadline = generation, prompts, job, deadline
         self._shapes = Shapes(generation, loaded.name, loaded.tokenizer)
         scored = generation.sampling.logprobs is not None

@@ -160,8 +160,8 @@ def page() -> tuple[str, str]:
         digests = (base64.b64encode(hashlib.sha256(content.encode()).digest()).decode() for content in contents)
         return " ".join(f"'sha256-{digest}'" for digest in digests) or "'none'"
 
-    policy = f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; connect-src 'self'; img-src data:; "
-    return text, policy + "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    own = f"script-src {hashes('script')}; style-src {hashes('style')}; connect-src 'self'; img-src data:"
+    return text, f"default-src 'none'; {own}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 
 
 async def _while_connected(request: Request, work: Awaitable[T]) -> T:

@@ -105,7 +105,7 @@ class Guard:
             raise ApiError(403, f"Host: {host[:100]!r} is not a name of this server; use {sorted(known)[0]}", code="wrong_host")
         origin = headers.get("origin")
         if origin not in (None, f"http://{host}", f"https://{host}", self._settings.allow_origin or None):
-            message = f"pages of {str(origin)[:100]!r} may not use this server; start it with --allow_origin to allow one origin"
+            message = f"pages of {str(origin)[:100]!r} may not use this server; --allow_origin allows one origin"
             raise ApiError(403, message, code="wrong_origin")
 
     def _check_key(self, headers: Headers) -> None:
@@ -114,7 +114,8 @@ class Guard:
         scheme, _, key = headers.get("authorization", "").partition(" ")
         given = key.strip().encode("latin-1", "replace")
         if scheme.lower() != "bearer" or not hmac.compare_digest(given, self._settings.api_key.encode()):
-            raise ApiError(401, "this server needs an API key: send the header 'Authorization: Bearer KEY'", code="invalid_api_key")
+            message = "this server needs an API key: send the header 'Authorization: Bearer KEY'"
+            raise ApiError(401, message, code="invalid_api_key")
 
     def _cors(self, headers: Headers) -> dict[str, str]:
         allowed = self._settings.allow_origin

@@ -128,18 +128,16 @@ def completion_logprobs(tokenizer: Tokenizer, entries: Iterable[Entry]) -> dict[
     for entry in entries:
         score = entry.score
         text = token_text(tokenizer, score.token)
-        top = [{"id": token, "text": token_text(tokenizer, token), "logprob": _number(value)} for token, value in score.top]
+        top = [(token, token_text(tokenizer, token), _number(value)) for token, value in score.top]
         alternatives: dict[str, float | None] = {}
-        for each in top:
-            alternatives.setdefault(each["text"], each["logprob"])  # the likeliest of several with the same text
-        if score.logprob is not None:
-            alternatives.setdefault(text, _number(score.logprob))
+        for _, name, value in [*top, (score.token, text, _number(score.logprob))]:
+            alternatives.setdefault(name, value)  # the likeliest of several with the same text
         result["tokens"].append(text)
         result["token_logprobs"].append(_number(score.logprob))
         result["top_logprobs"].append(None if score.logprob is None else alternatives)
         result["text_offset"].append(entry.offset)
         ids.append(score.token)
-        tops.append(top)
+        tops.append([{"id": token, "text": name, "logprob": value} for token, name, value in top])
     return {**result, "bardling": {"ids": ids, "top": tops}}
 
 

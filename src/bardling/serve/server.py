@@ -42,9 +42,7 @@ class Running:
     stop: Callable[[], object]  # as the first signal does; from any thread
 
 
-def serve(
-    specs: Sequence[str], settings: Settings, *, ready: Callable[[Running], None], note: Callable[[str], None]
-) -> None:
+def serve(specs: Sequence[str], settings: Settings, *, ready: Callable[[Running], None], note: Callable[[str], None]) -> None:
     """Serve models until a signal arrives, if this is the main thread, or `Running.stop` is called.
 
     Args:
@@ -157,8 +155,9 @@ def _bind(host: str, port: int) -> socket.socket:
     """A socket at this address; it does not accept connections yet."""
     where = f"--host {host} --port {port}"
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        listener = socket.socket(family, socket.SOCK_STREAM)
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        family, kind, protocol, _, address = found
+        listener = socket.socket(family, kind, protocol)  # without the protocol, asyncio leaves out TCP_NODELAY
     except (OSError, UnicodeError) as error:
         raise UserError(f"{where}: cannot be used ({error}): choose an address of this machine") from None
     try:

@@ -140,7 +140,7 @@ class Worker:
                 self._obey()
                 if self._owners and not self._stopping:
                     self._hand_over(self._engine.step())
-        except Exception as error:  # whatever a model raises ends its requests, not the server
+        except Exception as error:  # noqa: BLE001  whatever a model raises ends its requests, not the server
             if not isinstance(error, UserError):
                 _log.exception("the model failed and will be loaded again")
             reason = str(error) if isinstance(error, UserError) else "the model failed; see the server's log"
