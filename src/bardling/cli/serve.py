@@ -13,7 +13,6 @@ from bardling.errors import UserError
 from bardling.files.paths import shell_path
 
 if TYPE_CHECKING:
-    from bardling.serve.models import Models
     from bardling.serve.server import Running
 
 _RUNS = Path("runs")
@@ -73,10 +72,7 @@ def run(argv: Sequence[str]) -> None:
         given["api_key"] = os.environ.get("BARDLING_API_KEY", "")
     settings = Settings(**given, memory=memory and int(memory * 1e9))
 
-    def ready(running: "Running") -> None:
-        _print_start(running.url, running.models, settings.api_key != "")
-
-    serve(names, settings, ready=ready, note=note)
+    serve(names, settings, ready=lambda running: _print_start(running, settings.api_key != ""), note=note)
 
 
 def _existing_runs() -> str:
@@ -90,10 +86,11 @@ def _existing_runs() -> str:
     return f"`bardling serve {shell_path(runs[0])}`; runs here: {shown}{more}"
 
 
-def _print_start(url: str, models: "Models", has_key: bool) -> None:
+def _print_start(running: "Running", has_key: bool) -> None:
     from bardling.cli.tables import print_rows
     from bardling.monitor.format import size_bytes
 
+    url, models = running.url, running.models
     listed = models.catalog.models()
     first = listed[0].id
     limit = "" if models.limit is None else f" of {size_bytes(models.limit)}"
