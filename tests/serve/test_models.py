@@ -43,7 +43,9 @@ def test_a_damaged_checkpoint_is_refused_and_others_work(run, tmp_path):
     shutil.copytree(run, tmp_path / "first")
     with running_server(tmp_path / "first") as served:
         file = tmp_path / "first" / "checkpoints" / "step-000020" / "model.safetensors"
-        file.write_bytes(file.read_bytes()[:-50])
+        data = bytearray(file.read_bytes())
+        data[-50] ^= 1
+        file.write_bytes(data)
         error = served.post("/v1/completions", status=500, model="first@step-000020", prompt="a")["error"]
         assert error["code"] == "model_unavailable"
         assert "Traceback" not in error["message"]
@@ -68,7 +70,7 @@ def test_idle_models_make_room(tmp_path):
     folders = [write_folder(tmp_path / name, seed=seed) for seed, name in enumerate(("one", "two", "three"))]
     with running_server(folders[0], slots=2) as served:
         size = int(served.metric("models_bytes"))
-    with running_server(*folders, slots=2, memory=2 * size) as served:
+    with running_server(*folders, slots=2, memory_gb=2 * size / 1e9 + 1e-9) as served:
 
         def loaded():
             return [each["id"] for each in served.http.get("/v1/models").json()["data"] if each["bardling"]["loaded"]]
@@ -92,7 +94,7 @@ def test_models_in_use_stay(tmp_path):
     folders = [write_folder(tmp_path / name, config) for name in ("one", "two")]
     with running_server(folders[0]) as served:
         size = int(served.metric("models_bytes"))
-    with running_server(*folders, memory=size) as served:
+    with running_server(*folders, memory_gb=size / 1e9 + 1e-9) as served:
         body = {"model": "one", "prompt": "a", "max_tokens": 4_000, "stream": True, "logit_bias": {"256": -100}}
         with served.http.stream("POST", "/v1/completions", json=body) as stream:
             lines = stream.iter_lines()
@@ -108,7 +110,7 @@ def test_models_in_use_stay(tmp_path):
 
 def test_a_model_that_never_fits(tmp_path):
     folder = write_folder(tmp_path / "one")
-    with pytest.raises(UserError, match="raise --memory"), running_server(folder, memory=1_000):
+    with pytest.raises(UserError, match="raise --memory_gb"), running_server(folder, memory_gb=1e-5):
         pass
 
 

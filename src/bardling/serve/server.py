@@ -51,8 +51,9 @@ def serve(specs: Sequence[str], settings: Settings, *, ready: Callable[[Running]
         note: called with what happens while it stops.
 
     Raises:
-        UserError: the address cannot be used, or a model cannot be read.
+        UserError: a setting or the address cannot be used, or a model cannot be read.
     """
+    settings.check()
     with contextlib.closing(_bind(settings.host, settings.port)) as listener:
         catalog = Catalog(specs, best=settings.best)
         asyncio.run(_serve(catalog, settings, listener, ready, note))
