@@ -173,13 +173,12 @@ class Models:
                 beside = f", of which other models use {size_bytes(self.size)}" if self.loaded else ""
                 raise ApiError(503, f"{message}{beside}: {advice}", param="model", code="out_of_memory", retry_after=5)
             await self._unload(min(idle, key=lambda key: self.loaded[key].used))
+            gc.collect()  # a model's parts may refer to each other
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
 
     async def _unload(self, key: str) -> None:
         loaded = self.loaded.pop(key)
         await loaded.worker.stop()
         if loaded.template is not None:
             await asyncio.to_thread(loaded.template.close)
-        del loaded
-        gc.collect()  # a model's parts may refer to each other
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
