@@ -1,8 +1,10 @@
-"""Open any model a user points at: a run, one of its checkpoints, a `transformers` folder, a model on the hub, a checkpoint of
-nanoGPT (`ckpt.pt` or its folder) or of nano-gpt (`checkpoint_005000.bin`); and what a resumed run continues from.
+"""Open any model a user points at: a run, one of its checkpoints (its folder, `RUN@step-000400` or `RUN@best`), a folder of
+`transformers`, a model on the hub, a checkpoint of nanoGPT (`ckpt.pt` or its folder) or of nano-gpt (`checkpoint_005000.bin`);
+and what a resumed run continues from.
 """
 
 import dataclasses
+import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -192,9 +194,14 @@ def tokenizer_file(tokenizer: Tokenizer) -> str:
 
 
 def find_checkpoint(path: Path, *, best: bool = False) -> Path:
-    """The checkpoint folder for `path`: itself, or the latest valid (or the best) checkpoint of a run."""
+    """The checkpoint folder for `path`: itself, the checkpoint that `RUN@step-000400` or `RUN@best` names, or the latest valid
+    (or the best) checkpoint of a run."""
     if (path / "config.json").is_file():
         return path
+    if (named := _named_checkpoint(path)) is not None:
+        if best:
+            raise UserError(f"{path}: names a checkpoint already: omit --best")
+        return named
     _refuse_adapter(path, str(path))
     if not (path / "config.toml").is_file():
         _refuse_weights_alone(path)
@@ -209,6 +216,33 @@ def find_checkpoint(path: Path, *, best: bool = False) -> Path:
         kind = "best checkpoint" if best else "checkpoint"
         raise UserError(f"{path}: has no {kind} yet; continue the run with `bardling resume {shell_path(path)}`")
     return found
+
+
+def _named_checkpoint(path: Path) -> Path | None:
+    """The checkpoint that `RUN@step-000400`, `RUN@step-400` or `RUN@best` names; None if `path` does not have this form."""
+    run, at, name = str(path).rpartition("@")
+    if not at or path.exists() or not (Path(run) / "config.toml").is_file():
+        return None
+    store = RunFolder(Path(run)).store()
+    steps = {f"step-{step}": step for step in store.steps()}
+    number = re.sub("^step-0+(?=[0-9])", "step-", name)
+    if number in steps:
+        return store.path(steps[number])
+    if name == "best" and (best := store.best()) is not None:
+        return best
+    names = [*(store.path(step).name for step in steps.values()), *(["best"] if store.best() is not None else [])]
+    raise UserError(f"{path}: no such checkpoint; {run} has {', '.join(names) or 'none yet'}")
+
+
+def checkpoint_specs(spec: str) -> tuple[str, ...]:
+    """`spec` itself, or, for `RUN@all`, `RUN@step-N` for each checkpoint of the run in ascending order."""
+    run = spec.removesuffix("@all")
+    if run == spec or Path(spec).exists():
+        return (spec,)
+    folder = open_run(Path(run))
+    if not (steps := folder.store().steps()):
+        raise UserError(f"{spec}: {run} has no checkpoint yet; continue the run with `bardling resume {shell_path(run)}`")
+    return tuple(f"{run}@step-{step:06d}" for step in steps)
 
 
 def load_tokenizer_of(spec: Path | str) -> Tokenizer:
@@ -227,7 +261,7 @@ def run_of(spec: Path | str) -> RunFolder | None:
         return None
     path = Path(spec)
     if not path.exists():
-        find_checkpoint(path)  # says so
+        path = find_checkpoint(path)
     runs = map(RunFolder, (path, path.absolute().parent.parent))
     return next((run for run in runs if run.config_file.is_file()), None)
 

@@ -11,7 +11,7 @@ from bardling.files.paths import expand_home
 
 T = TypeVar("T")
 
-_SPECS = ("model", "data", "source", "tokenizer", "tasks")
+_SPECS = ("model", "models", "data", "source", "tokenizer", "tasks")
 """Options of type text that may be paths; those of a `RunConfig` are expanded there."""
 
 
