@@ -8,11 +8,11 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from serve_help import TEMPLATE, running_server, write_folder
 
 import bardling
 from bardling.config.recipes import config_from_dict
 from bardling.serve.app import page as page_and_policy
-from serve_help import TEMPLATE, running_server, write_folder
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 PROMPT = "The king and "
@@ -150,9 +150,10 @@ def test_generates_in_place_and_undoes(page, site):
     assert text == PROMPT + choice["text"]
     assert requests[0]["stream"] is True
     assert lengths.evaluate("(lengths) => lengths.size") > 30, "it grew token by token"
-    shades = [shade.split()[1] for shade in page.locator("#write-area .t").evaluate_all("(all) => all.map((one) => one.className)")]
+    classes = page.locator("#write-area .t").evaluate_all("(all) => all.map((one) => one.className)")
     edges = (0.9, 0.5, 0.2, 0.05, 0.01)
-    assert shades == [f"p{sum(math.exp(score) < edge for edge in edges)}" for score in choice["logprobs"]["token_logprobs"]]
+    scores = choice["logprobs"]["token_logprobs"]
+    assert classes == [f"t p{sum(math.exp(score) < edge for edge in edges)}" for score in scores]
     assert page.inner_text("#status").startswith("64 tokens, ")
 
     page.press(WRITE, "Control+z")
@@ -198,16 +199,17 @@ def test_alternatives_from_the_keyboard(page, site):
     assert page.evaluate("document.activeElement.ariaLabel") == "Text to continue"
     page.keyboard.press("Alt+ArrowDown")
     page.keyboard.press("ArrowLeft")
-    current = page.evaluate("document.activeElement.ariaCurrent")
-    assert current == "true", "the token itself is focused"
-    rank = [token["id"] for token in scores["top"][-2]].index(scores["ids"][-2]) if scores["ids"][-2] in [
-        token["id"] for token in scores["top"][-2]] else 10
+    top, token = scores["top"][-2], scores["ids"][-2]
+    shown = [*top, *([] if token in [each["id"] for each in top] else [{"id": token}])]
+    rank = [each["id"] for each in shown].index(token)
+    focused = page.evaluate("[...document.querySelectorAll('#pop .choice')].indexOf(document.activeElement)")
+    assert focused == rank, "the token itself"
     page.keyboard.press("ArrowUp" if rank else "ArrowDown")
     page.keyboard.press("Enter")
     ready(page)
-    expected = scores["top"][-2][rank - 1 if rank else 1]
-    assert requests[1]["prompt"][-1] == expected["id"]
-    assert page.input_value(WRITE).startswith(text[:-2] + expected["text"])
+    chosen = shown[rank - 1 if rank else 1]
+    assert requests[1]["prompt"][-1] == chosen["id"]
+    assert page.input_value(WRITE).startswith(text[:-2] + chosen["text"])
 
 
 def test_tokens_behind_an_edit_lose_their_probabilities(page, site):
@@ -238,35 +240,22 @@ def test_retry_repeats_with_the_next_seed(page):
     assert page.input_value(WRITE) != first
 
 
-def test_sampling_settings_reach_the_server_and_survive_a_reload(page):
+def test_sampling_settings_reach_the_server_and_survive_a_reload(page, site):
     requests = sent(page)
-    for name, value in {"temperature": 1.3, "top_k": 7, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.2, "max_tokens": 9, "seed": 5}.items():
+    values = {"temperature": 1.3, "top_k": 7, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.2, "max_tokens": 9, "seed": 5}
+    for name, value in values.items():
         page.fill(f"#setting-{name}", str(value))
     page.fill("#stop", r"\n")
     go(page, WRITE, PROMPT)
     asked = {name: value for name, value in requests[0].items() if name != "prompt"}
-    assert asked == {
-        "model": "first", "stream": True, "logprobs": 10, "temperature": 1.3, "top_k": 7, "top_p": 0.9, "min_p": 0.1,
-        "repetition_penalty": 1.2, "max_tokens": 9, "seed": 5, "stop": ["\n"],
-    }  # fmt: skip
+    assert asked == {**values, "model": "first", "stream": True, "logprobs": 10, "stop": ["\n"]}
     text, tokens = page.input_value(WRITE), page.locator("#write-area .t").count()
     page.reload()
     ready(page)
     assert (page.input_value(WRITE), page.locator("#write-area .t").count()) == (text, tokens)
     assert page.input_value("#setting-top_k") == "7"
     go(page, WRITE)
-    assert requests[1]["prompt"] == site_ids(page, text)
-
-
-def site_ids(page, text) -> list[int]:
-    return page.evaluate(
-        """async (prompt) => {
-            const response = await fetch("tokenize", { method: "POST", headers: { "Content-Type": "application/json" },
-                body: JSON.stringify({ model: "first", prompt }) });
-            return (await response.json()).tokens;
-        }""",
-        text,
-    )
+    assert requests[1]["prompt"] == site.post("/tokenize", model="first", prompt=text)["tokens"]
 
 
 def test_escape_stops(page):
@@ -294,9 +283,9 @@ def test_eight_checkpoints_continue_one_prompt(page, site):
     texts = [box.input_value() for box in page.locator(".column textarea").all()]
     assert texts == expected
     for before, text, column in zip(texts, texts[1:], page.locator(".column").all()[1:], strict=False):
-        departs = next((place for place, (one, other) in enumerate(zip(before, text, strict=False)) if one != other), None)
-        marked = column.locator(".stack > div").evaluate("(spans) => [...spans.children].findIndex((one) => one.className.includes('departs'))")
-        assert marked == (-1 if departs is None else departs)
+        places = [place for place, (one, other) in enumerate(zip(before, text, strict=False)) if one != other]
+        classes = column.locator(".t").evaluate_all("(all) => all.map((one) => one.className)")
+        assert [place for place, name in enumerate(classes) if "departs" in name] == places[:1]
 
     box = page.locator(".column .area").nth(3).locator(".t").nth(4).bounding_box()  # an alternative in one column
     page.mouse.move(box["x"] + 3, box["y"] + 5)
@@ -313,11 +302,12 @@ def test_the_loss_of_a_text_under_several_checkpoints(page, site):
     page.click("#compare-none")
     for step in (1, 8):
         page.check(f'#chips input[value="first@step-{step:06}"]')
-    page.fill(COMPARE, "The rose and the night met 3 times.")
+    text = "The rose and the night met 3 times."
+    page.fill(COMPARE, text)
     page.click("#second")
     ready(page)
     start = site.http.get("/v1/models/first").json()["bardling"]["document_start"]
-    ids = site.post("/tokenize", model="first", prompt="The rose and the night met 3 times.", add_special_tokens=False)["tokens"]
+    ids = site.post("/tokenize", model="first", prompt=text, add_special_tokens=False)["tokens"]
     for step, shown in zip((1, 8), page.locator(".column header strong").all_inner_texts(), strict=True):
         body = {"model": f"first@step-{step:06}", "prompt": [*start, *ids], "echo": True, "max_tokens": 0, "logprobs": 0}
         scores = [score for score in answer(site, body)["logprobs"]["token_logprobs"] if score is not None]
@@ -339,7 +329,8 @@ def test_loss_per_token_of_a_text_longer_than_the_context(page, site):
         scores += answer(site, body)["logprobs"]["token_logprobs"][len(scores) - begin :]
     scores = [score for score in scores[len(start) :] if score is not None]
     nats, size = -sum(scores), len(text.encode()) - (0 if start else 1)
-    tiles = dict(zip(page.locator("#loss-tiles dt").all_inner_texts(), page.locator("#loss-tiles dd").all_inner_texts(), strict=True))
+    names, values = (page.locator(f"#loss-tiles {tag}").all_inner_texts() for tag in ("dt", "dd"))
+    tiles = dict(zip(names, values, strict=True))
     assert tiles["Tokens"] == str(len(scores))
     assert tiles["Bytes"] == str(size)
     assert float(tiles["Nats per token"]) == pytest.approx(nats / len(scores), abs=6e-4)
@@ -414,9 +405,13 @@ def test_an_api_key_is_asked_for_and_not_stored(open_page, folder):
 
 
 def test_errors_are_told_in_plain_words(page):
+    def refusal(message):
+        return {"json": {"error": {"message": message}}}
+
     answers = [
-        ({"status": 429, "headers": {"Retry-After": "3"}, "json": {"error": {"message": "full"}}}, "The server is busy. Try again in 3 seconds."),
-        ({"status": 400, "json": {"error": {"message": "top_k: too large"}}}, "The server refused this: top_k: too large"),
+        ({"status": 429, "headers": {"Retry-After": "3"}, **refusal("")}, "The server is busy. Try again in 3 seconds."),
+        ({"status": 400, **refusal("top_k: too large")}, "The server refused this: top_k: too large"),
+        ({"status": 503, **refusal("no memory")}, "The server cannot do this now: no memory"),
         ({"status": 500, "body": "<b>oops</b>"}, "The server failed: status 500"),
         ({"body": events({"error": {"message": "out of memory"}})}, "The server stopped: out of memory"),
         ({"body": ""}, "The server ended the text early."),
