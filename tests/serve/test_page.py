@@ -188,6 +188,22 @@ def test_an_alternative_replaces_its_token_and_is_continued(page, site):
     assert page.input_value(WRITE) == text
 
 
+def test_shades_lie_under_their_characters(open_page):
+    """Text field and spans break lines alike: their contents have the same height at every width."""
+    text = "a\tb  c\n\n    wide 漢字 e\u0301 😀 fi ffl\n" + "long" * 60 + " end \n" + "x " * 150 + "\n"
+    for width in (390, 777, 1440):
+        page = open_page(viewport={"width": width, "height": 800})
+        page.fill(WRITE, text)
+        heights = page.locator(WRITE).evaluate(
+            """(box) => {
+                const spans = box.previousElementSibling.getBoundingClientRect().height;
+                Object.assign(box.style, { alignSelf: "start", height: "0" });
+                return [spans, box.scrollHeight];
+            }"""
+        )
+        assert heights[0] == pytest.approx(heights[1], abs=2)
+
+
 def test_alternatives_from_the_keyboard(page, site):
     requests = sent(page)
     go(page, WRITE, PROMPT)
