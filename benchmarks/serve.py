@@ -236,8 +236,6 @@ def running(name: str, command: Sequence[str], port: int, model: str) -> Iterato
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         try:
             yield Server(name, port, process.pid, model) if _answers(process, port, model) else None
-            process.terminate()
-            process.wait(30)
         finally:
             process.kill()
             process.wait()
@@ -280,7 +278,7 @@ def main(argv: Sequence[str]) -> None:
 async def _measure(options: Options, config: ModelConfig, folder: str, tokens: int) -> list[Table]:
     ours = ["-m", "bardling", "serve", folder, "--device", "cpu", "--weights", "float32"]
     theirs = ["-m", "transformers.cli.transformers", "serve", folder, "--device", "cpu", "--dtype", "float32"]
-    batching = [*theirs, "--continuous-batching"]
+    batching = [*theirs, "--continuous-batching", "--cb-max-memory-percent", "0.05"]  # its cache takes all memory otherwise
     commands = {"bardling serve": ours, "transformers serve": theirs, "transformers serve --continuous-batching": batching}
     rates: dict[str, dict[int, list[float]]] = {}
     tables: list[Table] = []
@@ -306,8 +304,6 @@ async def _measure(options: Options, config: ModelConfig, folder: str, tokens: i
                     say(f"speed: {server.name}, {clients} clients")
                     rate = await speed(server, clients, options.speed_seconds, tokens)
                     rates.setdefault(server.name, {}).setdefault(clients, []).append(rate)
-        for server in servers:
-            os.kill(server.pid, signal.SIGCONT)
     return [*tables, _speed_table(rates, config, options, tokens)]
 
 

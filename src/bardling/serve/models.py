@@ -1,9 +1,9 @@
-"""Loaded models: each is opened at its first use, and closed when it is idle and another one needs its memory.
+"""Models in memory: loaded at first use; idle ones are unloaded when another needs the memory, least recently used first.
 
-Method: the memory of a model is that of its weights, and of the keys and values of all slots at full length. Models are loaded
-one after the other, in a thread. If the limit would be exceeded, idle models are closed, the least recently used first.
+Method: a model's memory is that of its weights, plus the KV cache of all slots at full length. Models are loaded one at a time,
+in a thread.
 
-Limits: while a model is loaded, its float32 weights exist a second time for a moment.
+Limits: while a model loads, its float32 weights briefly exist twice.
 """
 
 import asyncio
@@ -164,7 +164,7 @@ class Models:
         return 2 * config.n_layer * config.architecture.kv_width * tokens * torch.float32.itemsize
 
     async def _make_room(self, name: str, needed: int) -> None:
-        """Close idle models until `needed` more bytes fit."""
+        """Unload idle models until `needed` more bytes fit."""
         while self.limit is not None and self.size + needed > self.limit:
             idle = [key for key, each in self.loaded.items() if each.users == 0]
             if not idle:

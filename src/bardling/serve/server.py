@@ -1,7 +1,7 @@
-"""Listening, and stopping.
+"""Runs the server, and stops it gracefully.
 
-The first SIGTERM or Ctrl-C lets running requests finish, for a limited time, while new ones get 503; then the server returns.
-A second signal ends the process at once.
+After the first SIGTERM or Ctrl-C, running requests finish, within a time limit, while new ones get 503. A second signal ends
+the process at once.
 """
 
 import asyncio

@@ -1,4 +1,4 @@
-"""What a server is told at its start: where to listen, who may call, and how much a client may ask for."""
+"""Settings of the server: address, access, models and limits."""
 
 import ipaddress
 import re
@@ -65,8 +65,8 @@ class Settings:
             raise UserError(f"--allow_origin {self.allow_origin}: must be a scheme and a host, such as https://example.org")
         if not (self.is_local or self.api_key or self.insecure):
             raise UserError(
-                f"--host {self.host}: everybody who reaches this address could use the server: set a key in BARDLING_API_KEY, "
-                "listen on 127.0.0.1, or allow it with --insecure"
+                f"--host {self.host}: anyone who reaches this address could use the server: set a key in BARDLING_API_KEY, "
+                "listen on 127.0.0.1, or add --insecure"
             )
 
     @property
