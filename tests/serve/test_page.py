@@ -196,9 +196,10 @@ def test_shades_lie_under_their_characters(open_page):
         page.fill(WRITE, text)
         heights = page.locator(WRITE).evaluate(
             """(box) => {
-                const spans = box.previousElementSibling.getBoundingClientRect().height;
+                const spans = box.previousElementSibling;
+                spans.style.alignSelf = "start";
                 Object.assign(box.style, { alignSelf: "start", height: "0" });
-                return [spans, box.scrollHeight];
+                return [spans.offsetHeight, box.scrollHeight];
             }"""
         )
         assert heights[0] == pytest.approx(heights[1], abs=2)
