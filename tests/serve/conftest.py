@@ -7,6 +7,7 @@ import torch
 from serve_help import TEMPLATE, running_server, write_folder
 
 import bardling
+from bardling.config.recipes import config_from_dict
 from bardling.model.gpt import GPT
 
 
@@ -47,3 +48,22 @@ def scores(model):
             return model(torch.tensor([ids]))[0].log_softmax(-1)
 
     return compute
+
+
+@pytest.fixture(scope="session")
+def run(corpus, tmp_path_factory) -> Path:
+    """The run runs/first, with checkpoints of the steps 10, 20 and 30."""
+    values = {
+        "device": "cpu",
+        "precision": "float32",
+        "compile": "off",
+        "model": {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 64},
+        "data": {"source": str(corpus), "tokenizer": "byte"},
+        "train": {"steps": 30, "batch_size": 2},
+        "eval": {"every": 10, "windows": 2},
+        "sample": {"every": 0},
+        "checkpoint": {"every": 10, "keep_last": 3},
+    }
+    path = tmp_path_factory.mktemp("place") / "runs" / "first"
+    bardling.train(config_from_dict(bardling.RunConfig, values, "test"), path, quiet=True)
+    return path

@@ -1,5 +1,6 @@
 """Who may call the server, and what it answers to everything that is not a request it knows."""
 
+import contextlib
 import re
 import socket
 
@@ -112,12 +113,44 @@ def test_bodies(guarded):
     ],
 )
 def test_malformed_http(guarded, request_text):
-    host, port = guarded.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=20) as connection:
-        connection.sendall(request_text)
+    with connect(guarded, request_text) as connection:
         answer = connection.makefile("rb").read()
     assert re.match(rb"HTTP/1.1 4\d\d ", answer)
     assert b'"invalid_request_error"' in answer or b'"authentication_error"' in answer
+
+
+def connect(served, data: bytes) -> socket.socket:
+    host, port = served.url.removeprefix("http://").split(":")
+    connection = socket.create_connection((host, int(port)), timeout=20)
+    connection.sendall(data)
+    return connection
+
+
+@pytest.mark.parametrize("data", [b"", b"GET / HT", b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\nGET"])
+def test_a_client_that_sends_no_complete_request_is_disconnected(guarded, monkeypatch, data):
+    monkeypatch.setattr("bardling.serve.protocol._HEADER_SECONDS", 0.2)
+    with connect(guarded, data) as connection:
+        answer = connection.makefile("rb").read()  # until the server closes the connection
+    assert (b"200 OK" in answer) == (b"healthz" in data)
+
+
+def test_a_body_that_does_not_arrive(guarded, monkeypatch):
+    monkeypatch.setattr("bardling.serve.app._BODY_SECONDS", 0.2)
+    head = f"POST /tokenize HTTP/1.0\r\nHost: localhost\r\nAuthorization: Bearer {KEY}\r\nContent-Length: 9\r\n\r\n{{"
+    with connect(guarded, head.encode()) as connection:
+        answer = connection.makefile("rb").read()
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert b'"timeout"' in answer
+
+
+def test_connections_are_limited(guarded, monkeypatch):
+    guarded.http.get("/healthz")
+    monkeypatch.setattr("bardling.serve.protocol._MAX_CONNECTIONS", 2)
+    with connect(guarded, b"GET") as kept, connect(guarded, b"") as refused:
+        with contextlib.suppress(ConnectionResetError):
+            assert refused.recv(1) == b""
+        kept.sendall(b" /healthz HTTP/1.0\r\nHost: localhost\r\n\r\n")
+        assert b"200 OK" in kept.makefile("rb").read()
 
 
 def test_the_page_runs_only_its_own_script(served):
@@ -133,8 +166,8 @@ def test_the_page_runs_only_its_own_script(served):
 def test_a_public_address_needs_a_key():
     for host in ("0.0.0.0", "::", "192.0.2.1", "example.org", ""):
         with pytest.raises(UserError, match="BARDLING_API_KEY"):
-            Settings(host=host)
-        Settings(host=host, api_key=KEY)
+            Settings(host=host).check()
+        Settings(host=host, api_key=KEY).check()
         assert Settings(host=host, insecure=True).local_hosts is None
     for host in ("127.0.0.1", "::1", "localhost", "127.3.2.1"):
         assert Settings(host=host).local_hosts >= {"localhost", host}
@@ -148,13 +181,14 @@ def test_a_public_address_needs_a_key():
         {"queue": -1},
         {"timeout": 0},
         {"timeout": float("nan")},
-        {"memory": 0},
+        {"memory_gb": 0},
         {"api_key": "short"},
         {"api_key": "with a space in it"},
         {"allow_origin": "*"},
         {"allow_origin": "https://page.example/"},
+        {"allow_origin": "page.example"},
     ],
 )
 def test_settings_out_of_range(wrong):
     with pytest.raises(UserError, match=r"^(--\w+|the API key) .*must"):
-        Settings(**wrong)
+        Settings(**wrong).check()

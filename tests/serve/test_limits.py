@@ -86,7 +86,7 @@ def test_tokens_are_limited(folder):
 
 def test_running_requests_finish_while_new_ones_are_refused(folder):
     with running_server(folder) as served:
-        stream = Stream(served, max_tokens=400)
+        stream = Stream(served, max_tokens=200)
         served.running.stop()
         wait_until(lambda: served.http.get("/healthz").status_code == 503)
         answer = served.http.post("/v1/completions", json=LONG)
@@ -95,7 +95,7 @@ def test_running_requests_finish_while_new_ones_are_refused(folder):
         assert "retry-after" in answer.headers
         lines = stream.rest()
         assert lines[-1] == "[DONE]"
-        assert len(lines) > 300
+        assert len(lines) > 100
     assert "finishing 1 running request" in served.notes[0]
 
 
@@ -109,8 +109,8 @@ def test_shutting_down_does_not_wait_for_ever(folder):
 
 def test_greedy_text_is_the_same_under_load(folder):
     with running_server(folder, slots=4, queue=100) as served:
-        prompts = [f"{number} times " for number in range(12)]
-        request = {"max_tokens": 30, "temperature": 0}
+        prompts = [f"{number} times " for number in range(6)]
+        request = {"max_tokens": 15, "temperature": 0}
         alone = [served.post("/v1/completions", prompt=prompt, **request)["choices"][0]["text"] for prompt in prompts]
         background, texts = Stream(served), [""] * len(prompts)
 

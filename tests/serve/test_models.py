@@ -6,38 +6,18 @@ import shutil
 import pytest
 from serve_help import CONFIG, running_server, write_folder
 
-import bardling
 from bardling.checkpoint.export import export_nanogpt
-from bardling.config.recipes import config_from_dict
 from bardling.data.tokens.tokenizer import load_tokenizer
 from bardling.errors import UserError
-
-
-@pytest.fixture(scope="module")
-def run(corpus, tmp_path_factory):
-    values = {
-        "device": "cpu",
-        "precision": "float32",
-        "compile": "off",
-        "model": {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 32},
-        "data": {"source": str(corpus), "tokenizer": "byte"},
-        "train": {"steps": 6, "batch_size": 2},
-        "eval": {"every": 2, "windows": 2},
-        "sample": {"every": 0},
-        "checkpoint": {"every": 2, "keep_last": 3},
-    }
-    path = tmp_path_factory.mktemp("runs") / "first"
-    bardling.train(config_from_dict(bardling.RunConfig, values, "test"), path, quiet=True)
-    return path
 
 
 def test_every_checkpoint_is_a_model(run):
     with running_server(run) as served:
         listed = served.http.get("/v1/models").json()["data"]
-        assert [each["id"] for each in listed] == ["first", "first@step-000006", "first@step-000004", "first@step-000002"]
+        assert [each["id"] for each in listed] == ["first", "first@step-000030", "first@step-000020", "first@step-000010"]
         facts = [each["bardling"] for each in listed]
-        assert [each["step"] for each in facts] == [6, 6, 4, 2]
-        assert all(each["run"] == "first" and each["context"] == 32 and each["vocab_size"] == 257 for each in facts)
+        assert [each["step"] for each in facts] == [30, 30, 20, 10]
+        assert all(each["run"] == "first" and each["context"] == 64 and each["vocab_size"] == 257 for each in facts)
         losses = [each["validation_loss"] for each in facts[1:]]
         assert all(loss > 0 for loss in losses)
         assert sum(each["best"] for each in facts[1:]) == 1
@@ -47,14 +27,14 @@ def test_every_checkpoint_is_a_model(run):
 
         def loss(model):
             answer = served.post("/v1/completions", model=model, prompt="The king", max_tokens=0, echo=True, logprobs=0)
-            assert answer["model"] in (model, "first", "first@step-000006")
+            assert answer["model"] in (model, "first", "first@step-000030")
             return answer["choices"][0]["logprobs"]["token_logprobs"][1:]
 
-        assert loss("first") == loss("first@step-000006") == loss(str(run)) == loss(f"{run}@step-000006")
-        for step in (2, 4):
-            assert loss(f"first@step-00000{step}") != loss("first")
+        assert loss("first") == loss("first@step-000030") == loss(str(run)) == loss(f"{run}@step-000030")
+        for step in (10, 20):
+            assert loss(f"first@step-0000{step}") != loss("first")
         assert served.metric("models_loaded") == 3
-        assert served.http.get("/v1/models/first@step-000004").json()["bardling"]["loaded"] is True
+        assert served.http.get("/v1/models/first@step-000020").json()["bardling"]["loaded"] is True
         error = served.post("/v1/completions", status=404, model="first@step-5", prompt="a")["error"]
         assert error["code"] == "model_not_found"
 
@@ -62,33 +42,35 @@ def test_every_checkpoint_is_a_model(run):
 def test_a_damaged_checkpoint_is_refused_and_others_work(run, tmp_path):
     shutil.copytree(run, tmp_path / "first")
     with running_server(tmp_path / "first") as served:
-        file = tmp_path / "first" / "checkpoints" / "step-000004" / "model.safetensors"
-        file.write_bytes(file.read_bytes()[:-50])
-        error = served.post("/v1/completions", status=500, model="first@step-000004", prompt="a")["error"]
+        file = tmp_path / "first" / "checkpoints" / "step-000020" / "model.safetensors"
+        data = bytearray(file.read_bytes())
+        data[-50] ^= 1
+        file.write_bytes(data)
+        error = served.post("/v1/completions", status=500, model="first@step-000020", prompt="a")["error"]
         assert error["code"] == "model_unavailable"
         assert "Traceback" not in error["message"]
-        served.post("/v1/completions", model="first@step-000002", prompt="a")
+        served.post("/v1/completions", model="first@step-000010", prompt="a")
         shutil.rmtree(file.parent)
         assert len(served.http.get("/v1/models").json()["data"]) == 3
-        served.post("/v1/completions", status=404, model="first@step-000004", prompt="a")
+        served.post("/v1/completions", status=404, model="first@step-000020", prompt="a")
 
 
 def test_a_run_means_its_latest_or_its_best_checkpoint(run, tmp_path):
     shutil.copytree(run, tmp_path / "first")
     with running_server(tmp_path / "first") as served:
-        shutil.rmtree(tmp_path / "first" / "checkpoints" / "step-000006")
-        assert served.http.get("/v1/models/first").json()["bardling"]["step"] == 4
+        shutil.rmtree(tmp_path / "first" / "checkpoints" / "step-000030")
+        assert served.http.get("/v1/models/first").json()["bardling"]["step"] == 20
         served.post("/v1/completions", model="first", prompt="a")
-    (tmp_path / "first" / "checkpoints" / "step-000004" / "manifest.json").unlink()
+    (tmp_path / "first" / "checkpoints" / "step-000020" / "manifest.json").unlink()
     with running_server(tmp_path / "first", best=True) as served:
-        assert served.http.get("/v1/models/first").json()["bardling"]["step"] == 2
+        assert served.http.get("/v1/models/first").json()["bardling"]["step"] == 10
 
 
 def test_idle_models_make_room(tmp_path):
     folders = [write_folder(tmp_path / name, seed=seed) for seed, name in enumerate(("one", "two", "three"))]
     with running_server(folders[0], slots=2) as served:
         size = int(served.metric("models_bytes"))
-    with running_server(*folders, slots=2, memory=2 * size) as served:
+    with running_server(*folders, slots=2, memory_gb=2 * size / 1e9 + 1e-9) as served:
 
         def loaded():
             return [each["id"] for each in served.http.get("/v1/models").json()["data"] if each["bardling"]["loaded"]]
@@ -112,7 +94,7 @@ def test_models_in_use_stay(tmp_path):
     folders = [write_folder(tmp_path / name, config) for name in ("one", "two")]
     with running_server(folders[0]) as served:
         size = int(served.metric("models_bytes"))
-    with running_server(*folders, memory=size) as served:
+    with running_server(*folders, memory_gb=size / 1e9 + 1e-9) as served:
         body = {"model": "one", "prompt": "a", "max_tokens": 4_000, "stream": True, "logit_bias": {"256": -100}}
         with served.http.stream("POST", "/v1/completions", json=body) as stream:
             lines = stream.iter_lines()
@@ -128,7 +110,7 @@ def test_models_in_use_stay(tmp_path):
 
 def test_a_model_that_never_fits(tmp_path):
     folder = write_folder(tmp_path / "one")
-    with pytest.raises(UserError, match="raise --memory"), running_server(folder, memory=1_000):
+    with pytest.raises(UserError, match="raise --memory_gb"), running_server(folder, memory_gb=1e-5):
         pass
 
 
@@ -147,5 +129,5 @@ def test_a_checkpoint_of_nanogpt(run, tmp_path):
     with running_server(path) as served:
         (entry,) = served.http.get("/v1/models").json()["data"]
         assert entry["id"] == str(path)
-        assert entry["bardling"]["context"] == 32
+        assert entry["bardling"]["context"] == 64
         served.post("/v1/completions", model=str(path), prompt="a")

@@ -67,6 +67,7 @@ def test_start_and_stop(tmp_path):
         process.kill()
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_at_once(tmp_path):
     from dataclasses import replace
 

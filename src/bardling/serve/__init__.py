@@ -4,14 +4,15 @@ A request passes through these files, in this order:
 
     server.py      listens; on SIGTERM, finishes running requests, then exits
     protocol.py    HTTP/1.1 with limits on connections and headers
-    guard.py       who may call: host, origin, key; counts requests; refuses all while the server shuts down
+    guard.py       access control: host, origin, key; refuses new requests while the server shuts down
     app.py         routes: body -> request -> worker -> response
     requests.py    checks a body: every value has a type and bounds
-    models.py      models by name: loaded on demand, unloaded when others need the memory (catalog.py: which there are)
-    worker.py      one thread per model drives its inference engine
-    responses.py   completions in OpenAI's shapes
+    models.py      loads models on demand and unloads idle ones (catalog.py: which models there are)
+    answers.py     turns a request into those of the engine, and its outputs into a response
+    worker.py      drives a model's inference engine in a thread
+    responses.py   completions in OpenAI's format
 
-Everything that a client sends is untrusted and bounded: connections, bytes, tokens, completions, waiting requests, time. An
-error has OpenAI's shape (errors.py) and never a traceback. Nothing here knows how text is generated (`generation/`), or prints
-(`cli/serve.py`).
+Everything that a client sends is untrusted and limited: connections, bytes, tokens, completions, queue, time. Errors have
+OpenAI's format (errors.py) and never contain a traceback. Generating text belongs to `generation/`, printing to
+`cli/serve.py`.
 """

@@ -1,4 +1,4 @@
-"""From a checked request to the engine's requests, and from its outputs to a response."""
+"""Turns a checked request into requests for the engine, and the engine's outputs into a response."""
 
 import asyncio
 import dataclasses

@@ -1,4 +1,4 @@
-"""Which models there are, and what is known of them without loading their weights.
+"""The models that a server offers, and what is known about them without loading their weights.
 
 A model is named by the last part of its path: `runs/first` is `first`. Every checkpoint of a run is a model of its own,
 `first@step-000400`; the run's name means its latest valid checkpoint, or the best. Folders are read again for each request,
@@ -161,7 +161,7 @@ class Catalog:
             spec = model.source.spec + model.id.removeprefix(model.source.name)
             if name in (None, model.id, spec):
                 return model
-        hint = closest(name or "", [model.id for model in models])
+        hint = closest((name or "")[:100], [model.id for model in models[:100]])
         message = f"there is no model {(name or '')[:200]!r}{hint}; GET /v1/models lists them"
         raise ApiError(404, message, param="model", code="model_not_found")
 

@@ -1,11 +1,11 @@
-"""Who may call the server, before anything else looks at a request.
+"""Access control, applied before anything else reads a request.
 
-- A server on this machine only answers to names of this machine (`Host`), so that no web page reaches it by DNS rebinding.
-- A request that a web page of another origin sends (`Origin`) is refused, unless that origin is allowed.
-- With a key, everything but the page and `/healthz` needs it. Keys are compared in constant time.
-- While the server shuts down, everything but `/healthz` and `/metrics` is refused with 503.
+- A server that listens on this machine only accepts this machine's names in `Host`, which defeats DNS rebinding.
+- Requests from web pages of other origins (`Origin`) are refused, unless the origin is allowed.
+- With a key, everything except the page and `/healthz` requires it. Keys are compared in constant time.
+- During shutdown, everything except `/healthz` and `/metrics` gets 503.
 
-Also counts requests, and adds the headers that every response has.
+It also counts requests, and adds the headers common to all responses.
 """
 
 import asyncio

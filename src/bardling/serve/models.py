@@ -1,19 +1,19 @@
-"""Loaded models: each is opened at its first use, and closed when it is idle and another one needs its memory.
+"""Models in memory: loaded at first use; idle ones are unloaded when another needs the memory, least recently used first.
 
-Method: the memory of a model is that of its weights, and of the keys and values of all slots at full length. Models are loaded
-one after the other, in a thread. If the limit would be exceeded, idle models are closed, the least recently used first.
+Method: a model's memory is that of its weights, plus the KV cache of all slots at full length. Models are loaded one at a time,
+in a thread.
 
-Limits: while a model is loaded, its float32 weights exist a second time for a moment.
+Limits: while a model loads, its float32 weights briefly exist twice.
 """
 
 import asyncio
 import contextlib
 import gc
-import logging
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -21,7 +21,7 @@ from bardling.checkpoint.load import load
 from bardling.config import ModelConfig
 from bardling.data.tokens.tokenizer import Tokenizer
 from bardling.distributed.device import choose_device, free_memory
-from bardling.errors import UserError
+from bardling.errors import UserError, out_of_memory
 from bardling.generation.chat import ChatTemplate
 from bardling.generation.engine import Engine
 from bardling.generation.weights import convert_weights
@@ -34,7 +34,6 @@ from bardling.serve.metrics import Metrics
 from bardling.serve.settings import Settings
 from bardling.serve.worker import Worker
 
-_log = logging.getLogger(__name__)
 _FRACTION_OF_FREE = 0.7  # of the memory that is free at the start; the rest is for activations and other programs
 
 
@@ -64,7 +63,8 @@ class Models:
         self._settings, self._metrics = settings, metrics
         self.device = choose_device(settings.device)
         free = free_memory(self.device)
-        self.limit = settings.memory or (None if free is None else int(_FRACTION_OF_FREE * free))
+        automatic = None if free is None else int(_FRACTION_OF_FREE * free)
+        self.limit = automatic if settings.memory_gb is None else int(settings.memory_gb * 1e9)
         self.loaded: dict[str, Loaded] = {}  # by what `load` opened
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._one_at_a_time = asyncio.Lock()
@@ -127,7 +127,11 @@ class Models:
                 await self._make_room(model.id, self._needed(model.source.config))
             try:
                 network, tokenizer, size = await asyncio.to_thread(self._open, model)
-            except UserError as error:
+            except (UserError, OSError, MemoryError, RuntimeError) as error:
+                if out_of_memory(error):
+                    raise ApiError(503, f"{model.id}: memory ran out", param="model", code="out_of_memory") from None
+                if isinstance(error, RuntimeError):
+                    raise
                 raise ApiError(500, str(error), param="model", code="model_unavailable") from None
             await self._make_room(model.id, size)
             engine = Engine(network, tokenizer, slots=self._settings.slots)
@@ -139,6 +143,9 @@ class Models:
 
     def _open(self, model: Model) -> tuple[GPT, Tokenizer, int]:
         """Read a model (in a thread)."""
+        run = model.source.run
+        if run is not None and (problems := run.store().verify(Path(model.path))):
+            raise UserError(f"{model.path}: is damaged: {problems[0]}")
         found = load(model.path)
         tokenizer = found.needed_tokenizer()
         network = convert_weights(found.build().to(self.device), self._settings.weights)
@@ -157,22 +164,21 @@ class Models:
         return 2 * config.n_layer * config.architecture.kv_width * tokens * torch.float32.itemsize
 
     async def _make_room(self, name: str, needed: int) -> None:
-        """Close idle models until `needed` more bytes fit."""
+        """Unload idle models until `needed` more bytes fit."""
         while self.limit is not None and self.size + needed > self.limit:
             idle = [key for key, each in self.loaded.items() if each.users == 0]
             if not idle:
-                advice = "raise --memory, or lower --slots" if not self.loaded else "try again when other models are idle"
+                advice = "raise --memory_gb, or lower --slots" if not self.loaded else "try again when other models are idle"
                 message = f"{name} needs {size_bytes(needed)}; {size_bytes(self.limit)} are allowed"
                 beside = f", of which other models use {size_bytes(self.size)}" if self.loaded else ""
                 raise ApiError(503, f"{message}{beside}: {advice}", param="model", code="out_of_memory", retry_after=5)
             await self._unload(min(idle, key=lambda key: self.loaded[key].used))
+            gc.collect()  # a model's parts may refer to each other
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
 
     async def _unload(self, key: str) -> None:
         loaded = self.loaded.pop(key)
         await loaded.worker.stop()
         if loaded.template is not None:
             await asyncio.to_thread(loaded.template.close)
-        del loaded
-        gc.collect()  # a model's parts may refer to each other
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()

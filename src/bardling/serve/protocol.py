@@ -1,4 +1,4 @@
-"""HTTP/1.1, with bounds that uvicorn's protocol lacks: connections, the time until a request is complete, and JSON errors.
+"""HTTP/1.1, with what uvicorn's protocol lacks: limits on connections and on the time until a request begins; JSON errors.
 
 A client that connects and sends nothing, or its headers a byte at a time, is disconnected after `_HEADER_SECONDS`.
 """
@@ -12,7 +12,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from bardling.serve.errors import ApiError, json_text
 
 _HEADER_SECONDS = 15.0
-_MAX_CONNECTIONS = 1_000
+_FLUSH_SECONDS = 60.0  # for a client to read the rest of a response
+_MAX_CONNECTIONS = 512
 
 
 class Protocol(H11Protocol):
@@ -52,7 +53,8 @@ class Protocol(H11Protocol):
         previous = self.cycle
 
         def expire() -> None:
-            if self.cycle is previous and not self.transport.is_closing():
-                self.transport.close()
+            if self.cycle is previous:
+                self.transport.close()  # sends what is buffered first
+                self._deadline = self.loop.call_later(_FLUSH_SECONDS, self.transport.abort)
 
         self._deadline = self.loop.call_later(_HEADER_SECONDS, expire)

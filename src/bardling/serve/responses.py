@@ -1,4 +1,4 @@
-"""Completions in OpenAI's shapes: whole responses, chunks of a stream, log-probabilities.
+"""Completions in OpenAI's format: whole responses, chunks of a stream, log-probabilities.
 
 A token's string is its text, or `bytes:\\xe2\\x80` if it is not UTF-8 by itself, as in OpenAI's interface. OpenAI's objects map
 strings to log-probabilities, so two tokens with the same text are one entry; our own lists beside them (`bardling`) hold ids.

@@ -1,7 +1,7 @@
-"""Listening, and stopping.
+"""Runs the server, and stops it gracefully.
 
-The first SIGTERM or Ctrl-C lets running requests finish, for a limited time, while new ones get 503; then the server returns.
-A second signal ends the process at once.
+After the first SIGTERM or Ctrl-C, running requests finish, within a time limit, while new ones get 503. A second signal ends
+the process at once.
 """
 
 import asyncio
@@ -51,8 +51,9 @@ def serve(specs: Sequence[str], settings: Settings, *, ready: Callable[[Running]
         note: called with what happens while it stops.
 
     Raises:
-        UserError: the address cannot be used, or a model cannot be read.
+        UserError: a setting or the address cannot be used, or a model cannot be read.
     """
+    settings.check()
     with contextlib.closing(_bind(settings.host, settings.port)) as listener:
         catalog = Catalog(specs, best=settings.best)
         asyncio.run(_serve(catalog, settings, listener, ready, note))

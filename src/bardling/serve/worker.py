@@ -1,4 +1,4 @@
-"""One thread per loaded model drives its inference engine; completions arrive in the event loop.
+"""Drives a model's inference engine in a thread of its own, and delivers its outputs to the event loop.
 
 The event loop sends commands (submit, cancel) through a queue, which the thread empties before each step: a request that is
 cancelled frees its slot within one step. The outputs of a step return in one callback. Counts and bounds are kept in the event
@@ -79,8 +79,10 @@ class Worker:
         """Generate the completions of `requests`; what has not ended with the context is cancelled.
 
         Raises:
-            ApiError: 429 if too many completions wait, 400 if they could never all wait.
+            ApiError: 429 if too many completions wait, 400 if they could never all wait, 503 if the model has failed.
         """
+        if self.failed:
+            raise ApiError(503, "the model has failed and is loaded again: try again", code="model_failed", retry_after=1)
         count = len(requests)
         if count > self._limit:
             raise ApiError(400, f"{count} completions of one request exceed the limit of {self._limit}", param="n")
