@@ -117,7 +117,7 @@ def _measure_loss(
     rows = [("loss", f"{result.loss:.4f} nats per token"), ("perplexity", f"{result.perplexity:.2f}")]
     if result.bits_per_byte is not None:
         rows.append(("bits per byte", f"{result.bits_per_byte:.4f}"))
-    if options.windows is None and context.is_primary:
+    if options.windows is None and context.is_primary and not dataset.manifest.row:
         baselines = compressor_bits_per_byte(dataset).items()
         rows += [(f"  {name}", f"{bits:.4f} bits per byte on the same text") for name, bits in baselines]
     return [*rows, ("measured on", f"{result.tokens:,} tokens of {dataset.path}")]
