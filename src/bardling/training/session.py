@@ -110,6 +110,8 @@ class Session:
                 self._fit_in_memory(assembly, monitor, signals)
                 self.saver.finish(state)
                 self._export(monitor, state)
+                if self.dataset.manifest.row:
+                    monitor.note(f"ask it something: bardling chat {shell_path(self.folder.path)}")
             except Stopped:
                 # All processes exit with the same status, including those that received no signal.
                 number = context.largest(signals.signal or 0) or signal.SIGTERM
@@ -369,7 +371,7 @@ class Session:
         ]
         if tokenizer is not None:
             if self.texts.sample is not None:
-                hooks.append(Sample(shared, self.texts.sample, tokenizer))
+                hooks.append(Sample(shared, self.texts.sample, tokenizer, self.texts.prompts))
             if self.texts.tasks:
                 hooks.append(Tasks(shared, config.eval, tokenizer, self.texts.tasks))
         hooks += [HOOKS.get("train.hooks", name)(shared) for name in config.train.hooks]
