@@ -234,8 +234,8 @@ def _with_chat_format(data: DataConfig, start: Loaded | None, facts: Facts, log:
         tokenizer = load_tokenizer(data.tokenizer)
     elif start is not None and start.tokenizer is not None:
         tokenizer = start.tokenizer
-    elif data.tokenizer.startswith("bpe:"):
-        fault = "is trained on text, and conversations have special tokens"
+    elif data.tokenizer == "char" or data.tokenizer.startswith("bpe:"):
+        fault = "is made from text, and cannot be made from conversations"
         raise UserError(f"data.tokenizer = {data.tokenizer!r}: {fault}: use byte, gpt2, a tokenizer.json or model.init")
     else:
         tokenizer = build_tokenizer(data.tokenizer, ())
