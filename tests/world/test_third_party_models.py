@@ -263,7 +263,9 @@ def test_llama_cpp_runs_the_exported_file(folder, loaded, tmp_path):
     assert all(torch.equal(back.state[name], loaded.state[name]) for name in loaded.state)
     for text in TEXTS:
         ids = prompt_ids(loaded.tokenizer, text)
-        assert server.tokens(text, special=True) == ids == prompt_ids(back.tokenizer, text)
+        assert ids == prompt_ids(back.tokenizer, text)
+        if loaded.tokenizer.interface.unk not in ids:  # llama.cpp has no unknown token, and refuses such a text
+            assert server.tokens(text, special=True) == ids
     prompt = prompt_ids(loaded.tokenizer, TEXTS[0])
     steps = generate(loaded.build(), [prompt], max_new_tokens=64, temperature=0, eot_id=loaded.tokenizer.interface.eos)
     assert server.greedy(TEXTS[0], 64) == [token for (token,) in steps]

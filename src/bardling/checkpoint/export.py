@@ -150,8 +150,8 @@ vLLM: vllm serve {quoted}
 MLX: mlx_lm.generate --model {quoted} --prompt 'Once upon a time'
 llama.cpp: bardling export {quoted} --format gguf --out {quoted}.gguf"""
 _GGUF_USAGE = """\
-llama.cpp: llama-cli -m {quoted} -p 'Once upon a time'
-Ollama: echo "FROM {out}" > Modelfile && ollama create my-model -f Modelfile"""
+llama.cpp: llama-completion -m {quoted} -p 'Once upon a time' -n 64
+llama.cpp's server: llama-server -m {quoted}"""
 
 HF = ExportFormat(export_hf, _HF_USAGE, _hf_refusal, dtypes=("float32", "float16", "bfloat16"))
 GGUF = ExportFormat(export_gguf, _GGUF_USAGE, gguf_refusal, "f32", dtypes=tuple(GGUF_DTYPES), suffix=".gguf")

@@ -52,10 +52,12 @@ def model_card(spec: str, loaded: Loaded, *, best: bool, name: str, dtype: str) 
 
 def _training(spec: str, best: bool) -> tuple[RunFolder, int] | None:
     """The run that the model was trained in, and the step of its checkpoint."""
-    if is_hub_name(spec) or not Path(spec).is_dir() or (run := run_of(spec)) is None:
+    if is_hub_name(spec) or Path(spec).is_file() or (run := run_of(spec)) is None:
         return None
-    state = find_checkpoint(Path(spec), best=best) / "training.json"
-    return (run, read_training(state)["step"]) if state.is_file() else None
+    with contextlib.suppress(UserError):  # a nanoGPT checkpoint inside a run's folder
+        state = find_checkpoint(Path(spec), best=best) / "training.json"
+        return (run, read_training(state)["step"]) if state.is_file() else None
+    return None
 
 
 def _of_run(run: RunFolder, step: int) -> list[str]:

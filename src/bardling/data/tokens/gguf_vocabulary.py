@@ -5,10 +5,10 @@ expressions that split a text (`_SPLITS`). A SentencePiece BPE is 'llama': token
 Characters are 'rwkv', which takes the longest token at each place, so that each character is a token. A tokenizer that none
 of these expresses is refused with the reason, because llama.cpp would encode texts differently.
 
-Limits: llama.cpp does not normalize text to NFC, which Qwen's tokenizer does; it always parses special tokens in prompts.
+Limits: llama.cpp does not normalize text to NFC, which Qwen's tokenizer does; it always parses special tokens in prompts; and
+it refuses text with characters outside the vocabulary, where a SentencePiece BPE without byte tokens has its unknown token.
 """
 
-import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -89,12 +89,18 @@ def _refusal(reason: str) -> UserError:
     return UserError(f"llama.cpp cannot express the tokenizer: {reason}: export with --format hf instead")
 
 
+def _ids(content: Mapping[str, Any]) -> dict[str, int]:
+    """The id of each token, as the file writes it."""
+    return content["model"]["vocab"] | {entry["content"]: entry["id"] for entry in content.get("added_tokens") or ()}
+
+
 def _tokens(tokenizer: Tokenizer, rows: int, kind: str) -> dict[str, Any]:
     """The tokens and their types, with a placeholder for each row that no text reaches."""
     added = {entry["content"]: is_control(entry) for entry in tokenizer.content.get("added_tokens") or ()}
     names, types = list[str](), list[int]()
-    for index, token in enumerate(itertools.islice(itertools.chain(tokenizer.tokens, itertools.repeat(None)), rows)):
-        if token is None:
+    known = {index: token for token, index in _ids(tokenizer.content).items()}
+    for index in range(rows):
+        if (token := known.get(index)) is None:
             names.append(f"[PAD{index}]")
             types.append(_UNUSED)
             continue
@@ -149,20 +155,23 @@ def _adds_space(content: Mapping[str, Any]) -> bool:
 
 
 def _scores(tokenizer: Tokenizer, rows: int) -> list[float]:
-    """Scores with which llama.cpp merges in the order of the merges: that of a token is the place of its first merge."""
-    tokens, scores = tokenizer.tokens, [0.0] * rows
-    ids = {token: index for index, token in enumerate(tokens) if token is not None}
-    merges, last = tokenizer.content["model"].get("merges") or (), ""
+    """Scores with which llama.cpp merges in the order of the merges: that of a token is the place of its first merge.
+
+    Runs of spaces share one, as in SentencePiece; whatever the order of their merges, they grow from the left.
+    """
+    scores, first, last = [0.0] * rows, dict[str, float](), ""
+    ids = _ids(tokenizer.content)
     splits = dict[str, set[tuple[str, str]]]()
-    for place, merge in enumerate(merges, 1):
+    for place, merge in enumerate(tokenizer.content["model"].get("merges") or (), 1):
         left, right = merge.split(" ") if isinstance(merge, str) else merge
         whole = left + right
-        if whole != last and whole in splits:
+        group = whole if whole.strip(_SPACE) else _SPACE
+        if group != last and group in first:
             raise _refusal(f"the merges of {whole!r} are not in succession, as those of a SentencePiece BPE are")
+        scores[ids[whole]], last = first.setdefault(group, -float(place)), group
         splits.setdefault(whole, set()).add((left, right))
-        scores[ids[whole]], last = scores[ids[whole]] or -float(place), whole
     for whole, pairs in splits.items():
-        if pairs != {pair for pair in _pairs(whole) if pair[0] in ids and pair[1] in ids}:
+        if pairs != {pair for pair in _pairs(whole) if ids.keys() >= set(pair)}:
             raise _refusal(f"{whole!r} lacks one of the merges that a SentencePiece BPE has")
     return scores
 
@@ -289,7 +298,7 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: Sequence[str], types: Se
     pairs = [
         (left, right, plain[token]) for token in plain for left, right in _pairs(token) if left in plain and right in plain
     ]
-    pairs.sort(key=lambda pair: (-scores[pair[2]], pair[2], plain[pair[0]], plain[pair[1]]))
+    pairs.sort(key=lambda pair: (-scores[pair[2]], -len(pair[0]), -len(pair[1])))  # ties as in transformers
     unknown = _special(metadata, "unknown_token_id", len(tokens), name)
     model = models.BPE(
         {token: index for index, token in enumerate(tokens)},
