@@ -245,6 +245,15 @@ def checkpoint_specs(spec: str) -> tuple[str, ...]:
     return tuple(f"{run}@step-{step:06d}" for step in steps)
 
 
+def step_of(spec: str, *, best: bool = False) -> int | None:
+    """The step of the checkpoint that `load` opens for `spec`; None if that is not a checkpoint of a run."""
+    path = Path(spec)
+    if is_hub_name(spec) or path.is_file() or (path / "ckpt.pt").is_file():
+        return None
+    found = re.fullmatch(r"step-(\d{6,18})", find_checkpoint(path, best=best).name)
+    return None if found is None else int(found[1])
+
+
 def load_tokenizer_of(spec: Path | str) -> Tokenizer:
     """Load the tokenizer of a run, a checkpoint or a model folder."""
     folder = fetch_model(str(spec), weights=False) if is_hub_name(spec) else Path(spec)

@@ -37,6 +37,7 @@ def shadow_notes(options: object) -> Iterator[str]:
     config = getattr(options, "config", None)
     specs = [("dataset", getattr(options, name, None)) for name in ("data", "source")]
     specs += [("tokenizer", getattr(options, "tokenizer", None)), ("model", getattr(options, "model", None))]
+    specs += [("model", model) for model in getattr(options, "models", ())]
     if isinstance(config, RunConfig):
         specs += [("dataset", config.data.source), ("tokenizer", config.data.tokenizer), ("model", config.model.init)]
     for kind, spec in specs:

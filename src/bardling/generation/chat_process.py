@@ -119,6 +119,8 @@ def main() -> None:
 
         signal.signal(signal.SIGPROF, signal.SIG_DFL)  # which ends the process
         if sys.platform != "darwin":
+            _, allowed = resource.getrlimit(resource.RLIMIT_AS)
+            memory = memory if allowed == resource.RLIM_INFINITY else min(memory, allowed)
             resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     for line in sys.stdin.buffer:
         request = json.loads(line)

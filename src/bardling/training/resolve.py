@@ -22,7 +22,7 @@ from bardling.data.tokens.shards import TokenDataset
 from bardling.data.tokens.tokenizer import Tokenizer, build_tokenizer, is_tokenizer_path
 from bardling.distributed.device import DTYPES, choose_precision, device_name
 from bardling.errors import UserError
-from bardling.evaluate.tasks import absolute_task
+from bardling.evaluate.benchmarks import absolute_spec
 from bardling.interop.pretrained import is_hub_name
 from bardling.optim.build import resolve_muon_precision
 from bardling.planning.batching import TrainPlan, make_plan
@@ -141,7 +141,7 @@ def _absolute_paths(config: RunConfig) -> RunConfig:
     def absolute(spec: str, is_path: bool) -> str:
         return str(Path.cwd() / spec) if is_path else spec
 
-    data, model, tasks = config.data, config.model, tuple(map(absolute_task, config.eval.tasks))
+    data, model, tasks = config.data, config.model, tuple(map(absolute_spec, config.eval.tasks))
     file = data.source.rpartition(":")[0]  # of FILE:FIELD
     found = Path(data.source).exists() or (file and Path(file).exists()) or glob.has_magic(data.source)
     source = absolute(data.source, not is_source_name(data.source) and bool(found))

@@ -13,8 +13,7 @@ from bardling.config import RunConfig, SampleConfig
 from bardling.data.tokens.shards import TokenDataset
 from bardling.data.tokens.tokenizer import Tokenizer
 from bardling.errors import UserError
-from bardling.evaluate.multiple_choice import check_items
-from bardling.evaluate.tasks import ChoiceItem, absolute_task, draw_items, load_items, task_name
+from bardling.evaluate.benchmarks import Benchmark, absolute_spec, open_task
 from bardling.generation.generate import prompt_ids
 from bardling.training.hooks.may_fail import is_failure
 
@@ -22,7 +21,7 @@ from bardling.training.hooks.may_fail import is_failure
 @dataclass(frozen=True)
 class RunTexts:
     sample: SampleConfig | None  # with the prompt to use; None: no samples
-    tasks: dict[str, tuple[ChoiceItem, ...]]  # by name
+    tasks: tuple[Benchmark, ...]
     warnings: tuple[str, ...]  # what is left out, and why
 
 
@@ -36,8 +35,8 @@ def load_texts(config: RunConfig, previous: RunConfig | None, tokenizer: Tokeniz
         UserError: something cannot be read or encoded, and `previous` does not have it.
     """
     if tokenizer is None:
-        return RunTexts(None, {}, ())
-    warnings, tasks = list[str](), dict[str, tuple[ChoiceItem, ...]]()
+        return RunTexts(None, (), ())
+    warnings, tasks = list[str](), list[Benchmark]()
 
     def check(work: Callable[[], None], *, kept: bool, without: str) -> bool:
         try:
@@ -59,18 +58,17 @@ def load_texts(config: RunConfig, previous: RunConfig | None, tokenizer: Tokeniz
         lambda: _check_prompt(asked.prompt, sample.prompt, tokenizer, config.model.vocab_size), kept=kept, without="samples"
     )
 
-    def load(task: str) -> None:
-        name = task_name(task)
-        if name in tasks:
-            raise UserError(f"eval.tasks: {task} and another task are both called {name!r}: remove or rename one")
-        items = draw_items(load_items(task), config.eval.task_items, config.seed)
-        check_items(tokenizer, items, config.model, name)
-        tasks[name] = items
+    def load(spec: str) -> None:
+        task = open_task(spec, config.eval.task_items, config.seed)
+        if task.name in [other.name for other in tasks]:
+            raise UserError(f"eval.tasks: {spec} and another task are both called {task.name!r}: remove or rename one")
+        task.check(tokenizer, config.model)
+        tasks.append(task)
 
-    old = set() if previous is None else set(map(absolute_task, previous.eval.tasks))
-    for task in config.eval.tasks:
-        check(partial(load, task), kept=absolute_task(task) in old, without=f"the task {task}")
-    return RunTexts(sample if sampled else None, tasks, tuple(warnings))
+    old = set() if previous is None else set(map(absolute_spec, previous.eval.tasks))
+    for spec in config.eval.tasks:
+        check(partial(load, spec), kept=absolute_spec(spec) in old, without=f"the task {spec}")
+    return RunTexts(sample if sampled else None, tuple(tasks), tuple(warnings))
 
 
 def _new_document(tokenizer: Tokenizer, dataset: TokenDataset) -> str:

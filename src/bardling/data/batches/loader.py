@@ -99,6 +99,30 @@ class EvalSequences:
         return _read_batch(self._split, starts, self._block_size, self._document_start)
 
 
+class SlidingSequences:
+    """Overlapping sequences of a split: each begins `stride` tokens after the one before it.
+
+    Every token except the first is a target once, in the first sequence that reaches it: with at least `block_size` - `stride`
+    tokens before it, except for those at the start of the split. `document_start` is as in `TrainSequences`.
+    """
+
+    def __init__(self, split: TokenSplit, block_size: int, stride: int, document_start: int | None = None) -> None:
+        if not 1 <= stride <= block_size:
+            raise UserError(f"--stride {stride}: must be 1 to the context of {block_size} tokens")
+        first = EvalSequences(split, block_size, 1, document_start)  # refuses a split without targets
+        self._split, self._block_size, self._stride, self._document_start = split, block_size, stride, document_start
+        self.n = first.n + max(0, -(-(len(split) - 1 - block_size) // stride))
+
+    def batch(self, first_sample: int, size: int) -> Batch:
+        """Sequences `first_sample` to `first_sample + size - 1`, fewer at the end: [up to size, up to block_size]."""
+        chosen = range(first_sample, min(first_sample + size, self.n))
+        starts = [sample * self._stride for sample in chosen]
+        batch = _read_batch(self._split, starts, self._block_size, self._document_start)
+        # the first sequence has nothing before it that has these targets already
+        batch.targets[first_sample == 0 :, : self._block_size - self._stride] = IGNORE
+        return batch
+
+
 def _read_batch(split: TokenSplit, starts: list[int], time: int, document_start: int | None) -> Batch:
     """The sequences from `starts` on; after the end of the split, targets are `IGNORE` and inputs are token 0."""
     time = min(time, len(split) - 1 - min(starts, default=0))

@@ -1,6 +1,5 @@
 """Chat templates: the text and ids of transformers' `apply_chat_template`, and no harm from hostile ones."""
 
-import json
 import os
 import random
 import re
@@ -12,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_templates import FORMATS
 
 from bardling.data.tokens.text_interface import TextFiles, TextInterface
 from bardling.data.tokens.tokenizer import load_tokenizer
 from bardling.errors import UserError
 from bardling.generation.chat import ChatTemplate, chat_prompt_ids, render_chat
+from bardling.generation.chat_process import rendered
+from chat_models import FORMATS, write_chat_tokenizer
 
 WORDS = [
     "hi",
@@ -55,33 +55,11 @@ def conversation(rng: random.Random) -> list[dict[str, Any]]:
     return messages
 
 
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """`model_folder(format)`: a byte-level tokenizer with the format's special tokens, a post-processor and its template."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-
-    def make(name: str) -> Path:
-        template, special = FORMATS[name]
-        tokens = ["<s>", "</s>", *special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-        made = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, []))
-        made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-        made.add_special_tokens(["<s>", "</s>", *special])
-        made.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
-        folder: Path = tmp_path_factory.mktemp(name)
-        made.save(str(folder / "tokenizer.json"))
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
-        (folder / "tokenizer_config.json").write_text(json.dumps(config))
-        (folder / "chat_template.jinja").write_text(template)
-        return folder
-
-    return make
-
-
 @pytest.mark.parametrize("name", FORMATS)
-def test_texts_and_ids_are_those_of_transformers(name: str, model_folder: Any) -> None:
+def test_texts_and_ids_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    folder = model_folder(name)
-    tokenizer, theirs = load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    write_chat_tokenizer(tmp_path, name)
+    tokenizer, theirs = load_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
     rng, refused = random.Random(name), 0
     with ChatTemplate(tokenizer.interface) as template:
         for number in range(50):
@@ -99,8 +77,43 @@ def test_texts_and_ids_are_those_of_transformers(name: str, model_folder: Any) -
     assert refused == 0 if name in ("chatml", "llama3", "json") else 0 < refused < 25
 
 
-def test_one_text_without_a_kept_template(model_folder: Any) -> None:
-    tokenizer = load_tokenizer(model_folder("chatml"))
+SNIPPETS = [
+    "{% macro say(m, end='') %}{{ m.role|upper }}{{ caller() if caller }}{{ end }}{% endmacro %}"
+    "{% call say(messages[0], end='!') %}<{{ messages|length }}>{% endcall %}",
+    "{%- for m in messages -%}\n  {{ loop.index }}/{{ loop.length }} {{ loop.previtem.role if not loop.first }}\n{% endfor %}",
+    "  {% if true %}\n    indented\n  {% endif %}\n{#- comment -#}\n  {{ '  a ' | trim }}  \n\n",
+    "{{ messages|selectattr('role', 'equalto', 'user')|map(attribute='content')|join(', ') }}{{ messages[-1:]|list }}",
+    "{% set ns = namespace(a=1, b={'c': [1, 2]}) %}{% set ns.a = ns.a + 1 %}{{ ns.a }}{{ ns.b.c|last }}{{ ns.x is undefined }}",
+    "{{ 'é<b>&\"' | tojson }}{{ {'z': 1, 'a': [none, true, 1.5]} | tojson(indent=4) }}",
+    "{{ [1] | tojson(separators=(',', ':')) }}{{ {'z': 1, 'a': 2} | tojson(sort_keys=true) }}{{ 'é' | tojson(true) }}",
+    "{{ dict([('a', 1)], b=2) }}{{ dict.fromkeys('ab', 0) }}{{ 5 // 2 }}{{ 2 ** 10 }}{{ 7 % 3 }}{{ -3 | abs }}",
+    "{{ '%05d' % 42 }}{{ '{:>5}'.format('x') }}{{ 'a' 'b' }}{{ 1 if false }}{{ 'x' if false else 'y' }}{{ 'abc'[::-1] }}",
+    "{% for c in 'abcdef' %}{% if c == 'b' %}{% continue %}{% elif c == 'e' %}{% break %}{% endif %}{{ c }}{% endfor %}",
+    "{% set x %}block{% for i in range(3) %}{{ i }}{% endfor %}{% endset %}{{ x }}{% filter upper %}{{ x }}{% endfilter %}",
+    "{% generation %}a{% if true %}b{% generation %}c{% endgeneration %}{% endif %}{% endgeneration %}\n{{ missing }}",
+    "{{ tools }}{{ documents }}{{ add_generation_prompt }}{{ bos_token }}{{ eos_token }}{{ pad_token }}{{ unk_token }}",
+    "{% set m = messages[0] %}{{ m }}{{ m.items()|list }}{{ m.get('x', 'none') }}{{ 'role' in m }}{{ m is mapping }}",
+    "{{ strftime_now('%Y')|length }}{{ '<b>'|e }}{{ '<b>'|safe }}{{ 'a\\nb'|indent(2) }}{{ 'A b'|title }}{{ [3, 1]|sort }}",
+    "{% raw %}{{ not rendered }}{% endraw %}{{ messages[0].content is string }}{{ (1, 2)[0] }}\r\nx\ry\n",
+]
+
+
+def test_everything_that_templates_use_is_rendered_as_transformers_does(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    write_chat_tokenizer(tmp_path, "chatml")
+    tokenizer, theirs = load_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    variables = {**tokenizer.interface.special_tokens, "tools": None, "documents": None}
+    for messages in (HI, [{"role": "system", "content": "é"}, *HI, {"role": "assistant", "content": "<ok>\n"}]):
+        for prompt in (False, True):
+            given = variables | {"messages": messages, "add_generation_prompt": prompt}
+            for snippet in SNIPPETS:
+                options = {"chat_template": snippet, "tokenize": False, "add_generation_prompt": prompt}
+                assert rendered(snippet, given, 1000) == {"text": theirs.apply_chat_template(messages, **options)}
+
+
+def test_one_text_without_a_kept_template(tmp_path: Path) -> None:
+    write_chat_tokenizer(tmp_path, "chatml")
+    tokenizer = load_tokenizer(tmp_path)
     expected = "<|im_start|>system\nYou help.<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n"
     assert render_chat(tokenizer.interface, HI, add_generation_prompt=False) == expected
     ids = chat_prompt_ids(tokenizer, HI)
@@ -238,10 +251,9 @@ def test_endless_work_is_ended(name: str) -> None:
 
 @pytest.mark.parametrize("name", SIZES)
 def test_huge_values_are_refused(name: str) -> None:
-    fault = fault_of(SIZES[name], seconds=5)
-    assert any(
-        reason in fault for reason in ("needs too much memory", "; the limit is 4,000,000", "OverflowError", "SecurityError")
-    )
+    fault = fault_of(SIZES[name])
+    reasons = ("needs too much memory", "; the limit is 4,000,000", "takes more than 0.3 s")
+    assert any(reason in fault for reason in reasons), fault
 
 
 @pytest.mark.parametrize("name", ESCAPES)
@@ -320,7 +332,7 @@ def test_an_interrupted_text_does_not_answer_the_next_request(monkeypatch: pytes
 def test_the_process_ends_with_its_parent(tmp_path: Path) -> None:
     code = (
         "import os, sys; sys.path[:0] = sys.argv[1:]\n"
-        "from test_chat import HI, interface; from bardling.generation.chat import ChatTemplate\n"
+        "from test_chat_templates import HI, interface; from bardling.generation.chat import ChatTemplate\n"
         "template = ChatTemplate(interface('x')); template.render(HI); print(template._process.pid, flush=True); os._exit(0)\n"
     )
     done = subprocess.run([sys.executable, "-c", code, *sys.path], capture_output=True, text=True, check=True)
