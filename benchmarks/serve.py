@@ -11,7 +11,8 @@ this machine; the clients are coroutines of this process that write HTTP/1.0 to 
   429 waits for up to the time in Retry-After. Every text, which is greedy, must equal the one that the idle server returns
   for the same prompt. Every status must be 200 or 429, the server's memory must not grow, and no slot may stay occupied.
 - Speed: for 10 seconds, 1 and 16 clients ask for completions of 32 tokens, one after the other; the rate is that of generated
-  tokens until the last of them is complete. The servers take turns. `transformers serve` runs with and without `--continuous-batching`, if it starts (it needs FastAPI).
+  tokens until the last of them is complete. The servers take turns. `transformers serve` runs with and without
+  `--continuous-batching`, if it starts (it needs FastAPI).
 """
 
 import asyncio
