@@ -26,6 +26,7 @@ from bardling.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from bardling.distributed.context import Context
 from bardling.distributed.global_state import NEUTRAL
 from bardling.errors import UserError
+from bardling.files.digests import json_sha256
 from bardling.files.paths import expand_home, shell_path, similar
 from bardling.files.reading import read_json_object
 from bardling.interop.families import shown
@@ -36,7 +37,7 @@ from bardling.interop.nanogpt_checkpoint import read_nanogpt_checkpoint
 from bardling.interop.pretrained import fetch_model, is_hub_name, is_shadowed
 from bardling.interop.torch_file import gguf_fault
 from bardling.model.gpt import GPT
-from bardling.model.init import crop_block_size
+from bardling.model.init import crop_block_size, extend_vocabulary
 
 _LARGEST_MULTIPLE = 1024  # to which trainers pad a vocabulary
 
@@ -72,6 +73,14 @@ class Loaded:
             state=crop_block_size(self.state, block_size),
             optimizer_tensors=crop_block_size(self.optimizer_tensors, block_size),
         )
+
+    def extended(self, vocab_size: int) -> "Loaded":
+        """A copy with at least `vocab_size` tokens; the embeddings of new ones are the mean of the others."""
+        if vocab_size <= self.config.vocab_size:
+            return self
+        config = dataclasses.replace(self.config, vocab_size=vocab_size)
+        state = extend_vocabulary(self.state, self.config.vocab_size, vocab_size, config.padded_vocab_size)
+        return dataclasses.replace(self, config=config, state=state)
 
     def build(self) -> GPT:
         """Build the model in host memory and evaluation mode."""
@@ -187,7 +196,9 @@ def _refuse_weights_alone(folder: Path) -> None:
 
 def tokenizer_file(tokenizer: Tokenizer) -> str:
     """The path of a copy of a tokenizer in the cache, for `data.tokenizer`: it stays where it is when the model moves."""
-    folder = cache_root() / "tokenizers" / tokenizer.data_key
+    template = tokenizer.interface.chat_template
+    name = tokenizer.data_key if template is None else f"{tokenizer.data_key}-{json_sha256(template)[:8]}"
+    folder = cache_root() / "tokenizers" / name
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(folder)
     return str(folder / "tokenizer.json")

@@ -157,7 +157,8 @@ def _about_data(found: "Sequence[Measured]", wanted: "Wanted") -> Rows:
         dataset, loss = measured.dataset, measured.loss
         assert dataset is not None
         assert loss is not None
-        if wanted.windows is None and (number == 0 or wanted.data is None):  # else it is the same text in other tokens
+        whole = wanted.windows is None and not dataset.manifest.row  # conversations are measured in their answers only
+        if whole and (number == 0 or wanted.data is None):  # else it is the same text in other tokens
             indent, baselines = "  " if len(found) == 1 else "", compressor_bits_per_byte(dataset).items()
             rows += [(f"{indent}{name}", f"{bits:.4f} bits per byte on the same text") for name, bits in baselines]
         rows.append(("measured on", f"{loss.tokens:,} tokens of {dataset.path}"))

@@ -25,6 +25,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from bardling.checkpoint.load import load
+from bardling.data.tokens.chat_template import render_chat
 from bardling.data.tokens.tokenizer import Tokenizer
 from bardling.distributed.context import Context
 from bardling.distributed.device import choose_device, choose_precision
@@ -32,7 +33,6 @@ from bardling.errors import UserError
 from bardling.evaluate.benchmarks import Subject
 from bardling.evaluate.endings import Ids, score_pairs
 from bardling.evaluate.loss import Interrupted
-from bardling.generation.chat import render_chat
 from bardling.generation.engine import Engine
 from bardling.generation.requests import Request
 from bardling.generation.sampling import Sampling

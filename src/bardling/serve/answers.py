@@ -5,9 +5,9 @@ import dataclasses
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
+from bardling.data.tokens.chat_template import chat_prompt_ids
 from bardling.data.tokens.tokenizer import Tokenizer
 from bardling.errors import UserError
-from bardling.generation.chat import chat_prompt_ids
 from bardling.generation.generate import prompt_ids
 from bardling.generation.requests import Output, Request
 from bardling.serve.errors import ApiError, json_text

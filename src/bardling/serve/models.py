@@ -18,10 +18,10 @@ import torch
 
 from bardling.checkpoint.load import load
 from bardling.config import ModelConfig
+from bardling.data.tokens.chat_template import ChatTemplate
 from bardling.data.tokens.tokenizer import Tokenizer
 from bardling.distributed.device import choose_device, free_memory
 from bardling.errors import UserError, out_of_memory
-from bardling.generation.chat import ChatTemplate
 from bardling.generation.engine import Engine
 from bardling.generation.weights import convert_weights
 from bardling.model.gpt import GPT

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from bardling.data.text.sources import valid_text
+from bardling.data.tokens.chat_template import checked_messages
 from bardling.errors import UserError, closest
-from bardling.generation.chat import checked_messages
 from bardling.generation.sampling import Sampling
 from bardling.serve.errors import ApiError
 

@@ -98,6 +98,8 @@ def _loss(
     length = model.config.block_size if trained is None else min(model.config.block_size, trained.model.block_size)
     split = dataset.split("val")
     sequences: EvalSequences | SlidingSequences = EvalSequences(split, length, wanted.windows, start)
+    if wanted.stride is not None and split.row:
+        raise UserError(f"--stride {wanted.stride}: {dataset.path} holds conversations, which are evaluated whole: omit it")
     if wanted.stride is not None:
         sequences = SlidingSequences(split, length, wanted.stride, start)
     table = None
@@ -131,7 +133,7 @@ def _dataset(wanted: Wanted, loaded: Loaded, run: RunFolder | None) -> TokenData
             rule = SPLIT_RULE if is_source_name(source) else EVALUATION_ONLY
         cache = "" if run is None else run.trained_config().data.cache
         config = DataConfig(source, spec, val_fraction, cache=cache, encoding=wanted.encoding)
-        dataset = open_data(config, rule)
+        dataset = open_data(config, rule, loaded.config.block_size)
     if tokenizer is not None and dataset.tokenizer is not None and tokenizer.fingerprint != dataset.tokenizer.fingerprint:
         raise UserError(
             f"{dataset.path}: was prepared with another tokenizer ({dataset.tokenizer.fingerprint}) than the model's "
