@@ -44,6 +44,8 @@ class EvalOptions:
     """'auto', 'cpu', 'cuda', 'cuda:N' or 'mps'."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Dtype of matrix multiplications."""
+    weights: Literal["auto", "float32", "bfloat16", "int8"] = "float32"
+    """Dtype of the weights: int8 or bfloat16 as `sample --weights` computes; auto: the fastest here."""
     best: bool = False
     """Use the checkpoint with the lowest validation loss instead of the latest."""
 
@@ -56,6 +58,7 @@ def run(argv: Sequence[str]) -> None:
     from bardling.distributed.context import distributed
     from bardling.distributed.device import choose_precision
     from bardling.evaluate.tasks import check_task
+    from bardling.generation.weights import choose_weights, convert_weights
 
     for task in options.tasks:
         check_task(task)
@@ -67,7 +70,8 @@ def run(argv: Sequence[str]) -> None:
     with distributed(options.device) as context:
         loaded = load(options.model, best=options.best)
         precision = choose_precision(options.precision, context.device)
-        model = loaded.build().to(context.device)
+        weights, why = choose_weights(options.weights, context.device)
+        model = convert_weights(loaded.build().to(context.device), weights)
         if options.data is not None or run_folder is not None:
             dataset = _dataset(options, loaded, run_folder)
             # Its own validation split is measured as in training; on other text, a run gives the same result as its export.
@@ -84,7 +88,8 @@ def run(argv: Sequence[str]) -> None:
         for task in options.tasks:
             rows += _measure_task(options, task, run_folder, model, loaded.needed_tokenizer(), precision, context)
         if context.is_primary:
-            print_rows([*rows, ("precision", f"{precision.name} ({precision.why})")])
+            rows.append(("precision", f"{precision.name} ({precision.why})"))
+            print_rows(rows if options.weights == "float32" else [*rows, ("weights", f"{weights} ({why})")])
 
 
 def _measure_loss(
