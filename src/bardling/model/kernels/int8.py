@@ -1,9 +1,9 @@
 """Linear layers with int8 weights, for inference: half the memory traffic of bfloat16, a quarter of that of float32.
 
-Weights: one scale per output channel, no offset. A row's rounding errors are spread evenly over its input channels, but a few of
-these carry activations tens of times as large as the others (Dettmers et al. 2022, "LLM.int8()", arXiv:2208.07339), and there
-errors matter most. The columns of the largest sixteenth are therefore stored twice: rounded, and what rounding left in steps
-that are 254 times as fine.
+Weights: one scale per output channel, no offset. A row's rounding errors are alike in all input channels, but a few channels
+carry activations tens of times as large as the others (Dettmers et al. 2022, "LLM.int8()", arXiv:2208.07339), and there errors
+matter most. The columns of the largest sixteenth are therefore stored twice: rounded, and what rounding left in steps that are
+254 times as fine.
 
 Activations: rounding them to int8 costs several percent of perplexity. Each row is split in the same way into a coarse and a
 fine int8 number, 15 bits together, and oneDNN multiplies both with the same weights by the int8 instructions of the CPU.

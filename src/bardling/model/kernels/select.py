@@ -56,9 +56,9 @@ def few_rows_kernel(x: Tensor) -> Literal["mkl", "onednn", "bfloat16", "none"]:
 
 
 def int8_kernel(weight: Tensor) -> Literal["onednn", "dequantized"]:
-    """How to multiply with int8 weights: by oneDNN on CPUs with instructions for int8 (VNNI). Without them, sums of two products
-    may overflow 16 bits, so weights are dequantized at each use, which saves memory but no time; so they are on other devices.
-    """
+    """How to multiply with int8 weights: by oneDNN on CPUs with instructions for int8 (VNNI). Without them, sums of two
+    products may overflow 16 bits, so weights are dequantized at each use, which saves memory but no time; so they are on other
+    devices."""
     supported = weight.device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()
     return "onednn" if supported and hasattr(torch.ops.onednn, "qlinear_pointwise") else "dequantized"
 
