@@ -75,7 +75,7 @@ def convert_weights(model: GPT, weights: Weights) -> GPT:
 
 def _convert_to_int8(model: GPT) -> None:
     magnitudes = _input_magnitudes(model)
-    model.int8_head = quantize(model.head_weight[: model.config.vocab_size], magnitudes.pop(model))
+    model.int8_head = Int8Linear(quantize(model.head_weight[: model.config.vocab_size], magnitudes.pop(model)), None)
     if not model.transformer.architecture.tied:
         del model.lm_head
     for parent in list(model.modules()):

@@ -39,6 +39,8 @@ class Int8Linear(nn.Module):
 
     def __init__(self, weight: Int8Weight, bias: Tensor | None) -> None:
         super().__init__()
+        for name, value in zip(Int8Weight._fields, weight, strict=True):
+            self.register_buffer(name, value, persistent=False)  # for those who count a model's memory
         self.weight, self.bias = weight, bias
 
     def forward(self, x: Tensor) -> Tensor:
