@@ -3,7 +3,6 @@ nanoGPT (`ckpt.pt` or its folder) or of nano-gpt (`checkpoint_005000.bin`); and 
 """
 
 import dataclasses
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,6 +25,7 @@ from bardling.distributed.global_state import NEUTRAL
 from bardling.errors import UserError
 from bardling.files.paths import expand_home, shell_path, similar
 from bardling.files.reading import read_json_object
+from bardling.files.streams import tell
 from bardling.interop.families import shown
 from bardling.interop.huggingface import dropout_note, read_hf_folder
 from bardling.interop.imported import ImportedCheckpoint
@@ -268,4 +268,4 @@ def _refuse_lost(run: RunFolder) -> None:
 
 
 def _report(message: str) -> None:
-    print(f"bardling: {message}", file=sys.stderr)
+    tell(message)

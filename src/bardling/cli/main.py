@@ -20,7 +20,7 @@ from typing import NoReturn
 import bardling
 from bardling.distributed.openmp_spin import limit_spinning
 from bardling.errors import JobLost, Terminated, UserError, closest, out_of_memory
-from bardling.files.streams import open_standard_streams
+from bardling.files.streams import open_standard_streams, tell
 
 COMMANDS = {
     "train": "train a model from a recipe",
@@ -67,11 +67,18 @@ def usage() -> str:
 
 
 def _fail(message: str, status: int) -> NoReturn:
-    from bardling.monitor.console import escape_unprintable
-
+    """Print one line and exit. Of several processes that refuse for the same reason, one prints it."""
+    line = " ".join(map(str.strip, message.splitlines()))
     with contextlib.suppress(OSError):
         sys.stdout.flush()
-    print(f"bardling: {escape_unprintable(' '.join(map(str.strip, message.splitlines())))}", file=sys.stderr)
+    if status == 2 and os.environ.get("WORLD_SIZE", "1") != "1":
+        from bardling.distributed.refusals import one_voice
+
+        with one_voice(line) as first:
+            if first:
+                tell(line)
+    else:
+        tell(line)
     sys.exit(status)
 
 

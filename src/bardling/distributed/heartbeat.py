@@ -18,7 +18,6 @@ import math
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +27,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from bardling.errors import JobLost, UserError
+from bardling.files.streams import tell
 
 LONG_PATIENCE = 1800.0
 """Seconds allowed for slow activities, such as compiling or writing a checkpoint to a slow disk."""
@@ -238,8 +238,7 @@ class Heartbeat:
 
     def _end_job(self, message: str, culprits: list[Pulse]) -> None:
         if self._is_reporter(culprits, time.monotonic()):
-            sys.stderr.write(f"bardling: {message}; ending the job{_HINT}\n")
-            sys.stderr.flush()
+            tell(f"{message}; ending the job{_HINT}")
         else:
             time.sleep(min(2.0, 4 * self._interval))  # the reporter goes first: torchrun ends all once one process has ended
         for pulse in culprits:

@@ -6,13 +6,13 @@ such a lock behind forever. Where a file system has no `flock` (some network one
 
 import importlib.util
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from bardling.errors import UserError
 from bardling.files.atomic import os_error_as_user_error, os_reason
+from bardling.files.streams import tell
 
 
 @contextmanager
@@ -53,4 +53,4 @@ def locked(path: Path, *, timeout: float = -1, message: str = "", folder_moves: 
 
 
 def _warn(text: str) -> None:
-    print(f"bardling: warning: {text}", file=sys.stderr, flush=True)
+    tell(f"warning: {text}")

@@ -24,7 +24,6 @@ preparations keep a journal there and resume after an interruption; otherwise no
 
 import contextlib
 import hashlib
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -44,6 +43,7 @@ from bardling.data.tokens.tokenizer import Tokenizer, build_tokenizer, check_tok
 from bardling.errors import UserError
 from bardling.files.atomic import os_error_as_user_error, sync_folder
 from bardling.files.digests import json_sha256
+from bardling.files.streams import tell
 from bardling.monitor.progress import ProgressBar, on_terminal
 
 METHOD = 2  # raise it if the same source starts to give other tokens, so that cached datasets are prepared again
@@ -255,7 +255,7 @@ def _write(job: _Job, splitter: _Splitter, tokenizer: Tokenizer, work: Path, jou
             job.progress("tokenizing", done, total)
         origin |= getattr(source, "findings", Findings()).facts()
         for message in _notes(tokenizer, names, separated=bool(end) or not splitter.several):
-            print(f"bardling: {message}", file=sys.stderr)
+            tell(message)
         train, val = (replace(shards[split].finish(), index=indexes[split].finish()) for split in SPLITS)
     return Manifest(token_dtype(vocab_size), vocab_size, tokenizer.fingerprint, origin, job.val_fraction, train, val)
 
