@@ -109,7 +109,7 @@ def isolated() -> Iterator[Callable[[T], T]]:
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
         if gpu is not None:
-            torch.cuda.set_device(gpu)
+            torch.cuda._maybe_exchange_device(gpu)  # `set_device` would create a context on a GPU that is not in use
 
 
 def _generators() -> tuple[Tensor, list[Tensor], Tensor | None]:

@@ -44,7 +44,7 @@ from bardling.errors import UserError
 from bardling.files.atomic import os_error_as_user_error, sync_folder
 from bardling.files.digests import json_sha256
 from bardling.files.streams import tell
-from bardling.monitor.progress import ProgressBar, on_terminal
+from bardling.monitor.progress import ProgressBar
 
 METHOD = 2  # raise it if the same source starts to give other tokens, so that cached datasets are prepared again
 SPLIT_RULE = 2
@@ -138,7 +138,7 @@ def prepare(
 
     For the specs, see `named_datasets.source_for` and `tokenizer.build_tokenizer`. A fraction of the text, between 0 and 1, is
     for validation, chosen by `split_rule`. `encoding` is that of files without a byte order mark. A file has at most
-    `shard_tokens` tokens. Without `progress`, a terminal shows a bar after two seconds. The result does not depend on the
+    `shard_tokens` tokens. Without `progress`, standard error shows it after a few seconds. The result does not depend on the
     number of processes that tokenize, `workers`; None chooses.
     """
     out = Path(out)
@@ -149,7 +149,7 @@ def prepare(
     refuse_existing(out)
     check_tokenizer_spec(tokenizer_spec)
     source = source_for(source_spec, encoding)
-    with ProgressBar(unit="bytes", show=on_terminal()) as bar:
+    with ProgressBar(unit="bytes") as bar:
         told = progress or bar.update
         job = _Job(source, source_spec, tokenizer_spec, val_fraction, split_rule, shard_tokens, workers, told, bar)
         with os_error_as_user_error(out, "prepare the dataset"):
