@@ -1,6 +1,6 @@
 """Fault injection: do runs that are killed, out of disk space or damaged at random moments end equal to an undisturbed run?
 
-    python benchmarks/chaos.py [--trials 200] [--first 0] [--seed 0] [--record]
+    python benchmarks/chaos.py [--trials 200] [--first 0] [--seed 0] [--without FAULT ...] [--record]
 
 Each trial trains a small model (2 layers, width 32, with dropout, validation and samples; 60 steps, a checkpoint every 10)
 and injects one fault at a random moment; the faults take turns:
@@ -287,9 +287,8 @@ class Trials:
         else:
             number = signal.SIGHUP if outcome.fault == "closed terminal" else signal.Signals[outcome.fault]
         self._end(process, number, draw, outcome)
-        must_save = outcome.asked_to_stop and outcome.notes[-1] != f"status -{signal.SIGKILL}"
-        outcome.ended_well = ended_well(run, saved=must_save)
-        if outcome.asked_to_stop and process.status not in (0, 128 + number):  # 0: it had finished
+        outcome.ended_well = ended_well(run, saved=outcome.asked_to_stop)
+        if process.status not in (0, 128 + number, -signal.SIGKILL if number == signal.SIGKILL else 0):  # 0: it had finished
             outcome.ended_well = False
 
     def _start(self, run: Path, log: Path, draw: random.Random, outcome: Outcome, phase: str) -> Process:
@@ -433,6 +432,7 @@ def record(options: argparse.Namespace, outcomes: list[Outcome], took: float) ->
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     RESULTS.parent.mkdir(exist_ok=True)
     first = f" --first {options.first}" if options.first else ""
+    first += "".join(f" --without '{fault}'" for fault in options.without)
     with RESULTS.open("a", encoding="utf-8") as file:
         file.write(
             f"\n## {time.strftime('%Y-%m-%d')}, seed {options.seed}, commit {commit.stdout.strip()}\n\n"
@@ -448,6 +448,7 @@ def main() -> int:
     parser.add_argument("--trials", type=int, default=200)
     parser.add_argument("--first", type=int, default=0, help="number of the first trial, to run them in pieces")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--without", nargs="+", default=[], choices=FAULTS, metavar="FAULT", help="faults to leave out")
     parser.add_argument("--limit", type=float, default=5.0, help="seconds that a process may take to stop")
     parser.add_argument("--record", action="store_true", help=f"append the table to {RESULTS.name}")
     options = parser.parse_args()
@@ -458,7 +459,7 @@ def main() -> int:
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix="chaos-", dir=memory) as name:
         trials = Trials(Path(name))
-        turns = [fault for fault in TURNS if trials.disks or fault != "disk full"]
+        turns = [fault for fault in TURNS if fault not in options.without and (trials.disks or fault != "disk full")]
         if not trials.disks:
             print("no permission to mount a small disk: disk-full trials are skipped")
         print(f"undisturbed: {trials.seconds:.1f} s, {trials.fsyncs} fsync calls", flush=True)

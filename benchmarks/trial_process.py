@@ -153,6 +153,8 @@ def _child(arguments: list[str], log: Path, faults: FsyncFaults | None, environm
         output = terminal if terminal >= 0 else os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(output, 1)
         os.dup2(output, 2)
+        sys.stdout = open(1, "w", encoding="utf-8", closefd=False, buffering=1 if terminal >= 0 else -1)  # noqa: SIM115
+        sys.stderr = open(2, "w", encoding="utf-8", closefd=False, buffering=1)  # noqa: SIM115
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)
         os.environ.update(environment)

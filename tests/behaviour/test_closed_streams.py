@@ -12,7 +12,7 @@ import pytest
 
 from bardling.config.recipes import config_to_toml
 from bardling.errors import UserError
-from bardling.files.streams import Lasting
+from bardling.files.streams import Lasting, tell
 from bardling.monitor.console import Console
 from bardling.training import loop
 from bardling.training.run import train
@@ -122,6 +122,18 @@ def test_a_display_that_fails_stops_and_remembers_why(number, monkeypatch):
     console.close()
     assert isinstance(console.failure, OSError)
     assert console.failure.errno == number
+
+
+@pytest.mark.parametrize("number", [errno.EPIPE, errno.EIO, errno.ENOSPC])
+def test_a_warning_that_cannot_be_printed_ends_nothing(monkeypatch, number):
+    for stream in (Failing(number), None):
+        monkeypatch.setattr(sys, "stderr", stream)
+        tell("warning: the disk is full")
+
+
+def test_warnings_do_not_control_the_terminal(capsys):
+    tell("warning: \x1b[2Jgone")
+    assert capsys.readouterr().err == "bardling: warning: \\x1b[2Jgone\n"
 
 
 def test_a_named_stream_raises_its_failure_once():
