@@ -10,9 +10,15 @@ from hypothesis import strategies as st
 from bardling.config import ModelConfig
 from bardling.data.tokens.tokenizer import build_tokenizer
 from bardling.errors import UserError
-from bardling.generation.generate import choose, generate, prompt_ids, will_slide
+from bardling.generation.generate import generate, prompt_ids, will_slide
+from bardling.generation.sampling import pick
 from bardling.model.gpt import GPT
 from bardling.model.init import named_generator
+
+
+def choose(logits: torch.Tensor, draws: list[float] | None, **filters: float | int | None) -> list[int]:
+    return pick(logits, draws, **filters).tokens  # type: ignore[arg-type]
+
 
 CONFIG = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=75)
 

@@ -36,14 +36,15 @@ class CacheStep:
 class KVCache:
     """Keys and values of `batch` rows, allocated at the first write, when dtype and device are known.
 
-    `lengths[b]` is the number of valid tokens of row b; a caller may lower it to discard a row's last tokens.
+    `lengths[b]` is the number of valid tokens of row b; a caller may lower it to discard a row's last tokens. Memory may hold
+    more rows than are in use, and grows with `append` and `reserve`.
     """
 
     def __init__(self, config: ModelConfig, batch: int, *, capacity: int | None = None) -> None:
         self.config = config
         self.capacity = min(capacity or config.block_size, config.block_size)
         self.lengths = [0] * batch
-        self.keys: Tensor | None = None  # [n_layer, B, n_kv_head, capacity, head_dim]
+        self.keys: Tensor | None = None  # [n_layer, B or more, n_kv_head, capacity, head_dim]
         self.values: Tensor | None = None
 
     @property
@@ -80,7 +81,7 @@ class KVCache:
             batch, heads, _, width = key.shape
             shape = (self.config.n_layer, batch, heads, self.capacity, width)
             self.keys, self.values = key.new_zeros(shape), value.new_zeros(shape)
-        keys, values = self.keys[layer], self.values[layer]
+        keys, values = self.keys[layer, : key.size(0)], self.values[layer, : key.size(0)]
         if step.start is not None:
             keys[:, :, step.start : step.end] = key
             values[:, :, step.start : step.end] = value
@@ -102,13 +103,51 @@ class KVCache:
             view.keys, view.values = self.keys[:, index : index + 1], self.values[:, index : index + 1]
         return view
 
+    def copy(self, index: int, length: int, capacity: int) -> "KVCache":
+        """A cache of one row with the first `length` tokens of a row of this one, in memory of its own."""
+        copied = KVCache(self.config, 1, capacity=capacity)
+        copied.lengths = [length]
+        if self.keys is not None and self.values is not None:
+            layers, _, heads, _, width = self.keys.shape
+            shape = (layers, 1, heads, copied.capacity, width)
+            copied.keys, copied.values = self.keys.new_zeros(shape), self.values.new_zeros(shape)
+            copied.keys[:, 0, :, :length] = self.keys[:, index, :, :length]
+            copied.values[:, 0, :, :length] = self.values[:, index, :, :length]
+        return copied
+
+    def append(self, other: "KVCache", index: int) -> None:
+        """Add a row: a copy of a row of another cache."""
+        place, used = len(self.lengths), other.lengths[index]
+        self.reserve(used, place + 1)
+        self.lengths.append(used)
+        if other.keys is None or other.values is None:
+            return
+        if self.keys is None or self.values is None:
+            layers, _, heads, _, width = other.keys.shape
+            shape = (layers, place + 1, heads, self.capacity, width)
+            self.keys, self.values = other.keys.new_zeros(shape), other.values.new_zeros(shape)
+        self.keys[:, place, :, :used] = other.keys[:, index, :, :used]
+        self.values[:, place, :, :used] = other.values[:, index, :, :used]
+
+    def reserve(self, capacity: int, rows: int = 0) -> None:
+        """Make room for at least this many tokens in each row, and for this many rows."""
+        self.capacity = max(self.capacity, min(capacity, self.config.block_size))
+        if self.keys is None or self.values is None:
+            return
+        layers, had_rows, heads, had_slots, width = self.keys.shape
+        if rows <= had_rows and self.capacity <= had_slots:
+            return
+        rows = had_rows if rows <= had_rows else max(rows, 2 * had_rows)  # doubling bounds the copies of a growing batch
+        shape = (layers, rows, heads, max(self.capacity, had_slots), width)
+        keys, values = self.keys.new_zeros(shape), self.values.new_zeros(shape)
+        keys[:, :had_rows, :, :had_slots], values[:, :had_rows, :, :had_slots] = self.keys, self.values
+        self.keys, self.values = keys, values
+
     def drop(self, index: int) -> None:
-        """Remove a row; the last row takes its place."""
+        """Remove a row; the last row takes its place. Its memory is kept for rows to come."""
         used = self.lengths[index] = self.lengths[-1]
         self.lengths.pop()
         last = len(self.lengths)
-        if self.keys is not None and self.values is not None:
-            if index != last:
-                self.keys[:, index, :, :used] = self.keys[:, last, :, :used]
-                self.values[:, index, :, :used] = self.values[:, last, :, :used]
-            self.keys, self.values = self.keys[:, :last], self.values[:, :last]
+        if self.keys is not None and self.values is not None and index != last:
+            self.keys[:, index, :, :used] = self.keys[:, last, :, :used]
+            self.values[:, index, :, :used] = self.values[:, last, :, :used]
