@@ -1,6 +1,6 @@
 """Fault injection: do runs that are killed, out of disk space or damaged at random moments end equal to an undisturbed run?
 
-    python benchmarks/chaos.py [--trials 200] [--first 0] [--seed 0] [--without FAULT ...] [--record]
+    python benchmarks/chaos.py [--trials 200] [--first 0] [--seed 0] [--without FAULT ...] [--ends-only] [--record]
 
 Each trial trains a small model (2 layers, width 32, with dropout, validation and samples; 60 steps, a checkpoint every 10)
 and injects one fault at a random moment; the faults take turns:
@@ -139,6 +139,7 @@ class Outcome:
     seconds: float = 0.0  # from that signal to the end of the process
     ended_well: bool = True
     limit: float = 5.0  # for these seconds
+    resumed: bool = True  # whether the run is resumed and compared
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -151,7 +152,7 @@ class Outcome:
 
     @property
     def good(self) -> bool:
-        return self.equal and self.ended_well and self.in_time and self.lost <= self.most_lost
+        return (self.equal or not self.resumed) and self.ended_well and self.in_time and self.lost <= self.most_lost
 
     @property
     def most_lost(self) -> int:
@@ -217,7 +218,7 @@ class Trials:
         self.size = sum(path.stat().st_size for path in (self.still / "checkpoints" / f"step-{STEPS:06d}").iterdir())
         if not self.fsyncs:
             raise SystemExit("fsync interception saw no calls, so it cannot make one fail")
-        self.compiling = 0.0  # how long the compiler takes (s), once it has run
+        self.compiling = 0.0  # how long the compiler takes (s), once it has run to its end
 
     def _undisturbed(self, recipe: Path, run: Path, counted: FsyncFaults | None = None) -> float:
         """Train without a fault; returns the duration (s)."""
@@ -232,10 +233,10 @@ class Trials:
             raise SystemExit(log.read_text())
         return time.monotonic() - began
 
-    def run(self, number: int, outcome: Outcome, draw: random.Random) -> Outcome:
+    def run(self, number: int, outcome: Outcome, draw: random.Random) -> None:
         """One trial."""
         fault = outcome.fault
-        if fault == "signal in compilation" and not self.compiling:
+        if fault == "signal in compilation" and not self.compiling and outcome.resumed:
             self._undisturbed(self.compiled_recipe, self.compiled_still)
         place = self.folder / f"trial{number}"
         place.mkdir()
@@ -252,14 +253,15 @@ class Trials:
                     self._flip_byte(run, log, draw, outcome)
                 else:
                     self._signal(run, log, draw, outcome)
-                self._finish(run, log, outcome)
-                self._compare(run, outcome)
+                if outcome.resumed:
+                    self._finish(run, log, outcome)
+                    self._compare(run, outcome)
             except TimeoutError as error:
+                outcome.ended_well = False
                 outcome.notes.append(str(error))
         shutil.rmtree(place, ignore_errors=True)
         if outcome.good:
             log.unlink()
-        return outcome
 
     def _signal(self, run: Path, log: Path, draw: random.Random, outcome: Outcome) -> None:
         """Send a signal at a random moment, or in the phase that the name of the fault ends with."""
@@ -270,7 +272,7 @@ class Trials:
                 self._await_moment(process, run, draw, outcome)
             case "compilation":
                 process.wait_until(lambda: COMPILING in log.read_bytes())
-                end = time.monotonic() + draw.random() * self.compiling
+                end = time.monotonic() + draw.random() * (self.compiling or 30.0)
                 process.wait_until(lambda: time.monotonic() > end or steps_logged(run) > 0)
             case "saving":
                 outcome.what = f"after step {(at := draw.randrange(STEPS))}"
@@ -408,7 +410,10 @@ def table(outcomes: list[Outcome]) -> str:
     rows = [f"| fault | {columns} |", "|---|--:|--:|--:|--:|--:|--:|--:|"]
     for fault in (*FAULTS, "all"):
         some = [outcome for outcome in outcomes if fault in (outcome.fault, "all")]
-        if some:
+        if some and not any(o.resumed for o in some):
+            well, seconds = sum(o.ended_well and o.in_time for o in some), max(o.seconds * o.asked_to_stop for o in some)
+            rows.append(f"| {fault} | {len(some)} | {well} | {seconds:.1f} | | | | |")
+        elif some:
             well, seconds = sum(o.ended_well and o.in_time for o in some), max(o.seconds * o.asked_to_stop for o in some)
             alone, equal = sum(o.survived and o.starts == 1 for o in some), sum(o.equal for o in some)
             survived, lost = sum(o.survived for o in some), max(o.lost for o in some)
@@ -418,7 +423,7 @@ def table(outcomes: list[Outcome]) -> str:
 
 def describe(number: int, outcome: Outcome) -> str:
     """A line about a trial."""
-    good = "equal" if outcome.equal else "DIFFERENT" if outcome.survived else "LOST"
+    good = "equal" if outcome.equal else "DIFFERENT" if outcome.survived else "LOST" if outcome.resumed else "not resumed"
     good += "" if outcome.lost <= outcome.most_lost else ", TOO MUCH REPEATED"
     good += "" if outcome.ended_well else ", ENDED BADLY"
     good += "" if outcome.in_time else ", TOO SLOW"
@@ -431,12 +436,12 @@ def record(options: argparse.Namespace, outcomes: list[Outcome], took: float) ->
     """Append the table to the results."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     RESULTS.parent.mkdir(exist_ok=True)
-    first = f" --first {options.first}" if options.first else ""
+    first = f" --first {options.first}" * bool(options.first) + " --ends-only" * options.ends_only
     first += "".join(f" --without '{fault}'" for fault in options.without)
     with RESULTS.open("a", encoding="utf-8") as file:
         file.write(
             f"\n## {time.strftime('%Y-%m-%d')}, seed {options.seed}, commit {commit.stdout.strip()}\n\n"
-            f"`python benchmarks/chaos.py --trials {options.trials}{first} --seed {options.seed}`: {STEPS} steps, "
+            f"`python benchmarks/chaos.py --trials {len(outcomes)}{first} --seed {options.seed}`: {STEPS} steps, "
             f"a checkpoint every {INTERVAL}; {platform.machine()}, Linux {platform.release()}, "
             f"Python {platform.python_version()}, torch {torch.__version__}; {took:.0f} s, load {os.getloadavg()[2]:.0f} on "
             f"{os.cpu_count()} cores.\n\n{table(outcomes)}\n"
@@ -449,6 +454,7 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="number of the first trial, to run them in pieces")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--without", nargs="+", default=[], choices=FAULTS, metavar="FAULT", help="faults to leave out")
+    parser.add_argument("--ends-only", action="store_true", help="look at the end of a disturbed run, and do not resume it")
     parser.add_argument("--limit", type=float, default=5.0, help="seconds that a process may take to stop")
     parser.add_argument("--record", action="store_true", help=f"append the table to {RESULTS.name}")
     options = parser.parse_args()
@@ -465,13 +471,19 @@ def main() -> int:
         print(f"undisturbed: {trials.seconds:.1f} s, {trials.fsyncs} fsync calls", flush=True)
         for number in range(options.first, options.first + options.trials):
             draw = random.Random(f"{options.seed}:{number}")
-            outcome = trials.run(number, Outcome(turns[number % len(turns)], limit=options.limit), draw)
+            outcome = Outcome(turns[number % len(turns)], resumed=not options.ends_only, limit=options.limit)
+            try:
+                trials.run(number, outcome, draw)
+            except KeyboardInterrupt:
+                break
             outcomes.append(outcome)
             print(describe(number, outcome), flush=True)
             if not outcome.good:
                 print(
                     "    " + "\n    ".join((Path(name) / f"trial{number}.log").read_text(errors="replace").splitlines()[-12:])
                 )
+    if not outcomes:
+        return 1
     lost = max(outcome.lost for outcome in outcomes)
     survived, equal = sum(o.survived for o in outcomes), sum(o.equal for o in outcomes)
     well = sum(o.ended_well and o.in_time for o in outcomes)

@@ -166,6 +166,15 @@ def test_processes_that_meet_but_cannot_connect(place, monkeypatch):
         wait_as(0)
 
 
+def test_a_store_that_goes_during_the_wait(place, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    port = int(place.partition(":")[2])
+    store = [dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)]
+    monkeypatch.setattr(rendezvous._Meeting, "_missing", lambda self, joined: store.clear())  # its end
+    with pytest.raises(JobLost, match=rf"the store at {place} has gone \(.*\): a process has ended"):
+        wait_as(1)
+
+
 @pytest.mark.parametrize(("numbers", "text"), [([], ""), ([3], "3"), ([0, 1, 2, 5, 7, 8], "0-2, 5, 7-8")])
 def test_ranks_as_text(numbers, text):
     assert rendezvous.ranges(numbers) == text

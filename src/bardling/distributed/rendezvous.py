@@ -29,7 +29,7 @@ TIMEOUT = timedelta(minutes=30)
 """Maximum wait for other processes, here and in a collective. The heartbeat detects lost processes earlier; without it, this
 only has to exceed any work that one process does while the others wait."""
 
-REMINDERS = (4.0, 15.0, 60.0, 300.0)
+REMINDERS = (5.0, 15.0, 60.0, 300.0)
 """Seconds between two lines about the wait; the last interval repeats."""
 
 
@@ -163,7 +163,20 @@ class _Meeting:
             self.waiting_for = f"for {whom}, which does not listen at {self.place} (MASTER_ADDR:MASTER_PORT) yet"
             self._until(self.place.listens)
             self.waiting_for = f"for an answer at {self.place} (MASTER_ADDR:MASTER_PORT); is another program listening there?"
-        server = self.place.store(self.rank, self.world_size)
+        server, problem = self.place.store(self.rank, self.world_size), f"the store at {self.place} has gone"
+        try:
+            store = self._join(server)
+            self.waiting_for = f"for the {self.world_size} processes, which have met at {self.place}, to connect to each other"
+            problem = f"the processes have met at {self.place} but cannot connect to each other"
+            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size, timeout=TIMEOUT)
+        except RuntimeError as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            raise JobLost(f"{problem} ({reason}): a process has ended, or a firewall separates them") from None
+        self.store = store
+
+    def _join(self, server: TCPStore) -> PrefixStore:
+        """Wait until all processes have joined; returns the store for this group."""
         self.waiting_for = ""
         # A program may form several groups, one after the other. Each has its own keys.
         attempt = f"bardling/{self.place.attempt}"
@@ -171,16 +184,7 @@ class _Meeting:
         store.set(f"joined/{self.rank}", "")
         first = store.add("joined", 1) == 1
         self._until(lambda: store.add("joined", 0) >= self.world_size, (lambda: self._missing(store)) if first else None)
-        self.waiting_for = f"for the {self.world_size} processes, which have met at {self.place}, to connect to each other"
-        try:
-            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size, timeout=TIMEOUT)
-        except RuntimeError as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-            hint = "one of them has ended, or a firewall separates them"
-            problem = f"the processes have met at {self.place} but cannot connect to each other ({reason})"
-            raise JobLost(f"{problem}: {hint}") from None
-        self.store = store
+        return store
 
     def _until(self, condition: Callable[[], bool], explain: Callable[[], str] | None = None) -> None:
         """Poll `condition`; `explain` tells what for."""
