@@ -224,7 +224,7 @@ class Trials:
         recipe, environment = self.recipe, dict[str, str]()
         if phase == "compilation":
             recipe = self.compiled_recipe
-            if draw.random() < 0.5:  # in an empty cache, it compiles as for the first time
+            if draw.random() < 0.25:  # in an empty cache, it compiles as for the first time
                 environment["TORCHINDUCTOR_CACHE_DIR"] = str(run.parent / "compiled")
         elif phase == "rendezvous":
             with socket.create_server(("127.0.0.1", 0)) as server:

@@ -29,7 +29,7 @@ PHASES = {
 }
 """Module and function whose first call begins a phase."""
 
-_PATIENCE = 240.0  # seconds
+_PATIENCE = 900.0  # seconds; compilation on a busy machine
 
 
 class Process:

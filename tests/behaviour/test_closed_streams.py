@@ -13,6 +13,7 @@ import pytest
 from bardling.config.recipes import config_to_toml
 from bardling.errors import UserError
 from bardling.files.streams import Lasting, tell
+from bardling.monitor import progress
 from bardling.monitor.console import Console
 from bardling.training import loop
 from bardling.training.run import train
@@ -134,6 +135,15 @@ def test_a_warning_that_cannot_be_printed_ends_nothing(monkeypatch, number):
 def test_warnings_do_not_control_the_terminal(capsys):
     tell("warning: \x1b[2Jgone")
     assert capsys.readouterr().err == "bardling: warning: \\x1b[2Jgone\n"
+
+
+def test_progress_in_a_log_has_units(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "PATIENCE", -1.0)
+    monkeypatch.setattr(progress, "PLAIN_INTERVAL", -1.0)
+    with progress.ProgressBar(unit="bytes") as bar:
+        bar.note = "1,200 documents/s"
+        bar.update("tokenizing", 25_000_000, 100_000_000)
+    assert capsys.readouterr().err.startswith("tokenizing: 25.0 MB of 100 MB, 1,200 documents/s, ")
 
 
 def test_a_named_stream_raises_its_failure_once():

@@ -1,5 +1,6 @@
 """One process at a time holds a lock file, whatever the holder does with the file and however it ends."""
 
+import contextlib
 import errno
 import os
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from bardling.errors import UserError
+from bardling.files import lock
 from bardling.files.lock import locked
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="open files cannot be removed or moved there")
@@ -113,3 +115,16 @@ def test_a_lock_file_that_cannot_be_created_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot lock: ") as caught, locked(tmp_path / "file" / "lock"):
         pass
     assert "\n" not in str(caught.value)
+
+
+def test_a_long_wait_is_told_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(lock, "PATIENCE", 0.1)
+    with contextlib.ExitStack() as holder:
+        holder.enter_context(locked(tmp_path / "lock"))
+        release = threading.Timer(0.5, holder.close)
+        release.start()
+        with locked(tmp_path / "lock", waiting="another process prepares the data"):
+            assert capsys.readouterr().err == "bardling: another process prepares the data\n"
+        release.join()
+    with locked(tmp_path / "lock", waiting="never printed"):
+        assert capsys.readouterr().err == ""
