@@ -1,6 +1,5 @@
 """One process at a time holds a lock file, whatever the holder does with the file and however it ends."""
 
-import contextlib
 import errno
 import os
 import subprocess
@@ -119,12 +118,19 @@ def test_a_lock_file_that_cannot_be_created_is_one_line(tmp_path: Path) -> None:
 
 def test_a_long_wait_is_told_once(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(lock, "PATIENCE", 0.1)
-    with contextlib.ExitStack() as holder:
-        holder.enter_context(locked(tmp_path / "lock"))
-        release = threading.Timer(0.5, holder.close)
-        release.start()
-        with locked(tmp_path / "lock", waiting="another process prepares the data"):
-            assert capsys.readouterr().err == "bardling: another process prepares the data\n"
-        release.join()
+    held, released = threading.Event(), threading.Event()
+
+    def hold():
+        with locked(tmp_path / "lock"):
+            held.set()
+            released.wait(60)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    assert held.wait(60)
+    threading.Timer(0.5, released.set).start()
+    with locked(tmp_path / "lock", waiting="another process prepares the data"):
+        assert capsys.readouterr().err == "bardling: another process prepares the data\n"
+    holder.join()
     with locked(tmp_path / "lock", waiting="never printed"):
         assert capsys.readouterr().err == ""
