@@ -28,6 +28,9 @@ T = TypeVar("T")
 Model = tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
 """The argument that names a model."""
 
+Texts = tyro.conf.UseAppendAction[tuple[str, ...]]
+"""An option that is repeated for several texts: `--stop A --stop B`."""
+
 
 _LEAST_WIDTH = 60  # columns of the help; a narrower terminal wraps its lines
 _BOOLEANS = {
@@ -46,7 +49,7 @@ def note(text: str) -> None:
 def parse(cls: type[T], argv: Sequence[str], *, prog: str, description: str, default: T | None = None) -> T:
     """Parse `argv` into the dataclass `cls`; `--help` prints and exits with status 0, and a wrong option is a `UserError`."""
     argv = spelled_out(argv, cls)
-    refuse_repeated(argv)
+    refuse_repeated(argv, _repeatable(cls))
     message = io.StringIO()
     options: dict[str, Any] = {} if default is None else {"default": default}
     try:
@@ -104,7 +107,7 @@ def _wide_enough() -> Iterator[None]:
 def spelled_out(argv: Sequence[str], cls: Any) -> list[str]:
     """`argv` as `tyro` reads it: `--fp8`, `--no-fp8` and `--fp8=false` become `--fp8 True` or `--fp8 False`, and a value that
     begins with a dash is joined to its option: `--prompt=-abc`."""
-    hints = dict(_options(cls))
+    hints, repeatable = dict(_options(cls)), _repeatable(cls)
     words, result = list(argv), list[str]()
     while words:
         word = words.pop(0)
@@ -118,13 +121,15 @@ def spelled_out(argv: Sequence[str], cls: Any) -> list[str]:
             if not equals and words and words[0].lower() in ("true", "false", "none"):
                 value = words.pop(0)
             result += [f"--{key}", _BOOLEANS.get(value.lower(), value)]
-        elif (
-            key in hints and not equals and words and not any(typing.get_origin(each) is tuple for each in _members(hints[key]))
-        ):
+        elif key in hints and not equals and words and (key in repeatable or not _is_tuple(hints[key])):
             result.append(f"{word}={words.pop(0)}" if _is_value(words[0], word, hints) else word)
         else:
             result.append(word)
     return result
+
+
+def _is_tuple(hint: Any) -> bool:
+    return any(typing.get_origin(member) is tuple for member in _members(hint))
 
 
 def _members(hint: Any) -> tuple[Any, ...]:
@@ -141,8 +146,8 @@ def _is_value(word: str, option: str, known: Collection[str]) -> bool:
     return False
 
 
-def refuse_repeated(argv: Sequence[str]) -> None:
-    """Raise a `UserError` if an option occurs twice: only the last one would count."""
+def refuse_repeated(argv: Sequence[str], repeatable: Collection[str]) -> None:
+    """Raise a `UserError` if an option that is not `repeatable` occurs twice: only the last one would count."""
     seen: dict[str, str] = {}
     for index, word in enumerate(argv):
         if not word.startswith("--"):
@@ -150,10 +155,16 @@ def refuse_repeated(argv: Sequence[str]) -> None:
         name, equals, value = word.partition("=")
         key = name.replace("-", "_")
         value = value if equals else " ".join(argv[index + 1 : index + 2])
-        if key in seen:
+        if key in seen and key[2:] not in repeatable:
             remedy = _REPEATED.get(name, "give it once; an option with several values takes all of them at once")
             raise UserError(f"{name} is given twice ({seen[key]!r} and {value!r}): {remedy}")
         seen[key] = value
+
+
+def _repeatable(cls: Any) -> list[str]:
+    """The names of the options of type `Texts`."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return [name for name, hint in hints.items() if hint == Texts]
 
 
 def option_names(cls: Any) -> list[str]:

@@ -1,18 +1,27 @@
 """`bardling sample RUN`: generate text with a trained model and print it token by token."""
 
+import math
 import secrets
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from bardling.cli.parse import Model, note, parse
-from bardling.config import SampleConfig
+from bardling.cli.parse import Model, Texts, note, parse, require_options
+from bardling.cli.tables import columns, show_table
 from bardling.errors import UserError
 from bardling.files.prompt import read_prompt_file, read_prompt_input
+from bardling.files.streams import escape_unprintable
+from bardling.monitor.format import percent
 
 if TYPE_CHECKING:
     from bardling.data.tokens.tokenizer import Tokenizer
+    from bardling.generation.engine import Engine
+    from bardling.generation.requests import Output, TokenLogprob
+
+_MOST_SLOTS = 64  # completions that are generated at the same time
+_SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "logprobs")
 
 
 @dataclass(frozen=True)
@@ -33,6 +42,14 @@ class SampleOptions:
     """Sample only from the k most likely tokens."""
     top_p: float | None = None
     """Sample only from the most likely tokens that together reach this probability."""
+    min_p: float | None = None
+    """Sample only from tokens with at least this fraction of the most likely token's probability."""
+    repetition_penalty: float = 1.0
+    """Above 1, makes tokens that occur in the prompt or the completion less likely."""
+    stop: Texts = ()
+    """Text that ends a completion, which does not include it; repeat the option for several."""
+    logprobs: int | None = None
+    """Print a table of the generated tokens with their probabilities, and of the N most likely tokens in each place."""
     num_samples: int = 1
     """Number of completions, generated in one batch."""
     seed: int | None = None
@@ -53,15 +70,17 @@ def run(argv: Sequence[str]) -> None:
         options = nanogpt_options(argv)
     else:
         options = parse(SampleOptions, argv, prog="bardling sample", description="Generate text with a trained model.")
-    sampling = {name: getattr(options, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p")}
-    try:
-        config = SampleConfig(prompt=_prompt(options), num_samples=options.num_samples, **sampling)
-    except UserError as error:  # this command's options have no section
-        raise UserError(str(error).removeprefix("sample.")) from None
+    require_options(1, options, "num_samples")
+    text = _prompt(options)
     from bardling.checkpoint.load import load, run_of
     from bardling.distributed.device import choose_device, choose_precision
-    from bardling.generation.generate import generate, prompt_ids, will_slide
+    from bardling.generation.engine import Engine
+    from bardling.generation.generate import prompt_ids, will_slide
+    from bardling.generation.requests import Request
+    from bardling.generation.sampling import Sampling
 
+    seed = secrets.randbelow(2**31) if options.seed is None else options.seed
+    sampling = Sampling(**{name: getattr(options, name) for name in _SAMPLING}, seed=seed)
     device = choose_device(options.device)
     precision = choose_precision(options.precision, device)
     loaded = load(options.model, best=options.best)
@@ -72,66 +91,79 @@ def run(argv: Sequence[str]) -> None:
     # A model trained on one document has never seen an end-of-text token, so it cannot start from one.
     line_break = single_document and not tokenizer.interface.start
     try:
-        prompt = prompt_ids(tokenizer, config.prompt or ("\n" if line_break else ""), allow_special=options.special)
+        prompt = prompt_ids(tokenizer, text or ("\n" if line_break else ""), allow_special=options.special)
     except UserError as error:
         where = "--prompt" if options.prompt_file is None else f"prompt file {options.prompt_file}"
         raise UserError(f"{where}: {error}") from error
-    if will_slide(len(prompt), config.max_new_tokens, model.config.block_size):
+    if will_slide(len(prompt), sampling.max_new_tokens, model.config.block_size):
         context = model.config.block_size
         note(f"the text will exceed the model's context of {context} tokens; the model then sees only the most recent ones")
-    seed = options.seed
-    if seed is None:
-        seed = secrets.randbelow(2**31)
+    if options.seed is None:
         note(f"--seed {seed}")
-    steps = generate(
-        model,
-        [prompt] * config.num_samples,
-        **sampling,
-        eot_id=tokenizer.interface.eos,
-        vocab_size=tokenizer.vocab_size,
-        seed=seed,
-        autocast=precision.autocast,
-    )
-    shown = prompt[len(tokenizer.interface.start) :] if config.prompt else []
-    _print_texts(steps, tokenizer, prompt, len(shown), config.num_samples)
+    engine = Engine(model, tokenizer, slots=min(options.num_samples, _MOST_SLOTS), autocast=precision.autocast)
+    numbers = [engine.submit(Request(tuple(prompt), sampling, index)) for index in range(options.num_samples)]
+    shown = tokenizer.decode(prompt[len(tokenizer.interface.start) :]) if text else ""
+    _Printer(tokenizer, shown, numbers).print_all(engine)
 
 
-def _print_texts(
-    steps: Iterable[Sequence[int | None]], tokenizer: "Tokenizer", prompt: Sequence[int], shown: int, num_samples: int
-) -> None:
-    """Print a single completion as it is generated, and several once all are complete.
+class _Printer:
+    """Prints completions in their order, each as it is generated: while one is shown, those after it are generated too."""
 
-    Args:
-        steps: the next token of each completion; None for those that have ended.
-        prompt: the tokens before them, of which the last `shown` are printed too.
-    """
-    from bardling.data.tokens.tokenizer import StreamDecoder
+    def __init__(self, tokenizer: "Tokenizer", prompt: str, numbers: Sequence[int]) -> None:
+        self._tokenizer, self._prompt, self._numbers = tokenizer, prompt, numbers
+        self._texts = dict.fromkeys(numbers, "")  # generated, not printed yet
+        self._tokens: dict[int, list[TokenLogprob]] = {number: [] for number in numbers}
+        self._ended: set[int] = set()
+        self._terminal = sys.stdout.isatty()
 
-    decoders = [StreamDecoder(tokenizer) for _ in range(num_samples)]
-    texts = [""] * num_samples
+    def print_all(self, engine: "Engine") -> None:
+        for place, number in enumerate(self._numbers, 1):
+            if len(self._numbers) > 1:
+                print(f"--- sample {place} of {len(self._numbers)} ---")
+            self._print(self._prompt)
+            self._print(self._texts.pop(number))
+            while number not in self._ended:
+                for output in engine.step():
+                    self._take(output, current=number)
+            print()
+            if self._tokens[number]:
+                self._print_tokens(self._tokens[number])
 
-    def add(row: int, piece: str) -> None:
-        texts[row] += piece
-        if num_samples == 1:
-            print(piece, end="", flush=True)
-
-    for row, decoder in enumerate(decoders):
-        if shown:
-            add(row, "".join(map(decoder.push, prompt[len(prompt) - shown :])))
+    def _take(self, output: "Output", current: int) -> None:
+        if output.request == current:
+            self._print(output.text)
         else:
-            for before in prompt:  # the text goes on after them
-                decoder.push(before)
-    for tokens in steps:
-        for row, token in enumerate(tokens):
-            if token is not None and token not in tokenizer.interface.eos:
-                add(row, decoders[row].push(token))
-    for row, decoder in enumerate(decoders):
-        add(row, decoder.finish())  # bytes of an incomplete character
-    if num_samples == 1:
+            self._texts[output.request] += output.text
+        if output.logprob is not None:
+            self._tokens[output.request].append(output.logprob)
+        if output.finish is not None:
+            self._ended.add(output.request)
+
+    def _print(self, text: str) -> None:
+        """Print generated text: unchanged in a file or a pipe, but no control characters on a terminal."""
+        print(escape_unprintable(text, sys.stdout.encoding) if self._terminal else text, end="", flush=True)
+
+    def _print_tokens(self, tokens: "Sequence[TokenLogprob]") -> None:
+        """A table of the generated tokens and the likeliest ones in their places."""
+        table = columns("token", "probability", "log-probability")
+        if any(token.top for token in tokens):
+            table.add_column("most likely")
+        for token in tokens:
+            assert token.logprob is not None
+            likely = "  ".join(f"{self._name(other)} {percent(math.exp(logprob))}" for other, logprob in token.top)
+            probability = percent(math.exp(token.logprob))
+            cells = (self._name(token.token), probability, f"{round(token.logprob, 4) + 0.0:.4f}", likely)  # + 0.0: never -0.0
+            table.add_row(*cells[: len(table.columns)])
         print()
-        return
-    for row, text in enumerate(texts, 1):
-        print(f"--- sample {row} of {len(texts)} ---\n{text}")
+        show_table(table)
+
+    def _name(self, token: int) -> str:
+        """A token in quotes; bytes of an incomplete character as escapes."""
+        data = self._tokenizer.token_bytes(token)
+        try:
+            return repr(data.decode())
+        except UnicodeDecodeError:
+            return repr(data)
 
 
 def _prompt(options: SampleOptions) -> str:

@@ -1,4 +1,5 @@
 """The inference engine: text from a trained model.
 
-Prefill, decoding and the choice of tokens belong here. The model and its KV cache are in `model/`; commands are in `cli/`.
+Prefill, decoding, the choice of tokens, chat templates and conversations belong here. The model and its KV cache are in
+`model/`; commands are in `cli/`.
 """

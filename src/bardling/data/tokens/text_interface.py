@@ -6,7 +6,7 @@ read once, with the precedence that `transformers` gives them, kept as they are,
 that nothing here uses. A description that names no tokens is completed: a text ends with the tokenizer's end-of-text token and
 begins with what its post-processor puts there, or else with the end-of-text token.
 
-Limits: files of up to 16 MiB, templates of up to 1 MiB. Templates are data here and never run.
+Limits: files of up to 16 MiB, templates of up to 1 MiB. Templates are data here; `data/tokens/chat_template.py` renders them.
 """
 
 import json
@@ -27,6 +27,7 @@ _MAX_TEMPLATE_BYTES = 1 << 20
 _MAX_TEMPLATES = 100
 _UNLIMITED = 10**20  # transformers writes 1e30 for a tokenizer whose longest text is unknown
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _CLASS_OF_MODEL = {"gpt2": "GPT2Tokenizer", "qwen3": "Qwen2Tokenizer"}  # what AutoTokenizer takes if no file names a class
 _CLASS_TOKENS = {  # the special tokens of transformers' classes, where no file names others
     "GPT2Tokenizer": {"bos_token": EOT, "eos_token": EOT, "unk_token": EOT},
@@ -80,6 +81,11 @@ class TextFiles:
         return value if isinstance(value, str) else None
 
     @property
+    def chat_template_file(self) -> str:
+        """The file of the default chat template."""
+        return str(Path(self.folder) / (CONFIG if self.template is None else TEMPLATE))
+
+    @property
     def max_length(self) -> int | None:
         value = (self.config or {}).get("model_max_length")
         return int(value) if isinstance(value, int | float) and 0 < value < _UNLIMITED else None
@@ -100,6 +106,16 @@ class TextInterface:
     @property
     def chat_template(self) -> str | None:
         return self.files.chat_template
+
+    @property
+    def chat_template_file(self) -> str:
+        """For messages."""
+        return self.files.chat_template_file
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """The special tokens that the files name: 'bos_token', ..., as chat templates know them."""
+        return {key: name for key in _SPECIAL_TOKENS if (name := self.files.token(key)) is not None}
 
     @property
     def max_length(self) -> int | None:
