@@ -5,7 +5,6 @@
 
 import dataclasses
 import re
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -31,6 +30,7 @@ from bardling.errors import UserError
 from bardling.files.digests import json_sha256
 from bardling.files.paths import expand_home, shell_path, similar
 from bardling.files.reading import read_json_object
+from bardling.files.streams import tell
 from bardling.interop.families import shown
 from bardling.interop.gguf_file import is_gguf, read_header
 from bardling.interop.gguf_model import read_gguf_model
@@ -340,4 +340,4 @@ def _refuse_lost(run: RunFolder) -> None:
 
 
 def _report(message: str) -> None:
-    print(f"bardling: {message}", file=sys.stderr)
+    tell(message)
