@@ -58,6 +58,8 @@ class SampleOptions:
     """'auto', 'cpu', 'cuda', 'cuda:N' or 'mps'."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
     """Dtype of matrix multiplications."""
+    weights: Literal["auto", "float32", "bfloat16", "int8"] = "float32"
+    """Dtype of the weights; fewer bits generate faster and round the weights. 'auto': what is fastest on this device."""
     best: bool = False
     """Use the checkpoint with the lowest validation loss instead of the latest."""
 
@@ -78,6 +80,7 @@ def run(argv: Sequence[str]) -> None:
     from bardling.generation.generate import prompt_ids, will_slide
     from bardling.generation.requests import Request
     from bardling.generation.sampling import Sampling
+    from bardling.generation.weights import convert_weights
 
     seed = secrets.randbelow(2**31) if options.seed is None else options.seed
     sampling = Sampling(**{name: getattr(options, name) for name in _SAMPLING}, seed=seed)
@@ -85,7 +88,7 @@ def run(argv: Sequence[str]) -> None:
     precision = choose_precision(options.precision, device)
     loaded = load(options.model, best=options.best)
     tokenizer = loaded.needed_tokenizer()
-    model = loaded.build().to(device)
+    model = convert_weights(loaded.build().to(device), options.weights)
     run_folder = run_of(options.model)
     single_document = run_folder is not None and run_folder.dataset_record().get("train_documents") == 1
     # A model trained on one document has never seen an end-of-text token, so it cannot start from one.
