@@ -202,7 +202,7 @@ class Terminal:
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
-def test_a_conversation_on_a_terminal(models: Path, tmp_path: Path) -> None:
+def test_a_conversation_on_a_terminal_which_ctrl_c_leaves(models: Path, tmp_path: Path) -> None:
     terminal = Terminal(models / "chat", "--seed", "1")
     assert "/help lists the commands, Ctrl-D leaves" in terminal.until("> ")
     terminal.type("hello\r")
@@ -221,12 +221,12 @@ def test_a_conversation_on_a_terminal(models: Path, tmp_path: Path) -> None:
     terminal.until("saved to ")
     terminal.type("/reset\r")
     terminal.until("the conversation is forgotten")
-    terminal.type("/quit\r")
+    terminal.type("\x03")
     assert terminal.status() == 0
     assert len(saved(f"{tmp_path}/out.json")["messages"]) == 5
 
 
-def test_ctrl_c_ends_the_answer_and_at_the_prompt_the_chat(models: Path, tmp_path: Path) -> None:
+def test_ctrl_c_ends_only_the_answer_and_other_signals_the_command(models: Path, tmp_path: Path) -> None:
     terminal = Terminal(models / "endless", "--max_new_tokens", "15000")
     terminal.until("> ")
     for text in ("one", "two"):
@@ -239,8 +239,8 @@ def test_ctrl_c_ends_the_answer_and_at_the_prompt_the_chat(models: Path, tmp_pat
     messages = saved(f"{tmp_path}/out.json")["messages"]
     assert [message["content"] for message in messages[::2]] == ["one", "two"]
     assert all(5 < len(message["content"]) < 15000 for message in messages[1::2])
-    terminal.type("\x03")
-    assert terminal.status() == 0
+    os.kill(terminal.pid, signal.SIGTERM)
+    assert terminal.status() == 143
 
 
 def test_the_prompt_stays_out_of_a_file_that_collects_the_answers(

@@ -115,7 +115,7 @@ class _Session:
             import readline  # noqa: F401  gives `input` a history and editing
         with contextlib.suppress(AttributeError):
             sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
-        with self._interrupts, contextlib.suppress(EOFError, KeyboardInterrupt):
+        with self._interrupts, contextlib.suppress(EOFError, _Leave):
             while True:
                 line = _input("> ")
                 try:
@@ -192,8 +192,12 @@ class _Session:
             note(text)
 
 
+class _Leave(KeyboardInterrupt):
+    """Ctrl-C at the prompt."""
+
+
 class _Interrupts:
-    """Ctrl-C: asks for the end of an answer, and at the prompt raises `KeyboardInterrupt`. A second one ends the command."""
+    """Ctrl-C: asks for the end of an answer, and at the prompt raises `_Leave`. A second one ends the command."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -207,7 +211,7 @@ class _Interrupts:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if not self._answering:
-            raise KeyboardInterrupt
+            raise _Leave
         if self.requested:
             raise Terminated(number)
         self.requested = True
