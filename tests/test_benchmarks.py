@@ -309,3 +309,16 @@ def test_errors_are_one_line_with_status_2() -> None:
     assert result.returncode == 2
     assert result.stderr.startswith("ablation: nonsense: no shipped recipe")
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_the_server_under_load(tmp_path: Path) -> None:
+    import serve
+
+    serve.main(["--tiny", "--results", str(tmp_path)])
+    head, *rows = rows_of(tmp_path / "serve.md")
+    assert head[0] == "client"
+    assert [row[0] for row in rows[:4]] == ["whole", "stream", "slow", "disconnect"]
+    assert all(int(row[1].replace(",", "")) > 0 for row in rows[:4])
+    assert rows[5][0] == "bardling serve"
+    assert "no slot stayed occupied" in (tmp_path / "serve.md").read_text()

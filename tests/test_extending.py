@@ -28,6 +28,7 @@ from bardling.checkpoint.load import load
 from bardling.data.text.sources import Document
 from bardling.data.tokens.tokenizer import Tokenizer
 from bardling.data.tokens.vocabulary import byte_content
+from bardling.evaluate.benchmarks import Metric, Scores
 from bardling.monitor import RunInfo
 from bardling.training.objective import NextToken, Sums
 
@@ -104,6 +105,24 @@ class CountSteps:
                 file.write(line + "\\n")
 
 
+class Chance:
+    """A kind of task: `chance:NAME` scores what guessing does."""
+
+    name = "chance"
+
+    def check(self, *_):
+        pass
+
+    def absolute(self, rest):
+        return rest
+
+    def open(self, rest, count, seed):
+        return self
+
+    def evaluate(self, subject):
+        return [Scores(self.name, (Metric("luck", 0.5, 0.1),), subject.model.config.vocab_size)]
+
+
 class ToySink:
     """A sink: counts the records of each kind."""
 
@@ -130,6 +149,7 @@ def write_shapes(spec, out, *, best, dataset):
     return []
 
 
+CHANCE = Chance()
 TOY_FORMAT = ExportFormat(write_shapes, "{out}/shapes.json: look at it")
 
 
@@ -149,6 +169,8 @@ sign-sgd = toy_bardling:toy_optimizer
 half = toy_bardling:toy_objective
 [bardling.hooks]
 count-steps = toy_bardling:CountSteps
+[bardling.tasks]
+chance = toy_bardling:CHANCE
 [bardling.sinks]
 toy = toy_bardling:ToySink
 [bardling.export_formats]
@@ -188,6 +210,7 @@ hooks = ["count-steps"]
 [eval]
 every = 6
 windows = 4
+tasks = ["chance:coin"]
 
 [sample]
 every = 12
@@ -230,7 +253,9 @@ def test_a_recipe_of_foreign_components_trains_resumes_and_exports(installed):
     assert trained[-1] < trained[0]
     assert validated[-1] > 1.5 * trained[-1], "validation measures next-token loss, whatever is minimised"
     kinds = json.loads((run / "toy-sink.json").read_text())
-    assert kinds == {"train": 4, "val": 2, "sample": 1}
+    assert kinds == {"train": 4, "val": 2, "task": 2, "sample": 1}
+    (scored, *_) = [record for record in records if record["kind"] == "task"]
+    assert scored == {"kind": "task", "step": 6, "task": "chance", "luck": 0.5, "luck_stderr": 0.1, "items": 257}
     shapes = json.loads((run / "exports" / "shapes-step-000012" / "shapes.json").read_text())
     assert shapes["transformer.h.0.mlp.c_fc.weight"] == [64, 16]
     assert shapes["transformer.wte.weight"] == [257, 16] or shapes["transformer.wte.weight"][1] == 16

@@ -96,3 +96,6 @@ EXPORT_FORMATS = Extensions(
     "export format", {"hf": "bardling.checkpoint.export:HF", "nanogpt": "bardling.checkpoint.export:NANOGPT"}
 )
 """`checkpoint.export.ExportFormat`: how to write a model, and how to use the result."""
+
+TASKS = Extensions("task", {"lm-eval": "bardling.evaluate.harness_tasks:LM_EVAL", "core": "bardling.evaluate.core:CORE"})
+"""`evaluate.benchmarks.TaskKind`: how to open the tasks that `--tasks` and `eval.tasks` name as KIND:REST."""

@@ -50,7 +50,7 @@ def batch(device: torch.device, *, documents: bool = False, seed: int = 0) -> Ba
     sequences = tokens(4, 129, seed=seed)
     inputs, targets = sequences[:, :-1].contiguous(), sequences[:, 1:].clone()
     targets[0, :8] = -100
-    bounds = document_bounds(inputs, START).to(device) if documents else None
+    bounds = document_bounds(inputs == START).to(device) if documents else None
     return Batch(inputs.to(device), targets.to(device), bounds)
 
 

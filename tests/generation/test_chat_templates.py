@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
+from bardling.data.tokens.chat_process import rendered
+from bardling.data.tokens.chat_template import ChatTemplate, chat_prompt_ids, render_chat
 from bardling.data.tokens.text_interface import TextFiles, TextInterface
 from bardling.data.tokens.tokenizer import load_tokenizer
 from bardling.errors import UserError
-from bardling.generation.chat import ChatTemplate, chat_prompt_ids, render_chat
-from bardling.generation.chat_process import rendered
 from chat_models import FORMATS, write_chat_tokenizer
 
 WORDS = [
@@ -332,7 +332,7 @@ def test_an_interrupted_text_does_not_answer_the_next_request(monkeypatch: pytes
 def test_the_process_ends_with_its_parent(tmp_path: Path) -> None:
     code = (
         "import os, sys; sys.path[:0] = sys.argv[1:]\n"
-        "from test_chat_templates import HI, interface; from bardling.generation.chat import ChatTemplate\n"
+        "from test_chat_templates import HI, interface; from bardling.data.tokens.chat_template import ChatTemplate\n"
         "template = ChatTemplate(interface('x')); template.render(HI); print(template._process.pid, flush=True); os._exit(0)\n"
     )
     done = subprocess.run([sys.executable, "-c", code, *sys.path], capture_output=True, text=True, check=True)

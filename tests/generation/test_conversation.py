@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from bardling.config import ModelConfig
+from bardling.data.tokens.chat_template import ChatTemplate
 from bardling.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from bardling.errors import UserError
-from bardling.generation.chat import ChatTemplate
 from bardling.generation.conversation import Conversation
 from bardling.generation.engine import Engine
 from bardling.generation.requests import Request

@@ -363,3 +363,29 @@ def test_a_cpu_does_not_multiply_padding_rows() -> None:
     with FlopCounterMode(display=False) as counter:
         head_loss(hidden, weight, targets, vocab_size=VOCAB)
     assert counter.get_total_flops() == 2 * 50 * WIDTH * VOCAB
+
+
+@pytest.mark.parametrize("ignored", [True, False])
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+def test_greedy_tells_which_targets_are_the_likeliest(chunks: int, ignored: bool, softcap: float) -> None:
+    hidden, weight, targets = problem(torch.float32, ignored=ignored)
+    likeliest = (hidden @ weight[:VOCAB].T).argmax(-1)
+    targets[0, ::3] = likeliest[0, ::3]
+    if ignored:
+        targets[0, 3:17] = -100
+    with torch.no_grad():
+        losses, hits = head_loss(hidden, weight, targets, vocab_size=VOCAB, softcap=softcap, reduction="none", greedy=True)
+        alone = head_loss(hidden, weight, targets, vocab_size=VOCAB, softcap=softcap, reduction="none")
+    assert losses.shape == hits.shape == targets.shape
+    assert torch.equal(hits.bool(), likeliest == targets)
+    assert 0 < int(hits.sum()) < hits.numel()
+    torch.testing.assert_close(losses, alone)
+    assert not ignored or bool((losses[0, 3:17] == 0).all())
+
+
+def test_greedy_needs_a_loss_for_each_target_without_gradients() -> None:
+    hidden, weight, targets = problem(torch.float32, ignored=False)
+    with pytest.raises(ValueError, match="greedy"):
+        head_loss(hidden, weight, targets, vocab_size=VOCAB, reduction="none", greedy=True)
+    with torch.no_grad(), pytest.raises(ValueError, match="greedy"):
+        head_loss(hidden, weight, targets, vocab_size=VOCAB, greedy=True)

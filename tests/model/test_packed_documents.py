@@ -33,7 +33,7 @@ def packed(batch: int = 3, time: int = 24) -> tuple[Tensor, Tensor, Tensor]:
     inputs[inputs == START] = START + 1
     for row, places in enumerate(([5, 6, 17], [0, 11], [2, 3, 4, 23])):
         inputs[row, places] = START
-    return inputs[:, :-1].contiguous(), inputs[:, 1:].contiguous(), document_bounds(inputs[:, :-1], START)
+    return inputs[:, :-1].contiguous(), inputs[:, 1:].contiguous(), document_bounds(inputs[:, :-1] == START)
 
 
 def alone(model: GPT, inputs: Tensor, targets: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from bardling.errors import UserError
 from bardling.extensions import SINKS
 from bardling.monitor import RunInfo
 from bardling.monitor import services as services_module
-from bardling.monitor.records import TrainRecord, ValRecord
+from bardling.monitor.records import TaskRecord, TrainRecord, ValRecord
 from bardling.monitor.services import Services, check_services
 from bardling.monitor.tensorboard import TensorBoardSink
 from bardling.monitor.wandb import WandbSink
@@ -48,6 +48,10 @@ def train_record(step, loss=None):
     ).as_dict()
 
 
+def task_record(step, task):
+    return TaskRecord(step, task, {"acc": 0.5}, items=7).as_dict()
+
+
 def val_record(step):
     return ValRecord(step, 3.0 / step, 4.0 / step, 20.0, True).as_dict()
 
@@ -73,10 +77,13 @@ def test_tensorboard_has_every_metric_at_its_step(tmp_path, read_events):
     for step in (1, 2, 3):
         sink.log(train_record(step))
     sink.log(val_record(3))
+    for task in ("one", "two"):
+        sink.log(task_record(3, task))
     sink.sample(3, "To be", [" or not\n```\n# no heading"])
     sink.close()
     events = read_events(tmp_path / "tensorboard")
     expected = {f"train/{name}" for name in train_record(1)} | {f"val/{name}" for name in val_record(3)}
+    expected |= {f"task/{task}/{name}" for task in ("one", "two") for name in ("acc", "items")}
     expected -= {"train/kind", "train/step", "train/time", "val/kind", "val/step"}
     assert set(events.Tags()["scalars"]) == expected
     assert [(event.step, event.wall_time) for event in events.Scalars("train/loss")] == [(s, 1.7e9 + s) for s in (1, 2, 3)]
@@ -187,6 +194,8 @@ def test_wandb_has_every_metric_at_its_step(offline):
     for step in (1, 2):
         sink.log(train_record(step))
     sink.log(val_record(2))
+    for task in ("one", "two"):
+        sink.log(task_record(2, task))
     sink.sample(2, "To be", [" or not"])
     sink.log(train_record(3, loss=math.nan))
     sink.close()
@@ -195,8 +204,10 @@ def test_wandb_has_every_metric_at_its_step(offline):
         kind = record["kind"]
         expected = {f"{kind}/{name}": value for name, value in record.items() if name not in ("kind", "step")}
         assert {name: value for name, value in row.items() if not name.startswith("_")} == {**expected, "step": record["step"]}
-    assert rows[3]["step"] == 2
-    assert rows[4]["train/loss"] == "NaN" or math.isnan(rows[4]["train/loss"])
+    found = [(row["step"], row[f"task/{task}/acc"]) for row, task in zip(rows[3:5], ("one", "two"), strict=True)]
+    assert found == [(2, 0.5)] * 2
+    assert rows[5]["step"] == 2
+    assert rows[6]["train/loss"] == "NaN" or math.isnan(rows[6]["train/loss"])
     table = json.loads(next(run.glob("wandb/offline-run-*/files/media/table/*.json")).read_text())
     assert table["data"] == [[2, "To be", " or not"]]
     assert (header.project, header.display_name) == ("plays", "run")

@@ -72,7 +72,7 @@ def compare(
 ) -> None:
     tokens = torch.randint(1, 200, (batch, config.block_size))
     tokens[:, ::37] = 0
-    named = {"documents": document_bounds(tokens, 0)} if documents else {}
+    named = {"documents": document_bounds(tokens == 0)} if documents else {}
     held = held_bytes(GPT(config), precision, tokens, tokens, **named)
     made = activation_bytes(config, batch, precision=precision, device_type="cpu", document_mask=documents)
     if documents and precision == "bfloat16":  # explicit attention lets go of the masks, which are planned for

@@ -13,12 +13,12 @@ import torch
 from bardling.checkpoint.load import load
 from bardling.config import DataConfig
 from bardling.errors import JobLost, UserError
+from bardling.evaluate import benchmarks as measuring
 from bardling.extensions import SINKS
 from bardling.monitor.console import Console
 from bardling.monitor.jsonl import JsonlSink, read_jsonl
 from bardling.training import texts
 from bardling.training.hooks import sample as sampling
-from bardling.training.hooks import tasks as measuring
 from bardling.training.run import resume, train
 
 ITEM = '{{"ctx": "The king", "endings": [" met", " {}"], "label": 0, "ind": "{}"}}\n'
@@ -302,11 +302,12 @@ def test_a_resumed_run_does_not_need_its_services(short, change, tmp_path, monke
 PROCESSES = """
 import os, sys
 from bardling.config.recipes import load_recipe
-from bardling.training.hooks import sample, tasks
+from bardling.evaluate import benchmarks
+from bardling.training.hooks import sample
 from bardling.training.run import train
 
 rank, folder = int(os.environ["RANK"]), sys.argv[1]
-real, record, evaluate, calls = sample.generate, sample.SampleRecord, tasks.evaluate_choices, []
+real, record, evaluate, calls = sample.generate, sample.SampleRecord, benchmarks.evaluate_choices, []
 
 def fail(*arguments, **options):
     raise RuntimeError(f"only rank {rank}")
@@ -325,7 +326,7 @@ def broken(*arguments, **options):
         yield step
 
 sample.generate = generate
-tasks.evaluate_choices = lambda *rest, **options: fail() if rank == 1 and len(calls) < 5 else evaluate(*rest, **options)
+benchmarks.evaluate_choices = lambda *rest, **options: fail() if rank == 1 and len(calls) < 5 else evaluate(*rest, **options)
 assert train(load_recipe(folder + "/recipe.toml"), folder + "/run", quiet=True).finished
 """
 

@@ -1,8 +1,10 @@
-"""Open any model a user points at: a run, one of its checkpoints, a `transformers` folder, a model on the hub, a checkpoint of
-nanoGPT (`ckpt.pt` or its folder) or of nano-gpt (`checkpoint_005000.bin`); and what a resumed run continues from.
+"""Open any model a user points at: a run, one of its checkpoints (its folder, `RUN@step-000400` or `RUN@best`), a folder of
+`transformers`, a model on the hub, a checkpoint of nanoGPT (`ckpt.pt` or its folder) or of nano-gpt (`checkpoint_005000.bin`);
+and what a resumed run continues from.
 """
 
 import dataclasses
+import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -24,6 +26,7 @@ from bardling.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from bardling.distributed.context import Context
 from bardling.distributed.global_state import NEUTRAL
 from bardling.errors import UserError
+from bardling.files.digests import json_sha256
 from bardling.files.paths import expand_home, shell_path, similar
 from bardling.files.reading import read_json_object
 from bardling.interop.families import shown
@@ -34,7 +37,7 @@ from bardling.interop.nanogpt_checkpoint import read_nanogpt_checkpoint
 from bardling.interop.pretrained import fetch_model, is_hub_name, is_shadowed
 from bardling.interop.torch_file import gguf_fault
 from bardling.model.gpt import GPT
-from bardling.model.init import crop_block_size
+from bardling.model.init import crop_block_size, extend_vocabulary
 
 _LARGEST_MULTIPLE = 1024  # to which trainers pad a vocabulary
 
@@ -70,6 +73,14 @@ class Loaded:
             state=crop_block_size(self.state, block_size),
             optimizer_tensors=crop_block_size(self.optimizer_tensors, block_size),
         )
+
+    def extended(self, vocab_size: int) -> "Loaded":
+        """A copy with at least `vocab_size` tokens; the embeddings of new ones are the mean of the others."""
+        if vocab_size <= self.config.vocab_size:
+            return self
+        config = dataclasses.replace(self.config, vocab_size=vocab_size)
+        state = extend_vocabulary(self.state, self.config.vocab_size, vocab_size, config.padded_vocab_size)
+        return dataclasses.replace(self, config=config, state=state)
 
     def build(self) -> GPT:
         """Build the model in host memory and evaluation mode."""
@@ -185,16 +196,23 @@ def _refuse_weights_alone(folder: Path) -> None:
 
 def tokenizer_file(tokenizer: Tokenizer) -> str:
     """The path of a copy of a tokenizer in the cache, for `data.tokenizer`: it stays where it is when the model moves."""
-    folder = cache_root() / "tokenizers" / tokenizer.data_key
+    template = tokenizer.interface.chat_template
+    name = tokenizer.data_key if template is None else f"{tokenizer.data_key}-{json_sha256(template)[:8]}"
+    folder = cache_root() / "tokenizers" / name
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(folder)
     return str(folder / "tokenizer.json")
 
 
 def find_checkpoint(path: Path, *, best: bool = False) -> Path:
-    """The checkpoint folder for `path`: itself, or the latest valid (or the best) checkpoint of a run."""
+    """The checkpoint folder for `path`: itself, the checkpoint that `RUN@step-000400` or `RUN@best` names, or the latest valid
+    (or the best) checkpoint of a run."""
     if (path / "config.json").is_file():
         return path
+    if (named := _named_checkpoint(path)) is not None:
+        if best:
+            raise UserError(f"{path}: names a checkpoint already: omit --best")
+        return named
     _refuse_adapter(path, str(path))
     if not (path / "config.toml").is_file():
         _refuse_weights_alone(path)
@@ -209,6 +227,42 @@ def find_checkpoint(path: Path, *, best: bool = False) -> Path:
         kind = "best checkpoint" if best else "checkpoint"
         raise UserError(f"{path}: has no {kind} yet; continue the run with `bardling resume {shell_path(path)}`")
     return found
+
+
+def _named_checkpoint(path: Path) -> Path | None:
+    """The checkpoint that `RUN@step-000400`, `RUN@step-400` or `RUN@best` names; None if `path` does not have this form."""
+    run, at, name = str(path).rpartition("@")
+    if not at or path.exists() or not (Path(run) / "config.toml").is_file():
+        return None
+    store = RunFolder(Path(run)).store()
+    steps = {f"step-{step}": step for step in store.steps()}
+    number = re.sub("^step-0+(?=[0-9])", "step-", name)
+    if number in steps:
+        return store.path(steps[number])
+    if name == "best" and (best := store.best()) is not None:
+        return best
+    names = [*(store.path(step).name for step in steps.values()), *(["best"] if store.best() is not None else [])]
+    raise UserError(f"{path}: no such checkpoint; {run} has {', '.join(names) or 'none yet'}")
+
+
+def checkpoint_specs(spec: str) -> tuple[str, ...]:
+    """`spec` itself, or, for `RUN@all`, `RUN@step-N` for each checkpoint of the run in ascending order."""
+    run = spec.removesuffix("@all")
+    if run == spec or Path(spec).exists():
+        return (spec,)
+    folder = open_run(Path(run))
+    if not (steps := folder.store().steps()):
+        raise UserError(f"{spec}: {run} has no checkpoint yet; continue the run with `bardling resume {shell_path(run)}`")
+    return tuple(f"{run}@step-{step:06d}" for step in steps)
+
+
+def step_of(spec: str, *, best: bool = False) -> int | None:
+    """The step of the checkpoint that `load` opens for `spec`; None if that is not a checkpoint of a run."""
+    path = Path(spec)
+    if is_hub_name(spec) or path.is_file() or (path / "ckpt.pt").is_file():
+        return None
+    found = re.fullmatch(r"step-(\d{6,18})", find_checkpoint(path, best=best).name)
+    return None if found is None else int(found[1])
 
 
 def load_tokenizer_of(spec: Path | str) -> Tokenizer:
@@ -227,7 +281,7 @@ def run_of(spec: Path | str) -> RunFolder | None:
         return None
     path = Path(spec)
     if not path.exists():
-        find_checkpoint(path)  # says so
+        path = find_checkpoint(path)
     runs = map(RunFolder, (path, path.absolute().parent.parent))
     return next((run for run in runs if run.config_file.is_file()), None)
 

@@ -58,8 +58,8 @@ class ChatOptions:
 def run(argv: Sequence[str]) -> None:
     options = parse(ChatOptions, argv, prog="bardling chat", description="Talk with a model.")
     from bardling.checkpoint.load import load
+    from bardling.data.tokens.chat_template import ChatTemplate
     from bardling.distributed.device import choose_device
-    from bardling.generation.chat import ChatTemplate
     from bardling.generation.conversation import Conversation
     from bardling.generation.engine import Engine
     from bardling.generation.sampling import Sampling

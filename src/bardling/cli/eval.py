@@ -1,45 +1,47 @@
-"""`bardling eval MODEL`: loss, perplexity and bits per byte on text, compared with gzip and xz; task accuracy."""
+"""`bardling eval MODEL...`: loss, perplexity and bits per byte on text, compared with gzip and xz; scores on tasks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from bardling.cli.parse import Model, parse, require_options
-from bardling.cli.tables import print_rows
-from bardling.config import DataConfig
+from bardling.cli.parse import parse, require_options
+from bardling.cli.tables import columns, print_rows, show_table
 from bardling.errors import UserError
-from bardling.monitor.progress import ProgressBar
 
 if TYPE_CHECKING:
-    from bardling.checkpoint.load import Loaded
     from bardling.checkpoint.run_folder import RunFolder
     from bardling.data.tokens.shards import TokenDataset
-    from bardling.data.tokens.tokenizer import Tokenizer
-    from bardling.distributed.context import Context
-    from bardling.distributed.device import Precision
-    from bardling.model.gpt import GPT
+    from bardling.tools.scores import Measured, Wanted
 
 Rows = list[tuple[str, str]]
 
 
 @dataclass(frozen=True)
 class EvalOptions:
-    model: Model
-    """A run, a checkpoint, a model folder, gpt2 or USER/REPO on the hub, or a nanoGPT or nano-gpt checkpoint."""
+    models: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="MODEL [MODEL ...]")]]
+    """A run, a checkpoint (RUN@step-000400, RUN@best; RUN@all: each of them), a model folder, gpt2 or USER/REPO on the hub, or
+    a nanoGPT or nano-gpt checkpoint. Several models make a table."""
     data: str | None = None
     """Text to evaluate on: whole files, or the validation split of a named or prepared dataset; default: that of the run."""
     encoding: Annotated[str, tyro.conf.arg(aliases=["--data.encoding"])] = ""
     """Encoding of the text files of --data without a byte order mark, such as cp1252; default: UTF-8."""
     windows: int | None = None
     """Number of sequences to use, evenly spaced; default: all."""
+    stride: int | None = None
+    """Sliding-window evaluation: sequences begin this many tokens apart, and each token is scored once, with at least the
+    model's context minus this many tokens before it; default: sequences that do not overlap."""
     batch_size: int = 16
     """Sequences per forward pass."""
     tasks: tuple[str, ...] = ()
-    """Multiple-choice tasks: 'hellaswag', or JSON Lines or JSON files in the same format."""
+    """Tasks: 'hellaswag', JSON Lines or JSON files in the same format, lm-eval:NAME for a task of the language model
+    evaluation harness (or the YAML file of one), core:FOLDER for DCLM's CORE."""
     task_items: int | None = None
     """Number of items per task, a random but fixed subset; default: those that a run measures in training, else all."""
+    out: Path | None = None
+    """With several checkpoints of runs: also draw their scores over the steps into this image (.png, .svg, .pdf)."""
     device: str = "auto"
     """'auto', 'cpu', 'cuda', 'cuda:N' or 'mps'."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -49,137 +51,134 @@ class EvalOptions:
 
 
 def run(argv: Sequence[str]) -> None:
-    options = parse(EvalOptions, argv, prog="bardling eval", description="Evaluate a model on validation text and on tasks.")
-    require_options(1, options, "windows", "batch_size", "task_items")
-    from bardling.checkpoint.load import load, run_of
-    from bardling.data.batches.packing import begins_documents
+    options = parse(EvalOptions, argv, prog="bardling eval", description="Evaluate models on validation text and on tasks.")
+    require_options(1, options, "windows", "stride", "batch_size", "task_items")
+    from bardling.checkpoint.load import checkpoint_specs
     from bardling.distributed.context import distributed
     from bardling.distributed.device import choose_precision
-    from bardling.evaluate.tasks import check_task
+    from bardling.evaluate.benchmarks import check_spec
+    from bardling.tools.scores import Wanted, measure
 
+    if not options.models:
+        raise UserError("missing MODEL (see --help)")
+    if options.stride is not None and options.windows is not None:
+        raise UserError(f"--windows {options.windows}: cannot be combined with --stride, which covers the whole text: omit one")
     for task in options.tasks:
-        check_task(task)
-    run_folder = run_of(options.model)
-    if options.data is None and run_folder is None and not options.tasks:
-        advice = "give --data FOLDER, --data SOURCE or --tasks"
-        raise UserError(f"{options.model}: is not part of a run and has no dataset; {advice}")
-    rows: Rows = []
+        check_spec(task)
+    names = [name for model in options.models for name in checkpoint_specs(model)]
+    steps = _steps(options, names)
+    wanted = Wanted(
+        options.data,
+        options.encoding,
+        options.windows,
+        options.stride,
+        options.batch_size,
+        options.tasks,
+        options.task_items,
+    )
     with distributed(options.device) as context:
-        loaded = load(options.model, best=options.best)
         precision = choose_precision(options.precision, context.device)
-        model = loaded.build().to(context.device)
-        if options.data is not None or run_folder is not None:
-            dataset = _dataset(options, loaded, run_folder)
-            # Its own validation split is measured as in training; on other text, a run gives the same result as its export.
-            trained = None if run_folder is None or options.data is not None else run_folder.trained_config()
-            masked = trained is not None and trained.data.document_mask
-            tokenizer = dataset.tokenizer or loaded.tokenizer
-            start = begins_documents(dataset, tokenizer) if masked and tokenizer is not None else None
-            dataset.vocab_size = min(dataset.vocab_size, model.config.vocab_size)  # reading refuses ids that the model lacks
-            # A run trains on sequences that may be shorter than the model's context.
-            length = model.config.block_size if trained is None else min(model.config.block_size, trained.model.block_size)
-            rows += _measure_loss(options, model, dataset, length, start, precision, context)
-            if options.data is not None and run_folder is not None and context.is_primary:
-                rows.append(("overlap", _overlap(dataset, run_folder)))
-        for task in options.tasks:
-            rows += _measure_task(options, task, run_folder, model, loaded.needed_tokenizer(), precision, context)
-        if context.is_primary:
-            print_rows([*rows, ("precision", f"{precision.name} ({precision.why})")])
+        found = [measure(name, wanted, precision, context, best=options.best) for name in names]
+        if not context.is_primary:
+            return
+        rows = _rows(found[0]) if len(found) == 1 else []
+        if len(found) > 1:
+            _print_table(found)
+        rows += _about_data(found, wanted)
+        print_rows([*rows, ("precision", f"{precision.name} ({precision.why})")])
+        if options.out is not None:
+            _draw(options.out, found, steps)
 
 
-def _measure_loss(
-    options: EvalOptions,
-    model: "GPT",
-    dataset: "TokenDataset",
-    length: int,
-    start: int | None,
-    precision: "Precision",
-    context: "Context",
-) -> Rows:
-    import torch
+def _steps(options: EvalOptions, names: Sequence[str]) -> dict[str, int]:
+    """The steps of the models that are checkpoints of a run, if they are to be drawn."""
+    if options.out is None:
+        return {}
+    from bardling.checkpoint.load import step_of
+    from bardling.report.curve import check_image_path
 
-    from bardling.data.batches.loader import EvalSequences
-    from bardling.evaluate.loss import evaluate_loss
-    from bardling.report.compression import compressor_bits_per_byte
-
-    tokenizer = dataset.tokenizer
-    table = None if tokenizer is None else torch.from_numpy(tokenizer.bytes_per_token()).to(context.device)
-    with ProgressBar("evaluating", unit="sequences", show=context.is_primary) as progress:
-        result = evaluate_loss(
-            model,
-            EvalSequences(dataset.split("val"), length, options.windows, start),
-            batch_size=options.batch_size,
-            precision=precision,
-            context=context,
-            bytes_per_token=table,
-            progress=progress,
-        )
-    rows = [("loss", f"{result.loss:.4f} nats per token"), ("perplexity", f"{result.perplexity:.2f}")]
-    if result.bits_per_byte is not None:
-        rows.append(("bits per byte", f"{result.bits_per_byte:.4f}"))
-    if options.windows is None and context.is_primary:
-        baselines = compressor_bits_per_byte(dataset).items()
-        rows += [(f"  {name}", f"{bits:.4f} bits per byte on the same text") for name, bits in baselines]
-    return [*rows, ("measured on", f"{result.tokens:,} tokens of {dataset.path}")]
+    check_image_path(options.out)  # before anything slow
+    known = {name: step for name in names if (step := step_of(name, best=options.best)) is not None}
+    if len(known) < 2:
+        raise UserError(f"--out {options.out}: needs several checkpoints of a run: name them, or use RUN@all")
+    return known
 
 
-def _measure_task(
-    options: EvalOptions,
-    task: str,
-    run_folder: "RunFolder | None",
-    model: "GPT",
-    tokenizer: "Tokenizer",
-    precision: "Precision",
-    context: "Context",
-) -> Rows:
-    from bardling.evaluate.multiple_choice import evaluate_choices
-    from bardling.evaluate.tasks import draw_items, load_items, task_name
-
-    run, name = None if run_folder is None else run_folder.trained_config(), task_name(task)
-    count, seed = (options.task_items, 0) if run is None else (options.task_items or run.eval.task_items, run.seed)
-    found = context.on_primary(lambda: load_items(task))
-    items = draw_items(found, count, seed)
-    with ProgressBar(name, unit="items", show=context.is_primary) as progress:
-        result = evaluate_choices(model, tokenizer, items, precision=precision, task=name, context=context, progress=progress)
-    rows = [
-        (name, f"{result.accuracy('tokens'):.4f} ± {result.stderr('tokens'):.4f} accuracy, ending losses normalised by tokens"),
-        ("", f"{result.accuracy('sum'):.4f} ± {result.stderr('sum'):.4f} accuracy, not normalised"),
-        ("", f"{result.accuracy('characters'):.4f} ± {result.stderr('characters'):.4f} accuracy, normalised by characters"),
-        ("", f"{result.total:,} of {len(found):,} items, {result.items_per_second:.1f} items/s"),
-    ]
-    if result.cut_contexts or result.cut_endings:
-        rows.append(("", f"{result.cut_contexts} contexts and {result.cut_endings} endings truncated to the model's context"))
+def _rows(measured: "Measured") -> Rows:
+    """What one model has reached."""
+    rows: Rows = []
+    if (loss := measured.loss) is not None:
+        rows += [("loss", f"{loss.loss:.4f} nats per token"), ("perplexity", f"{loss.perplexity:.2f}")]
+        if loss.bits_per_byte is not None:
+            rows.append(("bits per byte", f"{loss.bits_per_byte:.4f}"))
+    for scores in measured.scores:
+        name = scores.task
+        for metric in scores.metrics:
+            error = "" if metric.stderr is None else f" ± {metric.stderr:.4f}"
+            rows.append((name, f"{metric.value:.4f}{error} {metric.note}"))
+            name = ""
+        rows += [("", note) for note in scores.notes]
     return rows
 
 
-def _dataset(options: EvalOptions, loaded: "Loaded", run_folder: "RunFolder | None") -> "TokenDataset":
-    """The dataset given by `--data`, else the run's. Text is tokenized with the model's tokenizer."""
-    from bardling.checkpoint.load import tokenizer_file
-    from bardling.data.text.named_datasets import DEFAULTS, is_source_name
-    from bardling.data.tokens.dataset import is_tokenized, open_data, open_recorded
-    from bardling.data.tokens.prepare import EVALUATION_ONLY, SPLIT_RULE
+def _metrics(measured: "Measured") -> "dict[str, tuple[float, float | None]]":
+    """Every result of a model with its standard error, by the name of its column."""
+    found: dict[str, tuple[float, float | None]] = {}
+    if (loss := measured.loss) is not None:
+        found |= {"loss": (loss.loss, None), "perplexity": (loss.perplexity, None)}
+        if loss.bits_per_byte is not None:
+            found["bits per byte"] = (loss.bits_per_byte, None)
+    for scores in measured.scores:
+        named = [metric for metric in scores.metrics if metric.name]
+        found |= {f"{scores.task} {metric.name}": (metric.value, metric.stderr) for metric in named}
+    return found
 
-    tokenizer = loaded.tokenizer
-    if run_folder is not None and options.data is None:
-        remedy = "name the text to evaluate on with --data"
-        config = run_folder.trained_config().data
-        dataset = open_recorded(config, run_folder.dataset_record(), run_folder.path, remedy)
-    else:
-        source, spec, rule = options.data or "", DataConfig.tokenizer, SPLIT_RULE
-        _, val_fraction = DEFAULTS.get(source, ("", DataConfig.val_fraction))
-        if not is_tokenized(source):
-            tokenizer = loaded.needed_tokenizer()
-            spec = tokenizer_file(tokenizer)
-            rule = SPLIT_RULE if is_source_name(source) else EVALUATION_ONLY
-        cache = "" if run_folder is None else run_folder.trained_config().data.cache
-        config = DataConfig(source, spec, val_fraction, cache=cache, encoding=options.encoding)
-        dataset = open_data(config, rule)
-    if tokenizer is not None and dataset.tokenizer is not None and tokenizer.fingerprint != dataset.tokenizer.fingerprint:
-        raise UserError(
-            f"{dataset.path}: was prepared with another tokenizer ({dataset.tokenizer.fingerprint}) than the model's "
-            f"({tokenizer.fingerprint}): prepare it again with --tokenizer {tokenizer_file(tokenizer)}"
-        )
-    return dataset
+
+def _print_table(found: "Sequence[Measured]") -> None:
+    results = [_metrics(measured) for measured in found]
+    names = list(dict.fromkeys(name for result in results for name in result))
+    table = columns("model", *names)
+    for measured, result in zip(found, results, strict=True):
+        cells = []
+        for name in names:
+            value, error = result.get(name, (None, None))
+            cells.append("" if value is None else f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}"))
+        table.add_row(measured.model, *cells)
+    show_table(table)
+
+
+def _about_data(found: "Sequence[Measured]", wanted: "Wanted") -> Rows:
+    """On what the losses were measured, and what compressors reach there."""
+    from bardling.report.compression import compressor_bits_per_byte
+
+    rows: Rows = []
+    datasets = {measured.dataset.path: measured for measured in found if measured.dataset is not None}
+    for number, measured in enumerate(datasets.values()):
+        dataset, loss = measured.dataset, measured.loss
+        assert dataset is not None
+        assert loss is not None
+        whole = wanted.windows is None and not dataset.manifest.row  # conversations are measured in their answers only
+        if whole and (number == 0 or wanted.data is None):  # else it is the same text in other tokens
+            indent, baselines = "  " if len(found) == 1 else "", compressor_bits_per_byte(dataset).items()
+            rows += [(f"{indent}{name}", f"{bits:.4f} bits per byte on the same text") for name, bits in baselines]
+        rows.append(("measured on", f"{loss.tokens:,} tokens of {dataset.path}"))
+        if wanted.data is not None and measured.run is not None:
+            rows.append(("overlap", _overlap(dataset, measured.run)))
+    return rows
+
+
+def _draw(out: Path, found: "Sequence[Measured]", steps: dict[str, int]) -> None:
+    from bardling.report.scores import Point, draw_scores
+
+    points = [
+        Point(name, measured.run.path if measured.run is not None else Path(), steps[measured.model], *value)
+        for measured in found
+        if measured.model in steps
+        for name, value in _metrics(measured).items()
+        if name != "perplexity"
+    ]
+    draw_scores(points, out)
+    print(out)
 
 
 def _overlap(dataset: "TokenDataset", run: "RunFolder") -> str:

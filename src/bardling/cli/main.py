@@ -30,6 +30,7 @@ COMMANDS = {
     "verify": "check on this machine that training is exact when resumed, split or compiled",
     "sample": "generate text with a trained model",
     "chat": "talk with a model in the terminal",
+    "serve": "serve models over HTTP, with OpenAI's interface and a page",
     "eval": "evaluate a model on validation text and tasks",
     "export": "write a model in a format that other software loads",
     "prepare": "tokenize text into a dataset folder",

@@ -11,7 +11,7 @@ from bardling.files.paths import expand_home
 
 T = TypeVar("T")
 
-_SPECS = ("model", "data", "source", "tokenizer", "tasks")
+_SPECS = ("model", "models", "data", "source", "tokenizer", "tasks")
 """Options of type text that may be paths; those of a `RunConfig` are expanded there."""
 
 
@@ -37,6 +37,7 @@ def shadow_notes(options: object) -> Iterator[str]:
     config = getattr(options, "config", None)
     specs = [("dataset", getattr(options, name, None)) for name in ("data", "source")]
     specs += [("tokenizer", getattr(options, "tokenizer", None)), ("model", getattr(options, "model", None))]
+    specs += [("model", model) for model in getattr(options, "models", ())]
     if isinstance(config, RunConfig):
         specs += [("dataset", config.data.source), ("tokenizer", config.data.tokenizer), ("model", config.model.init)]
     for kind, spec in specs:

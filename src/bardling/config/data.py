@@ -1,4 +1,5 @@
 from dataclasses import dataclass
+from typing import Literal
 
 from bardling.config.checks import expand_paths, require
 
@@ -22,6 +23,14 @@ class DataConfig:
     """Folder for datasets prepared from a source; empty: $BARDLING_CACHE, or ~/.cache/bardling."""
     encoding: str = ""
     """Encoding of text files without a byte order mark, such as 'cp1252'; empty: UTF-8."""
+
+    format: Literal["auto", "text", "chat"] = "auto"
+    """What the source holds: text, or conversations, of which a model learns the answers; auto: conversations if it is a JSON
+    file whose rows have messages, conversations, instruction and output, or prompt and completion, and no text."""
+    chat_template: Literal["", "chatml"] = ""
+    """Chat format of a model that has none: 'chatml' adds its tokens and template; empty: the model's own."""
+    too_long: Literal["truncate", "drop"] = "truncate"
+    """What happens to a conversation longer than model.block_size: cut at its end, or left out."""
 
     def __post_init__(self) -> None:
         expand_paths(self, "source", "tokenizer", "cache")

@@ -12,7 +12,8 @@ class EvalConfig:
     windows: int = 64
     """Validation sequences of block_size tokens, evenly spaced over the validation split and the same every time."""
     tasks: tuple[str, ...] = ()
-    """Multiple-choice tasks to evaluate: 'hellaswag', or the path of a JSON Lines or JSON file in the same format."""
+    """Tasks to evaluate: 'hellaswag', the path of a JSON Lines or JSON file in the same format, lm-eval:NAME for a task of the
+    language model evaluation harness (or the YAML file of one), or core:FOLDER for DCLM's CORE."""
     tasks_every: int | None = None
     """Steps between task evaluations; unset: eval.every."""
     task_items: int | None = None

@@ -237,6 +237,21 @@ def device_name(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
+def free_memory(device: torch.device) -> int | None:
+    """Free bytes on `device`; None if the system does not report them."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError, IndexError):
+        pass
+    return None
+
+
 def memory_used(device: torch.device) -> int | None:
     """Peak memory of this process so far (bytes): on the GPU, or resident memory on a CPU (None on Windows)."""
     if device.type == "cuda":

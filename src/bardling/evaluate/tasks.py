@@ -24,6 +24,7 @@ from typing import IO, Any
 
 from bardling.data.text.hub import EXTRA, hub_file
 from bardling.errors import UserError
+from bardling.extensions import TASKS
 from bardling.files.atomic import os_error_as_user_error
 from bardling.files.digests import file_sha256
 from bardling.files.paths import similar
@@ -31,8 +32,8 @@ from bardling.files.paths import similar
 _MAX_LINE = 1 << 20  # bytes
 _MAX_BYTES = 1 << 30
 _MAX_ARRAY = 256 << 20
-_MAX_ITEMS = 1_000_000
-_MAX_ENDINGS = 64
+MAX_ITEMS = 1_000_000
+MAX_ENDINGS = 64
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ HUB_TASKS = {
 def check_task(task: str) -> None:
     """Raise a `UserError`, without reading or downloading, if `task` is neither a known name nor a file."""
     if task not in HUB_TASKS and not Path(task).is_file():
-        known = f"{', '.join(HUB_TASKS)} or the path of a JSON Lines or JSON file in HellaSwag's format"
+        kinds = "".join(f", {kind}:NAME" for kind in TASKS.names())
+        known = f"{', '.join(HUB_TASKS)}{kinds} or the path of a JSON Lines or JSON file in HellaSwag's format"
         raise UserError(f"task {task!r}: no such task or file{similar(Path(task), list(HUB_TASKS))}; use {known}")
 
 
@@ -92,13 +94,18 @@ def load_items(task: str) -> tuple[ChoiceItem, ...]:
 
 def read_items(path: Path) -> tuple[ChoiceItem, ...]:
     """Read the items of a local file, plain or gzip; errors as in `load_items`."""
+    return _items(json_rows(path), path)
+
+
+def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """The place and the content of every line of a JSON Lines file, or of every element of a JSON array, plain or gzip."""
     with os_error_as_user_error(path, "read"), path.open("rb") as file:
         packed = file.read(2) == b"\x1f\x8b"
         file.seek(0)
         try:
             opened = gzip.GzipFile(fileobj=file) if packed else file
             is_array = opened.peek(64).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
-            return _items(_elements(opened, path) if is_array else _lines(opened, path), path)
+            yield from _elements(opened, path) if is_array else _lines(opened, path)
         except (EOFError, zlib.error, gzip.BadGzipFile):
             raise UserError(f"{path}: the gzip data is corrupt or truncated: download the file again") from None
 
@@ -115,7 +122,7 @@ def _elements(file: IO[bytes] | gzip.GzipFile, path: Path) -> Iterator[tuple[str
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: is not valid JSON ({error.msg}): correct the array") from None
     except (ValueError, RecursionError):
-        raise UserError(f"{path}: is not valid JSON: write an array of objects, as in HellaSwag's files") from None
+        raise UserError(f"{path}: is not valid JSON: write an array of objects") from None
     yield from ((f"{path}, item {number}", row) for number, row in enumerate(rows, 1))
 
 
@@ -135,13 +142,13 @@ def _lines(file: IO[bytes] | gzip.GzipFile, path: Path) -> Iterator[tuple[str, A
         except UnicodeDecodeError:
             raise UserError(f"{place}: is not UTF-8: is this a JSON Lines file?") from None
         except (ValueError, RecursionError):
-            raise UserError(f"{place}: is not valid JSON: write one object per line, as in HellaSwag's files") from None
+            raise UserError(f"{place}: is not valid JSON: write one object per line") from None
 
 
 def _items(rows: Iterable[tuple[str, Any]], path: Path | str) -> tuple[ChoiceItem, ...]:
-    items = tuple(_item(row, place) for place, row in islice(rows, _MAX_ITEMS + 1))
-    if len(items) > _MAX_ITEMS:
-        raise UserError(f"{path}: exceeds the limit of {_MAX_ITEMS:,} items")
+    items = tuple(_item(row, place) for place, row in islice(rows, MAX_ITEMS + 1))
+    if len(items) > MAX_ITEMS:
+        raise UserError(f"{path}: exceeds the limit of {MAX_ITEMS:,} items")
     if not items:
         raise UserError(f"{path}: contains no items: give a file with one JSON object per line, or an array of them")
     return items
@@ -151,11 +158,11 @@ def _item(row: Any, place: str) -> ChoiceItem:
     if not isinstance(row, dict):
         raise UserError(f"{place}: is not a JSON object with ctx, endings and label")
     endings = row.get("endings")
-    if not isinstance(endings, list) or not 2 <= len(endings) <= _MAX_ENDINGS:
-        raise UserError(f"{place}: endings = {_short(endings)}: must be a list of 2 to {_MAX_ENDINGS} strings")
+    if not isinstance(endings, list) or not 2 <= len(endings) <= MAX_ENDINGS:
+        raise UserError(f"{place}: endings = {short(endings)}: must be a list of 2 to {MAX_ENDINGS} strings")
     for index, ending in enumerate(endings):
         if not isinstance(ending, str) or not ending.strip():
-            raise UserError(f"{place}: endings[{index}] = {_short(ending)}: must be a non-empty string")
+            raise UserError(f"{place}: endings[{index}] = {short(ending)}: must be a non-empty string")
     label = _label(row.get("label"), len(endings), place)
     name = row.get("ind")
     if not isinstance(name, str | int) or isinstance(name, bool) or len(str(name)) > 100:
@@ -169,7 +176,7 @@ def _label(value: Any, count: int, place: str) -> int:
         raise UserError(f"{place}: label is empty: test splits have no labels; use the validation split")
     label = int(value) if isinstance(value, str) and re.fullmatch(r"[0-9]{1,4}", value) else value
     if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < count:
-        raise UserError(f"{place}: label = {_short(value)}: must be the index of the right ending, 0 to {count - 1}")
+        raise UserError(f"{place}: label = {short(value)}: must be the index of the right ending, 0 to {count - 1}")
     return label
 
 
@@ -177,14 +184,15 @@ def _context(row: dict[str, Any], place: str) -> str:
     fields = ["ctx"] if "ctx" in row or "ctx_a" not in row else ["ctx_a", "ctx_b"]
     for field in fields:
         if not isinstance(row.get(field), str):
-            raise UserError(f"{place}: {field} = {_short(row.get(field))}: must be a string")
+            raise UserError(f"{place}: {field} = {short(row.get(field))}: must be a string")
     context = " ".join(row[field] for field in fields if row[field])
     if not context.strip():
         raise UserError(f"{place}: {fields[0]} is empty: an ending needs something to follow")
     return context
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """A value from a file, for a message."""
     if value is None:
         return "nothing"
     return text if len(text := repr(value)) <= 60 else text[:57] + "..."

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from bardling.data.tokens.chat_template import ChatTemplate, chat_prompt_ids
 from bardling.data.tokens.tokenizer import Tokenizer
 from bardling.errors import UserError
-from bardling.generation.chat import ChatTemplate, chat_prompt_ids
 from bardling.generation.engine import Engine
 from bardling.generation.generate import prompt_ids
 from bardling.generation.requests import Request

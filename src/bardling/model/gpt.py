@@ -236,7 +236,7 @@ class GPT(nn.Module):
         reduction: Literal["sum", "none"] = "sum",
         cache: KVCache | None = None,
         documents: Tensor | None = None,
-        output: Literal["loss", "logits", "hidden"] | None = None,
+        output: Literal["loss", "scores", "logits", "hidden"] | None = None,
         transformer: Callable[..., Tensor] | None = None,
         tally: Tensor | None = None,
     ) -> Tensor:
@@ -249,20 +249,22 @@ class GPT(nn.Module):
             cache: keys and values of the tokens before these; those of `tokens` are added.
             documents: int32 [N + 1], where each document begins among the B * T tokens laid end to end, then B * T once or more
                 (`data/batches/packing.py`). A token then sees only its own document; the loss is that of each document alone.
-            output: what to return; None for the loss with targets, else the logits.
+            output: what to return; None for the loss with targets, else the logits. "scores": for each target its loss, and 1
+                or 0 for whether it is the likeliest token; without gradients.
             transformer: called in place of `self.transformer`, such as a compiled version of it.
             tally: [vocab_size] bool; a summed loss becomes [2]: of all targets, and of those in the tally, without a gradient.
 
         Returns:
-            Float32 loss, a scalar, [2] or [B, T]; float32 logits [B, T, V]; or hidden states [B, T, C], which `head` takes.
+            Float32 loss, a scalar, [2] or [B, T]; float32 scores [2, B, T] or logits [B, T, V]; or hidden states [B, T, C],
+            which `head` takes.
 
         Raises:
             ValueError: more tokens than `config.block_size` or than the cache has room for, both a cache and documents, or no
             targets for a loss.
         """
         output = output or ("logits" if targets is None else "loss")
-        if output == "loss" and targets is None:
-            raise ValueError("output = 'loss' needs targets")
+        if output in ("loss", "scores") and targets is None:
+            raise ValueError(f"output = {output!r} needs targets")
         if cache is not None and documents is not None:
             raise ValueError("a cache holds one document per row: give either a cache or documents")
         if tokens.size(1) > self.config.block_size:
@@ -279,6 +281,8 @@ class GPT(nn.Module):
         if output == "logits" or targets is None:
             return self.head(hidden)
         size, softcap = self.config.vocab_size, self.config.logit_softcap
+        if output == "scores":
+            return head_loss(hidden, weight, targets, vocab_size=size, reduction="none", softcap=softcap, greedy=True)
         return head_loss(hidden, weight, targets, vocab_size=size, reduction=reduction, softcap=softcap, tally=tally)
 
     def head(self, hidden: Tensor) -> Tensor:

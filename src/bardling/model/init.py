@@ -64,6 +64,21 @@ def init_weights(model: nn.Module, seed: int) -> None:
         parameter.copy_(initial_value(name, parameter.shape, config, seed))
 
 
+def extend_vocabulary(state: Mapping[str, Tensor], old: int, new: int, rows: int) -> dict[str, Tensor]:
+    """A state dict for `new` tokens instead of `old`, in tables of `rows` rows.
+
+    New tokens have the mean of the old rows (Hewitt 2021, "Initializing new word embeddings for pretrained language models");
+    rows of padding are zero.
+    """
+    extended = dict(state)
+    for name, table in state.items():
+        if name.endswith(("wte.weight", "lm_head.weight")) or ".wve." in name:
+            extended[name] = table.new_zeros(rows, table.size(1))
+            extended[name][:old] = table[:old]
+            extended[name][old:new] = table[:old].float().mean(0).to(table.dtype)
+    return extended
+
+
 def crop_block_size(tensors: Mapping[str, Tensor], block_size: int) -> dict[str, Tensor]:
     """Copy the first `block_size` learned positions of a state dict, or their moments and weights among an optimizer's tensors.
 

@@ -179,7 +179,11 @@ class _Display(Progress):
 
 def format_metrics(record: Mapping[str, object]) -> dict[str, str]:
     """The metrics of a record as text with name or unit, by field."""
-    values = ((name, write, record.get(name)) for name, write in _FORMATS)
+    values = [(name, write, record.get(name)) for name, write in _FORMATS]
+    if record.get("kind") == "task":  # whose metrics depend on the kind of task
+        known = ("step", "items", "stderr", *(name for name, _ in _FORMATS))
+        others = [name for name in record if name not in known and not name.endswith("_stderr")]
+        values += [(name, f"{name} {{:.4g}}".format, record[name]) for name in others]
     return {
         name: write(value) for name, write, value in values if isinstance(value, int | float) and not isinstance(value, bool)
     }

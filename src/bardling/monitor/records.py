@@ -1,5 +1,6 @@
 """What is logged: one typed record per optimizer step, validation, task, event and set of samples; sinks get plain dicts."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,6 +17,11 @@ class Record:
         """Plain values including the record's kind; unknown values (None) are left out."""
         values = {"kind": self.kind, **{name: value for name, value in vars(self).items() if value is not None}}
         return values | ({"bits_per_byte_version": BITS_PER_BYTE_VERSION} if "bits_per_byte" in values else {})
+
+
+def scope(record: Mapping[str, object]) -> str:
+    """The name under which services group the metrics of a record: its kind, and its task, since a step may have several."""
+    return f"task/{record['task']}" if record["kind"] == "task" else str(record["kind"])
 
 
 @dataclass(frozen=True)
@@ -51,10 +57,13 @@ class ValRecord(Record):
 class TaskRecord(Record):
     kind: ClassVar[str] = "task"
     task: str
-    accuracy: float  # fraction of items whose most likely ending is the correct one
-    accuracy_norm: float  # the same with each ending's loss divided by its number of tokens
-    stderr: float  # of accuracy_norm
+    metrics: Mapping[str, float]  # fields of the record, by the names that the kind of task gives them
     items: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Of a multiple-choice task, the metrics are `accuracy` (the fraction of items whose most likely ending is the correct
+        one), `accuracy_norm` (the same with each ending's loss divided by its number of tokens) and the latter's `stderr`."""
+        return {"kind": self.kind, "step": self.step, "task": self.task, **self.metrics, "items": self.items}
 
 
 @dataclass(frozen=True)

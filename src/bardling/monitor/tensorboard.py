@@ -1,8 +1,8 @@
 """Metrics for TensorBoard: event files in the run folder, shown by `tensorboard --logdir RUN`.
 
-Every number in a record becomes a scalar `kind/name` at its step (`train/loss`), stored as float32, with the record's time as
-the event time. A resumed run writes another file into the same folder; its `purge_step` makes TensorBoard drop the steps
-after the checkpoint. The configuration appears as hyperparameters and as text.
+Every number in a record becomes a scalar `kind/name` at its step (`train/loss`, `task/hellaswag/accuracy`), stored as float32,
+with the record's time as the event time. A resumed run writes another file into the same folder; its `purge_step` makes
+TensorBoard drop the steps after the checkpoint. The configuration appears as hyperparameters and as text.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from bardling.config.recipes import flatten
 from bardling.monitor import RunInfo
+from bardling.monitor.records import scope
 
 
 class TensorBoardSink:
@@ -33,7 +34,7 @@ class TensorBoardSink:
         self._writer.add_text("config", _verbatim(run.recipe), run.step)
 
     def log(self, record: Mapping[str, object]) -> None:
-        kind, step, time = record["kind"], record["step"], record.get("time")
+        kind, step, time = scope(record), record["step"], record.get("time")
         for name, value in record.items():
             if name not in ("kind", "step", "time") and isinstance(value, int | float):
                 self._writer.add_scalar(f"{kind}/{name}", float(value), step, walltime=time)

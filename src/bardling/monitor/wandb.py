@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 from bardling.errors import UserError
 from bardling.files.atomic import atomic_file
 from bardling.monitor import RunInfo
+from bardling.monitor.records import scope
 
 INIT_SECONDS = 30.0  # longest wait for the server at start-up; after that, the record is kept for `wandb sync`
 FINISH_SECONDS = 30.0  # longest wait for uploads at the end; schedulers kill a job after about this long
@@ -87,9 +88,11 @@ class WandbSink:
 
     def log(self, record: Mapping[str, object]) -> None:
         """Send one record, unless an earlier start of the run has sent this step."""
-        kind, step = str(record["kind"]), record["step"]
+        kind, step = scope(record), record["step"]
         assert isinstance(step, int)  # every record has one
-        self._row(kind, step, {f"{kind}/{name}": value for name, value in record.items() if name not in ("kind", "step")})
+        self._row(
+            kind, step, {f"{kind}/{name}": value for name, value in record.items() if name not in ("kind", "step", "task")}
+        )
 
     def sample(self, step: int, prompt: str, texts: Sequence[str]) -> None:
         rows = [[step, _encodable(prompt), _encodable(text)] for text in texts]

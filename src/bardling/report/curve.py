@@ -88,11 +88,7 @@ def draw_curves(runs: Sequence[Path], out: Path, *, marks: dict[str, float] | No
         UserError: a run has no metrics yet, matplotlib is missing, or `out` cannot be used (see `check_image_path`).
     """
     check_image_path(out)
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("drawing a figure needs the package matplotlib: pip install 'bardling[plot]'") from None
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = new_figure(8, 4.5)
     axes = figure.subplots()
     records, names = [_records(path) for path in runs], distinct_names(runs)
     in_bits = all(map(has_bits, records))
@@ -107,12 +103,39 @@ def draw_curves(runs: Sequence[Path], out: Path, *, marks: dict[str, float] | No
         axes.set_ylim(top=max(highest) * 1.05)
     axes.set_xlabel("tokens seen (millions)")
     axes.set_ylabel("bits per byte" if in_bits else "nats per token")
+    style_axes(axes)
+    add_legend(axes, [f"{name}: {kind}" for name in names for kind in _KINDS])
+    save_figure(figure, out)
+
+
+def new_figure(width: float, height: float) -> Any:
+    """A figure of this size (inches); a `UserError` if matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("drawing a figure needs the package matplotlib: pip install 'bardling[plot]'") from None
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def style_axes(axes: Any) -> None:
     axes.grid(alpha=0.2)
     axes.spines[["top", "right"]].set_visible(False)
-    legend = axes.legend(frameon=False)
-    for text, label in zip(legend.get_texts(), (f"{name}: {kind}" for name in names for kind in _KINDS), strict=True):
-        text.set_parse_math(False)  # a name is no formula, and may begin with an underscore, which hides a label given earlier
-        text.set_text(_drawable(label))
+
+
+def add_legend(axes: Any, labels: Sequence[str]) -> None:
+    """A legend with `labels` for the labelled lines, in their order."""
+    for text, label in zip(axes.legend(frameon=False).get_texts(), labels, strict=True):
+        set_plain(text, label)
+
+
+def set_plain(text: Any, label: str) -> None:
+    """Let a text of a figure show a name as it is."""
+    text.set_parse_math(False)  # a name is no formula, and may begin with an underscore, which hides a label given earlier
+    text.set_text(_drawable(label))
+
+
+def save_figure(figure: Any, out: Path) -> None:
+    """Write a figure to `out`, which has passed `check_image_path`."""
     suffix = out.suffix.lower()
     remove_stale_partials(out)
     with os_error_as_user_error(out, "write"), atomic_file(out) as file:

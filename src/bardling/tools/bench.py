@@ -324,9 +324,12 @@ class _RandomFacts(Facts):
 
     vocab_size: int = 0
 
-    def dataset(self, data: DataConfig) -> TokenDataset:
+    def dataset(self, data: DataConfig, context: int = 0) -> TokenDataset:
         # The attributes that `resolve` uses.
-        return cast(TokenDataset, SimpleNamespace(vocab_size=self.vocab_size, path="random tokens", tokenizer=None))
+        return cast(
+            TokenDataset,
+            SimpleNamespace(vocab_size=self.vocab_size, path="random tokens", tokenizer=None, manifest=SimpleNamespace(row=0)),
+        )
 
 
 def _prepare(config: RunConfig, context: Context, data: str) -> tuple[ResolvedRun, BatchSource, list[str]]:
@@ -347,7 +350,7 @@ def _prepare(config: RunConfig, context: Context, data: str) -> tuple[ResolvedRu
         run = resolve(config, facts)
         dataset = facts.dataset(run.config.data)
         split = dataset.split("train")
-        order = SequenceOrder(config.seed, len(split), run.config.model.block_size)
+        order = SequenceOrder(config.seed, len(split), run.config.model.block_size, split.row)
         source = TrainSequences(split, order, document_start(config.data.document_mask, dataset, run.tokenizer))
     if len(run.plan.stages) > 1:
         notes.append(f"measured with the final batch size and context; the run starts with {run.plan.describe_stages()}")

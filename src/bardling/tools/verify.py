@@ -320,7 +320,7 @@ class _Verification:
         config = dataclasses.replace(_shallower(RunFolder(self.uninterrupted).config().model), dropout=0.0)
         tokens = torch.randint(config.vocab_size, (2, config.block_size + 1), generator=torch.Generator().manual_seed(0))
         inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-        documents = document_bounds(inputs, int(tokens[0, 5])) if self.config.data.document_mask else None
+        documents = document_bounds(inputs == int(tokens[0, 5])) if self.config.data.document_mask else None
         batch = Batch(inputs, targets, documents).to(self.device)
         (eager, expected), (loss, found) = (self._loss_and_gradients(config, batch, compiled=on) for on in (False, True))
         largest = max(gradient.abs().max().item() for gradient in expected)

@@ -42,8 +42,10 @@ class Facts:
             return self.folder.trained_config(self.checkpoint.training["step"])
         return self.folder.config() if self.resumed else None
 
-    def dataset(self, data: DataConfig) -> TokenDataset:
-        """The dataset. If it has to be prepared first, one process prepares it and the others wait.
+    def dataset(self, data: DataConfig, context: int = 0) -> TokenDataset:
+        """The dataset; conversations are packed for a `context` (tokens).
+
+        If it has to be prepared first, one process prepares it and the others wait.
 
         Raises:
             UserError: the data does not exist, is damaged, or is not the data that the resumed run started with.
@@ -53,7 +55,10 @@ class Facts:
             record = self.folder.dataset_record() if self.previous else {}
             if self.previous and data.source != self.previous.data.source:  # the user names a place where the data is now
                 record.pop("path", None)
-            found = open_recorded(data, record, self.folder.path) if self.previous else open_data(data)
+            if self.previous:
+                found = open_recorded(data, record, self.folder.path, context=context)
+            else:
+                found = open_data(data, context=context)
             self._datasets[data] = found
             self.context.activity("setting up", LONG_PATIENCE)
         return self._datasets[data]

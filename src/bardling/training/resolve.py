@@ -17,12 +17,13 @@ from bardling.checkpoint.load import Loaded, tokenizer_file
 from bardling.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from bardling.config.recipes import changed_settings
 from bardling.data.text.named_datasets import is_source_name
+from bardling.data.tokens.chatml import with_chatml
 from bardling.data.tokens.dataset import is_tokenized, recorded_tokens
 from bardling.data.tokens.shards import TokenDataset
-from bardling.data.tokens.tokenizer import Tokenizer, build_tokenizer, is_tokenizer_path
+from bardling.data.tokens.tokenizer import Tokenizer, build_tokenizer, is_tokenizer_path, load_tokenizer
 from bardling.distributed.device import DTYPES, choose_precision, device_name
 from bardling.errors import UserError
-from bardling.evaluate.tasks import absolute_task
+from bardling.evaluate.benchmarks import absolute_spec
 from bardling.interop.pretrained import is_hub_name
 from bardling.optim.build import resolve_muon_precision
 from bardling.planning.batching import TrainPlan, make_plan
@@ -93,8 +94,10 @@ def resolve(config: RunConfig, facts: Facts) -> ResolvedRun:
         config = _continued(config, facts.previous, facts, log)
     data, asked, optim, train = config.data, config.model, config.optim, config.train
     start = facts.start(asked.init)
-    data = _with_models_tokenizer(data, optim, start, facts, log)
-    dataset = facts.dataset(data)
+    data = _with_chat_format(_with_models_tokenizer(data, optim, start, facts, log), start, facts, log)
+    dataset = facts.dataset(data, asked.block_size if start is None else min(asked.block_size, start.config.context))
+    if dataset.manifest.row and train.context_start:
+        raise UserError("train.context_start: conversations are packed for the whole context: leave this setting out")
     schedule = check_schedule(optim, train, facts, start, log.changes, log.warnings)
     tokenizer, vocab_size = _vocabulary(dataset, asked.vocab_size if start is None else start.config.vocab_size, start, facts)
     model = _model(asked, vocab_size, start, dataset, tokenizer, log, facts.continued or asked.init)
@@ -123,7 +126,7 @@ def resolve(config: RunConfig, facts: Facts) -> ResolvedRun:
     compiled: Literal["on", "off"] = "on" if compiles else "off"
     log.add("compile", compiled, why)
 
-    mask = data.document_mask
+    mask = data.document_mask or dataset.manifest.row > 0
     chosen = choose_micro_batch(model, optim, train, plan, execution, facts.context, tokenizer=tokenizer, document_mask=mask)
     resolved = replace(config, model=model, data=data, optim=optim, train=train, precision=precision.name, compile=compiled)
     run = ResolvedRun(resolved, layout, plan, execution, schedule, (), (), tokenizer, peak)
@@ -141,7 +144,7 @@ def _absolute_paths(config: RunConfig) -> RunConfig:
     def absolute(spec: str, is_path: bool) -> str:
         return str(Path.cwd() / spec) if is_path else spec
 
-    data, model, tasks = config.data, config.model, tuple(map(absolute_task, config.eval.tasks))
+    data, model, tasks = config.data, config.model, tuple(map(absolute_spec, config.eval.tasks))
     file = data.source.rpartition(":")[0]  # of FILE:FIELD
     found = Path(data.source).exists() or (file and Path(file).exists()) or glob.has_magic(data.source)
     source = absolute(data.source, not is_source_name(data.source) and bool(found))
@@ -187,7 +190,7 @@ def _keep(
 
 
 # A trained model, its optimizer and the data order depend on these. Other changes take effect and are reported.
-_FIXED = ("seed", "data.source", "data.tokenizer", "data.val_fraction", "optim.name")
+_FIXED = ("seed", "optim.name", *(f"data.{name}" for name in ("source", "tokenizer", "val_fraction", "format", "too_long")))
 
 
 def _checked_changes(changed: Mapping[str, tuple[object, object]], *, moved: bool = False) -> list[str]:
@@ -220,6 +223,28 @@ def _with_models_tokenizer(data: DataConfig, optim: OptimConfig, start: Loaded |
         return data
     log.add("data.tokenizer", path := tokenizer_file(tokenizer), "that of the initial weights")
     log.changes.append(f"data.tokenizer: {data.tokenizer} -> that of the initial weights ({_describe(tokenizer)})")
+    return replace(data, tokenizer=path)
+
+
+def _with_chat_format(data: DataConfig, start: Loaded | None, facts: Facts, log: _Log) -> DataConfig:
+    """Give a tokenizer without a chat template the one that `data.chat_template` names, with its tokens."""
+    if not data.chat_template or facts.resumed or is_tokenized(data.source):
+        return data
+    if is_tokenizer_path(data.tokenizer):
+        tokenizer = load_tokenizer(data.tokenizer)
+    elif start is not None and start.tokenizer is not None:
+        tokenizer = start.tokenizer
+    elif data.tokenizer == "char" or data.tokenizer.startswith("bpe:"):
+        fault = "is made from text, and cannot be made from conversations"
+        raise UserError(f"data.tokenizer = {data.tokenizer!r}: {fault}: use byte, gpt2, a tokenizer.json or model.init")
+    else:
+        tokenizer = build_tokenizer(data.tokenizer, ())
+    if tokenizer.interface.chat_template is not None:
+        log.changes.append(f"data.chat_template: {data.chat_template} -> that of the initial weights, which have one")
+        return data
+    extended = with_chatml(tokenizer)
+    log.add("data.tokenizer", path := tokenizer_file(extended), "with the tokens and the template of ChatML")
+    log.changes.append(f"data.tokenizer: {_describe(extended)}, with the tokens and the template of ChatML")
     return replace(data, tokenizer=path)
 
 
@@ -293,7 +318,7 @@ def _model(
             log.add("model.vocab_size", vocab_size, "the tokenizer's")
         return replace(asked, vocab_size=asked.vocab_size or vocab_size).resolved()
     own = start.tokenizer
-    if own is not None and tokenizer is not None and own.fingerprint != tokenizer.fingerprint:
+    if own is not None and tokenizer is not None and own.fingerprint != tokenizer.fingerprint and not tokenizer.extends(own):
         fault = f"its tokenizer ({_describe(tokenizer)}) is not the model's ({origin}: {_describe(own)})"
         remedy = f"omit data.tokenizer, or prepare the text with --tokenizer {tokenizer_file(own)}"
         raise UserError(f"{dataset.path}: {fault}: {remedy}")
@@ -302,7 +327,8 @@ def _model(
             f"{origin}: has no tokenizer, and {start.config.vocab_size:,} tokens; {dataset.path}, whose tokenizer is "
             f"{_describe(tokenizer)}, is taken to hold its tokens"
         )
-    if start.config.vocab_size < dataset.vocab_size:
+    extends = own is not None and tokenizer is not None and tokenizer.vocab_size > own.vocab_size and tokenizer.extends(own)
+    if start.config.vocab_size < dataset.vocab_size and not extends:
         raise UserError(
             f"{dataset.path}: has a vocabulary of {dataset.vocab_size} tokens, but the model only {start.config.vocab_size}: "
             "prepare the text with the model's tokenizer"
@@ -314,7 +340,12 @@ def _model(
         longer = longest
         log.add("model.max_positions", longest, "the context of the initial weights")
     model = replace(
-        start.config, block_size=block_size, max_positions=longer, dropout=asked.dropout, init=asked.init
+        start.config,
+        block_size=block_size,
+        vocab_size=max(start.config.vocab_size, dataset.vocab_size),
+        max_positions=longer,
+        dropout=asked.dropout,
+        init=asked.init,
     ).resolved()
     requested = asked.resolved()
     for key in ("n_layer", "n_head", "n_embd", "block_size", "bias", "gelu", "norm", "positions", "mlp"):

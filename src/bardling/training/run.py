@@ -15,7 +15,7 @@ from bardling.config import MonitorConfig, RunConfig
 from bardling.distributed.context import distributed
 from bardling.distributed.device import backend
 from bardling.distributed.global_state import isolated
-from bardling.evaluate.tasks import check_task
+from bardling.evaluate.benchmarks import check_spec
 from bardling.files.paths import expand_home
 from bardling.monitor.services import check_services
 from bardling.training.environment import config_fingerprint, started_by_this_job
@@ -98,4 +98,4 @@ def _check_requirements(monitor: MonitorConfig, tasks: tuple[str, ...], previous
         check_services(monitor)
     for task in tasks:
         if previous is None or task not in previous.eval.tasks:
-            check_task(task)
+            check_spec(task)

@@ -75,7 +75,8 @@ class RunMonitor:
         services = self._services
         if isinstance(record, SampleRecord):
             # As `bardling sample`, the terminal shows the requested prompt, then the completion.
-            self._show(lambda console: console.sample(record.step, self._prompt, record.texts))
+            shown = record.prompt if record.prompt.strip() else self._prompt
+            self._show(lambda console: console.sample(record.step, shown, record.texts))
             if services is not None:
                 services.sample(record.step, record.prompt, record.texts)
         else:

@@ -75,7 +75,8 @@ class Session:
         self.dataset = facts.dataset(config.data)
         self.start = facts.start(config.model.init)
         self.document_start = document_start(config.data.document_mask, self.dataset, run.tokenizer)
-        self.order = SequenceOrder(config.seed, len(self.dataset.split("train")), config.model.block_size)
+        split = self.dataset.split("train")
+        self.order = SequenceOrder(config.seed, len(split), config.model.block_size, split.row)
         self.objective = build_objective(config.train, run.tokenizer, self.context.device)
         self.context.activity("checking the sample prompt and the tasks", LONG_PATIENCE)
         self.created = False  # whether this process has created the run's folder
@@ -109,6 +110,8 @@ class Session:
                 self._fit_in_memory(assembly, monitor, signals)
                 self.saver.finish(state)
                 self._export(monitor, state)
+                if self.dataset.manifest.row:
+                    monitor.note(f"ask it something: bardling chat {shell_path(self.folder.path)}")
             except Stopped:
                 # All processes exit with the same status, including those that received no signal.
                 number = context.largest(signals.signal or 0) or signal.SIGTERM
@@ -146,7 +149,7 @@ class Session:
     def _build(self, execution: Execution, context: Context, *, restoring: bool = False) -> Assembly:
         """Assemble the run as it started; when `restoring`, without initial weights."""
         config, seed = self.run.config, None if restoring else self.run.config.seed
-        start = None if self.start is None else self.start.cropped(config.model.block_size)
+        start = None if self.start is None else self.start.cropped(config.model.block_size).extended(config.model.vocab_size)
         weights = None if start is None else start.state
         assembly = build(config.model, config.optim, execution, context, seed=seed, weights=weights)
         if start is not None and self.facts.continued:
@@ -368,7 +371,7 @@ class Session:
         ]
         if tokenizer is not None:
             if self.texts.sample is not None:
-                hooks.append(Sample(shared, self.texts.sample, tokenizer))
+                hooks.append(Sample(shared, self.texts.sample, tokenizer, self.texts.prompts))
             if self.texts.tasks:
                 hooks.append(Tasks(shared, config.eval, tokenizer, self.texts.tasks))
         hooks += [HOOKS.get("train.hooks", name)(shared) for name in config.train.hooks]

@@ -5,24 +5,30 @@ anything. A resumed run is not ended by what it was started with: it reports the
 task.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
+import numpy as np
+
 from bardling.config import RunConfig, SampleConfig
+from bardling.data.tokens.chat_template import chat_prompt_ids
+from bardling.data.tokens.conversations import ANSWER, BEGIN
 from bardling.data.tokens.shards import TokenDataset
 from bardling.data.tokens.tokenizer import Tokenizer
 from bardling.errors import UserError
-from bardling.evaluate.multiple_choice import check_items
-from bardling.evaluate.tasks import ChoiceItem, absolute_task, draw_items, load_items, task_name
+from bardling.evaluate.benchmarks import Benchmark, absolute_spec, open_task
 from bardling.generation.generate import prompt_ids
 from bardling.training.hooks.may_fail import is_failure
+from bardling.training.hooks.sample import Prompt
 
 
 @dataclass(frozen=True)
 class RunTexts:
     sample: SampleConfig | None  # with the prompt to use; None: no samples
-    tasks: dict[str, tuple[ChoiceItem, ...]]  # by name
+    prompts: list[Prompt] | None  # of a model that learns conversations; None: that of `sample`
+    tasks: tuple[Benchmark, ...]
     warnings: tuple[str, ...]  # what is left out, and why
 
 
@@ -36,8 +42,8 @@ def load_texts(config: RunConfig, previous: RunConfig | None, tokenizer: Tokeniz
         UserError: something cannot be read or encoded, and `previous` does not have it.
     """
     if tokenizer is None:
-        return RunTexts(None, {}, ())
-    warnings, tasks = list[str](), dict[str, tuple[ChoiceItem, ...]]()
+        return RunTexts(None, None, (), ())
+    warnings, tasks = list[str](), list[Benchmark]()
 
     def check(work: Callable[[], None], *, kept: bool, without: str) -> bool:
         try:
@@ -53,24 +59,51 @@ def load_texts(config: RunConfig, previous: RunConfig | None, tokenizer: Tokeniz
         return True
 
     asked, before = config.sample, None if previous is None else previous.sample
-    sample = replace(asked, prompt=asked.prompt or _new_document(tokenizer, dataset))
+    sample, prompts = asked, list[Prompt]()
+
+    def encode() -> None:
+        if dataset.manifest.row:
+            prompts.extend(_questions(asked, tokenizer, dataset))
+        else:
+            _check_prompt(asked.prompt, sample.prompt, tokenizer, config.model.vocab_size)
+
+    if not dataset.manifest.row:
+        sample = replace(asked, prompt=asked.prompt or _new_document(tokenizer, dataset))
     kept = before is not None and before.every > 0 and before.prompt == asked.prompt
-    sampled = not asked.every or check(
-        lambda: _check_prompt(asked.prompt, sample.prompt, tokenizer, config.model.vocab_size), kept=kept, without="samples"
-    )
+    sampled = not asked.every or check(encode, kept=kept, without="samples")
 
-    def load(task: str) -> None:
-        name = task_name(task)
-        if name in tasks:
-            raise UserError(f"eval.tasks: {task} and another task are both called {name!r}: remove or rename one")
-        items = draw_items(load_items(task), config.eval.task_items, config.seed)
-        check_items(tokenizer, items, config.model, name)
-        tasks[name] = items
+    def load(spec: str) -> None:
+        task = open_task(spec, config.eval.task_items, config.seed)
+        if task.name in [other.name for other in tasks]:
+            raise UserError(f"eval.tasks: {spec} and another task are both called {task.name!r}: remove or rename one")
+        task.check(tokenizer, config.model)
+        tasks.append(task)
 
-    old = set() if previous is None else set(map(absolute_task, previous.eval.tasks))
-    for task in config.eval.tasks:
-        check(partial(load, task), kept=absolute_task(task) in old, without=f"the task {task}")
-    return RunTexts(sample if sampled else None, tasks, tuple(warnings))
+    old = set() if previous is None else set(map(absolute_spec, previous.eval.tasks))
+    for spec in config.eval.tasks:
+        check(partial(load, spec), kept=absolute_spec(spec) in old, without=f"the task {spec}")
+    return RunTexts(sample if sampled else None, prompts or None, tuple(tasks), tuple(warnings))
+
+
+def _questions(config: SampleConfig, tokenizer: Tokenizer, dataset: TokenDataset) -> list[Prompt]:
+    """What a model that learns conversations answers: the configured question, or the first ones of the validation split."""
+    if config.prompt:
+        ids = chat_prompt_ids(tokenizer, [{"role": "user", "content": config.prompt}])
+        return [Prompt(config.prompt, ids, is_chat=True)] * config.num_samples
+    split = dataset.split("val")
+    assert split.marks is not None
+    prompts: list[Prompt] = []
+    for start in range(0, len(split), split.row):
+        row, marks = split.read(start, split.row), split.marks.read(start, split.row)
+        begins = [*np.flatnonzero(marks & BEGIN).tolist(), split.row]
+        for begin, end in itertools.pairwise(begins):
+            answers = np.flatnonzero(marks[begin:end] & ANSWER)
+            if len(answers) and answers[0]:
+                question = row[begin : begin + int(answers[0])].tolist()
+                prompts.append(Prompt(tokenizer.decode(question), question, is_chat=True))
+            if len(prompts) == config.num_samples:
+                return prompts
+    return prompts
 
 
 def _new_document(tokenizer: Tokenizer, dataset: TokenDataset) -> str:

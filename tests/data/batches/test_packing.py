@@ -26,7 +26,7 @@ def test_bounds_are_those_of_a_plain_search(batch: int, time: int, density: floa
         for place in range(time):
             if place == 0 or rows[row, place] == START:
                 expected.append(row * time + place)
-    bounds = document_bounds(torch.from_numpy(rows), START)
+    bounds = document_bounds(torch.from_numpy(rows) == START)
     assert bounds.dtype == torch.int32
     found = bounds.tolist()
     assert found[: len(expected)] == expected
@@ -41,17 +41,17 @@ def test_the_shape_stays_until_there_are_more_documents_than_it_holds() -> None:
     some, many = plain.clone(), plain.clone()
     some[:, 100:103] = START
     many[:, ::8] = START
-    assert len(document_bounds(plain, START)) == len(document_bounds(some, START)) == 17
-    assert len(document_bounds(many, START)) == 129
+    assert len(document_bounds(plain == START)) == len(document_bounds(some == START)) == 17
+    assert len(document_bounds(many == START)) == 129
 
 
 def test_shortened_sequences_begin_documents_too() -> None:
     inputs = torch.zeros((2, 32), dtype=torch.long)
     inputs[0, [3, 8]] = inputs[1, [0, 20, 31]] = START
-    found = shorten_context(Batch(inputs, inputs, document_bounds(inputs, START)), 8)
+    found = shorten_context(Batch(inputs, inputs, document_bounds(inputs == START)), 8)
     assert found.inputs.shape == (8, 8)
     assert found.documents.dtype == torch.int32
-    assert torch.equal(found.documents.unique(), document_bounds(found.inputs, START).unique())
+    assert torch.equal(found.documents.unique(), document_bounds(found.inputs == START).unique())
 
 
 def corpus(tmp_path, documents: int):
@@ -67,11 +67,11 @@ def test_batches_include_the_document_bounds(tmp_path) -> None:
     split = dataset.split("train")
     order = SequenceOrder(3, len(split), 64)
     batch = TrainSequences(split, order, start).batch(0, 3)
-    assert torch.equal(batch.documents, document_bounds(batch.inputs, start))
+    assert torch.equal(batch.documents, document_bounds(batch.inputs == start))
     assert (batch.documents.unique().numel() - 1) > 3, "documents end within these sequences"
     assert TrainSequences(split, order).batch(0, 3).documents is None
     held = EvalSequences(dataset.split("val"), 64, None, start).batch(0, 2)
-    assert torch.equal(held.documents, document_bounds(held.inputs, start))
+    assert torch.equal(held.documents, document_bounds(held.inputs == start))
     assert document_start(False, dataset, None) is None
 
 

@@ -173,7 +173,7 @@ def test_on_a_cpu_weights_and_ema_reduce_the_free_memory(tiny, change, monkeypat
     weights, tried = weight_bytes(config.model), []
     monkeypatch.setattr(trial, "required_bytes", lambda size: weights * size // 10)  # 0.8 weights for 8 sequences
     monkeypatch.setattr(trial, "attempt", lambda size: tried.append(size) or 1.0)
-    monkeypatch.setattr(memory, "_free_memory", lambda device: int(2.8 * weights))
+    monkeypatch.setattr(memory, "free_memory", lambda device: int(2.8 * weights))
     trial.choose(16)
     assert max(tried) == expected
 

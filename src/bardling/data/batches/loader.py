@@ -20,6 +20,7 @@ from torch import Tensor
 from bardling.data.batches import IGNORE
 from bardling.data.batches.order import SequenceOrder
 from bardling.data.batches.packing import document_bounds, shorten_bounds
+from bardling.data.tokens.conversations import ANSWER, BEGIN
 from bardling.data.tokens.shards import TokenSplit
 from bardling.errors import UserError
 
@@ -89,26 +90,59 @@ class EvalSequences:
             fault = f"the {split.name} split has fewer than 2 tokens ({len(split)}), so there is nothing to predict"
             raise UserError(f"{fault}: {remedy}")
         self._split, self._block_size, self._document_start = split, block_size, document_start
-        self._available = -(-(len(split) - 1) // block_size)
+        self._stride = split.row or block_size  # from one sequence to the next
+        self._available = len(split) // split.row if split.row else -(-(len(split) - 1) // block_size)
         self.n = self._available if windows is None else min(windows, self._available)
 
     def batch(self, first_sample: int, size: int) -> Batch:
         """Sequences `first_sample` to `first_sample + size - 1`, fewer at the end: [up to size, up to block_size]."""
         chosen = range(first_sample, min(first_sample + size, self.n))
-        starts = [sample * self._available // self.n * self._block_size for sample in chosen]
+        starts = [sample * self._available // self.n * self._stride for sample in chosen]
         return _read_batch(self._split, starts, self._block_size, self._document_start)
 
 
+class SlidingSequences:
+    """Overlapping sequences of a split: each begins `stride` tokens after the one before it.
+
+    Every token except the first is a target once, in the first sequence that reaches it: with at least `block_size` - `stride`
+    tokens before it, except for those at the start of the split. `document_start` is as in `TrainSequences`.
+    """
+
+    def __init__(self, split: TokenSplit, block_size: int, stride: int, document_start: int | None = None) -> None:
+        if not 1 <= stride <= block_size:
+            raise UserError(f"--stride {stride}: must be 1 to the context of {block_size} tokens")
+        first = EvalSequences(split, block_size, 1, document_start)  # refuses a split without targets
+        self._split, self._block_size, self._stride, self._document_start = split, block_size, stride, document_start
+        self.n = first.n + max(0, -(-(len(split) - 1 - block_size) // stride))
+
+    def batch(self, first_sample: int, size: int) -> Batch:
+        """Sequences `first_sample` to `first_sample + size - 1`, fewer at the end: [up to size, up to block_size]."""
+        chosen = range(first_sample, min(first_sample + size, self.n))
+        starts = [sample * self._stride for sample in chosen]
+        batch = _read_batch(self._split, starts, self._block_size, self._document_start)
+        # the first sequence has nothing before it that has these targets already
+        batch.targets[first_sample == 0 :, : self._block_size - self._stride] = IGNORE
+        return batch
+
+
 def _read_batch(split: TokenSplit, starts: list[int], time: int, document_start: int | None) -> Batch:
-    """The sequences from `starts` on; after the end of the split, targets are `IGNORE` and inputs are token 0."""
+    """The sequences from `starts` on; after the end of the split, targets are `IGNORE` and inputs are token 0.
+
+    Of conversations, targets outside answers are `IGNORE`, and each conversation is a document.
+    """
     time = min(time, len(split) - 1 - min(starts, default=0))
     tokens = np.full((len(starts), time + 1), IGNORE, np.int64)  # [B, T + 1]
     for row, start in zip(tokens, starts, strict=True):
         count = min(time + 1, len(split) - start)
         row[:count] = split.read(start, count)
     inputs = torch.from_numpy(np.where(tokens[:, :-1] == IGNORE, 0, tokens[:, :-1]))
-    documents = None if document_start is None else document_bounds(inputs, document_start)
-    return Batch(inputs, torch.from_numpy(np.ascontiguousarray(tokens[:, 1:])), documents)
+    targets = torch.from_numpy(np.ascontiguousarray(tokens[:, 1:]))
+    if split.marks is not None:
+        marks = torch.from_numpy(np.stack([split.marks.read(start, time + 1) for start in starts]))  # [B, T + 1]
+        targets[marks[:, 1:] & ANSWER == 0] = IGNORE
+        return Batch(inputs, targets, document_bounds(marks[:, :-1] & BEGIN > 0))
+    documents = None if document_start is None else document_bounds(inputs == document_start)
+    return Batch(inputs, targets, documents)
 
 
 class Prefetcher(Iterator[Batch], AbstractContextManager["Prefetcher"]):

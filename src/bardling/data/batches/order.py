@@ -60,10 +60,14 @@ class SequenceOrder:
     seed: int  # of the run
     n_tokens: int  # in the split
     block_size: int  # tokens of context; a sequence has one more, the last target
+    row: int = 0  # tokens of each packed row, which is a sequence of its own; 0: sequences are cut anywhere
 
     def __post_init__(self) -> None:
         if self.block_size < 1:
             raise UserError(f"model.block_size = {self.block_size}: must be at least 1")
+        if self.row and self.row != self.block_size + 1:
+            remedy = "prepare the conversations again, or leave out model.block_size"
+            raise UserError(f"model.block_size = {self.block_size}: the data has rows for {self.row - 1} tokens: {remedy}")
         if self.n_tokens < self.block_size + 1:
             need = f"one sequence needs model.block_size + 1 = {self.block_size + 1:,}"
             remedy = f"lower model.block_size to at most {self.n_tokens - 1}, or add text" if self.n_tokens > 1 else "add text"
@@ -72,7 +76,7 @@ class SequenceOrder:
     @property
     def sequences_per_epoch(self) -> int:
         """Sequences in an epoch, each visited once; the same number in every epoch."""
-        return max(1, (self.n_tokens - self.block_size) // self.block_size)
+        return self.n_tokens // self.row if self.row else max(1, (self.n_tokens - self.block_size) // self.block_size)
 
     def starts(self, first: int, count: int) -> Int64s:
         """Where samples `first` to `first + count - 1` begin, int64 [count]; each covers start to start + block_size."""
@@ -84,5 +88,7 @@ class SequenceOrder:
         epochs, indices = samples // np.uint64(per_epoch), samples % np.uint64(per_epoch)
         seed = _mix(np.full(1, self.seed & _MASK, np.uint64) + np.uint64(_GOLDEN))
         keys = _mix(seed ^ _mix(epochs + np.uint64(1)))  # [count], one key per epoch
+        if self.row:
+            return (permute(indices, keys, per_epoch) * np.uint64(self.row)).astype(np.int64)
         offsets = _mix(~keys) % np.uint64(max_offset + 1)
         return (offsets + permute(indices, keys, per_epoch) * np.uint64(self.block_size)).astype(np.int64)

@@ -20,14 +20,14 @@ from bardling.errors import UserError
 _TOKENS_PER_DOCUMENT = 64  # of the documents that a batch has room for
 
 
-def document_bounds(inputs: Tensor, start_id: int) -> Tensor:
-    """Where each document, which token `start_id` begins, begins among the B * T tokens of `inputs`, [B, T] in host memory.
+def document_bounds(starts: Tensor) -> Tensor:
+    """Where each document begins among B * T tokens: at those that `starts`, bool [B, T] in host memory, marks.
 
     Returns int32 [N + 1], padded with B * T, that is, with empty documents at the end. N depends only on B and T unless there
     are more documents; then it is doubled until they fit. Compiled code therefore usually sees the same shape in every batch.
     """
-    batch, time = inputs.shape
-    starts = inputs == start_id  # [B, T]
+    batch, time = starts.shape
+    starts = starts.clone()
     starts[:, :1] = True
     positions = starts.flatten().nonzero()[:, 0]
     room = max(batch * -(-time // _TOKENS_PER_DOCUMENT), 1)

@@ -30,7 +30,7 @@ def merge_ranges(ranges: Iterable[Range]) -> tuple[Range, ...]:
 class SkippingOrder(SequenceOrder):
     """A data order without some ranges; made by `skip_ranges`."""
 
-    ranges: tuple[Range, ...]  # as returned by `merge_ranges`
+    ranges: tuple[Range, ...] = ()  # as returned by `merge_ranges`
 
     def places(self, first: int, count: int) -> list[Range]:
         """Positions in the data order of samples `first` to `first + count - 1`, in as few ranges as possible."""
@@ -52,4 +52,4 @@ class SkippingOrder(SequenceOrder):
 
 def skip_ranges(order: SequenceOrder, ranges: Iterable[Range]) -> SkippingOrder:
     """`order` without `ranges`, which may overlap."""
-    return SkippingOrder(order.seed, order.n_tokens, order.block_size, merge_ranges(ranges))
+    return SkippingOrder(order.seed, order.n_tokens, order.block_size, order.row, merge_ranges(ranges))

@@ -6,14 +6,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bardling.config import DataConfig
+from bardling.data.text.conversations import has_conversations
 from bardling.data.text.download import cache_root
 from bardling.data.text.folders import tag_cache
 from bardling.data.text.named_datasets import is_source_name, source_for
+from bardling.data.tokens.conversations import Rows
 from bardling.data.tokens.manifest import FORMAT
 from bardling.data.tokens.prepare import METHOD, SPLIT_RULE, prepare
 from bardling.data.tokens.shards import TokenDataset, open_dataset
 from bardling.data.tokens.token_files import detect_token_folder, open_token_folder
-from bardling.data.tokens.tokenizer import check_tokenizer_spec, is_tokenizer_path, load_tokenizer
+from bardling.data.tokens.tokenizer import Tokenizer, check_tokenizer_spec, is_tokenizer_path, load_tokenizer
 from bardling.errors import UserError
 from bardling.files.atomic import check_place
 from bardling.files.digests import json_sha256
@@ -21,12 +23,19 @@ from bardling.files.digests import json_sha256
 _ELSEWHERE = "set data.cache or $BARDLING_CACHE to store datasets elsewhere"
 
 
-def open_data(config: DataConfig, split_rule: int = SPLIT_RULE) -> TokenDataset:
+def has_rows(config: DataConfig) -> bool:
+    """Whether the source holds conversations."""
+    if config.format != "auto" or is_source_name(config.source) or is_tokenized(config.source):
+        return config.format == "chat"
+    return has_conversations(config.source)
+
+
+def open_data(config: DataConfig, split_rule: int = SPLIT_RULE, context: int = 0) -> TokenDataset:
     """Open the dataset of `config`. Text is prepared once, in data.cache, else $BARDLING_CACHE, else ~/.cache/bardling.
 
     A prepared text is found again by everything that determines its ids: the files, their encoding, the tokenizer with its
     end-of-text token, and how the text is split (`split_rule`; see `prepare`). If data.tokenizer is a file, a prepared dataset
-    must have been made with it.
+    must have been made with it. Conversations are packed for a `context` (tokens).
     """
     path, spec, kind = Path(config.source), config.tokenizer, _token_format(config.source)
     if kind == "foreign":
@@ -42,9 +51,13 @@ def open_data(config: DataConfig, split_rule: int = SPLIT_RULE) -> TokenDataset:
         return dataset
     check_tokenizer_spec(spec)
     cache = _cache(config)
+    rows = _rows(config, tokenizer, context) if has_rows(config) else None
     source = source_for(config.source, config.encoding)
     tag_cache(cache)
-    key = json_sha256([FORMAT, METHOD, split_rule, source.identity(), made_with, config.val_fraction])[:16]
+    parts = [FORMAT, METHOD, split_rule, source.identity(), made_with, config.val_fraction]
+    if rows is not None and tokenizer is not None:
+        parts += [rows.length, rows.too_long, tokenizer.interface.chat_template]
+    key = json_sha256(parts)[:16]
     cached = cache / "datasets" / f"{source.name}-{fingerprint or spec.replace(':', '')}-{key}"
     if not cached.exists():
         try:
@@ -53,7 +66,8 @@ def open_data(config: DataConfig, split_rule: int = SPLIT_RULE) -> TokenDataset:
             raise UserError(f"{error}; {_ELSEWHERE}") from error
         try:
             fraction, encoding = config.val_fraction, config.encoding
-            return prepare(config.source, cached, spec, val_fraction=fraction, encoding=encoding, split_rule=split_rule)
+            settings: dict[str, Any] = {"encoding": encoding, "split_rule": split_rule, "rows": rows}
+            return prepare(config.source, cached, spec, val_fraction=fraction, **settings)
         except UserError as error:
             if not (cached / "manifest.json").is_file():  # else another process has just prepared the same dataset
                 if isinstance(error.__cause__, OSError) and str(cache) in str(error):
@@ -63,6 +77,18 @@ def open_data(config: DataConfig, split_rule: int = SPLIT_RULE) -> TokenDataset:
         return open_dataset(cached)
     except UserError as error:
         raise UserError(f"{error}: remove {cached}, and it is prepared again from data.source") from error
+
+
+def _rows(config: DataConfig, tokenizer: Tokenizer | None, context: int) -> Rows:
+    """How the conversations of a source are packed."""
+    if is_source_name(config.source):
+        raise UserError(
+            f"data.format = 'chat': conversations are read from JSON files, not from {config.source}: download them"
+        )
+    if tokenizer is None or not context:
+        remedy = "train a model with model.init or data.chat_template, which gives the chat template"
+        raise UserError(f"{config.source}: holds conversations, which need a model's chat template: {remedy}")
+    return Rows(context + 1, config.too_long)
 
 
 def _cache(config: DataConfig) -> Path:
@@ -98,7 +124,9 @@ def recorded_tokens(config: DataConfig, record: Mapping[str, Any]) -> TokenDatas
     return None
 
 
-def open_recorded(config: DataConfig, record: Mapping[str, Any], run: Path, remedy: str = "start a new run") -> TokenDataset:
+def open_recorded(
+    config: DataConfig, record: Mapping[str, Any], run: Path, remedy: str = "start a new run", context: int = 0
+) -> TokenDataset:
     """The dataset that a run has recorded: its tokens, else, if they are gone, prepared again from `config` by the same rule.
 
     Text or tokenizer files that have changed since do not matter as long as the tokens are there. Raises a `UserError` if what
@@ -108,7 +136,7 @@ def open_recorded(config: DataConfig, record: Mapping[str, Any], run: Path, reme
         return found
     digest, rule = record.get("fingerprint"), record.get("split_rule", 1)  # runs of versions with a single rule recorded none
     try:
-        found = open_data(config, rule if isinstance(rule, int) else SPLIT_RULE)
+        found = open_data(config, rule if isinstance(rule, int) else SPLIT_RULE, context)
     except UserError as error:
         fault = f"has no tokens any more ({record.get('path')}), and they cannot be prepared again ({error})"
         raise UserError(f"{run}: {fault}: restore them or their text, or {remedy}") from error

@@ -6,7 +6,7 @@ sizes agree with token counts, and the digest matches the content.
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -53,6 +53,7 @@ class SplitInfo:
     bytes: int  # of the text in UTF-8; 0 if unknown
     files: tuple[ShardFile, ...]
     index: tuple[IndexFile, ...] = ()  # where documents begin, and their names; empty in datasets of versions without an index
+    marks: tuple[ShardFile, ...] = ()  # of conversations: a number for each token (`conversations.py`), as 16-bit integers
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class Manifest:
     train: SplitInfo
     val: SplitInfo
     format: int = FORMAT
+    row: int = 0  # tokens of each packed row of conversations; 0: text, which is cut anywhere
 
     def split(self, name: SplitName) -> SplitInfo:
         return self.train if name == "train" else self.val
@@ -72,8 +74,17 @@ class Manifest:
     @property
     def fingerprint(self) -> str:
         """Digest of the tokens and their vocabulary; equal for equal data, wherever and whenever it was prepared."""
-        files = [[[file.sha256 or file.name, file.tokens] for file in split.files] for split in (self.train, self.val)]
-        return _digest({"dtype": self.dtype, "vocab_size": self.vocab_size, "tokenizer": self.tokenizer, "files": files})[:16]
+        splits = (self.train, self.val)
+        files = [[[file.sha256 or file.name, file.tokens] for file in split.files] for split in splits]
+        content: dict[str, Any] = {
+            "dtype": self.dtype,
+            "vocab_size": self.vocab_size,
+            "tokenizer": self.tokenizer,
+            "files": files,
+        }
+        if self.row:
+            content |= {"row": self.row, "marks": [[file.sha256 for file in split.marks] for split in splits]}
+        return _digest(content)[:16]
 
 
 def _digest(content: Any) -> str:
@@ -116,17 +127,15 @@ def _parse(content: dict[str, Any]) -> Manifest:
     if not isinstance(content["tokenizer"], str) or not isinstance(content["source"], dict):
         raise ValueError("tokenizer must be a string and source an object")
     train, val = (_split(content[name], width=2 if dtype == "uint16" else 4) for name in ("train", "val"))
-    return Manifest(dtype, vocab_size, content["tokenizer"], content["source"], float(content["val_fraction"]), train, val)
+    row = _count(content, "row") if "row" in content else 0
+    if row and any(split.tokens % row or sum(file.tokens for file in split.marks) != split.tokens for split in (train, val)):
+        raise ValueError(f"tokens and marks are not whole rows of {row}")
+    fraction = float(content["val_fraction"])
+    return Manifest(dtype, vocab_size, content["tokenizer"], content["source"], fraction, train, val, row=row)
 
 
 def _split(content: dict[str, Any], width: int) -> SplitInfo:
-    files = []
-    for entry in content["files"]:
-        tokens, size, offset = (_count(entry, key) for key in ("tokens", "size", "offset"))
-        file = ShardFile(_file_name(entry), tokens, size, str(entry["sha256"]), offset)
-        if size != offset + tokens * width:
-            raise ValueError(f"{file.name}: {tokens} tokens do not fill {size} bytes")
-        files.append(file)
+    files, marks = _shard_files(content["files"], width), _shard_files(content.get("marks", ()), 2)
     tokens = _count(content, "tokens")
     if tokens != sum(file.tokens for file in files):
         raise ValueError(f"the files do not add up to {tokens} tokens")
@@ -134,7 +143,18 @@ def _split(content: dict[str, Any], width: int) -> SplitInfo:
     index = tuple(IndexFile(_file_name(entry), _count(entry, "size"), str(entry["sha256"])) for entry in entries)
     if len(index) not in (0, 2):
         raise ValueError(f"an index has two files, not {len(index)}")
-    return SplitInfo(tokens, _count(content, "documents"), _count(content, "bytes"), tuple(files), index)
+    return SplitInfo(tokens, _count(content, "documents"), _count(content, "bytes"), files, index, marks)
+
+
+def _shard_files(entries: Iterable[dict[str, Any]], width: int) -> tuple[ShardFile, ...]:
+    files = []
+    for entry in entries:
+        tokens, size, offset = (_count(entry, key) for key in ("tokens", "size", "offset"))
+        file = ShardFile(_file_name(entry), tokens, size, str(entry["sha256"]), offset)
+        if size != offset + tokens * width:
+            raise ValueError(f"{file.name}: {tokens} tokens do not fill {size} bytes")
+        files.append(file)
+    return tuple(files)
 
 
 def _file_name(entry: dict[str, Any]) -> str:

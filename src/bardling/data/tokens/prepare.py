@@ -32,12 +32,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from bardling.data.text.conversations import open_conversations
 from bardling.data.text.findings import Findings
 from bardling.data.text.named_datasets import documents_after, source_for
 from bardling.data.text.sources import Document, Source
+from bardling.data.tokens.conversations import Rows
 from bardling.data.tokens.documents import DocumentWriter
 from bardling.data.tokens.journal import JOURNAL, Journal, Position, refuse_existing, working_on
 from bardling.data.tokens.manifest import Manifest, token_dtype, write_manifest
+from bardling.data.tokens.packed_rows import write_rows
 from bardling.data.tokens.parallel import SPLITS, Encoders, Piece, TextBatch, default_workers
 from bardling.data.tokens.shards import SHARD_TOKENS, ShardWriter, TokenDataset, open_dataset
 from bardling.data.tokens.tokenizer import Tokenizer, build_tokenizer, check_tokenizer_spec, load_tokenizer
@@ -133,13 +136,15 @@ def prepare(
     progress: Progress | None = None,
     shard_tokens: int = SHARD_TOKENS,
     workers: int | None = None,
+    rows: Rows | None = None,
 ) -> TokenDataset:
     """Create the dataset folder `out`, which must not exist, resuming an earlier attempt that was interrupted.
 
     For the specs, see `named_datasets.source_for` and `tokenizer.build_tokenizer`. A fraction of the text, between 0 and 1, is
     for validation, chosen by `split_rule`. `encoding` is that of files without a byte order mark. A file has at most
     `shard_tokens` tokens. Without `progress`, a terminal shows a bar after two seconds. The result does not depend on the
-    number of processes that tokenize, `workers`; None chooses.
+    number of processes that tokenize, `workers`; None chooses. With `rows`, the source holds conversations
+    (`conversations.py`).
     """
     out = Path(out)
     if not 0.0 < val_fraction < 1.0:
@@ -148,10 +153,10 @@ def prepare(
         raise UserError(f"workers = {workers}: must be at least 1")
     refuse_existing(out)
     check_tokenizer_spec(tokenizer_spec)
-    source = source_for(source_spec, encoding)
+    source = source_for(source_spec, encoding) if rows is None else open_conversations(source_spec)
     with ProgressBar(unit="bytes", show=on_terminal()) as bar:
         told = progress or bar.update
-        job = _Job(source, source_spec, tokenizer_spec, val_fraction, split_rule, shard_tokens, workers, told, bar)
+        job = _Job(source, source_spec, tokenizer_spec, val_fraction, split_rule, shard_tokens, workers, told, bar, rows)
         with os_error_as_user_error(out, "prepare the dataset"):
             out.parent.mkdir(parents=True, exist_ok=True)
             with working_on(out) as work:
@@ -170,6 +175,7 @@ class _Job:
     workers: int | None
     progress: Progress
     bar: ProgressBar
+    rows: Rows | None
 
 
 def _build(job: _Job, out: Path, work: Path) -> None:
@@ -179,7 +185,7 @@ def _build(job: _Job, out: Path, work: Path) -> None:
         splitter = _Splitter(job.source, job.val_fraction, job.split_rule, job.source_spec)
         method = (METHOD, "indexed")  # attempts of versions that wrote no index are not resumed
         settings = (job.tokenizer_spec, job.val_fraction, job.split_rule, job.shard_tokens, splitter.description)
-        made_of = json_sha256([method, job.source.identity(), *settings])
+        made_of = json_sha256([method, job.source.identity(), *settings])  # conversations are never resumed
         if position := journal.read(made_of):
             tokenizer = load_tokenizer(work)
         else:
@@ -187,7 +193,11 @@ def _build(job: _Job, out: Path, work: Path) -> None:
             tokenizer = _tokenizer(job, splitter)
             tokenizer.save(work)
             position = Position(made_of, documents=0, last="", characters=0, splits={})
-        write_manifest(work, _write(job, splitter, tokenizer, work, journal, position))
+        if job.rows is None:
+            manifest = _write(job, splitter, tokenizer, work, journal, position)
+        else:
+            manifest = _write_conversations(job, job.rows, splitter, tokenizer, work)
+        write_manifest(work, manifest)
         sync_folder(work)
         work.rename(out)  # fails if another program has created a folder with files there in the meantime
     except BaseException:
@@ -258,6 +268,29 @@ def _write(job: _Job, splitter: _Splitter, tokenizer: Tokenizer, work: Path, jou
             print(f"bardling: {message}", file=sys.stderr)
         train, val = (replace(shards[split].finish(), index=indexes[split].finish()) for split in SPLITS)
     return Manifest(token_dtype(vocab_size), vocab_size, tokenizer.fingerprint, origin, job.val_fraction, train, val)
+
+
+def _write_conversations(job: _Job, rows: Rows, splitter: _Splitter, tokenizer: Tokenizer, work: Path) -> Manifest:
+    if not splitter.several:
+        remedy = "add more, since whole conversations are held out for validation"
+        raise UserError(f"data.source = {job.source_spec!r}: contains a single conversation: {remedy}")
+    total, source = job.source.size(), job.source
+    origin: dict[str, Any] = {"spec": job.source_spec, "name": source.name, "identity": source.identity()}
+    origin |= {"held_out": splitter.description, "split_rule": job.split_rule, "too_long": rows.too_long}
+    findings = getattr(source, "findings", Findings())
+    train, val = write_rows(
+        source.documents(),
+        lambda text: splitter.split(text)[0][0],
+        tokenizer,
+        work,
+        rows,
+        shard_tokens=job.shard_tokens,
+        findings=findings,
+        progress=lambda done: job.progress("tokenizing", done, total),
+    )
+    origin |= findings.facts()
+    size = tokenizer.vocab_size
+    return Manifest(token_dtype(size), size, tokenizer.fingerprint, origin, job.val_fraction, train, val, row=rows.length)
 
 
 def _notes(tokenizer: Tokenizer, names: Counter[str], *, separated: bool) -> Iterator[str]:

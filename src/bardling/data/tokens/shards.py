@@ -30,6 +30,7 @@ from bardling.files.atomic import os_error_as_user_error, os_reason
 from bardling.files.digests import file_sha256
 
 SHARD_TOKENS = 100_000_000  # default maximum of tokens per file: 200 MB at 16 bits
+MARKS = 4  # values of a token's mark
 _CHECKED = 1 << 22  # tokens read at once where all are checked
 
 
@@ -39,7 +40,7 @@ class ShardWriter(AbstractContextManager["ShardWriter"]):
     The files are `{split}-00000.bin` and so on in an existing folder. `vocab_size` limits the ids and sets the integer type.
     """
 
-    def __init__(self, folder: Path, split: SplitName, vocab_size: int, shard_tokens: int = SHARD_TOKENS) -> None:
+    def __init__(self, folder: Path, split: str, vocab_size: int, shard_tokens: int = SHARD_TOKENS) -> None:
         self._folder, self._split, self._vocab_size, self._shard_tokens = folder, split, vocab_size, shard_tokens
         self._dtype = np.dtype(token_dtype(vocab_size)).newbyteorder("<")
         self._files: list[ShardFile] = []
@@ -108,10 +109,25 @@ class ShardWriter(AbstractContextManager["ShardWriter"]):
 
 
 class TokenSplit:
-    """One split of a dataset; `len` is its number of tokens. It keeps no file open, so threads and processes can share it."""
+    """One split of a dataset; `len` is its number of tokens. It keeps no file open, so threads and processes can share it.
 
-    def __init__(self, folder: Path, name: str, files: tuple[ShardFile, ...], dtype: str, vocab_size: int) -> None:
-        self.name, self.vocab_size = name, vocab_size
+    Attributes:
+        row: tokens of each packed row of conversations; 0 for text.
+        marks: of conversations, a number for each token (`conversations.py`); None for text.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        files: tuple[ShardFile, ...],
+        dtype: str,
+        vocab_size: int,
+        *,
+        row: int = 0,
+        marks: "TokenSplit | None" = None,
+    ) -> None:
+        self.name, self.vocab_size, self.row, self.marks = name, vocab_size, row, marks
         self._paths = [folder / file.name for file in files]
         self._offsets = [file.offset for file in files]
         self._bounds = list(itertools.accumulate((file.tokens for file in files), initial=0))  # file i: [i] to [i + 1]
@@ -187,12 +203,16 @@ class TokenDataset:
                 split.read(start, min(_CHECKED, len(split) - start))
 
     def split(self, name: SplitName) -> TokenSplit:
-        return TokenSplit(self.path, name, self.manifest.split(name).files, self.manifest.dtype, self.vocab_size)
+        manifest, info = self.manifest, self.manifest.split(name)
+        marks = TokenSplit(self.path, f"marks-{name}", info.marks, token_dtype(MARKS), MARKS) if manifest.row else None
+        return TokenSplit(self.path, name, info.files, manifest.dtype, self.vocab_size, row=manifest.row, marks=marks)
 
     def verify(self) -> list[str]:
         """Read every byte and compare with the checksums; one line per problem."""
         train, val = self.manifest.train, self.manifest.val
-        files: list[ShardFile | IndexFile] = [*train.files, *train.index, *val.files, *val.index]
+        files: list[ShardFile | IndexFile] = []
+        for split in (train, val):
+            files += [*split.files, *split.index, *split.marks]
         problems = [fault for file in files if (fault := _file_fault(self.path / file.name, file))]
         try:
             _ = self.tokenizer  # loading it checks it
@@ -219,7 +239,7 @@ def open_dataset(folder: Path | str) -> TokenDataset:
     """Open a dataset folder, checking its manifest and the presence and size of every file of tokens."""
     folder = Path(folder)
     manifest = read_manifest(folder / "manifest.json")
-    for file in (*manifest.train.files, *manifest.val.files):
+    for file in (file for split in (manifest.train, manifest.val) for file in (*split.files, *split.marks)):
         path = folder / file.name
         if not path.is_file():
             raise UserError(f"{path}: is missing, but {folder / 'manifest.json'} lists it: prepare the dataset again")

@@ -6,7 +6,7 @@ read once, with the precedence that `transformers` gives them, kept as they are,
 that nothing here uses. A description that names no tokens is completed: a text ends with the tokenizer's end-of-text token and
 begins with what its post-processor puts there, or else with the end-of-text token.
 
-Limits: files of up to 16 MiB, templates of up to 1 MiB. Templates are data here; `generation/chat.py` renders them.
+Limits: files of up to 16 MiB, templates of up to 1 MiB. Templates are data here; `data/tokens/chat_template.py` renders them.
 """
 
 import json

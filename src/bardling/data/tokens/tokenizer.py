@@ -115,6 +115,15 @@ class Tokenizer:
         return (), ()
 
     @property
+    def content(self) -> Mapping[str, Any]:
+        """The content of its `tokenizer.json`."""
+        return self._stored
+
+    def extends(self, other: "Tokenizer") -> bool:
+        """Whether all ids of another tokenizer are the same tokens here."""
+        return self._tokens[: other.vocab_size] == other._tokens
+
+    @property
     def data_key(self) -> str:
         """Names all that determines the tokens of documents: the fingerprint, and what differs from a plain tokenizer."""
         guessed = next((self._tokens.index(token) for token in _EOT_NAMES if token in self._tokens), None)
@@ -165,6 +174,12 @@ class Tokenizer:
         ordinary = iter(self.encode_batch(parts[::2]))
         rows = [np.array([names[part]], np.int64) if i % 2 else next(ordinary) for i, part in enumerate(parts)]
         return np.concatenate(rows)
+
+    def encode_with_offsets(self, text: str) -> tuple[Ids, Ids]:
+        """Encode one text, parsing added tokens: int64 [tokens], and where each begins and ends, in characters, [tokens, 2]."""
+        with library_errors(f"{self.name}: cannot encode the text"):
+            encoding = self._parsing.encode(valid_text(text), add_special_tokens=False)
+        return np.asarray(encoding.ids, np.int64), np.asarray(encoding.offsets, np.int64).reshape(-1, 2)
 
     @cached_property
     def _parsing(self) -> Any:

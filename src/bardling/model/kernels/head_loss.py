@@ -39,6 +39,7 @@ def head_loss(
     reduction: Literal["sum", "none"] = "sum",
     softcap: float = 0.0,
     tally: Tensor | None = None,
+    greedy: bool = False,
 ) -> Tensor:
     """Cross-entropy of softmax(hidden @ weight.T) against `targets` (nats).
 
@@ -48,23 +49,27 @@ def head_loss(
         reduction: "sum" for a scalar, "none" for a loss per position (0 where ignored).
         softcap: bound of the logits; 0 for none.
         tally: [vocab_size] bool, the ids whose loss a sum also states separately, without a gradient.
+        greedy: also state, as 1 or 0, whether each target is the likeliest token; without gradients.
 
     Returns:
-        float32 (float64 for float64 hidden states), a scalar or shaped as `targets`; with a tally, both sums [2].
+        float32 (float64 for float64 hidden states), a scalar or shaped as `targets`; with a tally, both sums [2]; with
+        `greedy`, both values of each target [2, ...].
     """
     if reduction not in ("sum", "none"):
         raise ValueError(f"reduction = {reduction!r}: must be 'sum' or 'none'")
     dtype = product_dtype(hidden)
     flat, ids = hidden.reshape(-1, hidden.size(-1)), targets.reshape(-1)  # [N, C], [N]
     grads = (flat.requires_grad, weight.requires_grad) if torch.is_grad_enabled() else (False, False)
+    if greedy and (any(grads) or reduction == "sum"):
+        raise ValueError("greedy: needs reduction = 'none' and torch.no_grad()")
     if not any(grads):
-        losses = _chunked_loss(flat, weight, ids, vocab_size, dtype, softcap)
+        losses = _chunked_loss(flat, weight, ids, vocab_size, dtype, softcap, greedy)
     elif reduction == "sum":
         return _SummedLoss.apply(flat, weight, ids, vocab_size, dtype, grads, softcap, tally)  # type: ignore[no-untyped-call,no-any-return]
     else:
         losses = full_logits_loss(flat, weight, ids, vocab_size=vocab_size, dtype=dtype, softcap=softcap)
     if reduction == "none":
-        return losses.view(targets.shape)
+        return losses.view((*losses.shape[:-1], *targets.shape))
     return losses.sum() if tally is None else torch.stack([losses.sum(), losses[tally[ids.clamp_min(0)]].sum()])
 
 
@@ -88,18 +93,24 @@ def full_logits_loss(
 
 
 def _chunked_loss(
-    hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, dtype: torch.dtype, softcap: float
+    hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, dtype: torch.dtype, softcap: float, greedy: bool
 ) -> Tensor:
-    """Loss of each token [N], without gradients."""
+    """Loss of each token [N], without gradients; with `greedy`, and whether it is the likeliest [2, N]."""
     wide, losses = _wide(hidden.dtype), []
+    if is_eager_cpu(targets) and not bool((counted := targets != IGNORE).all()):  # compute no logits where none are needed
+        found = _chunked_loss(hidden[counted], weight, targets[counted], vocab_size, dtype, softcap, greedy)
+        every = found.new_zeros(*found.shape[:-1], targets.numel())
+        every[..., counted] = found
+        return every
     with torch.autocast(hidden.device.type, enabled=False):
         rows = head_rows(weight, vocab_size)
         head = weight[:rows].to(dtype)  # [V, C]
         for part in _chunks(hidden.size(0), rows * wide.itemsize, _limit(CHUNK_BYTES, hidden)):
             product = _matmul(hidden[part].to(dtype), head.t(), wide)
             logits, _ = _capped(product, vocab_size, softcap)  # [P, V]
-            losses.append(F.cross_entropy(logits, targets[part], ignore_index=IGNORE, reduction="none"))
-    return _concatenated(losses)
+            loss = F.cross_entropy(logits, targets[part], ignore_index=IGNORE, reduction="none")
+            losses.append(torch.stack([loss, (logits.argmax(1) == targets[part]).to(wide)]) if greedy else loss)
+    return torch.cat(losses, dim=-1)
 
 
 class _SummedLoss(torch.autograd.Function):

@@ -1,5 +1,8 @@
 """Generates text while the model trains: the same completions in every process; the primary one logs them."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 from bardling.config import SampleConfig
 from bardling.data.tokens.tokenizer import Tokenizer
 from bardling.evaluate.loss import Interrupted
@@ -10,13 +13,24 @@ from bardling.training.hooks.base import HookContext, TimedHook
 from bardling.training.state import TrainState
 
 
+@dataclass(frozen=True)
+class Prompt:
+    text: str  # as it is logged
+    ids: list[int]
+    is_chat: bool = False  # a question, whose answer ends without the name of a token
+
+
 class Sample(TimedHook):
     name = "sample"
     may_fail = True
 
-    def __init__(self, run: HookContext, config: SampleConfig, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, run: HookContext, config: SampleConfig, tokenizer: Tokenizer, prompts: Sequence[Prompt] | None = None
+    ) -> None:
+        """`prompts` has one for each completion; None for the prompt of `config`."""
         super().__init__(run, config.every)
         self._config, self._tokenizer = config, tokenizer
+        self._prompts = prompts or [Prompt(config.prompt, prompt_ids(tokenizer, config.prompt))] * config.num_samples
 
     def is_due(self, state: TrainState) -> bool:
         """Samples can be disabled, and then none are generated after the last step either."""
@@ -24,11 +38,10 @@ class Sample(TimedHook):
 
     def work(self, state: TrainState) -> None:
         config, tokenizer, run = self._config, self._tokenizer, self.run
-        prompt = prompt_ids(tokenizer, config.prompt)
         with evaluation_mode(state.model):
             steps = generate(
                 state.model,
-                [prompt] * config.num_samples,
+                [prompt.ids for prompt in self._prompts],
                 max_new_tokens=config.max_new_tokens,
                 temperature=config.temperature,
                 top_k=config.top_k,
@@ -43,5 +56,10 @@ class Sample(TimedHook):
             rows = list(zip(*steps, strict=True))
         if run.context.any(run.stop_requested()):
             raise Interrupted
-        texts = [tokenizer.decode_after(prompt, [token for token in row if token is not None]) for row in rows]
-        run.monitor.log(SampleRecord(state.step, config.prompt, texts))
+        ends = set(tokenizer.interface.eos) if self._prompts[0].is_chat else set()
+        texts: dict[str, list[str]] = {}
+        for prompt, row in zip(self._prompts, rows, strict=True):
+            completion = [token for token in row if token is not None and token not in ends]
+            texts.setdefault(prompt.text, []).append(tokenizer.decode_after(prompt.ids, completion))
+        for text, found in texts.items():
+            run.monitor.log(SampleRecord(state.step, text, found))

@@ -24,7 +24,7 @@ from bardling.config import ModelConfig, OptimConfig, TrainConfig
 from bardling.data.batches.loader import Batch
 from bardling.data.tokens.tokenizer import Tokenizer
 from bardling.distributed.context import Context
-from bardling.distributed.device import synchronize
+from bardling.distributed.device import free_memory, synchronize
 from bardling.distributed.heartbeat import LONG_PATIENCE
 from bardling.errors import UserError, out_of_memory
 from bardling.files.paths import shell_path
@@ -157,7 +157,7 @@ class TrialPasses:
         """The size that `train.micro_batch = "auto"` means for a process's `sequences` per step, and why."""
         device, context = self.context.device, self.context
         sizes = [size for size in divisors(sequences) if sequences // size <= _MAX_PASSES]
-        free = _free_memory(device)
+        free = free_memory(device)
         if free is not None:
             held = weight_bytes(self.config) * (2 if self.optim.ema_decay else 1)  # weights and EMA do not exist yet
             budget = free - held if device.type == "cuda" else _FRACTION_OF_FREE * (free / context.world_size - held)
@@ -204,21 +204,6 @@ def fastest_size(sizes: list[int], attempt: Callable[[int], float | None]) -> in
         if time.monotonic() > end:
             break
     return best or increasing[0]
-
-
-def _free_memory(device: torch.device) -> int | None:
-    """Free bytes on `device`; None if the system does not report them."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    if device.type == "mps":
-        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except (OSError, ValueError, IndexError):
-        pass
-    return None
 
 
 def _remedy(recompute: bool) -> str:

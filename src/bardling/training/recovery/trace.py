@@ -80,7 +80,7 @@ def trace_step(folder: RunFolder, step: int) -> TracedStep:
     if not 1 <= step <= config.train.steps:
         raise UserError(f"--step {step}: {folder.path} has steps 1 to {config.train.steps:,}; choose one of these")
     dataset = _open_dataset(folder)
-    order = SequenceOrder(trained.seed, len(dataset.split("train")), trained.model.block_size)
+    order = SequenceOrder(trained.seed, len(dataset.split("train")), trained.model.block_size, dataset.manifest.row)
     rollbacks = read_rollbacks(folder)
     first, count = _samples(folder, config, step)
     if count > _MAX_SEQUENCES or first > _LAST_SAMPLE:

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from bardling.data.text.sources import valid_text
+from bardling.data.tokens import chat_process
 from bardling.data.tokens.text_interface import TextInterface
 from bardling.data.tokens.tokenizer import Tokenizer
 from bardling.errors import UserError
-from bardling.generation import chat_process
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_MESSAGES = 10_000
@@ -81,17 +81,24 @@ class ChatTemplate:
         Raises:
             UserError: a message is malformed, or the template refuses it; the template is faulty or exceeds a limit.
         """
+        return self._render(messages, add_generation_prompt)[0]
+
+    def render_with_spans(self, messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
+        """The text of a chat that is complete, and where what the template marks as generated begins and ends (characters)."""
+        return self._render(messages, False)
+
+    def _render(self, messages: Sequence[Mapping[str, Any]], prompt: bool) -> tuple[str, list[tuple[int, int]]]:
         variables = {
             **self._special,
             "messages": checked_messages(messages),
             "tools": None,
             "documents": None,
-            "add_generation_prompt": add_generation_prompt,
+            "add_generation_prompt": prompt,
         }
         with self._lock:
             reply = self._exchange({"template": self._template, "variables": variables})
         if "text" in reply:
-            return str(reply["text"])
+            return str(reply["text"]), [(begin, end) for begin, end in reply["spans"]]
         if reply.get("refused"):
             self._fail(f"the chat template refuses the messages: {reply['error']}")
         self._fail(f"line {reply['line']}: {reply['error']}" if reply.get("line") else f"the chat template {reply['error']}")

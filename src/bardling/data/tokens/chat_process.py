@@ -1,4 +1,4 @@
-"""The program that renders chat templates: `generation/chat.py` runs this file as a process of its own.
+"""The program that renders chat templates: `data/tokens/chat_template.py` runs this file as a process of its own.
 
 Templates come from outside. Jinja's sandbox keeps them from running code, but not from looping or from building a huge string,
 often inside a single operation that nothing in the same process can interrupt. So the operating system sets the limits: of
@@ -6,8 +6,9 @@ memory (where it can: not on macOS and Windows) and of processor time per text (
 elapsed time is the only one).
 
 Protocol: each line on standard input is a request in JSON, {"template": str, "variables": {...}}; each line on standard output
-is the reply, {"text": str} or {"error": str, "line": int | None, "refused": bool}. Arguments: processor seconds per text, bytes
-of memory, and characters of the longest text. Imports nothing of the package, to start fast.
+is the reply, {"text": str, "spans": [[begin, end], ...]} (of what is marked as generated) or
+{"error": str, "line": int | None, "refused": bool}. Arguments: processor seconds per text, bytes of memory, and characters of
+the longest text. Imports nothing of the package, to start fast.
 """
 
 import json
@@ -28,7 +29,10 @@ from jinja2.utils import Namespace
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks what the assistant says, for training; the text inside is rendered as it is."""
+    """`{% generation %}` marks what the assistant says, for training; the text inside is rendered as it is.
+
+    `environment.spans` collects where these texts are; `environment.parts` is what has been rendered so far.
+    """
 
     tags = {"generation"}  # noqa: RUF012  as Jinja declares it
 
@@ -38,7 +42,10 @@ class _Generation(Extension):
         return nodes.CallBlock(self.call_method("_text"), [], [], body).set_lineno(line)
 
     def _text(self, caller: Any) -> Any:
-        return caller()
+        text = caller()
+        begin = len("".join(self.environment.parts))  # type: ignore[attr-defined]
+        self.environment.spans.append((begin, begin + len(text)))  # type: ignore[attr-defined]
+        return text
 
 
 class _Dict:
@@ -94,7 +101,12 @@ def compiled(template: str) -> jinja2.Template:
 def rendered(template: str, variables: dict[str, Any], most_characters: int) -> dict[str, Any]:
     """The reply to one request."""
     try:
-        text = compiled(template).render(**variables)
+        program = compiled(template)
+        parts, spans = [], []  # type: list[str], list[tuple[int, int]]
+        program.environment.parts, program.environment.spans = parts, spans  # type: ignore[attr-defined]
+        for part in program.generate(**variables):
+            parts.append(part)
+        text = "".join(parts)
     except RecursionError:
         return {"error": "recurses too deeply"}
     except MemoryError:
@@ -107,7 +119,7 @@ def rendered(template: str, variables: dict[str, Any], most_characters: int) -> 
         return {"error": reason[:1000], "line": line, "refused": refused}
     if len(text) > most_characters:
         return {"error": f"produces {len(text):,} characters; the limit is {most_characters:,}"}
-    return {"text": text}
+    return {"text": text, "spans": spans}
 
 
 def main() -> None:
