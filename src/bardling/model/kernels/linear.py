@@ -35,7 +35,7 @@ def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         columns = rows.t()
         y = weight @ columns if bias is None else torch.addmm(bias[:, None], weight, columns)  # [out, B]
         return y.t()[:, None]  # [B, 1, out]
-    y = torch.ops.mkldnn._linear_pointwise(weight, rows, None, "none", [], "").t()  # [B, out]
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(weight, rows, None, "none", [], "").t()  # [B, out]
     return (y if bias is None else y + bias)[:, None]
 
 
