@@ -49,7 +49,7 @@ class ChatOptions:
     """Sampling seed; default: a random one, which is printed."""
     device: str = "auto"
     """'auto', 'cpu', 'cuda', 'cuda:N' or 'mps'."""
-    weights: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+    weights: Literal["auto", "float32", "bfloat16", "int8"] = "float32"
     """Dtype of the weights; fewer bits generate faster and round the weights. 'auto': what is fastest on this device."""
     best: bool = False
     """Use the checkpoint with the lowest validation loss instead of the latest."""

@@ -91,7 +91,10 @@ def _refusal(reason: str) -> UserError:
 
 def _ids(content: Mapping[str, Any]) -> dict[str, int]:
     """The id of each token, as the file writes it."""
-    return content["model"]["vocab"] | {entry["content"]: entry["id"] for entry in content.get("added_tokens") or ()}
+    ids: dict[str, int] = content["model"]["vocab"] | {
+        entry["content"]: entry["id"] for entry in content.get("added_tokens") or ()
+    }
+    return ids
 
 
 def _tokens(tokenizer: Tokenizer, rows: int, kind: str) -> dict[str, Any]:

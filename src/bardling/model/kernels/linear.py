@@ -33,9 +33,9 @@ def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     rows = x[:, 0]  # [B, in]
     if few_rows_kernel(x) != "onednn":
         columns = rows.t()
-        y = weight @ columns if bias is None else torch.addmm(bias[:, None], weight, columns)  # [out, B]
+        y: Tensor = weight @ columns if bias is None else torch.addmm(bias[:, None], weight, columns)  # [out, B]
         return y.t()[:, None]  # [B, 1, out]
-    y: Tensor = torch.ops.mkldnn._linear_pointwise(weight, rows, None, "none", [], "").t()  # [B, out]
+    y = torch.ops.mkldnn._linear_pointwise(weight, rows, None, "none", [], "").t()  # [B, out]
     return (y if bias is None else y + bias)[:, None]
 
 
