@@ -12,7 +12,7 @@ Reading the weights takes most of the time, so the second product is almost free
 Limits: no gradients. Shapes: M rows of activations, I input channels, K of which are stored twice, O output channels.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
