@@ -91,10 +91,7 @@ def _refusal(reason: str) -> UserError:
 
 def _ids(content: Mapping[str, Any]) -> dict[str, int]:
     """The id of each token, as the file writes it."""
-    ids: dict[str, int] = content["model"]["vocab"] | {
-        entry["content"]: entry["id"] for entry in content.get("added_tokens") or ()
-    }
-    return ids
+    return {**content["model"]["vocab"], **{entry["content"]: entry["id"] for entry in content.get("added_tokens") or ()}}
 
 
 def _tokens(tokenizer: Tokenizer, rows: int, kind: str) -> dict[str, Any]:
