@@ -1,17 +1,26 @@
 """Fault injection: do runs that are killed, out of disk space or damaged at random moments end equal to an undisturbed run?
 
-    python benchmarks/chaos.py [--trials 100] [--seed 0] [--record]
+    python benchmarks/chaos.py [--trials 200] [--first 0] [--seed 0] [--without FAULT ...] [--ends-only] [--record]
 
 Each trial trains a small model (2 layers, width 32, with dropout, validation and samples; 60 steps, a checkpoint every 10)
 and injects one fault at a random moment; the faults take turns:
 
 - SIGKILL: at any time between start and exit; in half of the trials while a checkpoint is being written;
-- SIGTERM: likewise; the run saves and exits;
+- SIGTERM, SIGHUP: likewise; the run saves and exits;
+- SIGINT twice: likewise, the second one up to a fifth of a second later, or after more than a second, when it ends the run
+  without saving;
+- closed terminal: the run's own terminal (a pty) is closed, and the kernel sends SIGHUP;
+- a signal (SIGTERM, SIGINT or SIGHUP) during a phase: while one of two processes waits for the other (rendezvous), while the
+  compiler runs, with its cache or without, in validation, and while a checkpoint is being written;
 - disk full: the run's own small disk (a tmpfs) fills up. Either the run fails to save its next checkpoint, continues, gets
   space again and needs no help; or it is stopped (SIGTERM) while it cannot save, exits, and is resumed when there is space
   again;
 - failing fsync: the kernel returns EIO for one to three consecutive `fsync` calls of the run (benchmarks/faults.py);
 - flipped byte: the run is stopped, and one bit in one file of its latest checkpoint is changed.
+
+A trial ends well if its latest checkpoint is then valid, or if there is none because nothing could be saved. After a signal
+that asks the run to save, there must be one, unless the run had not begun and its folder does not exist; the exit status must
+be 128 + the signal's number; and all that within 5 seconds (`--limit`).
 
 A run that has ended is resumed with `bardling resume`, through the same command line code that a user calls, until it is
 finished. Then `model.safetensors` of the last step must be bitwise equal to that of an undisturbed run, and so must
@@ -21,9 +30,11 @@ Since a save never starts before the previous one is finished, two intervals are
 decides where below it a run ends up. Each failed save that the run reported allows for one more interval.
 
 For speed, processes are forked from this one, which has imported PyTorch but computed nothing and has one thread; otherwise
-100 trials would spend ten minutes on imports. From then on each is an independent process, and everything tested happens in
-it. The moments are drawn from the seed, but how far a process has come by then depends on the machine, so a trial cannot be
-repeated exactly. Linux only; without permission to mount, disk-full trials are skipped with a message.
+200 trials would spend twenty minutes on imports. From then on each is an independent process (`trial_process.py`), and
+everything tested happens in it. The moments are drawn from the seed, but how far a process has come by then depends on the
+machine, so a trial cannot be repeated exactly.
+
+Linux only; without permission to mount, disk-full trials are skipped with a message.
 """
 
 import argparse
@@ -34,14 +45,11 @@ import platform
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-import traceback
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -52,11 +60,12 @@ import torch._dynamo  # otherwise each process would import these in its first s
 import bardling.cli.resume  # these too
 import bardling.cli.train
 import bardling.training.run  # noqa: F401
-from bardling.cli.main import main as bardling_main
-from bardling.monitor.records import TIMING_FIELDS
+from bardling.errors import ONE_REQUEST
 from faults import FsyncFaults, SmallDisk, flip_byte
+from trial_outcome import INTERVAL, Outcome, being_saved, describe, ended_well, newest, records, steps_logged, table
+from trial_process import PHASES, Process
 
-STEPS, INTERVAL = 60, 10
+STEPS = 60
 RECIPE = f"""
 device = "cpu"
 precision = "float32"
@@ -88,137 +97,32 @@ max_new_tokens = 8
 every = {INTERVAL}
 keep_last = 2
 """
-FAULTS = ("SIGKILL", "SIGTERM", "disk full", "failing fsync", "flipped byte")
+FAULTS = (
+    *("SIGKILL", "SIGTERM", "disk full", "failing fsync", "flipped byte", "SIGHUP", "SIGINT twice", "closed terminal"),
+    *("signal in validation", "signal in saving", "signal in rendezvous", "signal in compilation"),
+)
+TURNS = (
+    *FAULTS,
+    *(
+        "SIGKILL",
+        "SIGTERM",
+        "SIGHUP",
+        "SIGINT twice",
+        "closed terminal",
+        "signal in validation",
+        "signal in saving",
+        "disk full",
+    ),
+)
+"""The faults in turn: compilation, which takes long, and the faults of the disk come less often."""
+
+COMPILING = b"compiling the model"
 RESULTS = Path(__file__).parent / "results" / "chaos.md"
 _MOST_STARTS = 5
-_PATIENCE = 120.0  # seconds
-
-
-class Process:
-    """A training process, forked; its output goes to `log`."""
-
-    def __init__(self, arguments: list[str], log: Path, faults: FsyncFaults | None = None) -> None:
-        self.log = log
-        sys.stdout.flush()
-        sys.stderr.flush()
-        self.pid = os.fork()
-        if self.pid == 0:
-            _child(arguments, log, faults)
-        self.status: int | None = None
-        if faults is not None:
-            faults.begin_parent()
-
-    def over(self) -> bool:
-        if self.status is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                self.status = os.waitstatus_to_exitcode(status)
-        return self.status is not None
-
-    def wait_until(self, condition: Callable[[], bool]) -> bool:
-        """Poll until the condition holds; False if the process exits first."""
-        end = time.monotonic() + _PATIENCE
-        while not condition():
-            if self.over():
-                return False
-            if time.monotonic() > end:
-                self.send(signal.SIGKILL)
-                raise TimeoutError(f"no progress for {_PATIENCE:.0f} s: {self.log.read_text()[-500:]}")
-            time.sleep(0.0003)
-        return True
-
-    def send(self, number: int) -> None:
-        if not self.over():
-            os.kill(self.pid, number)
-
-    def wait(self) -> int:
-        self.wait_until(self.over)
-        assert self.status is not None
-        return self.status
-
-
-def _child(arguments: list[str], log: Path, faults: FsyncFaults | None) -> None:
-    """Body of the forked process; never returns."""
-    status = 1
-    try:
-        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)
-        if faults is not None:
-            faults.begin_child()
-        torch.set_num_threads(1)
-        try:
-            bardling_main(arguments)
-            status = 0
-        except SystemExit as end:
-            status = end.code if isinstance(end.code, int) else 1
-        for thread in threading.enumerate():  # as Python does at exit
-            if thread is not threading.current_thread() and not thread.daemon:
-                thread.join()
-    except BaseException:  # noqa: BLE001  a fork must not go on as its parent
-        traceback.print_exc()
-    finally:
-        with contextlib.suppress(Exception):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(status)
-
-
-@dataclass
-class Outcome:
-    """How one trial ended."""
-
-    fault: str
-    what: str = ""
-    starts: int = 1
-    survived: bool = False
-    model_equal: bool = False
-    metrics_equal: bool = False
-    lost: int = 0
-    unsaved: int = 0  # failed saves that the run reported
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def equal(self) -> bool:
-        return self.model_equal and self.metrics_equal
-
-    @property
-    def most_lost(self) -> int:
-        """Upper bound on the steps that may be lost, whatever the load of the machine."""
-        return (2 + self.unsaved) * INTERVAL
-
-
-def records(run: Path, name: str) -> list[dict[str, object]]:
-    """The records of a run without timings; an incomplete last line is ignored."""
-    path = run / name
-    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    return [{key: value for key, value in json.loads(line).items() if key not in TIMING_FIELDS} for line in lines]
-
-
-def steps_logged(run: Path) -> int:
-    """The last logged step, determined cheaply: every step has a line."""
-    with contextlib.suppress(OSError, ValueError, KeyError, IndexError):
-        return int(json.loads((run / "metrics.jsonl").read_bytes().rpartition(b"\n")[0].rpartition(b"\n")[2])["step"])
-    return 0
-
-
-def being_saved(run: Path) -> bool:
-    """Whether a checkpoint is being written and already has files."""
-    try:
-        return any(run.glob("checkpoints/.tmp-*/*"))
-    except FileNotFoundError:  # it has just been completed
-        return False
-
-
-def newest(run: Path) -> Path | None:
-    found = sorted((run / "checkpoints").glob("step-*"))
-    return found[-1] if found else None
 
 
 class Trials:
-    """What all trials share: the recipe, the undisturbed run and its duration."""
+    """What all trials share: the recipe, the undisturbed runs and their duration."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -227,24 +131,40 @@ class Trials:
         text.write_text("".join("The {} and the {} met {} times.\n".format(*words.sample(names, 2), n % 7) for n in range(900)))
         self.recipe = folder / "recipe.toml"
         self.recipe.write_text(RECIPE.replace("@TEXT@", str(text)))
+        self.compiled_recipe = folder / "compiled.toml"
+        self.compiled_recipe.write_text(self.recipe.read_text().replace('compile = "off"', 'compile = "on"'))
         os.environ["BARDLING_CACHE"] = str(folder / "cache")
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "compiled")
         self.disks = SmallDisk.possible(folder)
+        self.still, self.compiled_still = folder / "undisturbed", folder / "undisturbed-compiled"
         for _ in range(2):  # the first run prepares the data
-            self.still = folder / "undisturbed"
             shutil.rmtree(self.still, ignore_errors=True)
             counted = FsyncFaults(range(0))
-            began = time.monotonic()
-            process = Process(["train", str(self.recipe), "--out", str(self.still)], folder / "undisturbed.log", counted)
-            if process.wait() != 0:
-                raise SystemExit((folder / "undisturbed.log").read_text())
-            self.seconds, self.fsyncs = time.monotonic() - began, counted.count
+            self.seconds = self._undisturbed(self.recipe, self.still, counted)
+            self.fsyncs = counted.count
         self.size = sum(path.stat().st_size for path in (self.still / "checkpoints" / f"step-{STEPS:06d}").iterdir())
         if not self.fsyncs:
             raise SystemExit("fsync interception saw no calls, so it cannot make one fail")
+        self.compiling = 0.0  # how long the compiler takes (s), once it has run to its end
 
-    def run(self, number: int, fault: str, draw: random.Random) -> Outcome:
+    def _undisturbed(self, recipe: Path, run: Path, counted: FsyncFaults | None = None) -> float:
+        """Train without a fault; returns the duration (s)."""
+        began, log = time.monotonic(), run.with_suffix(".log")
+        process = Process(["train", str(recipe), "--out", str(run)], log, faults=counted)
+        if recipe == self.compiled_recipe:
+            process.wait_until(lambda: COMPILING in log.read_bytes())
+            begin = time.monotonic()
+            process.wait_until(lambda: steps_logged(run) > 0)
+            self.compiling = time.monotonic() - begin
+        if process.wait() != 0:
+            raise SystemExit(log.read_text())
+        return time.monotonic() - began
+
+    def run(self, number: int, outcome: Outcome, draw: random.Random) -> None:
         """One trial."""
-        outcome = Outcome(fault)
+        fault = outcome.fault
+        if fault == "signal in compilation" and not self.compiling and outcome.resumed:
+            self._undisturbed(self.compiled_recipe, self.compiled_still)
         place = self.folder / f"trial{number}"
         place.mkdir()
         log = self.folder / f"trial{number}.log"
@@ -252,64 +172,137 @@ class Trials:
         with disk:
             run = place / "run"
             try:
-                self._disturb(run, log, draw, outcome, disk if isinstance(disk, SmallDisk) else None)
-                self._finish(run, log, outcome)
-                self._compare(run, outcome)
+                if isinstance(disk, SmallDisk):
+                    self._fill_disk(run, log, draw, outcome, disk)
+                elif fault == "failing fsync":
+                    self._fail_fsyncs(run, log, draw, outcome)
+                elif fault == "flipped byte":
+                    self._flip_byte(run, log, draw, outcome)
+                else:
+                    self._signal(run, log, draw, outcome)
+                if outcome.resumed:
+                    self._finish(run, log, outcome)
+                    self._compare(run, outcome)
             except TimeoutError as error:
+                outcome.ended_well = False
                 outcome.notes.append(str(error))
         shutil.rmtree(place, ignore_errors=True)
-        if outcome.equal:
+        if outcome.good:
             log.unlink()
-        return outcome
 
-    def _disturb(self, run: Path, log: Path, draw: random.Random, outcome: Outcome, disk: SmallDisk | None) -> None:
-        first = draw.randrange(1, max(2, self.fsyncs))
-        faults = FsyncFaults(range(first, first + draw.randint(1, 3))) if outcome.fault == "failing fsync" else None
-        process = Process(["train", str(self.recipe), "--out", str(run)], log, faults)
-        at = draw.randrange(STEPS)
-        match outcome.fault:
-            case "SIGKILL" | "SIGTERM":
-                number = getattr(signal, outcome.fault)
-                kind = draw.randrange(4)
-                if kind == 0:  # any moment, including start-up
-                    outcome.what = "at any moment"
-                    time.sleep(draw.random() * self.seconds)
-                else:
-                    process.wait_until(lambda: steps_logged(run) >= at)
-                    outcome.what = f"after step {at}"
-                    if kind == 1:
-                        outcome.what = f"in the first save after step {at}"
-                        process.wait_until(lambda: being_saved(run))
-                    time.sleep(draw.random() * 0.02)
-                process.send(number)
-            case "flipped byte":
-                at = draw.randrange(INTERVAL + 1, STEPS)  # there must be an older checkpoint to fall back to
+    def _signal(self, run: Path, log: Path, draw: random.Random, outcome: Outcome) -> None:
+        """Send a signal at a random moment, or in the phase that the name of the fault ends with."""
+        phase = outcome.fault.removeprefix("signal in ") if outcome.fault.startswith("signal in") else ""
+        process = self._start(run, log, draw, outcome, phase)
+        match phase:
+            case "":
+                self._await_moment(process, run, draw, outcome)
+            case "compilation":
+                process.wait_until(lambda: COMPILING in log.read_bytes())
+                end = time.monotonic() + draw.random() * (self.compiling or 30.0)
+                process.wait_until(lambda: time.monotonic() > end or steps_logged(run) > 0)
+            case "saving":
+                outcome.what = f"after step {(at := draw.randrange(STEPS))}"
                 process.wait_until(lambda: steps_logged(run) >= at)
-                process.send(signal.SIGTERM)
-                process.wait()
-                if (place := newest(run)) is not None:
-                    outcome.what = f"{flip_byte(place, draw)} of {place.name}"
-            case "disk full":
-                assert disk is not None
-                process.wait_until(lambda: steps_logged(run) >= at)
-                process.send(signal.SIGSTOP)  # so that the following happens at once, whatever the load
-                disk.fill(draw.choice((0, 8192, self.size // 2)))
-                if draw.random() < 0.5:
-                    outcome.what = f"after step {at}, until a save fails"
-                    process.send(signal.SIGCONT)
-                    process.wait_until(lambda: b"NOT saved" in log.read_bytes())
-                else:
-                    outcome.what = f"after step {at}, and SIGTERM"
-                    process.send(signal.SIGTERM)
-                    process.send(signal.SIGCONT)
-                    process.wait()
-                disk.free()
+                process.wait_until(lambda: being_saved(run))
             case _:
-                outcome.what = f"calls {faults.failing.start} to {faults.failing.stop - 1}" if faults else ""
-        process.wait()
-        if faults is not None and not faults.failed:
+                process.wait_until(process.reached)
+                process.pause(draw.random() * (1.0 if phase == "rendezvous" else 0.01))
+        if phase:
+            number = draw.choice((signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
+            outcome.what = f"{number.name} {outcome.what}"
+        elif outcome.fault == "SIGINT twice":
+            number = signal.SIGINT
+        else:
+            number = signal.SIGHUP if outcome.fault == "closed terminal" else signal.Signals[outcome.fault]
+        self._end(process, number, draw, outcome)
+        outcome.ended_well = ended_well(run, saved=outcome.asked_to_stop)
+        if process.status not in (0, 128 + number, -signal.SIGKILL if number == signal.SIGKILL else 0):  # 0: it had finished
+            outcome.ended_well = False
+
+    def _start(self, run: Path, log: Path, draw: random.Random, outcome: Outcome, phase: str) -> Process:
+        recipe, environment = self.recipe, dict[str, str]()
+        if phase == "compilation":
+            recipe = self.compiled_recipe
+            if draw.random() < 0.25:  # in an empty cache, it compiles as for the first time
+                environment["TORCHINDUCTOR_CACHE_DIR"] = str(run.parent / "compiled")
+        elif phase == "rendezvous":
+            with socket.create_server(("127.0.0.1", 0)) as server:
+                port = server.getsockname()[1]
+            outcome.what = f"as rank {(rank := draw.randrange(2))}"
+            environment |= {"WORLD_SIZE": "2", "RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        announced = phase if phase in PHASES else ""
+        terminal, command = outcome.fault == "closed terminal", ["train", str(recipe), "--out", str(run)]
+        return Process(command, log, environment=environment, phase=announced, terminal=terminal)
+
+    def _await_moment(self, process: Process, run: Path, draw: random.Random, outcome: Outcome) -> None:
+        """A random moment between start and exit, or after a random step, or in the first save after it."""
+        at, kind = draw.randrange(STEPS), draw.randrange(4)
+        if kind == 0:  # any moment, including start-up
+            outcome.what = "at any moment"
+            process.pause(draw.random() * self.seconds)
+            return
+        outcome.what = f"after step {at}"
+        process.wait_until(lambda: steps_logged(run) >= at)
+        if kind == 1:
+            outcome.what = f"in the first save after step {at}"
+            process.wait_until(lambda: being_saved(run))
+        process.pause(draw.random() * 0.02)
+
+    def _end(self, process: Process, number: int, draw: random.Random, outcome: Outcome) -> None:
+        """Send the signal, or close the terminal, and wait for the end."""
+        running, began = not process.over(), time.monotonic()
+        if outcome.fault == "closed terminal":
+            process.close_terminal()
+        else:
+            process.send(number)
+        outcome.asked_to_stop = running and number != signal.SIGKILL
+        if outcome.fault == "SIGINT twice":
+            process.pause(draw.choice((0.2, ONE_REQUEST + 0.5)) * draw.random())
+            if time.monotonic() - began > ONE_REQUEST and not process.over():
+                outcome.asked_to_stop = False  # but to exit at once
+                outcome.what += ", the second one late"
+            process.send(number)
+        outcome.notes.append(f"status {process.wait()}")
+        outcome.seconds = time.monotonic() - began if running else 0.0
+
+    def _fill_disk(self, run: Path, log: Path, draw: random.Random, outcome: Outcome, disk: SmallDisk) -> None:
+        process = Process(["train", str(self.recipe), "--out", str(run)], log)
+        at = draw.randrange(STEPS)
+        process.wait_until(lambda: steps_logged(run) >= at)
+        process.send(signal.SIGSTOP)  # so that the following happens at once, whatever the load
+        disk.fill(draw.choice((0, 8192, self.size // 2)))
+        if draw.random() < 0.5:
+            outcome.what = f"after step {at}, until a save fails"
+            process.send(signal.SIGCONT)
+            process.wait_until(lambda: b"NOT saved" in log.read_bytes())
+        else:
+            outcome.what = f"after step {at}, and SIGTERM"
+            process.send(signal.SIGTERM)
+            process.send(signal.SIGCONT)
+            process.wait()
+        disk.free()
+        outcome.notes.append(f"status {process.wait()}")
+        outcome.ended_well = ended_well(run, saved=False)
+
+    def _fail_fsyncs(self, run: Path, log: Path, draw: random.Random, outcome: Outcome) -> None:
+        first = draw.randrange(1, max(2, self.fsyncs))
+        faults = FsyncFaults(range(first, first + draw.randint(1, 3)))
+        outcome.what = f"calls {faults.failing.start} to {faults.failing.stop - 1}"
+        status = Process(["train", str(self.recipe), "--out", str(run)], log, faults=faults).wait()
+        if not faults.failed:
             outcome.notes.append("no fsync failed")
-        outcome.notes.append(f"status {process.status}")
+        outcome.notes.append(f"status {status}")
+        outcome.ended_well = ended_well(run, saved=False)
+
+    def _flip_byte(self, run: Path, log: Path, draw: random.Random, outcome: Outcome) -> None:
+        process = Process(["train", str(self.recipe), "--out", str(run)], log)
+        at = draw.randrange(INTERVAL + 1, STEPS)  # there must be an older checkpoint to fall back to
+        process.wait_until(lambda: steps_logged(run) >= at)
+        self._end(process, signal.SIGTERM, draw, outcome)
+        outcome.ended_well = ended_well(run, saved=True)
+        if (place := newest(run)) is not None:
+            outcome.what = f"{flip_byte(place, draw)} of {place.name}"
 
     def _finish(self, run: Path, log: Path, outcome: Outcome) -> None:
         """Resume until the run is finished, like a user who does not know what happened."""
@@ -322,7 +315,8 @@ class Trials:
             outcome.starts += 1
             if outcome.starts == 2:
                 outcome.unsaved = log.read_bytes().count(b"bardling: warning: the checkpoint of step")
-            process = Process(["resume", str(run)] if begun else ["train", str(self.recipe), "--out", str(run)], log)
+            recipe = self.compiled_recipe if outcome.fault == "signal in compilation" else self.recipe
+            process = Process(["resume", str(run)] if begun else ["train", str(recipe), "--out", str(run)], log)
             outcome.notes.append(f"status {process.wait()}")
             if begun and process.status == 0:
                 starts = json.loads((run / "environment.json").read_text())["starts"]
@@ -330,28 +324,37 @@ class Trials:
 
     def _compare(self, run: Path, outcome: Outcome) -> None:
         last = Path("checkpoints") / f"step-{STEPS:06d}" / "model.safetensors"
+        still = self.compiled_still if outcome.fault == "signal in compilation" else self.still
         if outcome.survived:
-            outcome.model_equal = (run / last).read_bytes() == (self.still / last).read_bytes()
+            outcome.model_equal = (run / last).read_bytes() == (still / last).read_bytes()
             names = ("metrics.jsonl", "samples.jsonl")
-            outcome.metrics_equal = all(records(run, name) == records(self.still, name) for name in names)
+            outcome.metrics_equal = all(records(run, name) == records(still, name) for name in names)
 
 
-def table(outcomes: list[Outcome]) -> str:
-    """A Markdown table: a row per fault, and a total."""
-    rows = ["| fault | trials | survived | without a restart | bitwise equal | steps lost (max) |", "|---|--:|--:|--:|--:|--:|"]
-    for fault in (*FAULTS, "all"):
-        some = [outcome for outcome in outcomes if fault in (outcome.fault, "all")]
-        if some:
-            alone, equal = sum(o.survived and o.starts == 1 for o in some), sum(o.equal for o in some)
-            survived, lost = sum(o.survived for o in some), max(o.lost for o in some)
-            rows.append(f"| {fault} | {len(some)} | {survived} | {alone} | {equal} | {lost} |")
-    return "\n".join(rows)
+def record(options: argparse.Namespace, outcomes: list[Outcome], took: float) -> None:
+    """Append the table to the results."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    RESULTS.parent.mkdir(exist_ok=True)
+    first = f" --first {options.first}" * bool(options.first) + " --ends-only" * options.ends_only
+    first += "".join(f" --without '{fault}'" for fault in options.without)
+    with RESULTS.open("a", encoding="utf-8") as file:
+        file.write(
+            f"\n## {time.strftime('%Y-%m-%d')}, seed {options.seed}, commit {commit.stdout.strip()}\n\n"
+            f"`python benchmarks/chaos.py --trials {len(outcomes)}{first} --seed {options.seed}`: {STEPS} steps, "
+            f"a checkpoint every {INTERVAL}; {platform.machine()}, Linux {platform.release()}, "
+            f"Python {platform.python_version()}, torch {torch.__version__}; {took:.0f} s, load {os.getloadavg()[2]:.0f} on "
+            f"{os.cpu_count()} cores.\n\n{table(outcomes, FAULTS)}\n"
+        )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--trials", type=int, default=100)
+    parser.add_argument("--trials", type=int, default=200)
+    parser.add_argument("--first", type=int, default=0, help="number of the first trial, to run them in pieces")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--without", nargs="+", default=[], choices=FAULTS, metavar="FAULT", help="faults to leave out")
+    parser.add_argument("--ends-only", action="store_true", help="look at the end of a disturbed run, and do not resume it")
+    parser.add_argument("--limit", type=float, default=5.0, help="seconds that a process may take to stop")
     parser.add_argument("--record", action="store_true", help=f"append the table to {RESULTS.name}")
     options = parser.parse_args()
     if not FsyncFaults.possible():
@@ -361,36 +364,35 @@ def main() -> int:
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix="chaos-", dir=memory) as name:
         trials = Trials(Path(name))
-        faults = [fault for fault in FAULTS if trials.disks or fault != "disk full"]
+        turns = [fault for fault in TURNS if fault not in options.without and (trials.disks or fault != "disk full")]
         if not trials.disks:
             print("no permission to mount a small disk: disk-full trials are skipped")
         print(f"undisturbed: {trials.seconds:.1f} s, {trials.fsyncs} fsync calls", flush=True)
-        for number in range(options.trials):
+        for number in range(options.first, options.first + options.trials):
             draw = random.Random(f"{options.seed}:{number}")
-            outcome = trials.run(number, faults[number % len(faults)], draw)
+            outcome = Outcome(turns[number % len(turns)], resumed=not options.ends_only, limit=options.limit)
+            try:
+                trials.run(number, outcome, draw)
+            except KeyboardInterrupt:
+                break
             outcomes.append(outcome)
-            good = "equal" if outcome.equal else "DIFFERENT" if outcome.survived else "LOST"
-            good += "" if outcome.lost <= outcome.most_lost else ", TOO MUCH REPEATED"
-            notes = ", ".join(outcome.notes)
-            print(f"{number:3d} {outcome.fault:13s} {outcome.what:40s} {good}, {outcome.lost} steps lost, {notes}", flush=True)
-            if not outcome.equal:
-                print("    " + "\n    ".join((Path(name) / f"trial{number}.log").read_text().splitlines()[-12:]))
+            print(describe(number, outcome), flush=True)
+            if not outcome.good:
+                print(
+                    "    " + "\n    ".join((Path(name) / f"trial{number}.log").read_text(errors="replace").splitlines()[-12:])
+                )
+    if not outcomes:
+        return 1
     lost = max(outcome.lost for outcome in outcomes)
     survived, equal = sum(o.survived for o in outcomes), sum(o.equal for o in outcomes)
-    print(f"\n{table(outcomes)}\n")
+    well = sum(o.ended_well and o.in_time for o in outcomes)
+    print(f"\n{table(outcomes, FAULTS)}\n")
     took = time.time() - began
-    print(f"trials {len(outcomes)}, survived {survived}, bitwise equal {equal}, steps lost (max) {lost}; {took:.0f} s")
+    figures = f"trials {len(outcomes)}, ended well {well}, survived {survived}, bitwise equal {equal}, steps lost (max) {lost}"
+    print(f"{figures}; {took:.0f} s")
     if options.record:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-        RESULTS.parent.mkdir(exist_ok=True)
-        with RESULTS.open("a", encoding="utf-8") as file:
-            file.write(
-                f"\n## {time.strftime('%Y-%m-%d')}, seed {options.seed}, commit {commit.stdout.strip()}\n\n"
-                f"`python benchmarks/chaos.py --trials {options.trials} --seed {options.seed}`: {STEPS} steps, "
-                f"a checkpoint every {INTERVAL}; {platform.machine()}, Linux {platform.release()}, "
-                f"Python {platform.python_version()}, torch {torch.__version__}; {took:.0f} s.\n\n{table(outcomes)}\n"
-            )
-    return 0 if equal == len(outcomes) and all(o.lost <= o.most_lost for o in outcomes) else 1
+        record(options, outcomes, took)
+    return 0 if all(o.good for o in outcomes) else 1
 
 
 if __name__ == "__main__":

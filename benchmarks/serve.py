@@ -10,8 +10,9 @@ this machine; the clients are coroutines of this process that write HTTP/1.0 to 
   stream 256 bytes at a time with pauses, through a small socket buffer; 1 disconnects after the first bytes. A client that gets
   429 waits for up to the time in Retry-After. Every text, which is greedy, must equal the one that the idle server returns
   for the same prompt. Every status must be 200 or 429, the server's memory must not grow, and no slot may stay occupied.
-- Speed: 1 and 16 clients stream completions of 64 tokens for 10 seconds each; the rate counts generated tokens. The servers
-  take turns. `transformers serve` runs with and without `--continuous-batching`, if it starts (it needs FastAPI).
+- Speed: for 10 seconds, 1 and 16 clients ask for completions of 32 tokens, one after the other; the rate is that of generated
+  tokens until the last of them is complete. The servers take turns. `transformers serve` runs with and without
+  `--continuous-batching`, if it starts (it needs FastAPI).
 """
 
 import asyncio
@@ -262,7 +263,7 @@ def free_port() -> int:
 def main(argv: Sequence[str]) -> None:
     options = parse(Options, argv, prog="python benchmarks/serve.py", description="Measure the server under load.")
     config = ModelConfig(n_layer=6, n_head=6, n_embd=384, block_size=256, vocab_size=257)
-    tokens = 64
+    tokens = 32
     if options.tiny:
         options = dataclasses.replace(options, seconds=4.0, clients=30, speed_seconds=1.0, rounds=1)
         config = dataclasses.replace(config, n_layer=2, n_head=2, n_embd=32, block_size=128)
@@ -295,7 +296,7 @@ async def _measure(options: Options, config: ModelConfig, folder: str, tokens: i
             servers.append(server)
             if name == "bardling serve":
                 say("load")
-                tables = await load(server, options, tokens // 2)
+                tables = await load(server, options, tokens)
         for _ in range(options.rounds):
             for server in servers:
                 for other in servers:  # even an idle server may use the CPU

@@ -43,6 +43,10 @@ class JobLost(RuntimeError):  # noqa: N818  names the event, not an error
     """Another process of the run died or hangs; the message names it. The run can be resumed."""
 
 
+ONE_REQUEST = 1.0
+"""Seconds in which further signals belong to the first: launchers and shells pass on what processes also get themselves."""
+
+
 class Terminated(KeyboardInterrupt):
     """A signal other than Ctrl-C ended the command; `status` is its exit status, 128 + the signal's number."""
 

@@ -12,7 +12,8 @@ import pytest
 
 from bardling.config.recipes import config_to_toml
 from bardling.errors import UserError
-from bardling.files.streams import Lasting
+from bardling.files.streams import Lasting, tell
+from bardling.monitor import progress
 from bardling.monitor.console import Console
 from bardling.training import loop
 from bardling.training.run import train
@@ -124,6 +125,27 @@ def test_a_display_that_fails_stops_and_remembers_why(number, monkeypatch):
     assert console.failure.errno == number
 
 
+@pytest.mark.parametrize("number", [errno.EPIPE, errno.EIO, errno.ENOSPC])
+def test_a_warning_that_cannot_be_printed_ends_nothing(monkeypatch, number):
+    for stream in (Failing(number), None):
+        monkeypatch.setattr(sys, "stderr", stream)
+        tell("warning: the disk is full")
+
+
+def test_warnings_do_not_control_the_terminal(capsys):
+    tell("warning: \x1b[2Jgone")
+    assert capsys.readouterr().err == "bardling: warning: \\x1b[2Jgone\n"
+
+
+def test_progress_in_a_log_has_units(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "PATIENCE", -1.0)
+    monkeypatch.setattr(progress, "PLAIN_INTERVAL", -1.0)
+    with progress.ProgressBar(unit="bytes") as bar:
+        bar.note = "1,200 documents/s"
+        bar.update("tokenizing", 25_000_000, 100_000_000)
+    assert capsys.readouterr().err.startswith("tokenizing: 25.0 MB of 100 MB, 1,200 documents/s, ")
+
+
 def test_a_named_stream_raises_its_failure_once():
     stream = Lasting(Failing(errno.EIO), "standard output")
     with pytest.raises(OSError, match="standard output"):
@@ -148,8 +170,7 @@ def test_training_continues_when_its_terminal_is_closed(tiny, tmp_path, monkeypa
         patch.setattr(loop, "seed_dropout", close_terminal)
         patch.setattr(sys, "stderr", said)
         patch.setattr(sys, "stdout", terminal)
-        result = train(tiny, tmp_path / "run")
+        train(tiny, tmp_path / "run")
     with pytest.raises(OSError, match="Input/output error"):
         terminal.close()
-    assert result.finished
     assert said.getvalue().count("the terminal display failed; training continues") == 1

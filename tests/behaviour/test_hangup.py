@@ -6,9 +6,11 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
+from bardling.cli import main as main_module
 from bardling.config.recipes import config_to_toml
 from bardling.errors import Terminated
 from bardling.training import loop
@@ -57,7 +59,7 @@ def test_a_hangup_saves_and_the_resumed_run_ends_as_if_undisturbed(tiny, tmp_pat
         assert stopped(tiny, tmp_path / "run", quiet=False) == (129, 7)
     monkeypatch.undo()
     assert "SIGHUP received: saving and stopping" in capsys.readouterr().out
-    assert resume(tmp_path / "run", quiet=True).finished
+    resume(tmp_path / "run", quiet=True)
     assert (tmp_path / "run" / WEIGHTS).read_bytes() == (tmp_path / "calm" / WEIGHTS).read_bytes()
 
 
@@ -65,7 +67,7 @@ def test_a_hangup_that_nohup_ignores_stays_ignored(tiny, tmp_path, at_step):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         at_step(7, lambda: send(signal.SIGHUP))
-        assert train(tiny, tmp_path / "run", quiet=True).finished
+        train(tiny, tmp_path / "run", quiet=True)
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
@@ -97,6 +99,55 @@ def test_a_signal_before_training_begins_leaves_at_once():
         with pytest.raises(Terminated) as error:
             send(signal.SIGTERM)
         assert (error.value.status, signals.signal) == (143, None)
+
+
+@pytest.mark.parametrize(("later", "left"), [(0.5, []), (5.0, [130])])
+def test_before_training_too_signals_that_arrive_together_are_one_request(monkeypatch, later, left):
+    exits = []
+    monkeypatch.setattr(os, "_exit", exits.append)
+    with StopOnSignal() as signals:
+        with pytest.raises(Terminated):
+            send(signal.SIGTERM)
+        signals._received -= later
+        send(signal.SIGINT)  # while it cleans up
+    assert exits == left
+
+
+def test_a_command_that_is_stopped_twice_at_once_cleans_up(monkeypatch, capsys):
+    """Not within an import, where a signal is postponed."""
+    cleaned = []
+
+    def command(arguments):
+        try:
+            send(signal.SIGTERM)
+        finally:
+            send(signal.SIGTERM)
+            cleaned.append(True)
+
+    monkeypatch.setattr(main_module.importlib, "import_module", lambda name: SimpleNamespace(run=command))
+    with pytest.raises(SystemExit) as end:
+        main_module.main(["plan"])
+    assert (end.value.code, cleaned) == (143, [True])
+    assert capsys.readouterr().err == "bardling: interrupted\n"
+
+
+def test_a_stopped_program_does_not_wait_for_what_libraries_do_at_exit(tiny, tmp_path):
+    """PyTorch's compiler waits there for its processes."""
+    (tmp_path / "recipe.toml").write_text(config_to_toml(tiny))
+    code = (
+        "import atexit, os, signal\n"
+        "from bardling.training import loop\n"
+        "atexit.register(print, 'at exit')\n"
+        "seed = loop.seed_dropout\n"
+        "loop.seed_dropout = lambda *a: (a[1] == 7 and os.kill(os.getpid(), signal.SIGTERM), seed(*a))\n"
+        "from bardling.cli.main import main\n"
+        "main()\n"
+    )
+    command = [sys.executable, "-c", code, "train", str(tmp_path / "recipe.toml"), "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 143, done.stderr
+    assert "stopped at step 7 and saved" in done.stdout
+    assert "at exit" not in done.stdout
 
 
 class SlowCompiler:

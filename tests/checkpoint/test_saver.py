@@ -227,7 +227,7 @@ def test_a_failed_save_is_said_at_the_next_step_and_tried_again_at_the_next_inte
 
     monkeypatch.setattr(saving.Saver, "save", save)
     monkeypatch.setattr(saving.Saver, "_warn", warn)
-    assert train(config, tmp_path / "run", quiet=True).finished
+    train(config, tmp_path / "run", quiet=True)
     assert len(seen) == 1
     assert seen[0][0] == 11
     assert "the checkpoint of step 10 was NOT saved" in seen[0][1]
@@ -246,7 +246,7 @@ def test_the_last_save_is_tried_twice(tiny, change, tmp_path, broken_disk, monke
         real(self, state, last=last)
 
     monkeypatch.setattr(saving.Saver, "save", save)
-    assert train(tiny, tmp_path / "run", quiet=True).finished
+    train(tiny, tmp_path / "run", quiet=True)
     assert steps(tmp_path / "run")[-1] == 30
 
 

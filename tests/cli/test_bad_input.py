@@ -458,7 +458,7 @@ def test_a_disk_with_space_again_is_used_at_the_next_interval(tiny, change, tmp_
         ballast.unlink(missing_ok=True)
 
     monkeypatch.setattr(saver.Saver, "save", save)
-    assert train(config, small_disk / "run", quiet=True).finished
+    train(config, small_disk / "run", quiet=True)
     assert "the checkpoint of step 20 was NOT saved" in capsys.readouterr().err
     saved, steps = checkpoints_and_steps(small_disk / "run")
     assert (saved, steps) == ([60], list(range(1, 61)))

@@ -53,10 +53,10 @@ def test_a_run_that_stops_and_resumes_ends_bitwise_as_an_uninterrupted_one(on_gp
         path.write_text("".join(json.dumps({"text": line}) + "\n" for line in corpus.read_text().splitlines()))
         config = change(config, data={"source": str(path)})
     whole, halves = tmp_path / "whole", tmp_path / "halves"
-    assert train(config, whole, quiet=True).finished
+    train(config, whole, quiet=True)
     short = change(config, train={"steps": 15}, optim={"decay_steps": 30})
-    assert train(short, halves, quiet=True).finished
-    assert resume(halves, change(config, optim={"decay_steps": 30}), quiet=True).finished
+    train(short, halves, quiet=True)
+    resume(halves, change(config, optim={"decay_steps": 30}), quiet=True)
     assert losses(whole) == losses(halves)
     assert final(whole) == final(halves)
     assert losses(whole)[-1] < losses(whole)[0]
@@ -81,8 +81,7 @@ def test_a_bad_batch_is_skipped_on_the_device(on_gpu, change, tmp_path, monkeypa
         return result
 
     monkeypatch.setattr(GPT, "forward", forward)
-    result = train(on_gpu, tmp_path / "run", quiet=True)
-    assert result.finished
+    train(on_gpu, tmp_path / "run", quiet=True)
     assert len(records(tmp_path / "run", "event")) == 1
     assert all(math.isfinite(loss) for loss in losses(tmp_path / "run")[6:])
 
@@ -100,7 +99,7 @@ def test_a_run_that_exceeds_memory_continues_with_smaller_passes(on_gpu, change,
     torch.cuda.empty_cache()
     try:
         torch.cuda.set_per_process_memory_fraction(4e9 / torch.cuda.get_device_properties(gpu).total_memory)
-        assert train(config, tmp_path / "run").finished
+        train(config, tmp_path / "run")
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert "memory ran out at step 1: continuing with" in capsys.readouterr().out
@@ -117,7 +116,7 @@ def test_automatic_passes_fit(on_gpu, change, tmp_path, capsys):
         sample={"every": 0},
     )
     torch.cuda.empty_cache()
-    assert train(config, tmp_path / "run").finished
+    train(config, tmp_path / "run")
     output = capsys.readouterr().out
     assert "the largest that fits" in output
     assert "memory ran out" not in output

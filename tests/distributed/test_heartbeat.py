@@ -7,6 +7,7 @@ import time
 import pytest
 import torch.distributed as dist
 
+from bardling.distributed import heartbeat
 from bardling.distributed.heartbeat import LONG_PATIENCE, Heartbeat, lost_connection
 from bardling.errors import JobLost
 
@@ -144,3 +145,24 @@ def test_only_failed_collectives_count_as_lost_connections():
     assert lost_connection(RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:3127"))
     assert not lost_connection(RuntimeError("shape '[2, 3]' is invalid for input of size 4"))
     assert not lost_connection(ValueError("gloo"))
+
+
+def test_before_the_first_step_a_process_tells_whom_it_waits_for(monkeypatch, capfd):
+    monkeypatch.setattr(heartbeat, "FIRST_NOTICE", 0.2)
+    store = dist.HashStore()
+    watches = [Heartbeat(store, rank, 3, TIMEOUT, interval=0.03, leave=lambda status: None) for rank in range(3)]
+    for watch in watches:
+        watch.activity("setting up")
+        watch.start()
+    watches[1].activity("preparing the data")
+    for rank in (0, 2):
+        watches[rank].enter_collective()
+    end, said = time.monotonic() + LATE, ""
+    while said.count("\n") < 2:  # the second, later line shows that only rank 0 tells it
+        assert time.monotonic() < end, said
+        time.sleep(0.05)
+        said += capfd.readouterr().err
+    for watch in watches:
+        watch.close("done")
+    pattern = r"(bardling: waiting for rank 1 \(.*, process \d+\): preparing the data \(\d\.\ds\)\n){2}"
+    assert re.fullmatch(pattern, said), said

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from bardling.errors import UserError
+from bardling.files import lock
 from bardling.files.lock import locked
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="open files cannot be removed or moved there")
@@ -113,3 +114,23 @@ def test_a_lock_file_that_cannot_be_created_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot lock: ") as caught, locked(tmp_path / "file" / "lock"):
         pass
     assert "\n" not in str(caught.value)
+
+
+def test_a_long_wait_is_told_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(lock, "PATIENCE", 0.1)
+    held, released = threading.Event(), threading.Event()
+
+    def hold():
+        with locked(tmp_path / "lock"):
+            held.set()
+            released.wait(60)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    assert held.wait(60)
+    threading.Timer(0.5, released.set).start()
+    with locked(tmp_path / "lock", waiting="another process prepares the data"):
+        assert capsys.readouterr().err == "bardling: another process prepares the data\n"
+    holder.join()
+    with locked(tmp_path / "lock", waiting="never printed"):
+        assert capsys.readouterr().err == ""

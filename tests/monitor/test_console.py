@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from bardling.files.streams import escape_unprintable
 from bardling.monitor import Sink
-from bardling.monitor.console import Console, escape_unprintable, format_metrics
+from bardling.monitor.console import Console, format_metrics
 from bardling.monitor.format import count, duration, percent, si, size_bytes
 
 TRAIN: dict[str, Any] = {

@@ -75,7 +75,7 @@ def test_tasks_of_the_same_name_are_refused(short, change, tmp_path):
 
 
 def test_samples_that_are_disabled_are_not_checked(short, change, tmp_path):
-    assert train(change(short, sample={"prompt": "Müll", "every": 0}), tmp_path / "run", quiet=True).finished
+    train(change(short, sample={"prompt": "Müll", "every": 0}), tmp_path / "run", quiet=True)
 
 
 def test_bytes_can_encode_every_prompt_and_task(short, change, tmp_path):
@@ -104,7 +104,7 @@ def test_a_run_with_a_bad_prompt_resumes_without_samples(short, change, tmp_path
         patch.setattr(texts, "_check_prompt", lambda *_: None)
         train(bad, tmp_path / "run", quiet=True)
     capsys.readouterr()
-    assert resume(tmp_path / "run", change(bad, train={"steps": 14}), quiet=True).finished
+    resume(tmp_path / "run", change(bad, train={"steps": 14}), quiet=True)
     warned = capsys.readouterr().err
     assert warned.count("warning") == 1
     assert "sample.prompt = 'Müll': character 'M'" in warned
@@ -115,7 +115,7 @@ def test_a_new_bad_prompt_of_a_resumed_run_is_refused(short, change, tmp_path):
     train(short, tmp_path / "run", quiet=True)
     with pytest.raises(UserError, match=r"sample\.prompt = 'Müll'"):
         resume(tmp_path / "run", change(short, sample={"prompt": "Müll"}, train={"steps": 14}), quiet=True)
-    assert resume(tmp_path / "run", change(short, train={"steps": 14}), quiet=True).finished
+    resume(tmp_path / "run", change(short, train={"steps": 14}), quiet=True)
 
 
 @pytest.mark.parametrize("damage", ["missing", "unknown", "malformed"])
@@ -129,7 +129,7 @@ def test_a_run_whose_task_is_damaged_resumes_without_it(short, change, tmp_path,
         task_file(tmp_path, "Müll")
     else:
         Path(tasks[0]).write_text("{")
-    assert resume(tmp_path / "run", change(config, train={"steps": 14}), quiet=True).finished
+    resume(tmp_path / "run", change(config, train={"steps": 14}), quiet=True)
     warned = capsys.readouterr().err
     assert warned.count("warning") == 1
     assert "quiz" in warned
@@ -182,7 +182,7 @@ def failing(monkeypatch):
 def test_a_failing_sample_is_reported_once_and_changes_nothing(short, change, tmp_path, failing, capsys, error):
     train(change(short, sample={"every": 0}), tmp_path / "plain", quiet=True)
     calls = failing(sampling, "generate", error)
-    assert train(short, tmp_path / "run", quiet=True).finished
+    train(short, tmp_path / "run", quiet=True)
     assert len(calls) == 5
     warned = capsys.readouterr().err
     assert warned.count("warning") == warned.count("\n") == 1
@@ -196,7 +196,7 @@ def test_a_failing_task_is_reported_once_and_changes_nothing(short, change, tmp_
     train(short, tmp_path / "plain", quiet=True)
     config = change(short, eval={"tasks": (task_file(tmp_path, "rose"),)})
     calls = failing(measuring, "evaluate_choices", error)
-    assert train(config, tmp_path / "run", quiet=True).finished
+    train(config, tmp_path / "run", quiet=True)
     assert len(calls) == 2
     warned = capsys.readouterr().err
     assert warned.count("warning") == 1
@@ -249,7 +249,7 @@ def test_a_failing_sink_is_reported_once(short, change, tmp_path, monkeypatch, c
     monkeypatch.setattr(Broken, "method", method)
     monkeypatch.setitem(SINKS._registered, "broken", Broken)
     config = change(short, monitor={"sinks": ("broken",)})
-    assert train(config, tmp_path / "run").finished
+    train(config, tmp_path / "run")
     assert resume(tmp_path / "run", change(config, train={"steps": 12})).step == 12
     assert capsys.readouterr().out.count("the sink 'broken' failed") in (1, 2)  # once for each start
 
@@ -261,7 +261,7 @@ def test_a_terminal_that_goes_away_does_not_end_the_run(short, tmp_path, monkeyp
 
     train(short, tmp_path / "plain", quiet=True)
     monkeypatch.setattr(Console, method, fail)
-    assert train(short, tmp_path / "run").finished
+    train(short, tmp_path / "run")
     assert capsys.readouterr().err.count("warning") <= 1
     assert same(tmp_path / "run", tmp_path / "plain")
 
@@ -276,7 +276,7 @@ def test_lines_that_the_file_refuses_are_written_later(short, tmp_path, monkeypa
         real(self)
 
     monkeypatch.setattr(JsonlSink, "_write", write)
-    assert train(short, tmp_path / "run", quiet=True).finished
+    train(short, tmp_path / "run", quiet=True)
     assert len(refused) == 3
     assert capsys.readouterr().err.count("metrics.jsonl failed") == 1
     records = read_jsonl(tmp_path / "run" / "metrics.jsonl")
@@ -327,7 +327,7 @@ def broken(*arguments, **options):
 
 sample.generate = generate
 benchmarks.evaluate_choices = lambda *rest, **options: fail() if rank == 1 and len(calls) < 5 else evaluate(*rest, **options)
-assert train(load_recipe(folder + "/recipe.toml"), folder + "/run", quiet=True).finished
+train(load_recipe(folder + "/recipe.toml"), folder + "/run", quiet=True)
 """
 
 

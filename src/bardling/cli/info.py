@@ -14,7 +14,7 @@ from bardling.cli.tables import print_rows, shape
 from bardling.config import ModelConfig
 from bardling.errors import UserError
 from bardling.files.paths import similar
-from bardling.monitor.console import escape_unprintable
+from bardling.files.streams import escape_unprintable
 from bardling.monitor.format import count, duration, size_bytes
 from bardling.monitor.jsonl import metrics, read_jsonl
 from bardling.monitor.progress import ProgressBar

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,8 +20,8 @@ from typing import NoReturn
 
 import bardling
 from bardling.distributed.openmp_spin import limit_spinning
-from bardling.errors import JobLost, Terminated, UserError, closest, out_of_memory
-from bardling.files.streams import open_standard_streams
+from bardling.errors import ONE_REQUEST, JobLost, Terminated, UserError, closest, out_of_memory
+from bardling.files.streams import open_standard_streams, tell
 
 COMMANDS = {
     "train": "train a model from a recipe",
@@ -69,30 +70,39 @@ def usage() -> str:
 
 
 def _fail(message: str, status: int) -> NoReturn:
-    from bardling.monitor.console import escape_unprintable
-
+    """Print one line and exit. Of several processes that refuse for the same reason, one prints it."""
+    line = " ".join(map(str.strip, message.splitlines()))
     with contextlib.suppress(OSError):
         sys.stdout.flush()
-    print(f"bardling: {escape_unprintable(' '.join(map(str.strip, message.splitlines())))}", file=sys.stderr)
+    if status == 2 and _several_processes():
+        from bardling.distributed.refusals import one_voice
+
+        with one_voice(line) as first:
+            if first:
+                tell(line)
+    else:
+        tell(line)
     sys.exit(status)
 
 
 @contextlib.contextmanager
 def _signals() -> Iterator[None]:
-    """Raise `Terminated` on Ctrl-C and on schedulers' signals, so that cleanup runs; exit immediately on a second signal.
+    """Raise `Terminated` on Ctrl-C and on schedulers' signals, so that cleanup runs; exit immediately on a later second signal.
 
     A signal during an import is delivered again after it: PyTorch imports NumPy from C, where an exception would be lost and
     leave a half-initialised module. During training, `training/recovery/signals.py` handles signals instead.
     """
-    received, postponed = list[int](), list[int]()
+    received, postponed = list[float](), list[int]()  # times (s), signals
 
     def receive(number: int, frame: FrameType | None) -> None:
         if number in postponed:
             postponed.remove(number)
         else:
-            received.append(number)
-        if len(received) > 1:
-            os._exit(128 + number)
+            received.append(time.monotonic())
+            if received[-1] - received[0] > ONE_REQUEST:
+                os._exit(128 + number)
+            if len(received) > 1:
+                return
         if any(caller.f_code.co_filename.startswith("<frozen importlib") for caller, _ in traceback.walk_stack(frame)):
             postponed.append(number)
             timer = threading.Timer(0.05, os.kill, (os.getpid(), number))
@@ -115,22 +125,31 @@ def _signals() -> Iterator[None]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one command: returns on success, else raises `SystemExit`; under torchrun, exits the process either way."""
-    if argv is None:
-        open_standard_streams()
-    if argv is not None or os.environ.get("WORLD_SIZE", "1") == "1":
+    """Run one command: returns on success, else raises `SystemExit`. As a program (`argv` is None), it exits the process under
+    torchrun and after a signal."""
+    if argv is not None:
         _run(argv)
         return
+    open_standard_streams()
     status = 0
     try:
         _run(None)
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
-    # PyTorch's communication threads do not always survive normal interpreter shutdown: one process in some hundreds aborted
-    # there after saving all its work, and torchrun considered the job failed.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+        if status < 128 and not _several_processes():
+            raise
+    if status >= 128 or _several_processes():
+        # PyTorch's communication threads do not always survive normal interpreter shutdown: one process in some hundreds
+        # aborted there after saving all its work, and torchrun considered the job failed. Its compiler, stopped by a signal,
+        # would wait several seconds there for processes that it has just started.
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _several_processes() -> bool:
+    return os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 def _run(argv: Sequence[str] | None) -> None:

@@ -11,7 +11,6 @@ import itertools
 import os
 import re
 import shutil
-import sys
 import types
 import typing
 from collections.abc import Collection, Iterator, Sequence
@@ -22,6 +21,7 @@ import tyro
 from bardling.cli.paths import expand_paths, shadow_notes
 from bardling.config.checks import INF
 from bardling.errors import UserError, closest
+from bardling.files.streams import tell
 
 T = TypeVar("T")
 
@@ -43,9 +43,7 @@ _REPEATED = {"--data.source": "give it once; to train on several files, name the
 
 def note(text: str) -> None:
     """Print a line about what the command does, on standard error."""
-    from bardling.monitor.console import escape_unprintable
-
-    print(f"bardling: {escape_unprintable(text)}", file=sys.stderr)
+    tell(text)
 
 
 def parse(cls: type[T], argv: Sequence[str], *, prog: str, description: str, default: T | None = None) -> T:

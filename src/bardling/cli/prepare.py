@@ -1,6 +1,5 @@
 """`bardling prepare SOURCE --out DIR`: tokenize text into a dataset folder."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ import tyro
 
 from bardling.cli.parse import parse
 from bardling.config import DataConfig
+from bardling.files.streams import tell
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,6 @@ def run(argv: Sequence[str]) -> None:
         dataset = prepare(config.source, out, config.tokenizer, val_fraction=fraction, encoding=encoding, workers=workers)
     except KeyboardInterrupt:
         if work_folder(options.out).exists():
-            print(f"partial work is kept in {work_folder(options.out)}: run the same command to continue", file=sys.stderr)
+            tell(f"partial work is kept in {work_folder(options.out)}: run the same command to continue")
         raise
     show_dataset(dataset)

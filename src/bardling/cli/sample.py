@@ -12,7 +12,7 @@ from bardling.cli.parse import Model, Texts, note, parse, require_options
 from bardling.cli.tables import columns, show_table
 from bardling.errors import UserError
 from bardling.files.prompt import read_prompt_file, read_prompt_input
-from bardling.monitor.console import escape_unprintable
+from bardling.files.streams import escape_unprintable
 from bardling.monitor.format import percent
 
 if TYPE_CHECKING:

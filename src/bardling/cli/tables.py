@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bardling.config import ModelConfig
-from bardling.monitor.console import escape_unprintable
+from bardling.files.streams import escape_unprintable
 
 _MOST_UNBROKEN = 24  # columns that a word keeps in one piece on a narrow terminal; longer ones, such as paths, are folded
 

@@ -1,7 +1,7 @@
 """The identity of this process among the processes of a run, passed as a value and never global.
 
-`torchrun` describes the processes in environment variables, which are read only here. The processes form a device mesh with the
-axes of `planning/layout.py`. The data axes decide which samples a process trains on and seed its dropout; the
+`torchrun` describes the processes in environment variables (`rendezvous.py`). The processes form a device mesh with the axes of
+`planning/layout.py`. The data axes decide which samples a process trains on and seed its dropout; the
 global rank is for logging and launching only. Collectives on tensors in host memory run over gloo, those on GPU tensors over
 NCCL, so that small decisions (has any process been asked to stop?) never wait for the GPU. With a `rank_timeout`, a heartbeat
 (`heartbeat.py`) ends the job when a process dies or hangs.
@@ -9,29 +9,23 @@ NCCL, so that small decisions (has any process been asked to stop?) never wait f
 
 import contextlib
 import math
-import os
-import socket
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore, TCPStore
+from torch._C._distributed_c10d import Store
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from bardling.distributed.device import choose_device
 from bardling.distributed.heartbeat import Heartbeat, lost_connection
+from bardling.distributed.rendezvous import environment_number, form_group
 from bardling.distributed.threads import cpu_quota, limit_threads
 from bardling.errors import Terminated, UserError
 from bardling.planning.layout import AXES, DATA_AXES, Layout
 
 T = TypeVar("T")
-
-# Maximum wait for other processes in a collective. The heartbeat detects lost processes earlier; without it, this only has to
-# exceed any work that one process does while the others wait.
-TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
@@ -43,6 +37,7 @@ class Context:
     device: torch.device
     heartbeat: Heartbeat | None = field(default=None, compare=False, repr=False)  # with several processes only
     mesh: DeviceMesh | None = field(default=None, compare=False, repr=False)  # None: a plain data-parallel layout
+    store: Store | None = field(default=None, compare=False, repr=False)  # of the job; rank 0 may host it, so it is kept open
 
     @property
     def is_primary(self) -> bool:
@@ -185,8 +180,8 @@ def distributed(device: str, *, rank_timeout: float = 0.0) -> Iterator[Context]:
     Raises:
         JobLost: another process has died; the message names it.
     """
-    world_size = _variable("WORLD_SIZE", 1, 1, 2**31)
-    rank, local_rank = _variable("RANK", 0, 0, world_size), _variable("LOCAL_RANK", 0, 0, 2**31)
+    world_size = environment_number("WORLD_SIZE", 1, 1, 2**31)
+    rank, local_rank = environment_number("RANK", 0, 0, world_size), environment_number("LOCAL_RANK", 0, 0, 2**31)
     own = choose_device(device, local_rank)
     if own.type == "cuda":
         torch.cuda.set_device(own)
@@ -206,15 +201,13 @@ def distributed(device: str, *, rank_timeout: float = 0.0) -> Iterator[Context]:
 @contextlib.contextmanager
 def _process_group(device: torch.device, rank: int, world_size: int, rank_timeout: float) -> Iterator[Context]:
     """Initialize the process group and start the heartbeat."""
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    store: Any = _store(rank, world_size)  # Any: the stubs lack `clone`
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
+    store = form_group(rank, world_size, device)
     heartbeat = Heartbeat(store.clone(), rank, world_size, rank_timeout) if rank_timeout else None
     outcome = "done"
     try:
         if heartbeat is not None:
             heartbeat.start()
-        context = Context(rank, world_size, device, heartbeat)
+        context = Context(rank, world_size, device, heartbeat, store=store)
         yield context
         context.activity("leaving")
         context.barrier()  # no process leaves while another still needs it
@@ -228,43 +221,3 @@ def _process_group(device: torch.device, rank: int, world_size: int, rank_timeou
         if heartbeat is not None:
             heartbeat.close(outcome)
         dist.destroy_process_group()
-
-
-def _attempt() -> str:
-    """Store prefix of this attempt of the job. torchrun may keep one store across restarts, and without a new prefix, processes
-    would connect to the addresses of dead ones."""
-    return f"bardling/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-
-
-def _store(rank: int, world_size: int) -> PrefixStore:
-    """The store for rendezvous at MASTER_ADDR:MASTER_PORT, hosted by torchrun or by rank 0."""
-    host, port = os.environ.get("MASTER_ADDR", ""), _variable("MASTER_PORT", 0, 1, 2**16)
-    try:
-        socket.getaddrinfo(host or " ", port)  # an empty name would be that of this machine
-    except (OSError, UnicodeError) as error:  # UnicodeError: a label of the name is empty or too long
-        reason = getattr(error, "strerror", None) or "not a host name"
-        remedy = "set it to the host name or IP address of rank 0, or start with torchrun"
-        raise UserError(f"MASTER_ADDR = {host!r}: cannot be resolved ({reason}): {remedy}") from None
-    hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    primary = rank == 0 and not hosted
-    try:
-        store = TCPStore(host, port, world_size, is_master=primary, timeout=TIMEOUT, multi_tenant=not hosted)
-    except (dist.DistNetworkError, dist.DistStoreError) as error:
-        reason = str(error).splitlines()[0].rpartition("message: ")[2]
-        if "failed to listen" in str(error):
-            problem = f"MASTER_PORT = {port}: rank 0 cannot listen ({reason}): set another port, the same for all processes"
-        else:
-            where = f"MASTER_ADDR = {host!r}, MASTER_PORT = {port}"
-            problem = f"{where}: the processes cannot meet there ({reason}): check that rank 0 runs there"
-        raise UserError(problem) from None
-    return PrefixStore(_attempt(), store)
-
-
-def _variable(name: str, default: int, low: int, high: int) -> int:
-    """The integer in an environment variable, from `low` to `high` - 1."""
-    text = os.environ.get(name, str(default)).strip()
-    value = int(text) if text.isdecimal() and len(text) < 12 else -1
-    if not low <= value < high:
-        limits = f"{low} to {high - 1}" + (" (WORLD_SIZE - 1)" if name == "RANK" else "")
-        raise UserError(f"{name} = {text!r}: must be an integer from {limits}: start with torchrun, or correct or unset it")
-    return value

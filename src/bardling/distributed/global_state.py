@@ -84,7 +84,8 @@ def isolated() -> Iterator[Callable[[T], T]]:
     Yields a decorator for the caller's own functions: they run as outside, random number generators included.
     """
     ambient, threads, python, numpy = Ambient.current(), torch.get_num_threads(), random.getstate(), np.random.get_state()
-    gpu = torch.cuda.current_device() if torch.cuda.is_available() else None
+    # Its end sets the GPU back without creating a context on one that is not in use, as `set_device` would.
+    gpu = torch.cuda.device(torch.cuda.current_device()) if torch.cuda.is_available() else contextlib.nullcontext()
     theirs = _generators()
 
     @contextlib.contextmanager
@@ -100,7 +101,7 @@ def isolated() -> Iterator[Callable[[T], T]]:
             _set_generators(ours)
 
     try:
-        with NEUTRAL.applied():
+        with gpu, NEUTRAL.applied():
             yield lambda function: outside()(function)
     finally:
         _set_generators(theirs)
@@ -108,8 +109,6 @@ def isolated() -> Iterator[Callable[[T], T]]:
         np.random.set_state(numpy)
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
-        if gpu is not None:
-            torch.cuda.set_device(gpu)
 
 
 def _generators() -> tuple[Tensor, list[Tensor], Tensor | None]:

@@ -18,7 +18,6 @@ import math
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -28,12 +27,17 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from bardling.errors import JobLost, UserError
+from bardling.files.streams import tell
+from bardling.monitor.format import duration
 
 LONG_PATIENCE = 1800.0
 """Seconds allowed for slow activities, such as compiling or writing a checkpoint to a slow disk."""
 
 UNLIMITED_PATIENCE = math.inf
 """For activities of unknown duration, such as preparing a dataset."""
+
+FIRST_NOTICE = 15.0
+"""Seconds of waiting for other processes, before the first step, after which a line tells whom for."""
 
 # Ways to end that are not the fault of the process that ends.
 _ORDERLY = ("", "done", "Terminated", "KeyboardInterrupt", "SystemExit", "JobLost")
@@ -103,6 +107,7 @@ class Heartbeat:
         self._beat = 0  # written only by the thread, as `_own` is written only by the main thread
         self._seen: dict[int, _Seen] = {}
         self._lock, self._publishing = threading.Lock(), threading.Lock()
+        self._next_notice = FIRST_NOTICE
         self._stop = threading.Event()
         self._store_failed: float | None = None
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
@@ -187,10 +192,25 @@ class Heartbeat:
             before = now
             if self._own.progress != own_progress:
                 own_progress, own_progress_at = self._own.progress, now
+                self._next_notice = FIRST_NOTICE
             diagnosis = self._diagnose(now, own_progress_at)
             if diagnosis is not None and not self._stop.is_set():
                 self._end_job(*diagnosis)
                 return
+            self._tell_wait(now - own_progress_at)
+
+    def _tell_wait(self, seconds: float) -> None:
+        """Before the first step, tell whom this process has been waiting for, if no lower rank waits that could tell it."""
+        own = self._own
+        if not (own.waiting and self._min_patience and seconds > self._next_notice):
+            return
+        with self._lock:
+            others = [seen.pulse for seen in self._seen.values() if not seen.pulse.ended]
+        busy = [pulse for pulse in others if (pulse.collectives, pulse.waiting) < (own.collectives, True)]
+        if busy and own.rank == min({own.rank, *(pulse.rank for pulse in others if pulse not in busy)}):
+            whom = "; ".join(f"{pulse.name}: {pulse.activity}" for pulse in busy[:4])
+            tell(f"waiting for {whom}" + (f"; and {len(busy) - 4} others" if len(busy) > 4 else "") + f" ({duration(seconds)})")
+        self._next_notice = 3 * seconds
 
     def _silent(self, now: float, seconds: float) -> list[Pulse]:
         """Processes that have sent no heartbeat for `seconds` and have not ended."""
@@ -238,8 +258,7 @@ class Heartbeat:
 
     def _end_job(self, message: str, culprits: list[Pulse]) -> None:
         if self._is_reporter(culprits, time.monotonic()):
-            sys.stderr.write(f"bardling: {message}; ending the job{_HINT}\n")
-            sys.stderr.flush()
+            tell(f"{message}; ending the job{_HINT}")
         else:
             time.sleep(min(2.0, 4 * self._interval))  # the reporter goes first: torchrun ends all once one process has ended
         for pulse in culprits:

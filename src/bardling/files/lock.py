@@ -4,22 +4,28 @@ A thin layer over `filelock`. Its fallback to a lock that merely exists as a fil
 such a lock behind forever. Where a file system has no `flock` (some network ones), work continues unlocked, with a warning.
 """
 
+import contextlib
 import importlib.util
 import os
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from bardling.errors import UserError
 from bardling.files.atomic import os_error_as_user_error, os_reason
+from bardling.files.streams import tell
+
+PATIENCE = 5.0
+"""Seconds of waiting after which the user is told."""
 
 
-@contextmanager
-def locked(path: Path, *, timeout: float = -1, message: str = "", folder_moves: bool = False) -> Iterator[None]:
+@contextlib.contextmanager
+def locked(
+    path: Path, *, timeout: float = -1, message: str = "", folder_moves: bool = False, waiting: str = ""
+) -> Iterator[None]:
     """Wait until no other process holds the lock file `path`, and hold it. Only the holder may remove or move the file.
 
-    After `timeout` seconds (negative: never), a `UserError` with this `message` is raised. `folder_moves` is for a holder that
+    After `timeout` seconds (negative: never), a `UserError` with this `message` is raised. After `PATIENCE`, the line `waiting`
+    tells the user what for. `folder_moves` is for a holder that
     renames or deletes the lock file's folder: Windows refuses that for a folder with an open file, so there is no lock there.
     """
     if folder_moves and os.name == "nt":
@@ -38,7 +44,14 @@ def locked(path: Path, *, timeout: float = -1, message: str = "", folder_moves: 
             path.parent.mkdir(parents=True, exist_ok=True)
             path.open("ab").close()  # whatever fails after this is the lock itself
         try:
-            lock.acquire()
+            if waiting:
+                with contextlib.suppress(filelock.Timeout):
+                    lock.acquire(timeout=PATIENCE)
+                if not lock.is_locked:
+                    tell(waiting)
+                    waiting = ""
+            if not lock.is_locked:
+                lock.acquire()
         except filelock.Timeout:
             raise UserError(message or f"{path}: another process holds this lock: wait for it to finish, or stop it") from None
         except FileNotFoundError:  # its holder has moved or removed the folder
@@ -53,4 +66,4 @@ def locked(path: Path, *, timeout: float = -1, message: str = "", folder_moves: 
 
 
 def _warn(text: str) -> None:
-    print(f"bardling: warning: {text}", file=sys.stderr, flush=True)
+    tell(f"warning: {text}")

@@ -75,3 +75,16 @@ def open_standard_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
     sys.stdout = cast(TextIO, Lasting(sys.stdout, "standard output"))
     sys.stderr = cast(TextIO, Lasting(sys.stderr))
+
+
+def escape_unprintable(text: str, encoding: str = "utf-8") -> str:
+    """Escape control characters (generated text must not control the terminal) and characters that `encoding` lacks."""
+    shown = "".join(c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return shown.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def tell(text: str) -> None:
+    """Print a line for the user on standard error, which may be closed; in one piece, because other processes may write too."""
+    with suppress(OSError, ValueError, AttributeError):  # AttributeError: there is none
+        sys.stderr.write(f"bardling: {escape_unprintable(text)}\n")
+        sys.stderr.flush()

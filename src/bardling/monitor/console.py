@@ -18,7 +18,7 @@ from rich.rule import Rule
 from rich.table import Column
 from rich.text import Text
 
-from bardling.files.streams import Lasting
+from bardling.files.streams import Lasting, escape_unprintable
 from bardling.monitor.format import count, duration, percent, size_bytes
 from bardling.monitor.progress import PATIENCE
 
@@ -187,9 +187,3 @@ def format_metrics(record: Mapping[str, object]) -> dict[str, str]:
     return {
         name: write(value) for name, write, value in values if isinstance(value, int | float) and not isinstance(value, bool)
     }
-
-
-def escape_unprintable(text: str, encoding: str = "utf-8") -> str:
-    """Escape control characters (generated text must not control the terminal) and characters that `encoding` lacks."""
-    shown = "".join(c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return shown.encode(encoding, "backslashreplace").decode(encoding)

@@ -1,12 +1,13 @@
 """A progress bar for long work, shown only once the work has taken two seconds."""
 
+import contextlib
 import sys
 import time
 
 from rich import progress as rich
 from rich.console import Console
 
-from bardling.monitor.format import duration
+from bardling.monitor.format import duration, size_bytes
 
 PATIENCE = 2.0  # seconds before anything is shown
 PLAIN_INTERVAL = 15.0  # seconds between lines where there is no terminal
@@ -50,9 +51,12 @@ class ProgressBar:
             self._draw(label, done, total, self.note if self._unit == "bytes" else rate)
         elif now - self._last_line > PLAIN_INTERVAL and done < total:
             self._last_line = now
-            left = f"{duration((total - done) / speed)} left" if speed else ""
-            line = ", ".join(part for part in (f"{done:,} of {total:,}", rate, left) if part)
-            print(f"{label}: {line}", file=sys.stderr, flush=True)
+            amount, left = f"{done:,} of {total:,}", f"{duration((total - done) / speed)} left" if speed else ""
+            if self._unit == "bytes":
+                amount, rate = f"{size_bytes(done)} of {size_bytes(total)}", self.note or f"{size_bytes(speed)}/s"
+            line = ", ".join(part for part in (amount, rate, left) if part)
+            with contextlib.suppress(OSError, ValueError):
+                print(f"{label}: {line}", file=sys.stderr, flush=True)
 
     def _draw(self, label: str, done: int, total: int, text: str) -> None:
         if self._bar is None:

@@ -56,8 +56,10 @@ def train(
             facts = Facts(context, folder, continue_from=continue_from, given=given)
         context.on_primary(partial(_check_requirements, config.monitor, config.eval.tasks, facts.previous))
         cleanup.enter_context(backend(context.device, deterministic=config.deterministic, attention=config.attention))
-        result = Session(resolve(config, facts), facts, fingerprint=fingerprint, quiet=quiet).train()
-    return _unless_stopped(result)
+        session = Session(resolve(config, facts), facts, fingerprint=fingerprint, quiet=quiet)
+        result = session.train()
+    _pass_on(session.stopped_by)
+    return result
 
 
 @isolated()
@@ -78,18 +80,19 @@ def resume(run: Path | str, config: RunConfig | None = None, *, quiet: bool = Fa
         facts, fingerprint = Facts(context, folder, resumed=True), config_fingerprint(config)
         context.on_primary(partial(_check_requirements, config.monitor, config.eval.tasks, facts.previous))
         cleanup.enter_context(backend(context.device, deterministic=config.deterministic, attention=config.attention))
-        result = Session(resolve(config, facts), facts, fingerprint=fingerprint, quiet=quiet).train()
-    return _unless_stopped(result)
-
-
-def _unless_stopped(result: RunResult) -> RunResult:
-    """The result of a run that has finished. A signal that stopped it reaches the caller as if there were no run: Ctrl-C as
-    KeyboardInterrupt, unless the program handles SIGINT in its own way, and any other as SystemExit."""
-    if result.exit_status == 128 + signal.SIGINT and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        raise KeyboardInterrupt
-    if result.exit_status:
-        raise SystemExit(result.exit_status)
+        session = Session(resolve(config, facts), facts, fingerprint=fingerprint, quiet=quiet)
+        result = session.train()
+    _pass_on(session.stopped_by)
     return result
+
+
+def _pass_on(stopped_by: int | None) -> None:
+    """A signal that has stopped the run reaches the caller as if there were no run: Ctrl-C as KeyboardInterrupt, unless the
+    program handles SIGINT in its own way, and any other as SystemExit."""
+    if stopped_by == signal.SIGINT and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        raise KeyboardInterrupt
+    if stopped_by is not None:
+        raise SystemExit(128 + stopped_by)
 
 
 def _check_requirements(monitor: MonitorConfig, tasks: tuple[str, ...], previous: RunConfig | None) -> None:

@@ -3,13 +3,13 @@
 None of them can end a run: the first failure of each is a warning. Lines that a file does not accept are kept and tried again.
 """
 
-import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from types import TracebackType
 
 from bardling.checkpoint.run_folder import RunFolder
+from bardling.files.streams import tell
 from bardling.monitor import RunInfo, Sink
 from bardling.monitor.console import Console
 from bardling.monitor.jsonl import JsonlSink, truncate_after
@@ -113,8 +113,7 @@ class RunMonitor:
     def warn(self, text: str) -> None:
         """Print a warning in the display and, since that may be quiet or gone, on standard error; in any process."""
         self.note(f"WARNING: {text}")
-        with suppress(OSError, ValueError):  # standard error may be closed
-            print(f"bardling: warning: {text}", file=sys.stderr, flush=True)
+        tell(f"warning: {text}")
 
     def planned(self, steps: int, text: str) -> None:
         """Update the last step, and print `text` unless it is empty."""

@@ -55,13 +55,11 @@ from bardling.training.texts import load_texts
 
 @dataclass(frozen=True)
 class RunResult:
-    """How a call of `train` or `resume` ended."""
+    """What a call of `train` or `resume` has achieved; one that a signal stops raises an exception instead."""
 
     folder: Path
     step: int  # steps completed over all starts
-    finished: bool  # False when a signal stopped the run before its last step
     best_val_loss: float
-    exit_status: int  # 0, or 128 + the signal
 
 
 class Session:
@@ -80,9 +78,11 @@ class Session:
         self.objective = build_objective(config.train, run.tokenizer, self.context.device)
         self.context.activity("checking the sample prompt and the tasks", LONG_PATIENCE)
         self.created = False  # whether this process has created the run's folder
+        self.stopped_by: int | None = None  # the signal that has stopped the run
         self.texts = self.context.on_primary(lambda: load_texts(config, facts.previous, run.tokenizer, self.dataset))
 
     def train(self) -> RunResult:
+        """Train to the end, or until a signal: `stopped_by`. All processes must call this together."""
         context = self.context
         with StopOnSignal() as signals, ExitStack() as cleanup:
             assembly = self._assemble()
@@ -121,8 +121,8 @@ class Session:
                 monitor.note(
                     f"stopped at step {state.step} and saved; continue with: bardling resume {shell_path(self.folder.path)}"
                 )
-                return RunResult(self.folder.path, state.step, False, state.best_val_loss, 128 + number)
-        return RunResult(self.folder.path, state.step, True, state.best_val_loss, 0)
+                self.stopped_by = number
+        return RunResult(self.folder.path, state.step, state.best_val_loss)
 
     def _discard_failed_start(self, state: TrainState, first: int, kind: type[BaseException] | None, *_: object) -> None:
         """Remove the folder of a run that failed before its first step, unless only a process of the job was lost."""
@@ -336,9 +336,10 @@ class Session:
     def _export(self, monitor: RunMonitor, state: TrainState) -> None:
         """Export the final model to the formats that the configuration names."""
         for name in self.run.config.checkpoint.export if self.context.is_primary else ():
-            out = self.folder.path / "exports" / f"{name}-step-{state.step:06d}"
+            target = EXPORT_FORMATS.get("checkpoint.export", name)
+            out = self.folder.path / "exports" / f"{name}-step-{state.step:06d}{target.suffix}"
             if not out.exists():
-                EXPORT_FORMATS.get("checkpoint.export", name).write(str(self.folder.path), out, best=False, dataset="bardling")
+                target.write(str(self.folder.path), out, best=False, dataset="bardling")
                 monitor.note(f"exported to {out}")
 
     def _hooks(self, guard: Guard, monitor: RunMonitor, stop_requested: Callable[[], bool]) -> list[Hook]:

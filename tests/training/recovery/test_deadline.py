@@ -99,7 +99,6 @@ def test_a_run_ends_in_time_and_resumes_when_the_deadline_is_extended(tiny, chan
     )
     begin = time.monotonic()
     result = train(config, tmp_path / "run", quiet=True)
-    assert result.finished
     assert 2.0 <= time.monotonic() - begin <= 30.0  # generous, for busy machines; the simulated clocks above test it exactly
     steps = records(tmp_path / "run", "train")
     assert steps[-1]["step"] == result.step == records(tmp_path / "run", "val")[-1]["step"]

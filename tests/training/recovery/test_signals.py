@@ -28,10 +28,11 @@ main(sys.argv[1:])
 """
 
 
-def start(*argv, torchrun=False, code=None):
-    agent = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1"]
+def start(*argv, torchrun="", code=None):
+    """Start the command; `torchrun`: in two processes, by an agent protected by nohup, which handles these signals."""
+    agent = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", f"--signals-to-handle={torchrun}"]
     module = ["-m", "bardling"] if code is None else ["-c", code]
-    command = [sys.executable, *(agent if torchrun else []), *module, *map(str, argv)]
+    command = [*(["nohup"] if torchrun else []), sys.executable, *(agent if torchrun else []), *module, *map(str, argv)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -68,7 +69,7 @@ def test_the_run_is_saved_and_the_exit_status_names_the_signal(tiny, change, tmp
         train(config, tmp_path / "run", quiet=True)
     assert stop.type is KeyboardInterrupt if status == 130 else stop.value.code == status
     assert logged(tmp_path / "run") == 8, "the running pass was the last of its step"
-    assert resume(tmp_path / "run", quiet=True).finished
+    resume(tmp_path / "run", quiet=True)
     weights = "checkpoints/step-000030/model.safetensors"
     assert (tmp_path / "run" / weights).read_bytes() == (tmp_path / "calm" / weights).read_bytes()
 
@@ -76,14 +77,32 @@ def test_the_run_is_saved_and_the_exit_status_names_the_signal(tiny, change, tmp
 def test_a_signal_to_one_process_stops_all_at_the_same_step_and_torchrun_passes_it_on(tiny, change, tmp_path):
     config = change(tiny, train={"steps": 2000, "micro_batch": 1}, eval={"every": 0}, sample={"every": 0})
     (tmp_path / "long.toml").write_text(config_to_toml(config))
-    process = start("train", tmp_path / "long.toml", "--out", tmp_path / "run", torchrun=True)
+    process = start("train", tmp_path / "long.toml", "--out", tmp_path / "run", torchrun="SIGTERM,SIGINT,SIGUSR1")
     wait_until(process, lambda: logged(tmp_path / "run") >= 5)
+    process.send_signal(signal.SIGHUP)  # which the agent leaves ignored, and so do its processes
+    before = logged(tmp_path / "run")
+    wait_until(process, lambda: logged(tmp_path / "run") >= before + 5)
     process.send_signal(signal.SIGUSR1)
     output, _ = process.communicate(timeout=300)
     assert process.returncode != 0
     assert "stopped at step" in output, output
+    assert "SIGHUP" not in output
     steps = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*"))
     assert steps[-1] == f"step-{logged(tmp_path / 'run'):06d}", "the last logged step is saved"
+
+
+def test_a_hangup_that_torchrun_handles_saves_even_with_nohup(tiny, change, tmp_path):
+    config = change(tiny, train={"steps": 2000, "micro_batch": 1}, eval={"every": 0}, sample={"every": 0})
+    (tmp_path / "long.toml").write_text(config_to_toml(config))
+    process = start("train", tmp_path / "long.toml", "--out", tmp_path / "run", torchrun="SIGTERM,SIGINT,SIGHUP,SIGQUIT")
+    wait_until(process, lambda: logged(tmp_path / "run") >= 5)
+    process.send_signal(signal.SIGHUP)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode != 0
+    assert "SIGHUP received: saving and stopping" in output, output
+    steps = logged(tmp_path / "run")
+    assert f"stopped at step {steps} and saved" in output, output
+    assert (tmp_path / "run" / "checkpoints" / f"step-{steps:06d}").is_dir()
 
 
 def test_sigterm_during_tokenisation_ends_quickly_and_the_same_command_continues(tmp_path):

@@ -21,7 +21,7 @@ from bardling.errors import UserError
 from bardling.files.atomic import os_error_as_user_error, sync_folder
 from bardling.files.digests import file_sha256
 from bardling.files.lock import locked
-from bardling.monitor.progress import ProgressBar, on_terminal
+from bardling.monitor.progress import ProgressBar
 
 if TYPE_CHECKING:
     import httpx2
@@ -66,7 +66,7 @@ def download(remote: Remote, path: Path, *, timeout: float = 30.0, attempts: int
         faults = []
         for url in remote.urls:
             try:
-                with ProgressBar(unit="bytes", show=on_terminal()) as bar:
+                with ProgressBar(unit="bytes") as bar:
                     _Transfer(url, remote, part, timeout, bar).run(attempts, pause)
             except _Fault as fault:
                 faults.append(f"{url}: {fault}")

@@ -89,7 +89,9 @@ def refuse_existing(out: Path) -> None:
 def working_on(out: Path) -> Iterator[Path]:
     """Lock the work folder of `out`, waiting for other processes; a `UserError` if `out` exists, perhaps made by one."""
     work = work_folder(out)
-    with locked(work / "lock", folder_moves=True):
+    told = os.environ.get("LOCAL_RANK", "0") == "0"  # of several processes that wait, one tells it
+    waiting = f"{out}: another process is preparing this dataset: waiting for it" if told else ""
+    with locked(work / "lock", folder_moves=True, waiting=waiting):
         if out.exists() or out.is_symlink():
             (work / "lock").unlink(missing_ok=True)
             with suppress(OSError):  # it holds an earlier attempt

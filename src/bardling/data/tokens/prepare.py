@@ -24,7 +24,6 @@ preparations keep a journal there and resume after an interruption; otherwise no
 
 import contextlib
 import hashlib
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -47,7 +46,8 @@ from bardling.data.tokens.tokenizer import Tokenizer, build_tokenizer, check_tok
 from bardling.errors import UserError
 from bardling.files.atomic import os_error_as_user_error, sync_folder
 from bardling.files.digests import json_sha256
-from bardling.monitor.progress import ProgressBar, on_terminal
+from bardling.files.streams import tell
+from bardling.monitor.progress import ProgressBar
 
 METHOD = 2  # raise it if the same source starts to give other tokens, so that cached datasets are prepared again
 SPLIT_RULE = 2
@@ -142,7 +142,7 @@ def prepare(
 
     For the specs, see `named_datasets.source_for` and `tokenizer.build_tokenizer`. A fraction of the text, between 0 and 1, is
     for validation, chosen by `split_rule`. `encoding` is that of files without a byte order mark. A file has at most
-    `shard_tokens` tokens. Without `progress`, a terminal shows a bar after two seconds. The result does not depend on the
+    `shard_tokens` tokens. Without `progress`, standard error shows it after a few seconds. The result does not depend on the
     number of processes that tokenize, `workers`; None chooses. With `rows`, the source holds conversations
     (`conversations.py`).
     """
@@ -154,7 +154,7 @@ def prepare(
     refuse_existing(out)
     check_tokenizer_spec(tokenizer_spec)
     source = source_for(source_spec, encoding) if rows is None else open_conversations(source_spec)
-    with ProgressBar(unit="bytes", show=on_terminal()) as bar:
+    with ProgressBar(unit="bytes") as bar:
         told = progress or bar.update
         job = _Job(source, source_spec, tokenizer_spec, val_fraction, split_rule, shard_tokens, workers, told, bar, rows)
         with os_error_as_user_error(out, "prepare the dataset"):
@@ -265,7 +265,7 @@ def _write(job: _Job, splitter: _Splitter, tokenizer: Tokenizer, work: Path, jou
             job.progress("tokenizing", done, total)
         origin |= getattr(source, "findings", Findings()).facts()
         for message in _notes(tokenizer, names, separated=bool(end) or not splitter.several):
-            print(f"bardling: {message}", file=sys.stderr)
+            tell(message)
         train, val = (replace(shards[split].finish(), index=indexes[split].finish()) for split in SPLITS)
     return Manifest(token_dtype(vocab_size), vocab_size, tokenizer.fingerprint, origin, job.val_fraction, train, val)
 

@@ -19,12 +19,9 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
-from bardling.errors import Terminated
+from bardling.errors import ONE_REQUEST, Terminated
 
 HANDLED = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name))
-
-ONE_REQUEST = 1.0
-"""Seconds in which further signals belong to the first: launchers and shells pass on what processes also get themselves."""
 
 
 class Stopped(Exception):  # noqa: N818  not an error
@@ -38,7 +35,7 @@ class StopOnSignal:
         self.signal: int | None = None  # the first one received
         self._acknowledge: Callable[[str], None] | None = None
         self._interruptible = False
-        self._received = 0.0
+        self._received: float | None = None
         self._previous: dict[int, Any] = {}
 
     def begin(self, acknowledge: Callable[[str], None]) -> None:
@@ -57,13 +54,15 @@ class StopOnSignal:
             self._interruptible = False
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self._acknowledge is None:
-            raise Terminated(number)
-        if self.signal is not None:
-            if time.monotonic() - self._received > ONE_REQUEST:
+        now = time.monotonic()
+        if self._received is not None:
+            if now - self._received > ONE_REQUEST:
                 os._exit(128 + number)  # exit without saving; the latest checkpoint is complete
             return
-        self.signal, self._received = number, time.monotonic()
+        self._received = now
+        if self._acknowledge is None:
+            raise Terminated(number)
+        self.signal = number
         text = f"{signal.Signals(number).name} received: saving and stopping; a second one exits without saving"
         # In a thread, because what this signal interrupts may hold the display's locks.
         threading.Thread(target=self._acknowledge, args=(text,), name="acknowledge", daemon=True).start()
