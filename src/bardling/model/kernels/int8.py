@@ -12,7 +12,7 @@ Reading the weights takes most of the time, so the second product is almost free
 Limits: no gradients. Shapes: M rows of activations, I input channels, K of which are stored twice, O output channels.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -60,9 +60,8 @@ def int8_linear(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Te
     pair = (rows / largest * _STEPS).round_()  # [2, M, I + K]
     pair[1].sub_(pair[0], alpha=_FINE)  # what the coarse number leaves
     activations = pair.to(torch.int8).flatten(0, 1)
-    unscaled = 1.0, 0
-    output: tuple[Any, ...] = (None, 1.0, 0, torch.float32, "none", [], "")
-    y: Tensor = torch.ops.onednn.qlinear_pointwise(activations, *unscaled, weight.values, weight.scale, weight.zeros, *output)
+    unscaled, output = (1.0, 0), (None, 1.0, 0, torch.float32, "none", (), "")
+    y = torch.ops.onednn.qlinear_pointwise(activations, *unscaled, weight.values, weight.scale, weight.zeros, *output)
     coarse, fine = y.chunk(2)
     y = torch.add(coarse, fine, alpha=1 / _FINE).mul_(largest / _LEVELS)  # [M, O]
     if bias is not None:
