@@ -231,6 +231,19 @@ def test_gpu_script_on_a_cpu(tmp_path: Path) -> None:
     assert "failed" not in (tmp_path / "gpu.md").read_text()
 
 
+def test_generation(tmp_path: Path) -> None:
+    import generation
+
+    arguments = ["--tiny", "--sides", "float32", "int8", "nanogpt", "--prompts", "2", "--new_tokens", "12", "--clock", "cpu"]
+    generation.main([*arguments, "--results", str(tmp_path)])
+    head, *rows = rows_of(tmp_path / "generation.md")
+    assert [row[:2] for row in rows] == [["2", "float32"], ["2", "int8"], ["2", "nanogpt"]]
+    assert all(float(row[head.index("tokens/s")].replace(",", "")) > 0 for row in rows)
+    assert "nanogpt: 24 of 24 greedy tokens equal those of float32" in (tmp_path / "generation.md").read_text()
+    with pytest.raises(UserError, match="--sides mlx"):
+        generation.main(["--sides", "mlx"])
+
+
 def test_time_to_loss(tmp_path: Path, text: Path, recipe: Path) -> None:
     import time_to_loss
 

@@ -93,7 +93,12 @@ SINKS = Extensions("sink", {})
 """(`monitor.RunInfo`) -> `monitor.Sink`, besides the services that settings of their own enable."""
 
 EXPORT_FORMATS = Extensions(
-    "export format", {"hf": "bardling.checkpoint.export:HF", "nanogpt": "bardling.checkpoint.export:NANOGPT"}
+    "export format",
+    {
+        "hf": "bardling.checkpoint.export:HF",
+        "gguf": "bardling.checkpoint.export:GGUF",
+        "nanogpt": "bardling.checkpoint.export:NANOGPT",
+    },
 )
 """`checkpoint.export.ExportFormat`: how to write a model, and how to use the result."""
 

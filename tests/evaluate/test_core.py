@@ -208,6 +208,9 @@ def faults():
     yield tasks, YAML.replace("[0]", "[-1]"), "num_fewshot = -1: must be a number from 0 to 100"
     yield tasks, YAML.replace("[0]", "[23]"), "23 items, for 23 examples before each: the task needs 24 to"
     yield tasks, YAML.replace("winograd\n", "choices\n"), "label = 'choices' occurs twice"
+    bomb = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 60))
+    yield tasks, bomb + YAML.replace("label: winograd", "label: *a59"), "task 2: label = [[[[[["
+    yield tasks, YAML.replace("[0]", "0x" + "f" * 40_000), "num_fewshot = an integer of 160000 bits: must be a number"
     yield tasks, YAML.replace("label: winograd", "label: [1]"), "label = [1]: must be a string"
     yield meta, "Eval Task,Random baseline\nchoices,25\n", "label = 'winograd': "
     yield meta, "Task,Random baseline\nchoices,25\n", "line 2: needs the columns 'Eval Task' and 'Random baseline'"

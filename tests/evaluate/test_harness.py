@@ -257,3 +257,11 @@ def test_a_model_without_a_path_is_refused():
 
     with pytest.raises(UserError, match="path=runs/first"):
         BardlingLM()
+
+
+def test_without_lm_eval_the_command_names_the_extra(monkeypatch):
+    from bardling.evaluate.__main__ import main as command
+
+    monkeypatch.setitem(sys.modules, "lm_eval.__main__", None)
+    with pytest.raises(UserError, match=r"needs the package lm_eval.*: pip install 'bardling\[eval\]'"):
+        command()

@@ -108,7 +108,7 @@ def test_everything_that_templates_use_is_rendered_as_transformers_does(tmp_path
             given = variables | {"messages": messages, "add_generation_prompt": prompt}
             for snippet in SNIPPETS:
                 options = {"chat_template": snippet, "tokenize": False, "add_generation_prompt": prompt}
-                assert rendered(snippet, given, 1000) == {"text": theirs.apply_chat_template(messages, **options)}
+                assert rendered(snippet, given, 1000)["text"] == theirs.apply_chat_template(messages, **options)
 
 
 def test_one_text_without_a_kept_template(tmp_path: Path) -> None:

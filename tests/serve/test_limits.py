@@ -104,7 +104,7 @@ def test_shutting_down_does_not_wait_for_ever(folder):
         stream = Stream(served)
         served.running.stop()
         assert json.loads(stream.rest()[-1])["error"]["code"] == "shutting_down"
-    assert "ending 1 request" in served.notes[1]
+    assert "ending 1 running request:" in served.notes[1]
 
 
 def test_greedy_text_is_the_same_under_load(folder):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import struct
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from test_model_configs import GPT2, LLAMA, edit, same_logits, save, tokens
 from test_special_tokens import CHATS, TEMPLATE, model_folder
 
 from bardling.checkpoint.contents import write_model
-from bardling.checkpoint.export import export_hf, export_nanogpt
+from bardling.checkpoint.export import export_gguf, export_hf, export_nanogpt
 from bardling.checkpoint.load import load
 from bardling.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from bardling.data.tokens.token_files import read_meta
@@ -111,9 +112,18 @@ def nano_gpt(folder: Path) -> str:
     return "read"
 
 
-GGUF = b"GGUF\x03\0\0\0" + bytes(16)  # version 3, no tensors, no metadata
+KEY, VALUE = b"general.architecture", b"gemma3"
+GGUF = b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, len(KEY)) + KEY + struct.pack("<IQ", 8, len(VALUE)) + VALUE
 SCALED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 ADAPTER = {"peft_type": "LORA", "base_model_name_or_path": "org/base", "r": 8}
+
+
+def gguf_files(folder: Path) -> str:
+    for kind in ("GPT2", "Llama", "Qwen3"):
+        theirs = save(folder / kind, kind)
+        export_gguf(str(folder / kind), folder / f"{kind}.gguf")
+        same_logits(load(folder / f"{kind}.gguf").build(), theirs)
+    return "read"
 
 
 def only(folder: Path, name: str, data: bytes = b"x", spec: str = "") -> str:
@@ -189,7 +199,8 @@ MODELS: dict[str, Run] = {
     "`tf_model.h5`": partial(hf_model, kind="GPT2", change=partial(replace, name="tf_model.h5")),
     "`model.safetensors`, named directly": partial(only, name="model.safetensors", spec="model.safetensors"),
     "model folder without `config.json`": partial(only, name="model.safetensors"),
-    "a GGUF file": partial(only, name="model.gguf", data=GGUF, spec="model.gguf"),
+    "a GGUF file of a GPT-2, Llama or Qwen3": gguf_files,
+    "a GGUF file of another architecture": partial(only, name="model.gguf", data=GGUF, spec="model.gguf"),
     "a folder with a GGUF file": partial(only, name="model.gguf", data=GGUF),
     "a model folder whose weights are a GGUF file": partial(
         hf_model, kind="Llama", change=partial(replace, name="model.gguf", data=GGUF)

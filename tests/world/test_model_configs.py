@@ -202,7 +202,7 @@ def test_unequal_dropouts_are_reported_and_do_not_hinder_sampling(tmp_path: Path
     main(["export", str(tmp_path / "model"), "--out", str(tmp_path / "out")])
     shown = capsys.readouterr().out
     assert "resid_pdrop = 0.1, embd_pdrop = 0.0, attn_pdrop = 0.2: here a model has a single dropout" in shown
-    assert shown.splitlines()[-2] == "weights: float32"
+    assert "weights: float32" in shown.splitlines()
 
 
 def test_exports_state_the_context_twice(tmp_path: Path) -> None:

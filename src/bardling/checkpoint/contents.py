@@ -19,13 +19,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bardling.config import ModelConfig
 from bardling.data.tokens.tokenizer import Tokenizer
 from bardling.errors import UserError
 from bardling.files.reading import read_json_object
-from bardling.interop.huggingface import from_hf_state, hf_config, hf_state, model_config_from_hf
+from bardling.interop.huggingface import from_hf_state, hf_config, hf_state, model_config_from_hf, refuse_nonfinite
 from bardling.interop.tensor_file import read_tensors, write_tensors
 
 _FORMAT = 1
@@ -43,14 +44,29 @@ class Checkpoint:
     rng: dict[str, Tensor] = field(default_factory=dict)  # empty unless requested
 
 
-def write_model(folder: Path, config: ModelConfig, state: Mapping[str, Tensor], tokenizer: Tokenizer | None) -> None:
-    """Write the files that `transformers` opens (configuration, weights, tokenizer if there is one) into an empty folder."""
-    values = hf_config(config)
-    if tokenizer is not None and "bos_token_id" in values:
-        values |= tokenizer.interface.model_ids(config.vocab_size)
+def write_model(
+    folder: Path,
+    config: ModelConfig,
+    state: Mapping[str, Tensor],
+    tokenizer: Tokenizer | None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    ids: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the files that `transformers` opens (configuration, weights, tokenizer if there is one) into an empty folder.
+
+    `dtype`: of the weights; a `UserError` if one exceeds its range. `ids`: of special tokens (None: those of the tokenizer).
+    """
+    values = {**hf_config(config), "dtype": str(dtype).removeprefix("torch.")}
+    if ids is None and tokenizer is not None:
+        ids = tokenizer.interface.model_ids(config.vocab_size)
+    if ids is not None and "bos_token_id" in values:
+        values |= ids
     _write_json(folder / "config.json", values)
-    weights = hf_state(state, config)
-    write_tensors(folder / "model.safetensors", {name: tensor.float() for name, tensor in weights.items()})
+    weights = {name: tensor.to(dtype) for name, tensor in hf_state(state, config).items()}
+    if dtype != torch.float32:
+        refuse_nonfinite(weights, f"--dtype {values['dtype']}")
+    write_tensors(folder / "model.safetensors", weights)
     if tokenizer is not None:
         tokenizer.save(folder)
         _state_length(folder / "tokenizer_config.json", config)

@@ -1,36 +1,49 @@
-"""Export: a model as a folder that `transformers` opens, or as nanoGPT's `ckpt.pt`. Existing files are never overwritten.
+"""Export: a model as a folder that `transformers` opens, a GGUF file for llama.cpp, or nanoGPT's `ckpt.pt`. Existing files are
+never overwritten.
 
 A new format is one exporter function and one line in `EXPORT_FORMATS` (`extensions.py`).
 """
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
+
+import torch
 
 from bardling.checkpoint.contents import write_model
 from bardling.checkpoint.load import Loaded, load, run_of
+from bardling.checkpoint.model_card import model_card
 from bardling.config import ModelConfig, RunConfig
 from bardling.config.architecture import GPT2_VOCAB_SIZE
+from bardling.data.tokens.gguf_vocabulary import vocabulary_metadata
+from bardling.data.tokens.text_interface import GENERATION, text_interface
 from bardling.errors import UserError
-from bardling.files.atomic import atomic_folder, check_place
+from bardling.files.atomic import atomic_folder, check_place, os_error_as_user_error
+from bardling.interop.gguf_file import GGUF_DTYPES, write_gguf
+from bardling.interop.gguf_model import gguf_metadata, gguf_refusal, gguf_state
 from bardling.interop.huggingface import refuse_nonfinite
 from bardling.interop.nanogpt_checkpoint import write_meta, write_nanogpt_checkpoint
 
+WEIGHTS = "weights: "
+"""Begins the note that names the dtype of the weights, where it is not the format's."""
 
-class Exporter(Protocol):
-    """Writes the model `spec` (see `checkpoint.load.load`) to `out`, which must not exist, and returns notes for the user."""
 
-    def __call__(self, spec: str, out: Path, *, best: bool, dataset: str) -> list[str]: ...
+Exporter = Callable[..., list[str]]
+"""(model, out, *, best, dataset): writes the model (as in `checkpoint.load.load`) to `out`, which must not exist, and returns
+notes for the user. That of a format with `dtypes` also takes `dtype`, one of them."""
 
 
 class ExportFormat(NamedTuple):
     """One format of `bardling export`."""
 
     write: Exporter
-    usage: str  # what to do with the result; {out} is its path, and {quoted} the same for a shell
+    usage: str  # what to do with the result, a line each; {out} is its path, and {quoted} the same for a shell
     refusal: Callable[[ModelConfig], str] = lambda _: ""  # why the format cannot hold such a model; empty if it can
-    dtype: str = "float32"  # of the weights that are written
+    dtype: str = "float32"  # of the weights that are written, unless a note names another
+    dtypes: tuple[str, ...] = ()  # those that a user can choose
+    suffix: str = ""  # of the file that is written; empty: a folder
 
 
 def _load(spec: str, out: Path, target: ExportFormat, *, best: bool, training: bool = False) -> Loaded:
@@ -45,17 +58,50 @@ def _load(spec: str, out: Path, target: ExportFormat, *, best: bool, training: b
     return loaded
 
 
-def export_hf(spec: str, out: Path, *, best: bool = False, dataset: str = "") -> list[str]:
-    """Write `config.json`, `model.safetensors` and the tokenizer of the model `spec` into the new folder `out`."""
+def export_hf(spec: str, out: Path, *, best: bool = False, dataset: str = "", dtype: str = "") -> list[str]:
+    """Write `config.json`, `model.safetensors`, the tokenizer and a model card of the model `spec` into the new folder `out`.
+
+    `dtype`: of the weights, 'float32', 'float16' or 'bfloat16'; empty: that in the model's files.
+    """
     loaded = _load(spec, out, HF, best=best)
     tokenizer, notes = None, [loaded.note] if loaded.note else []
     try:
         tokenizer = loaded.needed_tokenizer()
     except UserError as reason:
         notes.append(f"written without a tokenizer: {reason}")
+    about = text_interface(loaded.text, {}, None, (), ()) if tokenizer is None else tokenizer.interface
+    ids = about.model_ids(loaded.config.vocab_size)
+    dtype = dtype or loaded.dtype
     with atomic_folder(out) as folder:
-        write_model(folder, loaded.config, loaded.state, tokenizer)
-    return notes
+        write_model(folder, loaded.config, loaded.state, tokenizer, dtype=getattr(torch, dtype), ids=ids)
+        if not (folder / GENERATION).exists() and any(value is not None for value in ids.values()):
+            values = about.generation or {"_from_model_config": True, **ids}
+            (folder / GENERATION).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        card = model_card(spec, loaded, best=best, name=out.name, dtype=dtype)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    return notes if dtype == HF.dtype else [*notes, f"{WEIGHTS}{dtype}"]
+
+
+def export_gguf(spec: str, out: Path, *, best: bool = False, dataset: str = "", dtype: str = "") -> list[str]:
+    """Write the model `spec` and its tokenizer as the GGUF file `out`.
+
+    `dtype`: of the matrices, one of `GGUF_DTYPES`; empty: that in the model's files.
+    """
+    loaded = _load(spec, out, GGUF, best=best)
+    dtype, notes = GGUF_DTYPES[dtype or loaded.dtype], [loaded.note] if loaded.note else []
+    metadata = {"general.name": out.stem, **gguf_metadata(loaded.config)}
+    try:
+        tokenizer = loaded.needed_tokenizer()
+    except UserError as reason:
+        notes.append(f"written without a tokenizer: {reason}")
+        metadata["tokenizer.ggml.model"] = "none"
+    else:
+        metadata |= vocabulary_metadata(tokenizer, loaded.config.vocab_size)
+    with os_error_as_user_error(out, "write"):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    kind = loaded.config.architecture.transformers_family or ""
+    notes += write_gguf(out, kind, metadata, gguf_state(loaded.state, loaded.config), dtype)
+    return notes if dtype == GGUF.dtype else [*notes, f"{WEIGHTS}{dtype}"]
 
 
 def export_nanogpt(spec: str, out: Path, *, best: bool = False, dataset: str = "bardling") -> list[str]:
@@ -98,7 +144,17 @@ def _nanogpt_refusal(config: ModelConfig) -> str:
     return f"cannot be exported for nanoGPT, which does not support {', '.join(options)}" if options else ""
 
 
-HF = ExportFormat(export_hf, "{out}: load it with transformers: AutoModelForCausalLM.from_pretrained({out!r})", _hf_refusal)
+_HF_USAGE = """\
+transformers: AutoModelForCausalLM.from_pretrained({out!r})
+vLLM: vllm serve {quoted}
+MLX: mlx_lm.generate --model {quoted} --prompt 'Once upon a time'
+llama.cpp: bardling export {quoted} --format gguf --out {quoted}.gguf"""
+_GGUF_USAGE = """\
+llama.cpp: llama-completion -m {quoted} -p 'Once upon a time' -n 64
+llama.cpp's server: llama-server -m {quoted}"""
+
+HF = ExportFormat(export_hf, _HF_USAGE, _hf_refusal, dtypes=("float32", "float16", "bfloat16"))
+GGUF = ExportFormat(export_gguf, _GGUF_USAGE, gguf_refusal, "f32", dtypes=tuple(GGUF_DTYPES), suffix=".gguf")
 NANOGPT = ExportFormat(
     export_nanogpt, "{out}/ckpt.pt: sample from it with nanoGPT: python sample.py --out_dir={quoted}", _nanogpt_refusal
 )

@@ -1,6 +1,6 @@
 """Open any model a user points at: a run, one of its checkpoints (its folder, `RUN@step-000400` or `RUN@best`), a folder of
-`transformers`, a model on the hub, a checkpoint of nanoGPT (`ckpt.pt` or its folder) or of nano-gpt (`checkpoint_005000.bin`);
-and what a resumed run continues from.
+`transformers`, a model on the hub, a GGUF file, a checkpoint of nanoGPT (`ckpt.pt` or its folder) or of nano-gpt
+(`checkpoint_005000.bin`); and what a resumed run continues from.
 """
 
 import dataclasses
@@ -19,7 +19,9 @@ from bardling.config import ModelConfig
 from bardling.config.architecture import GPT2_VOCAB_SIZE
 from bardling.data.text.download import cache_root
 from bardling.data.tokens.bpe_files import has_tokenizer, missing_tokenizer
+from bardling.data.tokens.gguf_vocabulary import tokenizer_from_metadata
 from bardling.data.tokens.gpt2_bpe import gpt2_tokenizer_file
+from bardling.data.tokens.text_interface import TextFiles, read_text_files
 from bardling.data.tokens.token_files import gpt2_tokenizer, read_meta
 from bardling.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from bardling.distributed.context import Context
@@ -30,12 +32,13 @@ from bardling.files.paths import expand_home, shell_path, similar
 from bardling.files.reading import read_json_object
 from bardling.files.streams import tell
 from bardling.interop.families import shown
-from bardling.interop.huggingface import dropout_note, read_hf_folder
+from bardling.interop.gguf_file import is_gguf, read_header
+from bardling.interop.gguf_model import read_gguf_model
+from bardling.interop.huggingface import dropout_note, hf_dtype, read_hf_folder
 from bardling.interop.imported import ImportedCheckpoint
 from bardling.interop.nano_gpt import read_nano_gpt_checkpoint
 from bardling.interop.nanogpt_checkpoint import read_nanogpt_checkpoint
 from bardling.interop.pretrained import fetch_model, is_hub_name, is_shadowed
-from bardling.interop.torch_file import gguf_fault
 from bardling.model.gpt import GPT
 from bardling.model.init import crop_block_size, extend_vocabulary
 
@@ -56,6 +59,8 @@ class Loaded:
     imported: ImportedCheckpoint | None = None  # the content of another trainer's file
     find_tokenizer: Callable[[], Tokenizer] | None = None  # fetches the tokenizer, or says why there is none
     note: str = ""  # what differs from the files
+    dtype: str = "float32"  # of the weights in the files; here they are float32
+    text: TextFiles = field(default_factory=TextFiles)  # of a model without a tokenizer: what its files say about its text
 
     def needed_tokenizer(self) -> Tokenizer:
         """The tokenizer, for work with text; if there is none, a `UserError` says why. No other is ever used in its place."""
@@ -98,7 +103,7 @@ def load(spec: str | Path, *, best: bool = False, training: bool = False) -> Loa
     spec = expand_home(spec) if isinstance(spec, str) else spec
     path, from_hub = Path(spec), is_hub_name(spec)
     if not from_hub and path.is_file():
-        return _load_imported(path)
+        return _load_gguf(path) if is_gguf(path) else _load_imported(path)
     if not from_hub and not (path / "config.toml").is_file() and (path / "ckpt.pt").is_file():
         return _load_imported(path / "ckpt.pt")
     folder = fetch_model(str(spec)) if from_hub else find_checkpoint(path, best=best)
@@ -107,7 +112,8 @@ def load(spec: str | Path, *, best: bool = False, training: bool = False) -> Loa
     found = Loaded(ModelConfig(), {}, tokenizer, find_tokenizer=partial(_refuse, missing_tokenizer(folder)))
     if not (folder / "training.json").is_file():
         config, state = read_hf_folder(folder)
-        return dataclasses.replace(found, config=config, state=state, note=dropout_note(folder / "config.json"))
+        note, text = dropout_note(folder / "config.json"), found.text if tokenizer else read_text_files(folder)
+        return dataclasses.replace(found, config=config, state=state, note=note, dtype=hf_dtype(folder), text=text)
     if not training:
         config, state = read_model(folder)
         return dataclasses.replace(found, config=config, state=state)
@@ -127,6 +133,18 @@ def load(spec: str | Path, *, best: bool = False, training: bool = False) -> Loa
 def load_model(spec: Path | str, *, best: bool = False) -> GPT:
     """Load the model `spec` (see `load`) in host memory and evaluation mode."""
     return load(spec, best=best).build()
+
+
+def _load_gguf(path: Path) -> Loaded:
+    """Load a GGUF file; if its tokenizer is of a kind that is not read, text is refused with the reason."""
+    header = read_header(path)
+    config, state = read_gguf_model(header)
+    tokenizer, reason = None, f"{path}: has no tokenizer: only its original model folder encodes text"
+    try:
+        tokenizer = tokenizer_from_metadata(header.metadata, str(path))
+    except UserError as error:
+        reason = str(error)
+    return Loaded(config, state, tokenizer, find_tokenizer=partial(_refuse, reason))
 
 
 def _load_imported(path: Path) -> Loaded:
@@ -189,7 +207,7 @@ def _refuse_weights_alone(folder: Path) -> None:
     kinds = ("*.safetensors", "*.gguf", "pytorch_model*.bin")
     file = next((path for kind in kinds for path in sorted(folder.glob(kind))), None)
     if file is not None and file.suffix == ".gguf":
-        raise UserError(f"{file}: {gguf_fault(file)}")
+        raise UserError(f"{folder}: holds a GGUF file: give that file instead, {file}")
     if file is not None:
         raise UserError(f"{file}: there is no config.json beside it: copy the model's config.json to {folder}")
 

@@ -71,10 +71,14 @@ class RunFolder:
 
     def add_environment(self, facts: dict[str, Any]) -> None:
         """Append the facts of one more start of the run."""
+        self._update_environment(starts=[*self.starts(), facts])
+
+    def starts(self) -> list[Any]:
+        """The facts of every start of the run."""
         starts = self._environment().get("starts", [])
         if not isinstance(starts, list):
             raise UserError(f"{self.environment_file}: starts = {str(starts)[:80]!r} must be a list: remove the file")
-        self._update_environment(starts=[*starts, facts])
+        return starts
 
     def has_saved(self) -> bool:
         """Whether the run has ever saved a checkpoint. If it has none now, they are lost."""

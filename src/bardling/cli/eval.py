@@ -46,6 +46,8 @@ class EvalOptions:
     """'auto', 'cpu', 'cuda', 'cuda:N' or 'mps'."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Dtype of matrix multiplications."""
+    weights: Literal["auto", "float32", "bfloat16", "int8"] = "float32"
+    """Dtype of the weights: int8 or bfloat16 as `sample --weights` computes; auto: the fastest here."""
     best: bool = False
     """Use the checkpoint with the lowest validation loss instead of the latest."""
 
@@ -57,6 +59,7 @@ def run(argv: Sequence[str]) -> None:
     from bardling.distributed.context import distributed
     from bardling.distributed.device import choose_precision
     from bardling.evaluate.benchmarks import check_spec
+    from bardling.generation.weights import choose_weights
     from bardling.tools.scores import Wanted, measure
 
     if not options.models:
@@ -75,9 +78,11 @@ def run(argv: Sequence[str]) -> None:
         options.batch_size,
         options.tasks,
         options.task_items,
+        options.weights,
     )
     with distributed(options.device) as context:
         precision = choose_precision(options.precision, context.device)
+        weights, why = choose_weights(options.weights, context.device)
         found = [measure(name, wanted, precision, context, best=options.best) for name in names]
         if not context.is_primary:
             return
@@ -85,7 +90,8 @@ def run(argv: Sequence[str]) -> None:
         if len(found) > 1:
             _print_table(found)
         rows += _about_data(found, wanted)
-        print_rows([*rows, ("precision", f"{precision.name} ({precision.why})")])
+        rows.append(("precision", f"{precision.name} ({precision.why})"))
+        print_rows(rows if options.weights == "float32" else [*rows, ("weights", f"{weights} ({why})")])
         if options.out is not None:
             _draw(options.out, found, steps)
 

@@ -1,10 +1,11 @@
-"""`bardling export RUN --format hf|nanogpt --out PATH`: write a model in a format that other software loads."""
+"""`bardling export RUN --format hf|gguf|nanogpt --out PATH`: write a model in a format that other software loads."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from bardling.cli.parse import Model, parse
+from bardling.errors import UserError
 from bardling.extensions import EXPORT_FORMATS
 from bardling.files.paths import shell_path
 
@@ -12,12 +13,19 @@ from bardling.files.paths import shell_path
 @dataclass(frozen=True)
 class ExportOptions:
     model: Model
-    """A run, a checkpoint, or a nanoGPT or nano-gpt checkpoint file."""
+    """A run, a checkpoint, a model folder, a GGUF file, or a nanoGPT or nano-gpt checkpoint file."""
     out: Path
-    """Folder to create."""
+    """Folder to create; for gguf, the file."""
     format: str = "hf"
-    """'hf': config.json, model.safetensors and the tokenizer, for transformers and vLLM. 'nanogpt': a ckpt.pt.
-    Installed extensions may add others."""
+    """'hf': config.json, model.safetensors and the tokenizer, for transformers, vLLM and MLX. 'gguf': a file for llama.cpp.
+    'nanogpt': a ckpt.pt. Installed extensions may add others."""
+    dtype: str | None = None
+    """Type of the weights; hf: float32, float16 or bfloat16; gguf: f32, f16, bf16 or q8_0. Unset: that of the model's files."""
+    push: str | None = None
+    """Also upload the result to this repository, USER/REPO, on the Hugging Face hub, with the token in HF_TOKEN or that of
+    `hf auth login`."""
+    public: bool = False
+    """Make a repository that --push creates public; unset: private."""
     best: bool = False
     """For a run: use the checkpoint with the lowest validation loss instead of the latest."""
     dataset: str = "bardling"
@@ -27,8 +35,21 @@ class ExportOptions:
 def run(argv: Sequence[str]) -> None:
     description = "Write a model in a format that other software loads."
     options = parse(ExportOptions, argv, prog="bardling export", description=description)
+    from bardling.interop.publish import check_publishing, publish
+
     target = EXPORT_FORMATS.get("--format", options.format)
-    for note in target.write(options.model, options.out, best=options.best, dataset=options.dataset):
+    if options.dtype is not None and options.dtype not in target.dtypes:
+        known = f"choose from {', '.join(target.dtypes)}" if target.dtypes else f"{options.format} is always {target.dtype}"
+        raise UserError(f"--dtype {options.dtype}: {known}")
+    if target.suffix and options.out.suffix != target.suffix:
+        raise UserError(f"--out {options.out}: is a file in this format, and must end in {target.suffix}")
+    if options.push is not None:
+        check_publishing(options.push)
+    chosen = {} if options.dtype is None else {"dtype": options.dtype}
+    notes = target.write(options.model, options.out, best=options.best, dataset=options.dataset, **chosen)
+    for note in (text for text in notes if not text.startswith("weights: ")):
         print(f"note: {note}")
-    print(f"weights: {target.dtype}")
+    print(next((text for text in notes if text.startswith("weights: ")), f"weights: {target.dtype}"))
+    if options.push is not None:
+        print(f"published: {publish(options.out, options.push, private=not options.public)}")
     print(target.usage.format(out=str(options.out), quoted=shell_path(options.out)))

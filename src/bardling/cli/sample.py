@@ -58,6 +58,8 @@ class SampleOptions:
     """'auto', 'cpu', 'cuda', 'cuda:N' or 'mps'."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
     """Dtype of matrix multiplications."""
+    weights: Literal["auto", "float32", "bfloat16", "int8"] = "float32"
+    """Dtype of the weights: int8 or bfloat16 generate faster, with slightly different logits; auto: the fastest here."""
     best: bool = False
     """Use the checkpoint with the lowest validation loss instead of the latest."""
 
@@ -73,19 +75,27 @@ def run(argv: Sequence[str]) -> None:
     require_options(1, options, "num_samples")
     text = _prompt(options)
     from bardling.checkpoint.load import load, run_of
-    from bardling.distributed.device import choose_device, choose_precision
+    from bardling.distributed.device import choose_device, choose_precision, keep_freed_memory
+    from bardling.distributed.threads import cpu_quota, limit_threads
     from bardling.generation.engine import Engine
     from bardling.generation.generate import prompt_ids, will_slide
     from bardling.generation.requests import Request
     from bardling.generation.sampling import Sampling
+    from bardling.generation.weights import choose_weights, convert_weights
 
     seed = secrets.randbelow(2**31) if options.seed is None else options.seed
     sampling = Sampling(**{name: getattr(options, name) for name in _SAMPLING}, seed=seed)
     device = choose_device(options.device)
+    if device.type == "cpu":
+        limit_threads(cpu_quota())
+        keep_freed_memory()
     precision = choose_precision(options.precision, device)
     loaded = load(options.model, best=options.best)
     tokenizer = loaded.needed_tokenizer()
-    model = loaded.build().to(device)
+    weights, why = choose_weights(options.weights, device)
+    if options.weights == "auto":
+        note(f"--weights {weights}: {why}")
+    model = convert_weights(loaded.build().to(device), weights)
     run_folder = run_of(options.model)
     single_document = run_folder is not None and run_folder.dataset_record().get("train_documents") == 1
     # A model trained on one document has never seen an end-of-text token, so it cannot start from one.

@@ -191,7 +191,7 @@ def backend(device: torch.device, *, deterministic: bool, attention: Literal["au
         UserError: the attention kernels are not installed or do not support this device.
     """
     if device.type == "cpu":
-        _keep_freed_memory()
+        keep_freed_memory()
     with attention_backend(attention, device):
         if device.type != "cuda":
             yield
@@ -207,7 +207,7 @@ def backend(device: torch.device, *, deterministic: bool, attention: Literal["au
             torch.use_deterministic_algorithms(algorithms)
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Tell glibc to reuse freed memory instead of returning it to the system, which has to clear each page again: this took 5%
     of a step of a small model. Other C libraries are not changed."""
     if not sys.platform.startswith("linux"):

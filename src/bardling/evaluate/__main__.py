@@ -3,14 +3,24 @@
 The arguments are those of `lm-eval`. Its releases after 0.4.13 find the model themselves.
 """
 
+import sys
+
 from bardling.errors import UserError
 
-if __name__ == "__main__":
+
+def main() -> None:
     try:
         from lm_eval.__main__ import cli_evaluate
 
         import bardling.evaluate.harness  # noqa: F401  registers the model
+    except ImportError as error:
+        raise UserError(f"lm-eval needs the package {error.name}: pip install 'bardling[eval]'") from error
+    cli_evaluate()
 
-        cli_evaluate()
-    except (UserError, ModuleNotFoundError) as error:
-        raise SystemExit(f"bardling: {error}") from None
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as fault:
+        print(f"bardling: {fault}", file=sys.stderr)
+        sys.exit(2)

@@ -15,6 +15,7 @@ import gzip
 import hashlib
 import json
 import re
+import reprlib
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -192,10 +193,13 @@ def _context(row: dict[str, Any], place: str) -> str:
 
 
 def short(value: Any) -> str:
-    """A value from a file, for a message."""
+    """A value from a file, for a message: also of a YAML file, where a few bytes may stand for a huge list or number."""
     if value is None:
         return "nothing"
-    return text if len(text := repr(value)) <= 60 else text[:57] + "..."
+    if isinstance(value, int) and value.bit_length() > 64:
+        return f"an integer of {value.bit_length()} bits"
+    text = repr(value) if isinstance(value, str | int | float) else reprlib.repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def read_hub_items(source: HubFile) -> tuple[ChoiceItem, ...]:

@@ -101,7 +101,7 @@ class Engine:
         self._model, self._tokenizer, self._slots = model, tokenizer, slots
         self._ends, self._vocab_size = frozenset(eot_ids), min(vocab_size, model.config.vocab_size)
         self._autocast, self._agree = autocast, agree
-        self._prefill_tokens = prefill_tokens or _PREFILL_TOKENS[model.head_weight.device.type == "cpu"]
+        self._prefill_tokens = prefill_tokens or _PREFILL_TOKENS[model.device.type == "cpu"]
         self._count = 0
         self._waiting: deque[_Row] = deque()
         self._prefilling: deque[_Row] = deque()
@@ -318,11 +318,10 @@ class Engine:
 
     def _is_exact(self) -> bool:
         """Whether rounding is fine enough for close choices to be rare, and this process may compute them by itself."""
-        kind = self._model.head_weight.device.type
+        model = self._model
+        is_float32 = model.head_weight.dtype == torch.float32 and model.int8_head is None
         with self._autocast():
-            return (
-                self._agree is None and self._model.head_weight.dtype == torch.float32 and not torch.is_autocast_enabled(kind)
-            )
+            return self._agree is None and is_float32 and not torch.is_autocast_enabled(model.device.type)
 
     def _adjusted(self, logits: Tensor, row: _Row) -> Tensor:
         """The logits [V] from which a row's token is sampled."""
@@ -354,7 +353,7 @@ class Engine:
         return Output(row.id, token, text, scores, prompt, finish)
 
     def _ids(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        return torch.tensor(rows, device=self._model.head_weight.device)
+        return torch.tensor(rows, device=self._model.device)
 
 
 def score(logits: Tensor, tokens: Sequence[int], most: int) -> list[TokenLogprob]:

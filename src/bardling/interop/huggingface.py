@@ -38,7 +38,6 @@ from bardling.interop.families import (
     tensor_parts,
 )
 from bardling.interop.tensor_file import open_tensors
-from bardling.interop.torch_file import gguf_fault
 from bardling.interop.weight_index import INDEX, MAX_INDEX_BYTES, indexed_files
 from bardling.planning.parameter_shapes import EMBEDDING, HEAD, parameter_shapes
 
@@ -64,7 +63,7 @@ _ALIASES = {  # other names of GPT-2's sizes, which transformers accepts too
     "num_attention_heads": "n_head",
     "num_hidden_layers": "n_layer",
 }
-_DTYPES = ("F32", "F16", "BF16")
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _T = TypeVar("_T")
 
 
@@ -255,6 +254,12 @@ def read_hf_folder(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     return config, from_hf_state(state, config, str(folder), layout)
 
 
+def hf_dtype(folder: Path) -> str:
+    """The dtype of the weights in a folder that `read_hf_folder` has read; of different ones, float32."""
+    found = set(_read_each(_weight_files(folder), lambda _, file, name: str(file.get_slice(name).get_dtype())).values())
+    return _DTYPES[found.pop()] if len(found) == 1 else "float32"
+
+
 def refuse_nonfinite(state: Mapping[str, Tensor], where: str | Path) -> None:
     """Raise a `UserError` if a weight is NaN or infinite; `where` names the model."""
     for name, tensor in state.items():
@@ -275,7 +280,7 @@ def _weight_files(folder: Path) -> dict[Path, list[str] | None]:
             "save the model again with save_pretrained(..., safe_serialization=True)"
         )
     if found := sorted(folder.glob("*.gguf")):
-        raise UserError(f"{found[0]}: {gguf_fault(found[0])}")
+        raise UserError(f"{folder}: its weights are a GGUF file: give that file instead, {found[0]}")
     remedy = "open the model with transformers and save it with save_pretrained(...)"
     raise UserError(f"{folder}: has no model.safetensors and no {INDEX}: {remedy}")
 

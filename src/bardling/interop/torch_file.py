@@ -74,13 +74,6 @@ def _check(path: Path) -> None:
         raise UserError(f"{path}: is damaged ({str(error)[:200]}): restore it, or download it again") from None
 
 
-def gguf_fault(path: Path) -> str:
-    """That a GGUF file is not read, and what to do."""
-    opened = f"AutoModelForCausalLM.from_pretrained({str(path.parent)!r}, gguf_file={path.name!r})"
-    remedy = f"convert the file with transformers and gguf: {opened}.save_pretrained('converted')"
-    return f"GGUF files are not read: give the model's original folder, or {remedy}"
-
-
 def _refuse_other_format(path: Path) -> None:
     with path.open("rb") as file:
         head = file.read(4)
@@ -89,8 +82,6 @@ def _refuse_other_format(path: Path) -> None:
             f"{path}: is truncated, or not in PyTorch's zip format; "
             "if it was saved before PyTorch 1.6, save it again with a newer version"
         )
-    if head == b"GGUF":
-        raise UserError(f"{path}: {gguf_fault(path)}")
     if path.suffix == ".safetensors":
         raise UserError(f"{path}: holds only the weights of a model: give the folder with its config.json, {path.parent}")
     raise UserError(f"{path}: is not a checkpoint: give a run folder, a checkpoint folder, or a file such as nanoGPT's ckpt.pt")

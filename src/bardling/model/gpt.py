@@ -45,7 +45,7 @@ from bardling.model.kernels.elementwise import rms_norm
 from bardling.model.kernels.head_loss import head_logits, head_loss
 from bardling.model.kernels.linear import tied_views
 from bardling.model.kernels.select import product_dtype
-from bardling.model.layers import Embedding, Linear, RMSNorm, dropout, make_norm
+from bardling.model.layers import Embedding, Int8Linear, Linear, RMSNorm, dropout, make_norm
 from bardling.model.rotary import Rotation, rotate, rotation
 
 
@@ -211,6 +211,7 @@ class GPT(nn.Module):
         self.transformer = Transformer(config)
         if not self.transformer.architecture.tied:
             self.lm_head = Linear(config.n_embd, config.padded_vocab_size, bias=False)
+        self.int8_head: Int8Linear | None = None  # of a model converted for inference (`generation/weights.py`)
         if seed is not None and not self.transformer.wte.weight.is_meta:
             init_weights(self, seed)
 
@@ -225,8 +226,14 @@ class GPT(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """The head's matrix [padded_vocab_size, C]."""
-        return self.transformer.wte.weight if self.transformer.architecture.tied else self.lm_head.weight
+        """The head's matrix [padded_vocab_size, C]; that of the embedding if the head has int8 weights."""
+        tied = self.transformer.architecture.tied or self.int8_head is not None
+        return self.transformer.wte.weight if tied else self.lm_head.weight
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.transformer.wte.weight.device
 
     def forward(
         self,
@@ -273,7 +280,7 @@ class GPT(nn.Module):
                 "shorten the input, or build the model with a larger block_size"
             )
         tied = output == "loss" and self.transformer.architecture.tied
-        table, weight = tied_views(self.head_weight) if tied else (None, self.head_weight)
+        table, head = tied_views(self.head_weight) if tied else (None, self.head_weight)
         transformer = self.transformer if transformer is None else transformer  # a compiled module cannot be tested for truth
         hidden = transformer(tokens, cache, documents, table)
         if output == "hidden":
@@ -281,13 +288,15 @@ class GPT(nn.Module):
         if output == "logits" or targets is None:
             return self.head(hidden)
         size, softcap = self.config.vocab_size, self.config.logit_softcap
+        weight = head if self.int8_head is None else self.int8_head.weight
         if output == "scores":
             return head_loss(hidden, weight, targets, vocab_size=size, reduction="none", softcap=softcap, greedy=True)
         return head_loss(hidden, weight, targets, vocab_size=size, reduction=reduction, softcap=softcap, tally=tally)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of hidden states [..., C], at least float32, without those of padding."""
-        return head_logits(hidden, self.head_weight, vocab_size=self.config.vocab_size, softcap=self.config.logit_softcap)
+        weight = self.head_weight if self.int8_head is None else self.int8_head.weight
+        return head_logits(hidden, weight, vocab_size=self.config.vocab_size, softcap=self.config.logit_softcap)
 
 
 @contextmanager

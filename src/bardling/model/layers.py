@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from bardling.config.architecture import Architecture
 from bardling.model.kernels.elementwise import rms_norm
+from bardling.model.kernels.int8 import Int8Weight, int8_linear
 from bardling.model.kernels.linear import linear
 from bardling.planning.costs import FP8_MULTIPLE
 
@@ -31,6 +32,19 @@ def use_fp8(blocks: nn.Module, wanted: bool = True) -> None:
     for module in blocks.modules():
         if isinstance(module, Linear):
             module.fp8 = wanted and not (module.in_features % FP8_MULTIPLE or module.out_features % FP8_MULTIPLE)
+
+
+class Int8Linear(nn.Module):
+    """A linear layer with int8 weights, for inference; it stays on its device."""
+
+    def __init__(self, weight: Int8Weight, bias: Tensor | None) -> None:
+        super().__init__()
+        for name, value in zip(Int8Weight._fields, weight, strict=True):
+            self.register_buffer(name, value, persistent=False)  # for those who count a model's memory
+        self.weight, self.bias = weight, bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return int8_linear(x, self.weight, self.bias)
 
 
 class Embedding(nn.Embedding):

@@ -128,10 +128,10 @@ class Answer:
         best, n = self._generation.best_of, self._generation.n
         kept: list[tuple[int, list[Delta]]] = []
         for start in range(0, len(deltas), best):
-            ranked = range(start, start + best)
-            if best > n:  # by log-probability per token, as OpenAI does
-                ranked = sorted(ranked, key=lambda i: -self._choices[i].logprob / max(1, self._choices[i].tokens))  # type: ignore[assignment]
-            kept += [(len(kept) + place, deltas[number]) for place, number in enumerate(ranked[:n])]
+            group = list(range(start, start + best))
+            if best > n:
+                group.sort(key=self._mean_logprob, reverse=True)  # as OpenAI does
+            kept += [(len(kept) + place, deltas[number]) for place, number in enumerate(group[:n])]
         return self._shapes.whole(kept, self._usage())
 
     async def events(self) -> AsyncIterator[bytes]:
@@ -163,6 +163,10 @@ class Answer:
                 raise item
             left -= item[1].finish is not None
             yield item
+
+    def _mean_logprob(self, number: int) -> float:
+        """Log-probability per token of a completion."""
+        return self._choices[number].logprob / max(1, self._choices[number].tokens)
 
     def _usage(self) -> dict[str, int]:
         return usage([prompt.ids for prompt in self._prompts], sum(choice.tokens for choice in self._choices))

@@ -8,6 +8,7 @@ Limits: the functions read files, so they run outside the event loop.
 """
 
 import contextlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,7 @@ class Model:
     """A name that a request may use."""
 
     id: str
-    path: Path | str  # what `load` opens
+    path: Path  # what `load` opens
     source: "Source"
     step: int | None = None
 
@@ -51,30 +52,37 @@ class Source:
     def __init__(self, spec: str, name: str, best: bool) -> None:
         self.spec, self.name, self._best = spec, name, best
         path = Path(spec)
-        is_run = not is_hub_name(spec) and (path / "config.toml").is_file()
-        self.run = RunFolder(path) if is_run else None
+        hub, file = is_hub_name(spec), path if path.is_file() else path / "ckpt.pt"
+        self.run = RunFolder(path) if not hub and (path / "config.toml").is_file() else None
         self._home = run_of(spec)  # also of a single checkpoint
-        self._steps: list[int] | None = None  # when `_current` was found
-        self._current: Path | str = spec
+        if hub:
+            self._current = fetch_model(spec)
+        elif self.run is None and file.is_file():
+            self._current = file
+        else:
+            self._current = find_checkpoint(path, best=best and self.run is not None)
+        self._steps = None if self.run is None else self.run.store().steps()
         self._validated: tuple[object, Mapping[int, Mapping[str, Any]]] = (None, {})
         self.config: ModelConfig | None = None
         self.tokenizer: Tokenizer | None = None
-        folder = self._folder()
-        if folder is not None:
-            file = folder / "config.json"
-            self.config = model_config_from_hf(read_json_object(file), str(file))
-            self.tokenizer = load_tokenizer(folder) if has_tokenizer(folder) else None
+        if self._current.is_dir():
+            described = self._current / "config.json"
+            self.config = model_config_from_hf(read_json_object(described), str(described))
+            self.tokenizer = load_tokenizer(self._current) if has_tokenizer(self._current) else None
 
     def models(self) -> list[Model]:
         """The model of this name, and those of the run's checkpoints, latest first."""
-        current = self._find_current()
-        found = [Model(self.name, current, self, _step(current))]
-        if self.run is not None:
-            store = self.run.store()
-            found += [
-                Model(f"{self.name}@{store.path(step).name}", store.path(step), self, step) for step in reversed(store.steps())
-            ]
-        return found
+        if self.run is None:
+            return [Model(self.name, self._current, self, _step(self._current))]
+        store = self.run.store()
+        steps = store.steps()
+        if steps != self._steps:  # finding the run's checkpoint reads all of it, so only a change leads to that
+            with contextlib.suppress(UserError):  # without a valid one, the previous one may still be loaded
+                self._current = find_checkpoint(self.run.path, best=self._best)
+            self._steps = steps
+        found = [Model(self.name, self._current, self, _step(self._current))]
+        folders = [(step, store.path(step)) for step in reversed(steps)]
+        return found + [Model(f"{self.name}@{folder.name}", folder, self, step) for step, folder in folders]
 
     def facts(self, model: Model) -> dict[str, Any]:
         """What is known of one of these models, for its entry in the list."""
@@ -94,27 +102,6 @@ class Source:
             "document_start": self._document_start(),
             "max_logprobs": MAX_LOGPROBS,
         }
-
-    def _folder(self) -> Path | None:
-        """The folder with configuration and tokenizer."""
-        path = Path(self.spec)
-        if is_hub_name(self.spec):
-            return fetch_model(self.spec)
-        if path.is_file() or (self.run is None and (path / "ckpt.pt").is_file()):
-            return None
-        return Path(self._find_current())
-
-    def _find_current(self) -> Path | str:
-        """What the source's own name means now. Looking for it reads whole checkpoints, so only their arrival leads to that."""
-        if is_hub_name(self.spec) or Path(self.spec).is_file():
-            return self.spec
-        if self.run is None:
-            return self.spec if (Path(self.spec) / "ckpt.pt").is_file() else find_checkpoint(Path(self.spec))
-        steps = self.run.store().steps()
-        if self._steps is None or steps != self._steps:
-            self._current = find_checkpoint(self.run.path, best=self._best)
-            self._steps = steps
-        return self._current
 
     def _best_step(self) -> int | None:
         store = self._home.store() if self._home is not None else None
@@ -169,7 +156,7 @@ class Catalog:
         """The entry of a model in /v1/models."""
         created = 0
         with contextlib.suppress(OSError):
-            created = int(Path(model.path).stat().st_mtime)
+            created = int(model.path.stat().st_mtime)
         facts = {**model.source.facts(model), "loaded": loaded}
         return {"id": model.id, "object": "model", "created": created, "owned_by": "bardling", "bardling": facts}
 
@@ -183,7 +170,7 @@ def _name(spec: str) -> str:
     return f"{full.parents[1].name}@{full.name}" if full.parent.name == "checkpoints" else full.name
 
 
-def _step(path: Path | str) -> int | None:
+def _step(path: Path) -> int | None:
     """The step of a checkpoint's folder."""
-    digits = Path(path).name.rpartition("step-")[2]
-    return int(digits) if digits.isdecimal() and len(digits) <= 18 and "step-" in Path(path).name else None
+    match = re.fullmatch(r"step-(\d{1,18})", path.name)
+    return int(match[1]) if match else None

@@ -13,7 +13,6 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -144,7 +143,7 @@ class Models:
     def _open(self, model: Model) -> tuple[GPT, Tokenizer, int]:
         """Read a model (in a thread)."""
         run = model.source.run
-        if run is not None and (problems := run.store().verify(Path(model.path))):
+        if run is not None and (problems := run.store().verify(model.path)):
             raise UserError(f"{model.path}: is damaged: {problems[0]}")
         found = load(model.path)
         tokenizer = found.needed_tokenizer()

@@ -121,13 +121,17 @@ async def _drain(server: uvicorn.Server, guard: Guard, models: Models, limit: fl
     """Let running requests finish, then stop the server."""
     guard.draining = True
     if guard.active:
-        note(f"finishing {guard.active} running requests (up to {limit:g} s); press Ctrl-C again to stop at once")
+        note(f"finishing {_requests(guard.active)} (up to {limit:g} s); press Ctrl-C again to stop at once")
     if not await guard.wait_idle(limit):
-        note(f"ending {guard.active} requests that did not finish in {limit:g} s")
+        note(f"ending {_requests(guard.active)}: not finished after {limit:g} s")
         for loaded in models.loaded.values():
             loaded.worker.end_all(ApiError(503, "the server is shutting down", code="shutting_down"))
         await guard.wait_idle(_CLOSING_SECONDS)
     server.should_exit = True
+
+
+def _requests(count: int) -> str:
+    return f"{count} running request{'' if count == 1 else 's'}"
 
 
 @contextlib.contextmanager

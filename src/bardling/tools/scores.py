@@ -22,6 +22,7 @@ from bardling.distributed.device import Precision
 from bardling.errors import UserError
 from bardling.evaluate.benchmarks import Scores, Subject, open_task
 from bardling.evaluate.loss import LossResult, evaluate_loss
+from bardling.generation.weights import Weights, convert_weights
 from bardling.model.gpt import GPT
 from bardling.monitor.progress import ProgressBar
 
@@ -37,6 +38,7 @@ class Wanted:
     batch_size: int = 16  # sequences per forward pass
     tasks: tuple[str, ...] = ()
     task_items: int | None = None
+    weights: Weights = "float32"
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def measure(spec: str, wanted: Wanted, precision: Precision, context: Context, *
         count, seed = wanted.task_items or trained.eval.task_items, trained.seed
     tasks = [context.on_primary(lambda task=task: open_task(task, count, seed)) for task in wanted.tasks]  # type: ignore[misc]
     loaded = load(spec, best=best)
-    model = loaded.build().to(context.device)
+    model = convert_weights(loaded.build().to(context.device), wanted.weights)
     dataset = loss = None
     if wanted.data is not None or run is not None:
         dataset = _dataset(wanted, loaded, run)

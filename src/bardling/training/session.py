@@ -336,9 +336,10 @@ class Session:
     def _export(self, monitor: RunMonitor, state: TrainState) -> None:
         """Export the final model to the formats that the configuration names."""
         for name in self.run.config.checkpoint.export if self.context.is_primary else ():
-            out = self.folder.path / "exports" / f"{name}-step-{state.step:06d}"
+            target = EXPORT_FORMATS.get("checkpoint.export", name)
+            out = self.folder.path / "exports" / f"{name}-step-{state.step:06d}{target.suffix}"
             if not out.exists():
-                EXPORT_FORMATS.get("checkpoint.export", name).write(str(self.folder.path), out, best=False, dataset="bardling")
+                target.write(str(self.folder.path), out, best=False, dataset="bardling")
                 monitor.note(f"exported to {out}")
 
     def _hooks(self, guard: Guard, monitor: RunMonitor, stop_requested: Callable[[], bool]) -> list[Hook]:

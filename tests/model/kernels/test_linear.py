@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from bardling.model.kernels import linear as linear_module
 from bardling.model.kernels.linear import few_rows_linear, linear, recast_linear
-from bardling.model.kernels.select import linear_kernel
+from bardling.model.kernels.select import few_rows_kernel, linear_kernel
 from bardling.planning.costs import RECAST_MIN_ELEMENTS
 
 
@@ -16,11 +17,24 @@ def problem(*rows, bias=True):
     return [torch.randn(*shape, generator=random) for shape in ((*rows, 24), (40, 24), (40,))[: 2 + bias]]
 
 
+@pytest.mark.parametrize("kernel", ["mkl", "onednn"])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("batch", [1, 7, 32])
-def test_few_rows(batch, bias):
+def test_few_rows(batch, bias, kernel, monkeypatch):
+    if kernel == "onednn" and not torch.backends.mkldnn.is_available():
+        pytest.skip("this PyTorch is built without oneDNN")
+    monkeypatch.setattr(linear_module, "few_rows_kernel", lambda _: kernel)
     x, weight, *rest = problem(batch, 1, bias=bias)
     torch.testing.assert_close(few_rows_linear(x, weight, rest[0] if bias else None), F.linear(x, weight, *rest))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_few_rows_in_bfloat16(bias):
+    x, weight, *rest = (part.bfloat16() for part in problem(5, 1, bias=bias))
+    found = few_rows_linear(x, weight, rest[0] if bias else None)
+    expected = F.linear(x.double(), weight.double(), *(part.double() for part in rest))
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), expected, rtol=2**-7, atol=2**-7)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -55,20 +69,33 @@ SMALL = torch.empty(8, 64, device="meta")
         ("plain", (4, 16, 64), LARGE, {"fp8": True, "grad": False}),
         ("few rows", (7, 1, 64), SMALL, {"grad": False}),
         ("few rows", (32, 1, 64), SMALL, {"grad": False, "fp8": True}),
-        ("plain", (6, 1, 64), SMALL, {"grad": False}),
+        ("few rows", (4, 1, 64), SMALL, {"grad": False}),
+        ("plain", (3, 1, 64), SMALL, {"grad": False}),
+        ("few rows", (7, 1, 64), SMALL, {"grad": False, "without": "AVX512"}),
+        ("plain", (6, 1, 64), SMALL, {"grad": False, "without": "AVX512"}),
         ("plain", (33, 1, 64), SMALL, {"grad": False}),
         ("plain", (7, 2, 64), SMALL, {"grad": False}),
         ("plain", (7, 64), SMALL, {"grad": False}),
         ("plain", (7, 1, 64), SMALL, {}),
         ("plain", (7, 1, 64), SMALL, {"grad": False, "autocast": True}),
-        ("plain", (7, 1, 64), SMALL, {"grad": False, "dtype": torch.bfloat16}),
+        ("plain", (7, 1, 64), SMALL, {"grad": False, "dtype": torch.float64}),
+        ("few rows", (1, 1, 64), SMALL, {"grad": False, "dtype": torch.bfloat16}),
+        ("plain", (33, 1, 64), SMALL, {"grad": False, "dtype": torch.bfloat16}),
     ],
 )
-def test_selection_on_a_cpu(kernel, shape, weight, settings):
+def test_selection_on_a_cpu(kernel, shape, weight, settings, monkeypatch):
+    capability = "AVX2" if settings.get("without") == "AVX512" else "AVX512"
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     x = torch.zeros(shape, dtype=settings.get("dtype", torch.float32))
     narrow = torch.autocast("cpu", torch.bfloat16) if settings.get("autocast") else contextlib.nullcontext()
     with narrow, torch.set_grad_enabled(settings.get("grad", True)):
         assert linear_kernel(x, weight, settings.get("fp8", False)) == kernel
+
+
+def test_few_rows_without_onednn(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert few_rows_kernel(torch.empty(4, 1, 8)) == "mkl"
 
 
 def test_other_devices_use_pytorchs_own():

@@ -21,6 +21,8 @@ def library_errors(what: str) -> Iterator[None]:
     """Turn an error or panic of the library, which is no `Exception`, into a `UserError` that begins with `what`."""
     try:
         yield
+    except UserError:
+        raise
     except BaseException as error:
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
             raise UserError(f"{what} ({' '.join(str(error).split())[:200]})") from error

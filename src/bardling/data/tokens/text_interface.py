@@ -23,7 +23,7 @@ from bardling.files.reading import read_json_object, read_small_bytes
 CONFIG, SPECIAL = "tokenizer_config.json", "special_tokens_map.json"
 GENERATION, MODEL = "generation_config.json", "config.json"
 TEMPLATE, TEMPLATES = "chat_template.jinja", "additional_chat_templates"
-_MAX_TEMPLATE_BYTES = 1 << 20
+MAX_TEMPLATE_BYTES = 1 << 20
 _MAX_TEMPLATES = 100
 _UNLIMITED = 10**20  # transformers writes 1e30 for a tokenizer whose longest text is unknown
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -223,7 +223,7 @@ def read_text_files(folder: Path) -> TextFiles:
 
 def _template(path: Path) -> str:
     try:
-        return read_small_bytes(path, limit=_MAX_TEMPLATE_BYTES).decode()
+        return read_small_bytes(path, limit=MAX_TEMPLATE_BYTES).decode()
     except UnicodeDecodeError:
         raise UserError(f"{path}: is not UTF-8 text: save the template as UTF-8") from None
 

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bardling.data.batches import IGNORE
+from bardling.model.kernels.int8 import Int8Weight, int8_linear
 from bardling.model.kernels.linear import linear
 from bardling.model.kernels.select import has_wide_products, head_rows, is_eager_cpu, product_dtype
 from bardling.planning.activations import LOGIT_CHUNK_BYTES as CHUNK_BYTES
@@ -32,7 +33,7 @@ _ROWS = 4096  # of the weight's gradient that a CPU adds to at a time, so that t
 
 def head_loss(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | Int8Weight,
     targets: Tensor,
     *,
     vocab_size: int,
@@ -44,7 +45,8 @@ def head_loss(
     """Cross-entropy of softmax(hidden @ weight.T) against `targets` (nats).
 
     Args:
-        hidden: [..., n_embd] final hidden states. weight: [rows, n_embd] head, whose rows from vocab_size on are padding.
+        hidden: [..., n_embd] final hidden states. weight: [rows, n_embd] head, whose rows from vocab_size on are padding;
+            or int8 weights without padding, for inference.
         targets: [...] int64 ids below vocab_size, or -100 for positions without loss.
         reduction: "sum" for a scalar, "none" for a loss per position (0 where ignored).
         softcap: bound of the logits; 0 for none.
@@ -59,10 +61,12 @@ def head_loss(
         raise ValueError(f"reduction = {reduction!r}: must be 'sum' or 'none'")
     dtype = product_dtype(hidden)
     flat, ids = hidden.reshape(-1, hidden.size(-1)), targets.reshape(-1)  # [N, C], [N]
-    grads = (flat.requires_grad, weight.requires_grad) if torch.is_grad_enabled() else (False, False)
+    grads = (False, False)
+    if torch.is_grad_enabled() and isinstance(weight, Tensor):
+        grads = flat.requires_grad, weight.requires_grad
     if greedy and (any(grads) or reduction == "sum"):
         raise ValueError("greedy: needs reduction = 'none' and torch.no_grad()")
-    if not any(grads):
+    if isinstance(weight, Int8Weight) or not any(grads):
         losses = _chunked_loss(flat, weight, ids, vocab_size, dtype, softcap, greedy)
     elif reduction == "sum":
         return _SummedLoss.apply(flat, weight, ids, vocab_size, dtype, grads, softcap, tally)  # type: ignore[no-untyped-call,no-any-return]
@@ -73,9 +77,9 @@ def head_loss(
     return losses.sum() if tally is None else torch.stack([losses.sum(), losses[tally[ids.clamp_min(0)]].sum()])
 
 
-def head_logits(hidden: Tensor, weight: Tensor, *, vocab_size: int, softcap: float = 0.0) -> Tensor:
+def head_logits(hidden: Tensor, weight: Tensor | Int8Weight, *, vocab_size: int, softcap: float = 0.0) -> Tensor:
     """Logits [..., vocab_size] of hidden states [..., C], without padding's: float32 (float64 for float64 hidden states)."""
-    logits = linear(hidden, weight[:vocab_size])
+    logits = int8_linear(hidden, weight) if isinstance(weight, Int8Weight) else linear(hidden, weight[:vocab_size])
     return soft_cap(logits.to(_wide(logits.dtype)), softcap)
 
 
@@ -93,7 +97,13 @@ def full_logits_loss(
 
 
 def _chunked_loss(
-    hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, dtype: torch.dtype, softcap: float, greedy: bool
+    hidden: Tensor,
+    weight: Tensor | Int8Weight,
+    targets: Tensor,
+    vocab_size: int,
+    dtype: torch.dtype,
+    softcap: float,
+    greedy: bool,
 ) -> Tensor:
     """Loss of each token [N], without gradients; with `greedy`, and whether it is the likeliest [2, N]."""
     wide, losses = _wide(hidden.dtype), []
@@ -103,10 +113,13 @@ def _chunked_loss(
         every[..., counted] = found
         return every
     with torch.autocast(hidden.device.type, enabled=False):
-        rows = head_rows(weight, vocab_size)
-        head = weight[:rows].to(dtype)  # [V, C]
+        rows = vocab_size if isinstance(weight, Int8Weight) else head_rows(weight, vocab_size)
+        head = weight if isinstance(weight, Int8Weight) else weight[:rows].to(dtype)  # [V, C]
         for part in _chunks(hidden.size(0), rows * wide.itemsize, _limit(CHUNK_BYTES, hidden)):
-            product = _matmul(hidden[part].to(dtype), head.t(), wide)
+            if isinstance(head, Int8Weight):
+                product = int8_linear(hidden[part].to(wide), head)
+            else:
+                product = _matmul(hidden[part].to(dtype), head.t(), wide)
             logits, _ = _capped(product, vocab_size, softcap)  # [P, V]
             loss = F.cross_entropy(logits, targets[part], ignore_index=IGNORE, reduction="none")
             losses.append(torch.stack([loss, (logits.argmax(1) == targets[part]).to(wide)]) if greedy else loss)

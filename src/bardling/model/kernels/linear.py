@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bardling.model.kernels.fp8 import fp8_linear
-from bardling.model.kernels.select import is_eager_cpu, linear_kernel, product_dtype
+from bardling.model.kernels.select import few_rows_kernel, is_eager_cpu, linear_kernel, product_dtype
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, fp8: bool = False) -> Tensor:
@@ -28,11 +28,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, fp8: bool =
 
 
 def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear` of x [B, 1, in], computed as (weight @ x.T).T. With few rows this is about 1.5x faster on a CPU, because the
-    large operand is read in memory order."""
-    columns = x[:, 0].t()  # [in, B]
-    y = weight @ columns if bias is None else torch.addmm(bias[:, None], weight, columns)  # [out, B]
-    return y.t()[:, None]  # [B, 1, out]
+    """`F.linear` of x [B, 1, in], computed as (weight @ x.T).T: with few rows this is 1.2 to 2 times as fast on a CPU, because
+    the large operand is read in memory order."""
+    rows = x[:, 0]  # [B, in]
+    if few_rows_kernel(x) != "onednn":
+        columns = rows.t()
+        y: Tensor = weight @ columns if bias is None else torch.addmm(bias[:, None], weight, columns)  # [out, B]
+        return y.t()[:, None]  # [B, 1, out]
+    y = torch.ops.mkldnn._linear_pointwise(weight, rows, None, "none", [], "").t()  # [B, out]
+    return (y if bias is None else y + bias)[:, None]
 
 
 def recast_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

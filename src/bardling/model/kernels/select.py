@@ -12,7 +12,11 @@ from torch import Tensor
 from bardling.planning.costs import EXPLICIT_LENGTH, RECAST_MIN_ELEMENTS
 
 _COMPILED_EXPLICIT_LENGTH = 256  # compiled code does not split queries into blocks, so longer contexts use the fused kernel
-_FEW_ROWS = range(7, 33)  # batch sizes for which `few_rows_linear` is faster
+_FEW_ROWS = {  # batch sizes for which `few_rows_linear` is faster, by what multiplies: see `few_rows_kernel`
+    "mkl": range(7, 33),
+    "onednn": range(4, 33),
+    "bfloat16": range(1, 33),
+}
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -31,12 +35,36 @@ def linear_kernel(x: Tensor, weight: Tensor, fp8: bool) -> Literal["plain", "few
     """How to compute x @ weight.T. Float8 applies to training only, so that validation measures the weights as others use
     them."""
     if not torch.is_grad_enabled():
-        few = x.dim() == 3 and x.size(1) == 1 and x.size(0) in _FEW_ROWS and x.dtype == torch.float32
-        return "few rows" if few and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu") else "plain"
+        few = x.dim() == 3 and x.size(1) == 1 and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+        return "few rows" if few and x.size(0) in _FEW_ROWS.get(few_rows_kernel(x), ()) else "plain"
     if fp8:
         return "fp8"
     large = weight.numel() >= RECAST_MIN_ELEMENTS and is_eager_cpu(x)
     return "recast" if large and x.dtype != torch.float64 and torch.is_autocast_enabled("cpu") else "plain"
+
+
+def few_rows_kernel(x: Tensor) -> Literal["mkl", "onednn", "bfloat16", "none"]:
+    """What multiplies in `few_rows_linear`. PyTorch's product of float32 matrices is MKL's, which copies the large operand to
+    another layout first, unless there is a single row; oneDNN does not, but is measured only with AVX-512. It also computes
+    PyTorch's products in bfloat16, for which F.linear has it copy the weights."""
+    if x.dtype == torch.bfloat16:
+        return "bfloat16"
+    if x.dtype != torch.float32:
+        return "none"
+    has_onednn = _has_mkldnn() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return "onednn" if has_onednn and torch.backends.cpu.get_cpu_capability() == "AVX512" else "mkl"
+
+
+def int8_kernel(weight: Tensor) -> Literal["onednn", "dequantized"]:
+    """How to multiply with int8 weights: by oneDNN on CPUs with instructions for int8 (VNNI). Without them, sums of two
+    products may overflow 16 bits, so weights are dequantized at each use, which saves memory but no time; so they are on other
+    devices."""
+    supported = weight.device.type == "cpu" and _has_mkldnn() and torch.cpu._is_vnni_supported()
+    return "onednn" if supported and hasattr(torch.ops.onednn, "qlinear_pointwise") else "dequantized"
+
+
+def _has_mkldnn() -> bool:
+    return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
 
 
 def attention_kernel(

@@ -1,0 +1,152 @@
+"""The model card of an exported model: a README.md that states where the model comes from, in numbers the run has recorded.
+
+Everything is read from the run folder. What is not recorded is not claimed: a model of unknown origin gets a card that says so.
+Paths are shortened to their last part, so that a published card tells nothing of the machine.
+"""
+
+import contextlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bardling.checkpoint.contents import read_training
+from bardling.checkpoint.load import Loaded, find_checkpoint, run_of
+from bardling.checkpoint.run_folder import RunFolder
+from bardling.config import RunConfig
+from bardling.config.recipes import changed_settings
+from bardling.errors import UserError
+from bardling.interop.pretrained import is_hub_name
+from bardling.monitor.format import count
+from bardling.monitor.jsonl import metrics, read_jsonl
+from bardling.planning.costs import parameters
+
+_TITLES = {"gpt2": "GPT-2", "llama": "Llama", "qwen3": "Qwen3"}
+_PATHS = ("data.source", "data.tokenizer", "model.init")
+_LOCAL = (
+    "data.cache",
+    "device",
+    "monitor.",
+    "checkpoint.",
+    "sample.",
+    "eval.tasks",
+)  # settings that say nothing about the model
+
+
+def model_card(spec: str, loaded: Loaded, *, best: bool, name: str, dtype: str) -> str:
+    """The text of the card of the model `spec`, exported under `name`."""
+    config, family = loaded.config, loaded.config.architecture.transformers_family or ""
+    about = [
+        f"A {_TITLES.get(family, 'transformer')} with {parameters(config):,} parameters "
+        f"({config.n_layer} layers, {config.n_head} heads, width {config.n_embd}), "
+        f"a vocabulary of {config.vocab_size:,} tokens and a context of {config.context:,}. The weights are {dtype}.",
+        "",
+    ]
+    header = ["license: unknown", "pipeline_tag: text-generation", "library_name: transformers", "tags:", "- bardling"]
+    parts = ["---", *header, "---", "", f"# {name}", "", *about]
+    found = _training(spec, best)
+    parts += ["Its training is not recorded here.", ""] if found is None else _of_run(*found)
+    chat = loaded.tokenizer is not None and bool(loaded.tokenizer.interface.chat_template)
+    return "\n".join([*parts, *_usage(name, chat), *_limits()])
+
+
+def _training(spec: str, best: bool) -> tuple[RunFolder, int] | None:
+    """The run that the model was trained in, and the step of its checkpoint."""
+    if is_hub_name(spec) or Path(spec).is_file() or (run := run_of(spec)) is None:
+        return None
+    with contextlib.suppress(UserError):  # a nanoGPT checkpoint inside a run's folder
+        state = find_checkpoint(Path(spec), best=best) / "training.json"
+        return (run, read_training(state)["step"]) if state.is_file() else None
+    return None
+
+
+def _of_run(run: RunFolder, step: int) -> list[str]:
+    """The sections about data, training and results."""
+    config, data = run.trained_config(step), run.dataset_record()
+    records = _records(run, step)
+    trained, validated = metrics(records, "train"), metrics(records, "val")
+    seen = trained[-1].get("tokens") if trained else None
+    batch = f"{step:,} steps of {config.train.batch_size:,} sequences of {config.model.block_size:,} tokens"
+    origin = f"`{_public(config.model.init)}`" if config.model.init else "random weights"
+    rows = [
+        ("data", f"`{_public(config.data.source)}`: {data.get('train_tokens', 0):,} tokens for training"),
+        ("tokenizer", f"`{_public(config.data.tokenizer)}`, {config.model.vocab_size:,} entries"),
+        ("started from", origin),
+        ("training", batch + (f"; {count(seen)} tokens seen" if seen else "")),
+        ("optimizer", f"{config.optim.name}, learning rate {config.optim.lr:g}, schedule {config.optim.schedule}"),
+        ("precision", config.precision),
+        *_hardware(run),
+    ]
+    text = ["## Training", "", *_table(("", ""), rows), ""]
+    results: list[Sequence[object]] = []
+    if validated:
+        last = validated[-1]
+        bits = f", {last['bits_per_byte']:.4f} bits per byte" if "bits_per_byte" in last else ""
+        results.append(("validation loss", f"{last['loss']:.4f} nats per token{bits}", f"{last['step']:,}"))
+    if trained:
+        results.append(("training loss", f"{trained[-1]['loss']:.4f} nats per token (one batch)", f"{trained[-1]['step']:,}"))
+    for task in {str(record.get("task")): record for record in records if record.get("kind") == "task"}.values():
+        score = f"accuracy {float(task['accuracy_norm']):.3f} +/- {float(task['stderr']):.3f}, {int(task['items']):,} items"
+        results.append((f"{task['task']}", score, f"{task['step']:,}"))
+    text += ["## Results", "", *_table(("metric", "value", "step"), results), ""] if results else []
+    return [*text, "## Recipe", "", "Settings that differ from the defaults:", "", "```toml", *_recipe(config), "```", ""]
+
+
+def _records(run: RunFolder, step: int) -> list[dict[str, Any]]:
+    """The metrics up to a step; none if they are missing or damaged."""
+    with contextlib.suppress(UserError):
+        found = read_jsonl(run.metrics_file) if run.metrics_file.is_file() else []
+        return [record for record in found if isinstance(record.get("step"), int) and record["step"] <= step]
+    return []
+
+
+def _hardware(run: RunFolder) -> list[tuple[str, str]]:
+    start: Mapping[str, Any] = next(iter(run.starts()[-1:]), {})
+    if not start:
+        return []
+    versions = f"Bardling {start.get('bardling')}, PyTorch {start.get('torch')}"
+    return [("hardware", f"{start.get('processes', 1)} x {start.get('device')}"), ("software", versions)]
+
+
+def _recipe(config: RunConfig) -> list[str]:
+    """The settings that differ from the defaults, as dotted keys of TOML, without those that are about this machine."""
+    lines = []
+    for key, (_, value) in changed_settings(RunConfig(), config).items():
+        if value is not None and not key.startswith(_LOCAL):
+            shown = _public(value) if key in _PATHS and isinstance(value, str) else value
+            lines.append(f"{key} = {json.dumps(shown, ensure_ascii=False)}")
+    return lines
+
+
+def _public(value: str) -> str:
+    """A name, or the last part of a path."""
+    return value if value.startswith("hf:") or is_hub_name(value) else Path(value).name.replace("`", "'") or value
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
+    cells = [head, ["---"] * len(head), *([str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows)]
+    return [f"| {' | '.join(row)} |" for row in cells]
+
+
+def _usage(name: str, chat: bool) -> list[str]:
+    prompt = 'inputs = tokenizer("Once upon a time", return_tensors="pt")'
+    if chat:
+        messages = '[{"role": "user", "content": "Hello"}]'
+        options = 'add_generation_prompt=True, return_tensors="pt", return_dict=True'
+        prompt = f"inputs = tokenizer.apply_chat_template({messages}, {options})"
+    return [
+        *("## Usage", "", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""),
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+        f'model = AutoModelForCausalLM.from_pretrained("{name}")',
+        *(prompt, "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))", "```", ""),
+    ]
+
+
+def _limits() -> list[str]:
+    return [
+        "## Limits and license",
+        "",
+        "The model repeats what is in its training data, including errors and bias, and was not tested for safety. No license "
+        "is stated: replace `license: unknown` above with the one under which you publish the model and may use its data.",
+        "",
+    ]

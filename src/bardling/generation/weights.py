@@ -1,0 +1,105 @@
+"""Weights for inference: in fewer bytes than float32, since reading them takes most of the time of generating a token.
+
+int8 rounds the matrices of linear layers and of the head (`model/kernels/int8.py`); embeddings, norms and activations stay as
+they are. Which input channels of a layer are large is measured on a few random tokens: it depends on the weights more than on
+the text. Perplexity of SmolLM2-135M-Instruct on Shakespeare (6144 tokens) rises by 0.25%. bfloat16 converts everything.
+
+Limits: a converted model is for inference and stays on its device.
+"""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from bardling.distributed.global_state import NEUTRAL
+from bardling.errors import UserError
+from bardling.model.gpt import GPT, evaluation_mode
+from bardling.model.init import named_generator
+from bardling.model.kernels.int8 import quantize
+from bardling.model.kernels.select import int8_kernel
+from bardling.model.layers import Int8Linear, Linear
+
+Weights = Literal["auto", "float32", "bfloat16", "int8"]
+
+_SEQUENCES, _LENGTH = 4, 64  # of random tokens to measure activations on
+
+
+def choose_weights(wanted: Weights, device: torch.device) -> tuple[Literal["float32", "bfloat16", "int8"], str]:
+    """The weights for `wanted` on a device, with the reason.
+
+    `auto` is what generates fastest for a single prompt: measured with GPT-2 124M on a CPU (`benchmarks/generation.py`).
+
+    Raises:
+        UserError: there are no such weights.
+    """
+    if wanted not in ("auto", "float32", "bfloat16", "int8"):
+        raise UserError(f"weights = {wanted!r}: use auto, float32, bfloat16 or int8")
+    if wanted != "auto":
+        return wanted, "as configured"
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bfloat16", "this GPU supports bfloat16"
+    if int8_kernel(torch.empty(0, device=device)) == "onednn":
+        return "int8", "this CPU has instructions for int8"
+    return "float32", "this device has no fast kernel for int8"
+
+
+@NEUTRAL.applied()
+def convert_weights(model: GPT, weights: Weights) -> GPT:
+    """Return a model for inference that computes with these weights: `model` itself for float32, else a new one.
+
+    What is not converted is shared with `model`, which does not change.
+
+    Raises:
+        UserError: there are no such weights, or `model` is converted already.
+    """
+    name, _ = choose_weights(weights, model.device)
+    if name == "float32":
+        return model
+    if model.int8_head is not None or model.head_weight.dtype != torch.float32:
+        raise UserError(f"weights = {weights!r}: the model's weights are not float32, so they cannot be converted")
+    state = model.state_dict()
+    if name == "bfloat16":
+        state = {key: value.to(torch.bfloat16) for key, value in state.items()}
+    with torch.device("meta"):
+        converted = GPT(model.config, seed=None)
+    converted.load_state_dict(state, assign=True)
+    converted.eval().requires_grad_(False)
+    if name == "int8":
+        _convert_to_int8(converted)
+    return converted
+
+
+def _convert_to_int8(model: GPT) -> None:
+    magnitudes = _input_magnitudes(model)
+    model.int8_head = Int8Linear(quantize(model.head_weight[: model.config.vocab_size], magnitudes.pop(model)), None)
+    if not model.transformer.architecture.tied:
+        del model.lm_head
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if isinstance(layer, Linear):
+                setattr(parent, name, Int8Linear(quantize(layer.weight, magnitudes.pop(layer)), layer.bias))
+
+
+@torch.no_grad()
+def _input_magnitudes(model: GPT) -> dict[nn.Module, Tensor]:
+    """Root mean square of each input channel of all linear layers, and of the head, under the key `model`."""
+    found: dict[nn.Module, Tensor] = {}
+
+    def measure(layer: nn.Module, _: nn.Module, inputs: tuple[Any, ...]) -> None:
+        found[layer] = inputs[0].flatten(0, -2).float().square().mean(dim=0).sqrt()
+
+    config = model.config
+    shape = (_SEQUENCES, min(_LENGTH, config.block_size))
+    tokens = torch.randint(config.vocab_size, shape, generator=named_generator(0, "calibration")).to(model.device)
+    with ExitStack() as stack, evaluation_mode(model):
+        for layer in model.transformer.modules():
+            if isinstance(layer, Linear):
+                record: Callable[..., None] = partial(measure, layer)
+                stack.callback(layer.register_forward_pre_hook(record).remove)
+        hidden = model(tokens, output="hidden")
+    found[model] = hidden.flatten(0, -2).float().square().mean(dim=0).sqrt()
+    return found
