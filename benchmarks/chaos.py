@@ -220,8 +220,7 @@ class Trials:
         expected = {0, 128 + number}  # 0: it had finished
         if number == signal.SIGKILL or not run.exists():  # the signal came before the program had a handler for it
             expected.add(-number)
-        if process.status not in expected:
-            outcome.ended_well = False
+        outcome.ended_well &= process.status in expected
 
     def _start(self, run: Path, log: Path, draw: random.Random, outcome: Outcome, phase: str) -> Process:
         recipe, environment = self.recipe, dict[str, str]()
@@ -384,9 +383,7 @@ def main() -> int:
                 print(
                     "    " + "\n    ".join((Path(name) / f"trial{number}.log").read_text(errors="replace").splitlines()[-12:])
                 )
-    if not outcomes:
-        return 1
-    lost = max(outcome.lost for outcome in outcomes)
+    lost = max((outcome.lost for outcome in outcomes), default=0)
     survived, equal = sum(o.survived for o in outcomes), sum(o.equal for o in outcomes)
     well = sum(o.ended_well and o.in_time for o in outcomes)
     print(f"\n{table(outcomes, FAULTS)}\n")
