@@ -20,7 +20,7 @@ and injects one fault at a random moment; the faults take turns:
 
 A trial ends well if its latest checkpoint is then valid, or if there is none because nothing could be saved. After a signal
 that asks the run to save, there must be one, unless the run had not begun and its folder does not exist; the exit status must
-be 128 + the signal's number; and all that within 5 seconds (`--limit`).
+be 128 + the signal's number, unless the program had not begun to handle signals; and all that within 5 seconds (`--limit`).
 
 A run that has ended is resumed with `bardling resume`, through the same command line code that a user calls, until it is
 finished. Then `model.safetensors` of the last step must be bitwise equal to that of an undisturbed run, and so must
@@ -217,8 +217,10 @@ class Trials:
             number = signal.SIGHUP if outcome.fault == "closed terminal" else signal.Signals[outcome.fault]
         self._end(process, number, draw, outcome)
         outcome.ended_well = ended_well(run, saved=outcome.asked_to_stop)
-        if process.status not in (0, 128 + number, -signal.SIGKILL if number == signal.SIGKILL else 0):  # 0: it had finished
-            outcome.ended_well = False
+        expected = {0, 128 + number}  # 0: it had finished
+        if number == signal.SIGKILL or not run.exists():  # the signal came before the program had a handler for it
+            expected.add(-number)
+        outcome.ended_well &= process.status in expected
 
     def _start(self, run: Path, log: Path, draw: random.Random, outcome: Outcome, phase: str) -> Process:
         recipe, environment = self.recipe, dict[str, str]()
@@ -381,9 +383,7 @@ def main() -> int:
                 print(
                     "    " + "\n    ".join((Path(name) / f"trial{number}.log").read_text(errors="replace").splitlines()[-12:])
                 )
-    if not outcomes:
-        return 1
-    lost = max(outcome.lost for outcome in outcomes)
+    lost = max((outcome.lost for outcome in outcomes), default=0)
     survived, equal = sum(o.survived for o in outcomes), sum(o.equal for o in outcomes)
     well = sum(o.ended_well and o.in_time for o in outcomes)
     print(f"\n{table(outcomes, FAULTS)}\n")

@@ -79,6 +79,11 @@ def test_commands_work_from_a_pipe_and_say_nothing(chat: Any) -> None:
     assert saved("no-system.json")["messages"][0]["role"] == "user"
 
 
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
+def test_weights_of_fewer_bits_give_the_same_clear_answer(chat: Any, weights: str) -> None:
+    assert chat("chat", "one\n", "--weights", weights) == (f"{SHOWN}\n", "")
+
+
 def test_a_random_seed_is_printed(models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n"))
     main(["chat", str(models / "chat"), "--max_new_tokens", "3"])

@@ -104,6 +104,12 @@ def test_min_p_one_is_greedy_and_a_penalty_avoids_repetition(wild: Path, sample:
     assert len(set(greedy)) < len(set(sample(wild, *options, "--temperature", "0", "--repetition_penalty", "50")))
 
 
+@pytest.mark.parametrize("weights", ["auto", "float32", "bfloat16", "int8"])
+def test_weights_of_fewer_bits_generate_the_same_clear_text(base: Path, sample: Any, weights: str) -> None:
+    options = ("--prompt", "Count:", "--temperature", "0", "--weights", weights)
+    assert sample(base, *options) == "Count: one,\x1b[31m!\n\n"
+
+
 class Stream(io.StringIO):
     """Remembers what was printed before each step of the engine."""
 

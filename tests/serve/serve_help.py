@@ -51,7 +51,7 @@ class Served:
 @contextlib.contextmanager
 def running_server(*specs, key="", **settings):
     """Serve `specs` in a thread."""
-    settings = Settings(port=0, device="cpu", weights="float32", api_key=key, **settings)
+    settings = Settings(**{"port": 0, "device": "cpu", "weights": "float32", "api_key": key, **settings})
     started, notes, failed = threading.Event(), [], []
     found: list[Running] = []
 

@@ -131,3 +131,12 @@ def test_a_checkpoint_of_nanogpt(run, tmp_path):
         assert entry["id"] == str(path)
         assert entry["bardling"]["context"] == 64
         served.post("/v1/completions", model=str(path), prompt="a")
+
+
+@pytest.mark.parametrize("weights", ["bfloat16", "int8"])
+def test_smaller_weights(folder, weights):
+    with running_server(folder) as served:
+        size = served.metric("models_bytes")
+    with running_server(folder, weights=weights) as served:
+        assert served.metric("models_bytes") < size
+        assert served.post("/v1/completions", prompt="a", max_tokens=4)["usage"]["completion_tokens"] > 0

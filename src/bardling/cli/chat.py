@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from bardling.cli.parse import Model, note, parse
 from bardling.errors import Terminated, UserError, closest
@@ -49,6 +49,8 @@ class ChatOptions:
     """Sampling seed; default: a random one, which is printed."""
     device: str = "auto"
     """'auto', 'cpu', 'cuda', 'cuda:N' or 'mps'."""
+    weights: Literal["auto", "float32", "bfloat16", "int8"] = "float32"
+    """Dtype of the weights; fewer bits generate faster and round the weights. 'auto': what is fastest on this device."""
     best: bool = False
     """Use the checkpoint with the lowest validation loss instead of the latest."""
 
@@ -61,6 +63,7 @@ def run(argv: Sequence[str]) -> None:
     from bardling.generation.conversation import Conversation
     from bardling.generation.engine import Engine
     from bardling.generation.sampling import Sampling
+    from bardling.generation.weights import convert_weights
 
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     seed = secrets.randbelow(2**31) if options.seed is None else options.seed
@@ -74,7 +77,7 @@ def run(argv: Sequence[str]) -> None:
             template = stack.enter_context(ChatTemplate(tokenizer.interface))
         elif options.system:
             raise UserError(f"--system: {options.model} has no chat template, and so no system message: leave it out")
-        model = loaded.build().to(device)
+        model = convert_weights(loaded.build().to(device), options.weights)
         engine = Engine(model, tokenizer, slots=1, retained=1)
         conversation = Conversation(engine, tokenizer, template, sampling, model.config.block_size)
         conversation.system = options.system

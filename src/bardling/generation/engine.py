@@ -64,6 +64,12 @@ class _Row:
     def generated(self) -> int:
         return len(self.tokens) - len(self.request.prompt)
 
+    def draw(self) -> float:
+        """The number in [0, 1) that selects the next token; 0 where the likeliest one is taken."""
+        if self.request.sampling.temperature == 0:
+            return 0.0
+        return float(torch.rand((), generator=self.random, dtype=torch.float64))
+
 
 class Engine:
     """Generates text for many requests at once.
@@ -299,20 +305,22 @@ class Engine:
 
     def _choose(self, logits: Tensor) -> list[int]:
         """A token of each row, from the logits [B, V]. Rows with equal filters are sampled together."""
-        rows = self._rows
-        draws = [float(torch.rand((), generator=row.random, dtype=torch.float64)) for row in rows]
-        tolerance = _TOLERANCE * float(logits.abs().max()) if self._is_exact() else 0.0
+        rows, logits = self._rows, logits[:, : self._vocab_size]
+        tolerance = _TOLERANCE * max(map(abs, torch.stack(logits.aminmax()).tolist())) if self._is_exact() else 0.0
         alike: dict[object, list[int]] = {}
         for place, row in enumerate(rows):
             alike.setdefault(row.request.sampling.filters, []).append(place)
         tokens = [0] * len(rows)
         for places in alike.values():
-            adjusted = torch.stack([self._adjusted(logits[place], rows[place]) for place in places])
-            choice = _pick(adjusted, [draws[place] for place in places], rows[places[0]], tolerance)
-            for place, token, close in zip(places, choice.tokens, choice.close, strict=True):
+            adjusted = logits if len(places) == len(rows) else logits[places]
+            if any(rows[place].request.sampling.changes_logits for place in places):
+                adjusted = torch.stack([self._adjusted(logits[place], rows[place]) for place in places])
+            draws = [rows[place].draw() for place in places]
+            choice = _pick(adjusted, draws, rows[places[0]], tolerance)
+            for place, draw, token, close in zip(places, draws, choice.tokens, choice.close, strict=True):
                 if close:
                     alone = self._adjusted(self._alone(rows[place]), rows[place])
-                    token = _pick(alone[None], [draws[place]], rows[place], 0.0).tokens[0]
+                    token = _pick(alone[None], [draw], rows[place], 0.0).tokens[0]
                 tokens[place] = token
         return tokens
 

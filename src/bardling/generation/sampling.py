@@ -156,11 +156,12 @@ def pick(
 
 
 def _likeliest(logits: Tensor, tolerance: float) -> Choice:
-    tokens = logits.argmax(dim=-1).tolist()  # the first of equal ones, as elsewhere
+    best, ids = logits.max(dim=-1, keepdim=True)  # the first of equal ones, as elsewhere
+    tokens = ids[:, 0].tolist()
     if not tolerance or logits.size(-1) < 2:
         return Choice(tokens, [False] * len(tokens))
-    best = logits.topk(2, dim=-1).values
-    return Choice(tokens, (best[:, 0] - best[:, 1] <= tolerance).tolist())
+    others = logits.scatter(1, ids, -math.inf).amax(dim=-1)  # faster than topk
+    return Choice(tokens, (best[:, 0] - others <= tolerance).tolist())
 
 
 def _close_to_border(points: Tensor, found: Tensor, probabilities: Tensor, sums: Tensor, error: float) -> Tensor:

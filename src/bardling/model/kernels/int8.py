@@ -60,7 +60,7 @@ def int8_linear(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Te
     pair = (rows / largest * _STEPS).round_()  # [2, M, I + K]
     pair[1].sub_(pair[0], alpha=_FINE)  # what the coarse number leaves
     activations = pair.to(torch.int8).flatten(0, 1)
-    unscaled, output = (1.0, 0), (None, 1.0, 0, torch.float32, "none", [], "")
+    unscaled, output = (1.0, 0), (None, 1.0, 0, torch.float32, "none", (), "")
     y = torch.ops.onednn.qlinear_pointwise(activations, *unscaled, weight.values, weight.scale, weight.zeros, *output)
     coarse, fine = y.chunk(2)
     y = torch.add(coarse, fine, alpha=1 / _FINE).mul_(largest / _LEVELS)  # [M, O]

@@ -43,6 +43,10 @@ def linear_kernel(x: Tensor, weight: Tensor, fp8: bool) -> Literal["plain", "few
     return "recast" if large and x.dtype != torch.float64 and torch.is_autocast_enabled("cpu") else "plain"
 
 
+def _has_onednn() -> bool:
+    return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+
+
 def few_rows_kernel(x: Tensor) -> Literal["mkl", "onednn", "bfloat16", "none"]:
     """What multiplies in `few_rows_linear`. PyTorch's product of float32 matrices is MKL's, which copies the large operand to
     another layout first, unless there is a single row; oneDNN does not, but is measured only with AVX-512. It also computes
@@ -51,7 +55,7 @@ def few_rows_kernel(x: Tensor) -> Literal["mkl", "onednn", "bfloat16", "none"]:
         return "bfloat16"
     if x.dtype != torch.float32:
         return "none"
-    has_onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    has_onednn = _has_onednn() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     return "onednn" if has_onednn and torch.backends.cpu.get_cpu_capability() == "AVX512" else "mkl"
 
 
@@ -59,7 +63,7 @@ def int8_kernel(weight: Tensor) -> Literal["onednn", "dequantized"]:
     """How to multiply with int8 weights: by oneDNN on CPUs with instructions for int8 (VNNI). Without them, sums of two
     products may overflow 16 bits, so weights are dequantized at each use, which saves memory but no time; so they are on other
     devices."""
-    supported = weight.device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()
+    supported = weight.device.type == "cpu" and _has_onednn() and torch.cpu._is_vnni_supported()
     return "onednn" if supported and hasattr(torch.ops.onednn, "qlinear_pointwise") else "dequantized"
 
 
