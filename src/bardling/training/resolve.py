@@ -18,7 +18,7 @@ from bardling.config import DataConfig, ModelConfig, OptimConfig, RunConfig, Tra
 from bardling.config.recipes import changed_settings
 from bardling.data.text.named_datasets import is_source_name
 from bardling.data.tokens.chatml import with_chatml
-from bardling.data.tokens.dataset import is_tokenized, recorded_tokens
+from bardling.data.tokens.dataset import has_rows, is_tokenized, recorded_tokens
 from bardling.data.tokens.shards import TokenDataset
 from bardling.data.tokens.tokenizer import Tokenizer, build_tokenizer, is_tokenizer_path, load_tokenizer
 from bardling.distributed.device import DTYPES, choose_precision, device_name
@@ -228,7 +228,7 @@ def _with_models_tokenizer(data: DataConfig, optim: OptimConfig, start: Loaded |
 
 def _with_chat_format(data: DataConfig, start: Loaded | None, facts: Facts, log: _Log) -> DataConfig:
     """Give a tokenizer without a chat template the one that `data.chat_template` names, with its tokens."""
-    if not data.chat_template or facts.resumed or is_tokenized(data.source):
+    if not data.chat_template or facts.resumed or not has_rows(data):
         return data
     if is_tokenizer_path(data.tokenizer):
         tokenizer = load_tokenizer(data.tokenizer)
