@@ -82,7 +82,7 @@ def uniform(vocab_size, block_size):
 
 
 class Ids:
-    name = "val"
+    name, row, marks = "val", 0, None
 
     def __init__(self, ids):
         self.ids = torch.tensor(ids).numpy()

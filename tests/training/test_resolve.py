@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,8 +32,8 @@ class FakeFacts(Facts):
     def checkpoint(self):
         return None
 
-    def dataset(self, data):
-        return dataclasses.make_dataclass("Dataset", ["vocab_size", "tokenizer", "path"])(self.vocab_size, None, "made up")
+    def dataset(self, data, context=0):
+        return SimpleNamespace(vocab_size=self.vocab_size, tokenizer=None, path="made up", manifest=SimpleNamespace(row=0))
 
     def start(self, init):
         return self.weights

@@ -130,7 +130,7 @@ def test_sigterm_before_the_first_step_ends_with_its_status(tiny, tmp_path):
         [
             "import os, signal, sys",
             "import bardling.data.tokens.dataset as dataset",
-            "dataset.open_data = lambda config: os.kill(os.getpid(), signal.SIGTERM)",
+            "dataset.open_data = lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)",
             "from bardling.cli.main import main",
             "main(sys.argv[1:])",
         ]

@@ -30,7 +30,7 @@ class Sample(TimedHook):
         """`prompts` has one for each completion; None for the prompt of `config`."""
         super().__init__(run, config.every)
         self._config, self._tokenizer = config, tokenizer
-        self._prompts = prompts or [Prompt(config.prompt, prompt_ids(tokenizer, config.prompt))] * config.num_samples
+        self._prompts = prompts
 
     def is_due(self, state: TrainState) -> bool:
         """Samples can be disabled, and then none are generated after the last step either."""
@@ -38,10 +38,11 @@ class Sample(TimedHook):
 
     def work(self, state: TrainState) -> None:
         config, tokenizer, run = self._config, self._tokenizer, self.run
+        prompts = self._prompts or [Prompt(config.prompt, prompt_ids(tokenizer, config.prompt))] * config.num_samples
         with evaluation_mode(state.model):
             steps = generate(
                 state.model,
-                [prompt.ids for prompt in self._prompts],
+                [prompt.ids for prompt in prompts],
                 max_new_tokens=config.max_new_tokens,
                 temperature=config.temperature,
                 top_k=config.top_k,
@@ -56,9 +57,9 @@ class Sample(TimedHook):
             rows = list(zip(*steps, strict=True))
         if run.context.any(run.stop_requested()):
             raise Interrupted
-        ends = set(tokenizer.interface.eos) if self._prompts[0].is_chat else set()
+        ends = set(tokenizer.interface.eos) if prompts[0].is_chat else set()
         texts: dict[str, list[str]] = {}
-        for prompt, row in zip(self._prompts, rows, strict=True):
+        for prompt, row in zip(prompts, rows, strict=True):
             completion = [token for token in row if token is not None and token not in ends]
             texts.setdefault(prompt.text, []).append(tokenizer.decode_after(prompt.ids, completion))
         for text, found in texts.items():
