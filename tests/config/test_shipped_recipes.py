@@ -37,4 +37,5 @@ def test_the_openwebtext_recipe_has_nanogpts_settings():
 def test_every_recipe_has_a_description_and_a_valid_micro_batch(name):
     assert recipe_text(name).startswith("# ")
     config = load_recipe(name)
-    assert config.train.batch_size % (config.train.micro_batch or 1) == 0
+    micro_batch = config.train.micro_batch
+    assert micro_batch == "auto" or config.train.batch_size % (micro_batch or 1) == 0
