@@ -1,4 +1,4 @@
-"""Exports: their dtype, their special ids and model card; and a killed one leaves nothing behind that stands in the way."""
+"""Exports: their dtype, their special ids and model card; and a killed export does not block the next one."""
 
 import json
 import os

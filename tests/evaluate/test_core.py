@@ -236,7 +236,7 @@ def test_faults_in_the_files_are_named(folder, name, content, message, tmp_path,
 
 
 def test_a_folder_without_the_files_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"there is no file .*core\.yaml: the folder of an evaluation bundle has core\.yaml"):
+    with pytest.raises(UserError, match=r"core\.yaml not found: the folder of an evaluation bundle has core\.yaml"):
         check_spec(f"core:{tmp_path}")
 
 

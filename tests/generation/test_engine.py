@@ -227,7 +227,8 @@ def test_cancelled_requests_free_their_slots(model: GPT) -> None:
     engine.cancel(running)
     outputs = finish(engine)
     assert set(outputs) == {last}
-    assert tokens_of(outputs[last]) == tokens_of(alone(model, Request((3,), Sampling(30))))[1:] or len(outputs[last]) < 30
+    found = tokens_of(outputs[last])
+    assert found == tokens_of(alone(model, Request((3,), Sampling(30))))[-len(found) :]  # those of the steps above are gone
     assert engine.step() == []
 
 

@@ -208,7 +208,7 @@ class _Folder:
         for name in (TASKS_FILE, BASELINES):
             if not (Path(rest) / name).is_file():
                 layout = f"the folder of an evaluation bundle has {TASKS_FILE}, {BASELINES} and {DATA}/"
-                raise UserError(f"task core:{rest}: there is no file {Path(rest) / name}: {layout}")
+                raise UserError(f"task core:{rest}: {Path(rest) / name} not found: {layout}")
 
     def absolute(self, rest: str) -> str:
         return str(Path.cwd() / rest)

@@ -149,7 +149,7 @@ class Catalog:
             if name in (None, model.id, spec):
                 return model
         hint = closest((name or "")[:100], [model.id for model in models[:100]])
-        message = f"there is no model {(name or '')[:200]!r}{hint}; GET /v1/models lists them"
+        message = f"unknown model {(name or '')[:200]!r}{hint}; GET /v1/models lists them"
         raise ApiError(404, message, param="model", code="model_not_found")
 
     def describe(self, model: Model, *, loaded: bool) -> dict[str, Any]:

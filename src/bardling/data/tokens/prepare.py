@@ -185,7 +185,7 @@ def _build(job: _Job, out: Path, work: Path) -> None:
         splitter = _Splitter(job.source, job.val_fraction, job.split_rule, job.source_spec)
         method = (METHOD, "indexed")  # attempts of versions that wrote no index are not resumed
         settings = (job.tokenizer_spec, job.val_fraction, job.split_rule, job.shard_tokens, splitter.description)
-        made_of = json_sha256([method, job.source.identity(), *settings])  # conversations are never resumed
+        made_of = json_sha256([method, job.source.identity(), *settings])
         if position := journal.read(made_of):
             tokenizer = load_tokenizer(work)
         else:
