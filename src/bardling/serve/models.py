@@ -33,6 +33,7 @@ from bardling.serve.metrics import Metrics
 from bardling.serve.settings import Settings
 from bardling.serve.worker import Worker
 
+_RETAINED = 4  # finished texts whose keys and values are kept, for conversations that go on
 _FRACTION_OF_FREE = 0.7  # of the memory that is free at the start; the rest is for activations and other programs
 
 
@@ -133,7 +134,7 @@ class Models:
                     raise
                 raise ApiError(500, str(error), param="model", code="model_unavailable") from None
             await self._make_room(model.id, size)
-            engine = Engine(network, tokenizer, slots=self._settings.slots)
+            engine = Engine(network, tokenizer, slots=self._settings.slots, retained=_RETAINED)
             slots, waiting = self._settings.slots, self._settings.queue
             worker = Worker(engine, slots=slots, waiting=waiting, metrics=self._metrics, name=model.id)
             template = None if tokenizer.interface.chat_template is None else ChatTemplate(tokenizer.interface)
@@ -159,7 +160,7 @@ class Models:
         return weight_bytes(config) * width // torch.float32.itemsize + self._cache_bytes(config)
 
     def _cache_bytes(self, config: ModelConfig) -> int:
-        tokens = self._settings.slots * config.block_size
+        tokens = (self._settings.slots + _RETAINED) * config.block_size
         return 2 * config.n_layer * config.architecture.kv_width * tokens * torch.float32.itemsize
 
     async def _make_room(self, name: str, needed: int) -> None:
