@@ -1,7 +1,7 @@
 """Models in memory: loaded at first use; idle ones are unloaded when another needs the memory, least recently used first.
 
-Method: a model's memory is that of its weights, plus the KV cache of all slots at full length. Models are loaded one at a time,
-in a thread.
+Method: a model's memory is that of its weights, plus the KV cache of all slots and of the texts kept after they have finished,
+at full length. Models are loaded one at a time, in a thread.
 
 Limits: while a model loads, its float32 weights briefly exist twice.
 """
