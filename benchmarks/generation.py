@@ -8,15 +8,16 @@ Method. Each side runs in a process of its own, with the same weights and prompt
 side generates the same number of tokens once, in rotating order, so that all see the same machine; prompts are computed within
 that time. A ratio compares two sides of one round, and the table shows the median of the ratios with minimum and maximum.
 
-`float32`, `int8` and `bfloat16` are `bardling sample` with these `--weights`. `transformers` is GPT2LMHeadModel in float32 with
-the defaults of `generate`. `nanogpt` computes the whole context for each token, as nanoGPT's generate does, on our model; it is
-slow and therefore runs in the first round only.
+`float32`, `int8` and `bfloat16` are `bardling sample` with these `--weights`, in huge pages as there. `transformers` is
+GPT2LMHeadModel in float32 with the defaults of `generate`. `nanogpt` computes the whole context for each token, as nanoGPT's
+generate does, on our model; it is slow and therefore runs in the first round only.
 
 GB/s: bytes of the weights that a decoded token reads, times tokens of a row per second; caches and activations are left out.
 Above the table is the speed at which plain PyTorch reads as many bytes.
 """
 
 import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -33,6 +34,7 @@ from torch import Tensor
 from bardling.cli.parse import parse
 from bardling.config import ModelConfig
 from bardling.distributed.device import keep_freed_memory
+from bardling.distributed.huge_pages import VARIABLE
 from bardling.distributed.threads import cpu_quota, limit_threads
 from bardling.errors import UserError
 from bardling.generation.generate import generate
@@ -146,7 +148,10 @@ class Side:
         self.name = name
         self._pipe, other = context.Pipe()
         self._process = context.Process(target=_serve, args=(name, config, clock, other), daemon=True)
+        if name in OURS:
+            os.environ[VARIABLE] = "1"  # as the `bardling` command does; the process inherits it
         self._process.start()
+        os.environ.pop(VARIABLE, None)
         other.close()
         self._answer()
 

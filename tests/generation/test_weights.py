@@ -15,6 +15,7 @@ from bardling.generation.sampling import Sampling
 from bardling.generation.weights import choose_weights, convert_weights
 from bardling.model.gpt import GPT
 from bardling.model.kernels import int8
+from bardling.model.kernels.select import has_int8_kernel
 from bardling.training.run import train
 
 GPT2 = ModelConfig(n_layer=2, n_head=2, n_embd=64, block_size=32, vocab_size=75)
@@ -38,11 +39,11 @@ def model(request: pytest.FixtureRequest) -> GPT:
 
 
 @pytest.mark.parametrize(("weights", "error"), [("bfloat16", 0.03), ("int8", 0.03)])
-@pytest.mark.parametrize("kernel", ["selected", "dequantized"])
+@pytest.mark.parametrize("kernel", ["fused", "dequantized"])
 @torch.no_grad()
 def test_logits_and_losses_are_close(model, weights, error, kernel, monkeypatch):
-    if kernel == "dequantized":
-        monkeypatch.setattr(int8, "int8_kernel", lambda _: "dequantized")
+    if kernel == "dequantized" or has_int8_kernel():
+        monkeypatch.setattr(int8, "int8_kernel", lambda _: kernel)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     converted = convert_weights(model, weights)
     expected, found = model(TOKENS), converted(TOKENS)

@@ -19,6 +19,7 @@ from types import FrameType
 from typing import NoReturn
 
 import bardling
+from bardling.distributed.huge_pages import use_huge_pages
 from bardling.distributed.openmp_spin import limit_spinning
 from bardling.errors import ONE_REQUEST, JobLost, Terminated, UserError, closest, out_of_memory
 from bardling.files.streams import open_standard_streams, tell
@@ -200,6 +201,7 @@ def _command(arguments: Sequence[str]) -> None:
     except FileNotFoundError:
         raise UserError("the working directory has been deleted: change to one that exists with cd") from None
     limit_spinning()
+    use_huge_pages()
     with _signals():
         importlib.import_module(f"bardling.cli.{command}").run(arguments[1:])
 

@@ -158,7 +158,8 @@ class Engine:
             for row in [row for row in queue if row.id == request]:
                 queue.remove(row)
         for place in [place for place, row in enumerate(self._rows) if row.id == request]:
-            self._remove(place)
+            with self._without_gradients():
+                self._remove(place)
 
     def step(self) -> list[Output]:
         """Run one step; return what it produced, at most one output per request. Without requests, there is none.
@@ -166,13 +167,17 @@ class Engine:
         Raises:
             UserError: the model's logits are not finite.
         """
-        with NEUTRAL.applied(), evaluation_mode(self._model), torch.no_grad(), self._autocast():
+        with NEUTRAL.applied(), evaluation_mode(self._model), self._without_gradients(), self._autocast():
             outputs = self._prefill()
             logits = self._decode() if self._rows else None
         if logits is None:
             return outputs
-        with NEUTRAL.applied(), torch.no_grad():
+        with NEUTRAL.applied(), self._without_gradients():
             return outputs + self._advance(logits)
+
+    def _without_gradients(self) -> AbstractContextManager[object]:
+        """Inference mode, in which operators cost less; parameters that are split among processes do not support it."""
+        return torch.inference_mode() if self._agree is None else torch.no_grad()
 
     def _prefill(self) -> list[Output]:
         """Compute prompts up to their last tokens, at most a step's worth; return the outputs of those only to be scored."""

@@ -117,7 +117,7 @@ def _chunked_loss(
         head = weight if isinstance(weight, Int8Weight) else weight[:rows].to(dtype)  # [V, C]
         for part in _chunks(hidden.size(0), rows * wide.itemsize, _limit(CHUNK_BYTES, hidden)):
             if isinstance(head, Int8Weight):
-                product = int8_linear(hidden[part].to(wide), head)
+                product = int8_linear(hidden[part], head).to(wide)
             else:
                 product = _matmul(hidden[part].to(dtype), head.t(), wide)
             logits, _ = _capped(product, vocab_size, softcap)  # [P, V]

@@ -17,6 +17,7 @@ _FEW_ROWS = {  # batch sizes for which `few_rows_linear` is faster, by what mult
     "onednn": range(4, 33),
     "bfloat16": range(1, 33),
 }
+_INT8_ROWS = 28  # up to which the fused kernel for int8 weights is faster
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -60,12 +61,16 @@ def few_rows_kernel(x: Tensor) -> Literal["mkl", "onednn", "bfloat16", "none"]:
     return "onednn" if has_onednn and torch.backends.cpu.get_cpu_capability() == "AVX512" else "mkl"
 
 
-def int8_kernel(weight: Tensor) -> Literal["onednn", "dequantized"]:
-    """How to multiply with int8 weights: by oneDNN on CPUs with instructions for int8 (VNNI). Without them, sums of two
-    products may overflow 16 bits, so weights are dequantized at each use, which saves memory but no time; so they are on other
-    devices."""
-    supported = weight.device.type == "cpu" and _has_onednn() and torch.cpu._is_vnni_supported()
-    return "onednn" if supported and hasattr(torch.ops.onednn, "qlinear_pointwise") else "dequantized"
+def int8_kernel(x: Tensor) -> Literal["fused", "dequantized"]:
+    """How to multiply activations with int8 weights: by a kernel that converts them as it reads them, or after converting them.
+    The kernel takes 16 channels at a time and reads beyond the end of a row that is not a multiple of them."""
+    fused = x.device.type == "cpu" and has_int8_kernel() and x.size(-1) % 16 == 0
+    return "fused" if fused and x.numel() <= _INT8_ROWS * x.size(-1) else "dequantized"
+
+
+def has_int8_kernel() -> bool:
+    """Whether this CPU multiplies with int8 weights fast: measured with AVX-512 only."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and hasattr(torch, "_weight_int8pack_mm")
 
 
 def attention_kernel(
