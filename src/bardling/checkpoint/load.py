@@ -79,13 +79,15 @@ class Loaded:
             optimizer_tensors=crop_block_size(self.optimizer_tensors, block_size),
         )
 
-    def extended(self, vocab_size: int) -> "Loaded":
-        """A copy with at least `vocab_size` tokens; the embeddings of new ones are the mean of the others."""
-        if vocab_size <= self.config.vocab_size:
-            return self
-        config = dataclasses.replace(self.config, vocab_size=vocab_size)
-        state = extend_vocabulary(self.state, self.config.vocab_size, vocab_size, config.padded_vocab_size)
-        return dataclasses.replace(self, config=config, state=state)
+    def extended(self, tokenizer: Tokenizer) -> "Loaded":
+        """A copy with a tokenizer that extends the model's; the embeddings of new tokens are the mean of all others."""
+        rows = self.config.vocab_size
+        known = rows if self.tokenizer is None else self.tokenizer.vocab_size
+        if (size := tokenizer.vocab_size) <= known:
+            return dataclasses.replace(self, tokenizer=tokenizer)
+        config = dataclasses.replace(self.config, vocab_size=max(rows, size))
+        state = extend_vocabulary(self.state, min(known, rows), size, config.padded_vocab_size)
+        return dataclasses.replace(self, config=config, state=state, tokenizer=tokenizer)
 
     def build(self) -> GPT:
         """Build the model in host memory and evaluation mode."""

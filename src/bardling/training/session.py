@@ -149,7 +149,9 @@ class Session:
     def _build(self, execution: Execution, context: Context, *, restoring: bool = False) -> Assembly:
         """Assemble the run as it started; when `restoring`, without initial weights."""
         config, seed = self.run.config, None if restoring else self.run.config.seed
-        start = None if self.start is None else self.start.cropped(config.model.block_size).extended(config.model.vocab_size)
+        start = None if self.start is None else self.start.cropped(config.model.block_size)
+        if start is not None and self.run.tokenizer is not None:
+            start = start.extended(self.run.tokenizer)
         weights = None if start is None else start.state
         assembly = build(config.model, config.optim, execution, context, seed=seed, weights=weights)
         if start is not None and self.facts.continued:
