@@ -30,10 +30,11 @@ def test_the_commands_of_the_page_run(tiny, change, tmp_path, monkeypatch, capsy
         for command in commands():
             main(shlex.split(command))
     assert hub.files.keys() >= {"config.json", "model.safetensors", "README.md", "tokenizer.json"}
-    names = {"mine", "mine-bf16", "mine.gguf", "mine-q8.gguf", "nanogpt", "published"}
+    assert b'from_pretrained("user/mine")' in hub.files["README.md"]
+    names = {"mine", "mine-bf16", "mine.gguf", "mine-q8.gguf", "mine-chat", "nanogpt", "published"}
     assert {path.name for path in Path("out").iterdir()} == names
     assert transformers.AutoModelForCausalLM.from_pretrained("out/mine-bf16").num_parameters() > 0
     shown = capsys.readouterr().out
     for usage in ("vllm serve out/mine\n", "mlx_lm.generate --model out/mine ", "llama-server -m out/mine-q8.gguf\n"):
         assert usage in shown
-    assert len(commands()) == 7
+    assert len(commands()) == 8

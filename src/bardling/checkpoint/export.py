@@ -14,9 +14,10 @@ import torch
 
 from bardling.checkpoint.contents import write_model
 from bardling.checkpoint.load import Loaded, load, run_of
-from bardling.checkpoint.model_card import model_card
+from bardling.checkpoint.model_card import known_license, model_card
 from bardling.config import ModelConfig, RunConfig
 from bardling.config.architecture import GPT2_VOCAB_SIZE
+from bardling.data.tokens.chatml import END, PAD, START, with_chatml
 from bardling.data.tokens.gguf_vocabulary import vocabulary_metadata
 from bardling.data.tokens.text_interface import GENERATION, text_interface
 from bardling.errors import UserError
@@ -32,7 +33,8 @@ WEIGHTS = "weights: "
 
 Exporter = Callable[..., list[str]]
 """(model, out, *, best, dataset): writes the model (as in `checkpoint.load.load`) to `out`, which must not exist, and returns
-notes for the user. That of a format with `dtypes` also takes `dtype`, one of them."""
+notes for the user. That of a format with `dtypes` also takes `dtype`, one of them, and that of a format with `options` takes
+these: `chat` (give ChatML to a model without a chat template), `license` and `repository` (of the hub, for the card)."""
 
 
 class ExportFormat(NamedTuple):
@@ -43,11 +45,18 @@ class ExportFormat(NamedTuple):
     refusal: Callable[[ModelConfig], str] = lambda _: ""  # why the format cannot hold such a model; empty if it can
     dtype: str = "float32"  # of the weights that are written, unless a note names another
     dtypes: tuple[str, ...] = ()  # those that a user can choose
+    options: tuple[str, ...] = ()  # further keyword arguments of the exporter
     suffix: str = ""  # of the file that is written; empty: a folder
 
 
-def _load(spec: str, out: Path, target: ExportFormat, *, best: bool, training: bool = False) -> Loaded:
-    """The model to export, after checking that it can be exported to `out`."""
+class _Opened(NamedTuple):
+    model: Loaded
+    notes: list[str]
+    adds_chat: bool = False  # whether the chat template is new
+
+
+def _open(spec: str, out: Path, target: ExportFormat, *, best: bool, training: bool = False, chat: bool = False) -> _Opened:
+    """The model to export, after checking that it can be exported to `out`; with `chat`, with a chat template."""
     check_place(out)
     if out.exists():
         raise UserError(f"{out}: already exists: remove it, or choose another --out")
@@ -55,16 +64,45 @@ def _load(spec: str, out: Path, target: ExportFormat, *, best: bool, training: b
     if refusal := target.refusal(loaded.config):
         raise UserError(f"{spec}: {refusal}")
     refuse_nonfinite(loaded.state, spec)
-    return loaded
+    opened = _Opened(loaded, [loaded.note] if loaded.note else [])
+    return _with_chat_format(opened, spec) if chat else opened
 
 
-def export_hf(spec: str, out: Path, *, best: bool = False, dataset: str = "", dtype: str = "") -> list[str]:
+def _with_chat_format(opened: _Opened, spec: str) -> _Opened:
+    """The model with ChatML's template and tokens, unless it has a chat template, which is kept."""
+    loaded, notes, _ = opened
+    try:
+        tokenizer = loaded.needed_tokenizer()
+    except UserError as reason:
+        raise UserError(f"{spec}: --chat needs the model's tokenizer: {reason}") from None
+    if (template := tokenizer.interface.chat_template) is not None:
+        marks = "" if "endgeneration" in template else " (it does not mark answers with {% generation %})"
+        return _Opened(loaded, [*notes, f"--chat: the model's own chat template is kept{marks}"])
+    extended = with_chatml(tokenizer, "--chat")
+    tokens = ", ".join(f"{name} = {extended.encode(name, allow_special=True)[0]}" for name in (START, END, PAD))
+    note = f"--chat: added the template of ChatML ({tokens}); finetune the model on conversations before you chat with it"
+    return _Opened(dataclasses.replace(loaded, tokenizer=tokenizer).extended(extended), [*notes, note], adds_chat=True)
+
+
+def export_hf(
+    spec: str,
+    out: Path,
+    *,
+    best: bool = False,
+    dataset: str = "",
+    dtype: str = "",
+    chat: bool = False,
+    license: str = "unknown",
+    repository: str = "",
+) -> list[str]:
     """Write `config.json`, `model.safetensors`, the tokenizer and a model card of the model `spec` into the new folder `out`.
 
-    `dtype`: of the weights, 'float32', 'float16' or 'bfloat16'; empty: that in the model's files.
+    `dtype`: of the weights, 'float32', 'float16' or 'bfloat16'; empty: that in the model's files. `chat` adds ChatML's template
+    and tokens. `license` is an identifier of the hub, and `repository` the name there, for the card.
     """
-    loaded = _load(spec, out, HF, best=best)
-    tokenizer, notes = None, [loaded.note] if loaded.note else []
+    license = known_license(license)
+    loaded, notes, adds_chat = _open(spec, out, HF, best=best, chat=chat)
+    tokenizer = None
     try:
         tokenizer = loaded.needed_tokenizer()
     except UserError as reason:
@@ -77,18 +115,22 @@ def export_hf(spec: str, out: Path, *, best: bool = False, dataset: str = "", dt
         if not (folder / GENERATION).exists() and any(value is not None for value in ids.values()):
             values = about.generation or {"_from_model_config": True, **ids}
             (folder / GENERATION).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-        card = model_card(spec, loaded, best=best, name=out.name, dtype=dtype)
+        card = model_card(
+            spec, loaded, best=best, name=repository or out.name, dtype=dtype, license=license, adds_chat=adds_chat
+        )
         (folder / "README.md").write_text(card, encoding="utf-8")
     return notes if dtype == HF.dtype else [*notes, f"{WEIGHTS}{dtype}"]
 
 
-def export_gguf(spec: str, out: Path, *, best: bool = False, dataset: str = "", dtype: str = "") -> list[str]:
+def export_gguf(
+    spec: str, out: Path, *, best: bool = False, dataset: str = "", dtype: str = "", chat: bool = False
+) -> list[str]:
     """Write the model `spec` and its tokenizer as the GGUF file `out`.
 
-    `dtype`: of the matrices, one of `GGUF_DTYPES`; empty: that in the model's files.
+    `dtype`: of the matrices, one of `GGUF_DTYPES`; empty: that in the model's files. `chat` adds ChatML's template and tokens.
     """
-    loaded = _load(spec, out, GGUF, best=best)
-    dtype, notes = GGUF_DTYPES[dtype or loaded.dtype], [loaded.note] if loaded.note else []
+    loaded, notes, _ = _open(spec, out, GGUF, best=best, chat=chat)
+    dtype = GGUF_DTYPES[dtype or loaded.dtype]
     metadata = {"general.name": out.stem, **gguf_metadata(loaded.config)}
     try:
         tokenizer = loaded.needed_tokenizer()
@@ -110,7 +152,7 @@ def export_nanogpt(spec: str, out: Path, *, best: bool = False, dataset: str = "
     `dataset` is the folder below nanoGPT's `data/` where its programs look for data and `meta.pkl`. Returns what nanoGPT does
     differently or needs besides, one sentence each.
     """
-    loaded = _load(spec, out, NANOGPT, best=best, training=True)
+    loaded = _open(spec, out, NANOGPT, best=best, training=True).model
     run = run_of(spec)
     with atomic_folder(out) as folder:
         notes = write_nanogpt_checkpoint(
@@ -153,8 +195,9 @@ _GGUF_USAGE = """\
 llama.cpp: llama-completion -m {quoted} -p 'Once upon a time' -n 64
 llama.cpp's server: llama-server -m {quoted}"""
 
-HF = ExportFormat(export_hf, _HF_USAGE, _hf_refusal, dtypes=("float32", "float16", "bfloat16"))
-GGUF = ExportFormat(export_gguf, _GGUF_USAGE, gguf_refusal, "f32", dtypes=tuple(GGUF_DTYPES), suffix=".gguf")
+_HF_DTYPES = ("float32", "float16", "bfloat16")
+HF = ExportFormat(export_hf, _HF_USAGE, _hf_refusal, dtypes=_HF_DTYPES, options=("chat", "license", "repository"))
+GGUF = ExportFormat(export_gguf, _GGUF_USAGE, gguf_refusal, "f32", dtypes=tuple(GGUF_DTYPES), suffix=".gguf", options=("chat",))
 NANOGPT = ExportFormat(
     export_nanogpt, "{out}/ckpt.pt: sample from it with nanoGPT: python sample.py --out_dir={quoted}", _nanogpt_refusal
 )

@@ -26,6 +26,10 @@ class ExportOptions:
     `hf auth login`."""
     public: bool = False
     """Make a repository that --push creates public; unset: private."""
+    chat: bool = False
+    """Give a model without a chat template that of ChatML, with its tokens <|im_start|>, <|im_end|> and <|pad|>."""
+    license: str | None = None
+    """License for the model card, by its identifier on the hub, such as mit or apache-2.0; unset: unknown."""
     best: bool = False
     """For a run: use the checkpoint with the lowest validation loss instead of the latest."""
     dataset: str = "bardling"
@@ -45,7 +49,14 @@ def run(argv: Sequence[str]) -> None:
         raise UserError(f"--out {options.out}: is a file in this format, and must end in {target.suffix}")
     if options.push is not None:
         check_publishing(options.push)
-    chosen = {} if options.dtype is None else {"dtype": options.dtype}
+    chosen: dict[str, object] = {} if options.dtype is None else {"dtype": options.dtype}
+    for name in ("chat", "license"):
+        if value := getattr(options, name):
+            if name not in target.options:
+                raise UserError(f"--{name}: has no effect on the format {options.format}: omit it, or use --format hf")
+            chosen[name] = value
+    if options.push is not None and "repository" in target.options:
+        chosen["repository"] = options.push
     notes = target.write(options.model, options.out, best=options.best, dataset=options.dataset, **chosen)
     for note in (text for text in notes if not text.startswith("weights: ")):
         print(f"note: {note}")

@@ -99,7 +99,7 @@ def adapter_config(config: ModelConfig, tune: TuneConfig, base: str) -> dict[str
     joined = {layer: len(found) for layer, found in parts.items() if len(names[f"transformer.h.0.{layer}.weight"]) == 1}
     fused = {layer: count for layer, count in joined.items() if count > 1}
     tables = {_suffix(names[name][0].name): name for name in _trained_tables(config, tune)}
-    tokens = list(range(config.vocab_size - tune.new_tokens, config.vocab_size))
+    tokens = list(range(*tune.new_tokens))
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
