@@ -97,6 +97,7 @@ EXPORT_FORMATS = Extensions(
     {
         "hf": "bardling.checkpoint.export:HF",
         "gguf": "bardling.checkpoint.export:GGUF",
+        "onnx": "bardling.checkpoint.export:ONNX",
         "nanogpt": "bardling.checkpoint.export:NANOGPT",
     },
 )

@@ -69,16 +69,28 @@ def write_model(
 
     `dtype`: of the weights; a `UserError` if one exceeds its range. `ids`: of special tokens (None: those of the tokenizer).
     """
+    write_description(folder, config, tokenizer, dtype=dtype, ids=ids)
+    weights = {name: tensor.to(dtype) for name, tensor in hf_state(state, config).items()}
+    if dtype != torch.float32:
+        refuse_nonfinite(weights, f"--dtype {str(dtype).removeprefix('torch.')}")
+    write_tensors(folder / "model.safetensors", weights)
+
+
+def write_description(
+    folder: Path,
+    config: ModelConfig,
+    tokenizer: Tokenizer | None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    ids: Mapping[str, Any] | None = None,
+) -> None:
+    """Write what `write_model` does without the weights."""
     values = {**hf_config(config), "dtype": str(dtype).removeprefix("torch.")}
     if ids is None and tokenizer is not None:
         ids = tokenizer.interface.model_ids(config.vocab_size)
     if ids is not None and "bos_token_id" in values:
         values |= ids
     _write_json(folder / "config.json", values)
-    weights = {name: tensor.to(dtype) for name, tensor in hf_state(state, config).items()}
-    if dtype != torch.float32:
-        refuse_nonfinite(weights, f"--dtype {values['dtype']}")
-    write_tensors(folder / "model.safetensors", weights)
     if tokenizer is not None:
         tokenizer.save(folder)
         _state_length(folder / "tokenizer_config.json", config)

@@ -1,5 +1,5 @@
-"""Export: a model as a folder that `transformers` opens, a GGUF file for llama.cpp, or nanoGPT's `ckpt.pt`. Existing files are
-never overwritten.
+"""Export: a model as a folder that `transformers` opens, a GGUF file for llama.cpp, an ONNX file, or nanoGPT's `ckpt.pt`.
+Existing files are never overwritten.
 
 A new format is one exporter function and one line in `EXPORT_FORMATS` (`extensions.py`).
 """
@@ -8,11 +8,11 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from bardling.checkpoint.contents import write_model
+from bardling.checkpoint.contents import write_description, write_model
 from bardling.checkpoint.load import Loaded, load, run_of
 from bardling.checkpoint.model_card import known_license, model_card
 from bardling.config import ModelConfig, RunConfig
@@ -20,12 +20,14 @@ from bardling.config.architecture import GPT2_VOCAB_SIZE
 from bardling.data.tokens.chatml import END, PAD, START, with_chatml
 from bardling.data.tokens.gguf_vocabulary import vocabulary_metadata
 from bardling.data.tokens.text_interface import GENERATION, text_interface
+from bardling.data.tokens.tokenizer import Tokenizer
 from bardling.errors import UserError
 from bardling.files.atomic import atomic_folder, check_place, os_error_as_user_error
 from bardling.interop.gguf_file import GGUF_DTYPES, write_gguf
 from bardling.interop.gguf_model import gguf_metadata, gguf_refusal, gguf_state
 from bardling.interop.huggingface import refuse_nonfinite
 from bardling.interop.nanogpt_checkpoint import write_meta, write_nanogpt_checkpoint
+from bardling.interop.onnx_file import onnx_refusal, write_onnx
 
 WEIGHTS = "weights: "
 """Begins the note that names the dtype of the weights, where it is not the format's."""
@@ -84,6 +86,25 @@ def _with_chat_format(opened: _Opened, spec: str) -> _Opened:
     return _Opened(dataclasses.replace(loaded, tokenizer=tokenizer).extended(extended), [*notes, note], adds_chat=True)
 
 
+def _tokenizer(loaded: Loaded, notes: list[str]) -> Tokenizer | None:
+    """The model's tokenizer; if there is none, a note says why."""
+    try:
+        return loaded.needed_tokenizer()
+    except UserError as reason:
+        notes.append(f"written without a tokenizer: {reason}")
+        return None
+
+
+def _write_generation(folder: Path, loaded: Loaded, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """Write `generation_config.json`; returns the ids of special tokens for `config.json`."""
+    about = text_interface(loaded.text, {}, None, (), ()) if tokenizer is None else tokenizer.interface
+    ids = about.model_ids(loaded.config.vocab_size)
+    if any(value is not None for value in ids.values()):
+        values = about.generation or {"_from_model_config": True, **ids}
+        (folder / GENERATION).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    return ids
+
+
 def export_hf(
     spec: str,
     out: Path,
@@ -102,19 +123,10 @@ def export_hf(
     """
     license = known_license(license)
     loaded, notes, adds_chat = _open(spec, out, HF, best=best, chat=chat)
-    tokenizer = None
-    try:
-        tokenizer = loaded.needed_tokenizer()
-    except UserError as reason:
-        notes.append(f"written without a tokenizer: {reason}")
-    about = text_interface(loaded.text, {}, None, (), ()) if tokenizer is None else tokenizer.interface
-    ids = about.model_ids(loaded.config.vocab_size)
-    dtype = dtype or loaded.dtype
+    tokenizer, dtype = _tokenizer(loaded, notes), dtype or loaded.dtype
     with atomic_folder(out) as folder:
+        ids = _write_generation(folder, loaded, tokenizer)
         write_model(folder, loaded.config, loaded.state, tokenizer, dtype=getattr(torch, dtype), ids=ids)
-        if not (folder / GENERATION).exists() and any(value is not None for value in ids.values()):
-            values = about.generation or {"_from_model_config": True, **ids}
-            (folder / GENERATION).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
         card = model_card(
             spec, loaded, best=best, name=repository or out.name, dtype=dtype, license=license, adds_chat=adds_chat
         )
@@ -132,18 +144,28 @@ def export_gguf(
     loaded, notes, _ = _open(spec, out, GGUF, best=best, chat=chat)
     dtype = GGUF_DTYPES[dtype or loaded.dtype]
     metadata = {"general.name": out.stem, **gguf_metadata(loaded.config)}
-    try:
-        tokenizer = loaded.needed_tokenizer()
-    except UserError as reason:
-        notes.append(f"written without a tokenizer: {reason}")
-        metadata["tokenizer.ggml.model"] = "none"
-    else:
-        metadata |= vocabulary_metadata(tokenizer, loaded.config.vocab_size)
+    tokenizer = _tokenizer(loaded, notes)
+    model = {"tokenizer.ggml.model": "none"}
+    metadata |= model if tokenizer is None else vocabulary_metadata(tokenizer, loaded.config.vocab_size)
     with os_error_as_user_error(out, "write"):
         out.parent.mkdir(parents=True, exist_ok=True)
     kind = loaded.config.architecture.transformers_family or ""
     notes += write_gguf(out, kind, metadata, gguf_state(loaded.state, loaded.config), dtype)
     return notes if dtype == GGUF.dtype else [*notes, f"{WEIGHTS}{dtype}"]
+
+
+def export_onnx(spec: str, out: Path, *, best: bool = False, dataset: str = "", chat: bool = False) -> list[str]:
+    """Write `model.onnx`, the tokenizer and `config.json` of the model `spec` into the new folder `out`; float32.
+
+    `chat` adds ChatML's template and tokens.
+    """
+    loaded, notes, _ = _open(spec, out, ONNX, best=best, chat=chat)
+    tokenizer = _tokenizer(loaded, notes)
+    with atomic_folder(out) as folder:
+        write_onnx(folder, loaded.build())
+        ids = _write_generation(folder, loaded, tokenizer)
+        write_description(folder, loaded.config, tokenizer, ids=ids)
+    return notes
 
 
 def export_nanogpt(spec: str, out: Path, *, best: bool = False, dataset: str = "bardling") -> list[str]:
@@ -195,9 +217,14 @@ _GGUF_USAGE = """\
 llama.cpp: llama-completion -m {quoted} -p 'Once upon a time' -n 64
 llama.cpp's server: llama-server -m {quoted}"""
 
+_ONNX_USAGE = """\
+onnxruntime: InferenceSession({out!r} + '/model.onnx').run(['logits'], {{'input_ids': ids}})  # ids: int64 [batch, sequence]
+the ids of a text: tokenizers.Tokenizer.from_file({out!r} + '/tokenizer.json').encode(text).ids"""
+
 _HF_DTYPES = ("float32", "float16", "bfloat16")
 HF = ExportFormat(export_hf, _HF_USAGE, _hf_refusal, dtypes=_HF_DTYPES, options=("chat", "license", "repository"))
 GGUF = ExportFormat(export_gguf, _GGUF_USAGE, gguf_refusal, "f32", dtypes=tuple(GGUF_DTYPES), suffix=".gguf", options=("chat",))
+ONNX = ExportFormat(export_onnx, _ONNX_USAGE, onnx_refusal, options=("chat",))
 NANOGPT = ExportFormat(
     export_nanogpt, "{out}/ckpt.pt: sample from it with nanoGPT: python sample.py --out_dir={quoted}", _nanogpt_refusal
 )

@@ -1,4 +1,4 @@
-"""`bardling export RUN --format hf|gguf|nanogpt --out PATH`: write a model in a format that other software loads."""
+"""`bardling export RUN --format hf|gguf|onnx|nanogpt --out PATH`: write a model in a format that other software loads."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ class ExportOptions:
     """Folder to create; for gguf, the file."""
     format: str = "hf"
     """'hf': config.json, model.safetensors and the tokenizer, for transformers, vLLM and MLX. 'gguf': a file for llama.cpp.
-    'nanogpt': a ckpt.pt. Installed extensions may add others."""
+    'onnx': model.onnx and the tokenizer, for onnxruntime. 'nanogpt': a ckpt.pt. Installed extensions may add others."""
     dtype: str | None = None
     """Type of the weights; hf: float32, float16 or bfloat16; gguf: f32, f16, bf16 or q8_0. Unset: that of the model's files."""
     push: str | None = None
