@@ -30,12 +30,12 @@ from bardling.errors import UserError
 from bardling.files.reading import read_json_object
 from bardling.interop.huggingface import from_hf_state, hf_config, hf_state, model_config_from_hf, refuse_nonfinite
 from bardling.interop.peft import (
-    ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     adapter_config,
     adapter_state,
     from_adapter_state,
     is_adapter,
+    write_adapter,
 )
 from bardling.interop.tensor_file import read_tensors, write_tensors
 
@@ -116,8 +116,8 @@ def write_checkpoint(
     if content.tune is None:
         write_model(folder, content.model_config, content.model_state, tokenizer)
     else:
-        _write_json(folder / ADAPTER_CONFIG, adapter_config(content.model_config, content.tune, base))
-        write_tensors(folder / ADAPTER_WEIGHTS, adapter_state(content.model_state, content.model_config, content.tune))
+        config, tune = content.model_config, content.tune
+        write_adapter(folder, adapter_config(config, tune, base), adapter_state(content.model_state, config, tune))
         if tokenizer is not None:
             tokenizer.save(folder)
     write_tensors(folder / "optimizer.safetensors", content.optimizer_tensors)

@@ -213,6 +213,14 @@ def _load_adapter(folder: Path) -> Loaded:
     return loaded
 
 
+def names_adapter(spec: str) -> bool:
+    """Whether a model is a LoRA adapter; what `load` refuses is none."""
+    path = Path(spec)
+    if is_hub_name(spec):
+        return is_adapter(fetch_model(spec, weights=False))
+    return path.is_dir() and not (path / "ckpt.pt").is_file() and is_adapter(find_checkpoint(path))
+
+
 def base_of(adapter: Path) -> str:
     """The model that the adapter in a folder was trained on: of a run, its own copy, wherever the run is now."""
     own = RunFolder(adapter.parent.parent).base
