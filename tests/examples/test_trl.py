@@ -151,3 +151,13 @@ def test_trl_trains_the_export_and_bardling_reads_the_result(tiny, change, examp
         with torch.no_grad():
             expected = reference(tokens).logits
             torch.testing.assert_close(found.build()(tokens), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_losses_of_the_benchmark_equal_those_of_trl(environment, tmp_path):
+    command = [sys.executable, str(ROOT / "benchmarks" / "sft.py"), "--tiny", "--results", str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    results = (tmp_path / "sft.md").read_text()
+    assert results.count("within the tolerance of 0.0001") == 3
+    assert re.search(r"^\| trl, packed +\| +2 \| +0% \|", results, re.M)
