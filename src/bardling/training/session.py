@@ -17,6 +17,7 @@ from bardling.data.batches.loader import EvalSequences, Prefetcher, TrainSequenc
 from bardling.data.batches.order import SequenceOrder
 from bardling.data.batches.packing import document_start
 from bardling.distributed.context import SINGLE, Context
+from bardling.distributed.device import remove_damaged_code
 from bardling.distributed.heartbeat import LONG_PATIENCE
 from bardling.errors import JobLost, UserError, out_of_memory
 from bardling.extensions import EXPORT_FORMATS, HOOKS
@@ -230,6 +231,10 @@ class Session:
                 self._fit(assembly, monitor, signals)
                 return
             except Exception as error:
+                if (file := remove_damaged_code(error)) is not None:
+                    raise UserError(
+                        f"{file}: was damaged when a compilation was killed, and is removed: start again"
+                    ) from error
                 if not out_of_memory(error):
                     raise
                 early = state.step - max(first, plan.at(state.step).first_step) < FIRST_STEPS
