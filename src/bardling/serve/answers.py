@@ -113,9 +113,13 @@ class Answer:
     def __init__(self, generation: Generation, prompts: Sequence[Encoded], loaded: Loaded, job: Job, deadline: float) -> None:
         self._generation, self._prompts, self._job, self._deadline = generation, prompts, job, deadline
         self._shapes = Shapes(generation, loaded.name, loaded.tokenizer)
-        scored = generation.sampling.logprobs is not None
+        options = {
+            "echo": generation.echo,
+            "scored": generation.sampling.logprobs is not None,
+            "with_end": not generation.is_chat,
+        }
         self._choices = [
-            Choice(place * generation.best_of + number, loaded.tokenizer, each.ids, each.hidden, generation.echo, scored)
+            Choice(place * generation.best_of + number, loaded.tokenizer, each.ids, each.hidden, **options)
             for place, each in enumerate(prompts)
             for number in range(generation.best_of)
         ]
