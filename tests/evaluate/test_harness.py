@@ -312,6 +312,15 @@ def test_a_misspelt_task_of_lm_eval_is_named():
         open_task("lm-eval:arc_esay")
 
 
+def test_arguments_of_the_model_come_before_those_of_the_command(run):
+    from bardling.evaluate.harness import BardlingLM
+
+    made = BardlingLM.create_from_arg_obj(
+        {"path": str(run), "device": "cpu"}, {"device": "meta", "batch_size": 1, "other": None}
+    )
+    assert made.subject.context.device.type == "cpu"
+
+
 def test_a_model_without_a_path_is_refused():
     from bardling.evaluate.harness import BardlingLM
 
