@@ -1,5 +1,5 @@
-"""Export: a model as a folder that `transformers` opens, a GGUF file for llama.cpp, an ONNX file, or nanoGPT's `ckpt.pt`.
-Existing files are never overwritten.
+"""Export: a model as a folder that `transformers` opens, an adapter for PEFT, a GGUF file for llama.cpp, an ONNX file, or
+nanoGPT's `ckpt.pt`. Adapters are merged into their base model in every format but PEFT's. Existing files are never overwritten.
 
 A new format is one exporter function and one line in `EXPORT_FORMATS` (`extensions.py`).
 """
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from bardling.checkpoint.contents import write_description, write_model
-from bardling.checkpoint.load import Loaded, load, run_of
+from bardling.checkpoint.load import Loaded, base_of, load, run_of
 from bardling.checkpoint.model_card import known_license, model_card
 from bardling.config import ModelConfig, RunConfig
 from bardling.config.architecture import GPT2_VOCAB_SIZE
@@ -28,6 +28,8 @@ from bardling.interop.gguf_model import gguf_metadata, gguf_refusal, gguf_state
 from bardling.interop.huggingface import refuse_nonfinite
 from bardling.interop.nanogpt_checkpoint import write_meta, write_nanogpt_checkpoint
 from bardling.interop.onnx_file import onnx_refusal, write_onnx
+from bardling.interop.peft import write_adapter
+from bardling.interop.pretrained import is_hub_name
 
 WEIGHTS = "weights: "
 """Begins the note that names the dtype of the weights, where it is not the format's."""
@@ -134,6 +136,32 @@ def export_hf(
     return notes if dtype == HF.dtype else [*notes, f"{WEIGHTS}{dtype}"]
 
 
+def export_peft(
+    spec: str, out: Path, *, best: bool = False, dataset: str = "", license: str = "unknown", repository: str = ""
+) -> list[str]:
+    """Write the LoRA adapter `spec` in PEFT's format into the new folder `out`: it names its base model.
+
+    `license` and `repository`: as in `export_hf`.
+    """
+    license = known_license(license)
+    loaded, notes, _ = _open(spec, out, PEFT, best=best)
+    if loaded.adapter is None:
+        raise UserError(f"{spec}: is a whole model, not an adapter: use --format hf")
+    tokenizer, base = _tokenizer(loaded, notes), base_of(loaded.adapter.path)
+    trained = RunConfig() if (run := run_of(spec)) is None else run.trained_config()
+    if is_hub_name(trained.model.init) and not any(trained.tune.new_tokens):
+        base = trained.model.init  # where others find it too
+    elif Path(base).exists():
+        base = str(Path(base).absolute())
+    with atomic_folder(out) as folder:
+        write_adapter(folder, {**loaded.adapter.config, "base_model_name_or_path": base}, loaded.adapter.tensors)
+        if tokenizer is not None:
+            tokenizer.save(folder)
+        card = model_card(spec, loaded, best=best, name=repository or out.name, dtype=PEFT.dtype, license=license, base=base)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    return [*notes, f"the base model of the adapter is {base}"]
+
+
 def export_gguf(
     spec: str, out: Path, *, best: bool = False, dataset: str = "", dtype: str = "", chat: bool = False
 ) -> list[str]:
@@ -217,6 +245,10 @@ _GGUF_USAGE = """\
 llama.cpp: llama-completion -m {quoted} -p 'Once upon a time' -n 64
 llama.cpp's server: llama-server -m {quoted}"""
 
+_PEFT_USAGE = """\
+peft: AutoPeftModelForCausalLM.from_pretrained({out!r})
+one model of both: bardling export {quoted} --merge --out {quoted}-merged"""
+
 _ONNX_USAGE = """\
 onnxruntime: InferenceSession({out!r} + '/model.onnx').run(['logits'], {{'input_ids': ids}})  # ids: int64 [batch, sequence]
 the ids of a text: tokenizers.Tokenizer.from_file({out!r} + '/tokenizer.json').encode(text).ids"""
@@ -224,6 +256,7 @@ the ids of a text: tokenizers.Tokenizer.from_file({out!r} + '/tokenizer.json').e
 _HF_DTYPES = ("float32", "float16", "bfloat16")
 HF = ExportFormat(export_hf, _HF_USAGE, _hf_refusal, dtypes=_HF_DTYPES, options=("chat", "license", "repository"))
 GGUF = ExportFormat(export_gguf, _GGUF_USAGE, gguf_refusal, "f32", dtypes=tuple(GGUF_DTYPES), suffix=".gguf", options=("chat",))
+PEFT = ExportFormat(export_peft, _PEFT_USAGE, options=("license", "repository"))
 ONNX = ExportFormat(export_onnx, _ONNX_USAGE, onnx_refusal, options=("chat",))
 NANOGPT = ExportFormat(
     export_nanogpt, "{out}/ckpt.pt: sample from it with nanoGPT: python sample.py --out_dir={quoted}", _nanogpt_refusal

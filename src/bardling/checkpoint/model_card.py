@@ -53,7 +53,15 @@ def known_license(name: str) -> str:
 
 
 def model_card(
-    spec: str, loaded: Loaded, *, best: bool, name: str, dtype: str, license: str = "unknown", adds_chat: bool = False
+    spec: str,
+    loaded: Loaded,
+    *,
+    best: bool,
+    name: str,
+    dtype: str,
+    license: str = "unknown",
+    adds_chat: bool = False,
+    base: str = "",
 ) -> str:
     """The text of the card of the model `spec`.
 
@@ -61,6 +69,7 @@ def model_card(
         name: under which others load the model: its folder's, or USER/REPO.
         license: an identifier of the hub.
         adds_chat: the export has added the chat template.
+        base: of an adapter, the model that it changes.
     """
     config, family = loaded.config, loaded.config.architecture.transformers_family or ""
     about = [
@@ -69,7 +78,11 @@ def model_card(
         f"tokens and a context of {config.context:,} tokens. The weights are {dtype}.",
         "",
     ]
-    header = [f"license: {license}", "pipeline_tag: text-generation", "library_name: transformers", "tags:", "- bardling"]
+    library = "peft" if base else "transformers"
+    header = [f"license: {license}", "pipeline_tag: text-generation", f"library_name: {library}", "tags:", "- bardling"]
+    if base:
+        header += [f"base_model: {base}"] if is_hub_name(base) else []
+        about = [f"A LoRA adapter for `{_public(base)}`, to be loaded with PEFT. Both together are this model:", "", *about]
     if adds_chat:
         about += ["The chat template (ChatML) and its tokens were added after training: finetune the model to use them.", ""]
     parts = ["---", *header, "---", "", f"# {name.rpartition('/')[2]}", "", *about]
@@ -77,7 +90,7 @@ def model_card(
     parts += ["Its training is not recorded here.", ""] if found is None else _of_run(*found)
     has_template = loaded.tokenizer is not None and bool(loaded.tokenizer.interface.chat_template)
     chat = has_template and not adds_chat
-    return "\n".join([*parts, *_usage(name, chat), *_limits(license, chat)])
+    return "\n".join([*parts, *_usage(name, chat, adapter=bool(base)), *_limits(license, chat)])
 
 
 def _training(spec: str, best: bool) -> tuple[RunFolder, int] | None:
@@ -170,16 +183,20 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in cells]
 
 
-def _usage(name: str, chat: bool) -> list[str]:
+def _usage(name: str, chat: bool, *, adapter: bool) -> list[str]:
+    model, imports = "AutoModelForCausalLM", ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
+    if adapter:
+        model, imports = "AutoPeftModelForCausalLM", ["from peft import AutoPeftModelForCausalLM"]
+        imports += ["from transformers import AutoTokenizer"]
     prompt = 'inputs = tokenizer("Once upon a time", return_tensors="pt")'
     if chat:
         messages = '[{"role": "user", "content": "Hello"}]'
         options = 'add_generation_prompt=True, return_tensors="pt", return_dict=True'
         prompt = f"inputs = tokenizer.apply_chat_template({messages}, {options})"
     return [
-        *("## Usage", "", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""),
+        *("## Usage", "", "```python", *imports, ""),
         f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
-        f'model = AutoModelForCausalLM.from_pretrained("{name}")',
+        f'model = {model}.from_pretrained("{name}")',
         *(prompt, "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))", "```", ""),
     ]
 
