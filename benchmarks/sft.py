@@ -78,6 +78,8 @@ class Options:
     """Rounds."""
     block: int = 3
     """Steps per side and round."""
+    clock: Literal["wall", "cpu"] = "wall"
+    """What to time; cpu, the CPU time of the process, is for a busy machine, with OMP_NUM_THREADS=1."""
     results: Path | None = None
     """Folder of the results file to append to; default: benchmarks/results."""
     tiny: bool = False
@@ -151,6 +153,7 @@ def measure(options: Options, model: Path, data: Path, folder: Path) -> tuple[li
         context=options.context,
         lr=options.lr,
         precision=options.precision,
+        clock=options.clock,
         data=str(data),
         out=str(folder / "run"),
     )
@@ -245,7 +248,7 @@ def _notes(sides: dict[str, _Measured], options: Options, model: Path) -> list[s
                 f"{side}: losses of the first {CURVE_STEPS} steps ({ours[0]:.4f} to {ours[-1]:.4f}) differ from ours by at "
                 f"most {gap:.1e} nats, {verdict} the tolerance of {bound:g}"
             )
-    notes.append("ratio: step time relative to ours, median (minimum-maximum) over the rounds")
+    notes.append(f"times are {options.clock} time; ratio: step time relative to ours, median (minimum-maximum) over the rounds")
     return notes
 
 

@@ -7,6 +7,7 @@ whose batches are the conversations of the same steps, in the same order. All el
 
 import json
 import tempfile
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ class SideSpec:
     out: str = ""  # bardling: the run folder
     compile: str = "off"
     padding_free: bool = False  # trl: the conversations of a forward pass are one sequence
+    clock: str = "wall"  # or cpu: the CPU time of the process
     device: str = "cpu"
 
 
@@ -180,7 +182,9 @@ def _sizes(steps: Steps, dataset: Any) -> list[tuple[int, int, int, int]]:
 
 
 def _main(values: dict[str, Any], server: StepServer) -> None:
-    {"bardling": run_bardling, "trl": run_trl}[values["kind"]](SideSpec(**values), server)
+    spec = SideSpec(**values)
+    server.clock = time.perf_counter if spec.clock == "wall" else time.process_time
+    {"bardling": run_bardling, "trl": run_trl}[spec.kind](spec, server)
 
 
 if __name__ == "__main__":

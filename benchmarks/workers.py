@@ -174,6 +174,7 @@ class StepServer:
     losses: list[Tensor] = field(default_factory=list)
     begun: float = 0.0
     floor: int | None = None
+    clock: Callable[[], float] = time.perf_counter
 
     def ready(self, model: nn.Module, **facts: object) -> None:
         """Report that everything is built."""
@@ -190,7 +191,7 @@ class StepServer:
             return
         if self.count:
             self._synchronize()
-            seconds = (time.perf_counter() - self.begun) / self.count
+            seconds = (self.clock() - self.begun) / self.count
             response: dict[str, object] = {"seconds": seconds, "losses": [float(loss) for loss in self.losses]}
             if self.floor is not None:
                 peak = self._peak()
@@ -203,7 +204,7 @@ class StepServer:
         self.left = self.count = command["steps"]
         self.losses, self.floor = [], self._floor() if command["memory"] else None
         self._synchronize()
-        self.begun = time.perf_counter()
+        self.begun = self.clock()
 
     def after(self, loss: Tensor | None) -> None:
         """Record a step that has been launched on the device, without waiting for it."""
