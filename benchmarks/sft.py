@@ -11,8 +11,8 @@ TRL's SFTTrainer, with the conversations of the same steps in the same order. Fi
 mean over the answers' tokens of the step, are compared. Then come rounds in which every side runs a block of steps, in rotating
 order; a ratio compares two blocks of one round, and the table shows the median of the ratios with minimum and maximum.
 
-`trl` pads the conversations of a step to the longest, in one forward pass. `trl, by 8` takes about 8 conversations per forward
-pass, TRL's default, and accumulates gradients. `trl, packed` computes what TRL's packing does on the same sequences as ours:
+`trl` pads the conversations of a step to the longest, in one forward pass. `trl-by-8` takes about 8 conversations per forward
+pass, TRL's default, and accumulates gradients. `trl-packed` computes what TRL's packing does on the same sequences as ours:
 each forward pass is one sequence of conversations without padding (`padding_free`).
 
 Both sides: all weights, AdamW with betas 0.9 and 0.95 and weight decay 0.1 for matrices only, a learning rate that falls
@@ -51,7 +51,7 @@ PROGRAM = Path(__file__).resolve().with_name("sft_sides.py")
 CURVE_STEPS = 20
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
 """Largest difference of a loss from TRL's (nats)."""
-SIDES = ("trl", "trl, by 8", "trl, packed")
+SIDES = ("trl", "trl-by-8", "trl-packed")
 SIZES = {
     "small": (ModelConfig(n_layer=4, n_head=4, n_embd=256, block_size=512, family="llama"), "bpe:8192"),
     "tiny": (ModelConfig(n_layer=1, n_head=2, n_embd=32, block_size=128, family="llama"), "bpe:400"),
@@ -65,7 +65,7 @@ class Options:
     model: Path | None = None
     """An exported chat model to start from; default: a Llama of 4 layers and width 256 with random weights."""
     sides: tuple[str, ...] = SIDES
-    """Of trl, 'trl, by 8' and 'trl, packed'."""
+    """Of trl, trl-by-8, trl-packed."""
     rows: int = 4
     """Packed sequences of a step."""
     context: int = 512
@@ -98,7 +98,7 @@ def main(argv: Sequence[str]) -> None:
     options = parse(Options, argv, prog="sft.py", description="Tokens per second of finetuning against TRL.")
     for side in options.sides:
         if side not in SIDES:
-            raise UserError(f"--sides {side}: choose from {', '.join(map(repr, SIDES))}")
+            raise UserError(f"--sides {side}: choose from {', '.join(SIDES)}")
     for name in ("rows", "context", "rounds", "block"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} {getattr(options, name)}: must be at least 1")
@@ -180,14 +180,14 @@ def trl_spec(side: str, ours: SideSpec, names: list[list[list[str]]], folder: Pa
     """A side of TRL on the conversations of our steps, divided into forward passes. `names`: FILE:LINE, of each sequence."""
     rows = [json.loads(line)["messages"] for line in Path(ours.data).read_text(encoding="utf-8").splitlines()]
     steps: Steps = [[[rows[int(name.rpartition(":")[2]) - 1] for name in row] for row in step] for step in names]
-    if side != "trl, packed":
+    if side != "trl-packed":
         steps = [[[messages for row in step for messages in row]] for step in steps]
-    if side == "trl, by 8":
+    if side == "trl-by-8":
         passes = round(statistics.mean(len(step[0]) for step in steps) / 8) or 1
         steps = [[step[0][number::passes] for number in range(passes)] for step in steps]
     path = folder / f"{side}.json"
     path.write_text(json.dumps(steps), encoding="utf-8")
-    return replace(ours, kind="trl", data=str(path), out="", padding_free=side == "trl, packed")
+    return replace(ours, kind="trl", data=str(path), out="", padding_free=side == "trl-packed")
 
 
 def _rows(sides: dict[str, _Measured], options: Options) -> list[tuple[str, ...]]:

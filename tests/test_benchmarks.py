@@ -263,7 +263,7 @@ def test_sft_gives_trl_the_conversations_of_the_same_steps(tmp_path: Path) -> No
         found = [sorted(conversations.index(messages) + 1 for part in step for messages in part) for step in steps]
         assert found == [[*range(1, 17)], [*range(17, 41)]]
         passes[side] = [[len(part) for part in step] for step in steps]
-    assert passes == {"trl": [[16], [24]], "trl, by 8": [[8, 8], [12, 12]], "trl, packed": [[8, 8], [12, 12]]}
+    assert passes == {"trl": [[16], [24]], "trl-by-8": [[8, 8], [12, 12]], "trl-packed": [[8, 8], [12, 12]]}
     for arguments in (["--sides", "axolotl"], ["--rows", "0"]):
         with pytest.raises(UserError, match=arguments[1]):
             sft.main(arguments)

@@ -160,4 +160,4 @@ def test_the_losses_of_the_benchmark_equal_those_of_trl(environment, tmp_path):
     assert done.returncode == 0, done.stderr
     results = (tmp_path / "sft.md").read_text()
     assert results.count("within the tolerance of 0.0001") == 3
-    assert re.search(r"^\| trl, packed +\| +2 \| +0% \|", results, re.M)
+    assert re.search(r"^\| trl-packed +\| +2 \| +0% \|", results, re.M)
