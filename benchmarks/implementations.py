@@ -8,8 +8,6 @@ calls its `StepServer` before and after every step.
 
 import contextlib
 import importlib.util
-import json
-import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -24,7 +22,7 @@ from torch import Tensor, nn
 from bardling.config import OptimConfig, TrainConfig
 from bardling.data.batches.loader import Batch, Prefetcher
 from bardling.distributed.context import distributed
-from bardling.distributed.device import DTYPES, backend, choose_device, choose_precision, device_name, matmul_flops
+from bardling.distributed.device import DTYPES, backend, choose_precision, device_name, matmul_flops
 from bardling.errors import UserError
 from bardling.model.gpt import GPT
 from bardling.planning.batching import make_plan
@@ -36,7 +34,7 @@ from bardling.training.loop import fit
 from bardling.training.objective import NextToken
 from bardling.training.step import StepSettings
 from plain import PlainGPT, make_adamw, plain_steps
-from workers import Shutdown, Spec, StepServer
+from workers import Spec, StepServer, run_worker
 
 
 class RandomSequences:
@@ -266,22 +264,10 @@ def _drive_trainer(spec: Spec, server: StepServer, model: Any, precision: str) -
 IMPLEMENTATIONS = {"ours": run_ours, "plain": run_plain, "nanogpt": run_nanogpt, "transformers": run_transformers}
 
 
-def _main() -> None:
-    """The worker process: libraries' output goes to stderr, so that stdout contains only responses."""
-    responses = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    values = json.loads(sys.argv[1])
+def _main(values: dict[str, Any], server: StepServer) -> None:
     spec = Spec(**{**values, "without": tuple(values["without"])})
-    try:
-        IMPLEMENTATIONS[spec.kind](spec, StepServer(choose_device(spec.device), responses))
-    except Shutdown:
-        pass
-    except UserError as error:
-        responses.write(json.dumps({"error": str(error)}) + "\n")
-    except torch.OutOfMemoryError:
-        responses.write(json.dumps({"error": "out of memory"}) + "\n")
-    responses.close()
+    IMPLEMENTATIONS[spec.kind](spec, server)
 
 
 if __name__ == "__main__":
-    _main()
+    run_worker(_main)

@@ -1,6 +1,6 @@
 """Worker processes that run training steps on request, so that the implementations in a comparison can take turns.
 
-Method. A parent starts a `Worker` for each implementation (`implementations.py` is the program it runs). The worker builds
+Method. A parent starts a `Worker` for each implementation, by default with the program `implementations.py`. The worker builds
 its model and optimizer, reports that it is ready, and waits for requests to run some steps, which it times as a block between
 two device synchronisations. Implementations can thus alternate within the same minute without sharing memory, threads or
 caches, and peak memory is that of one implementation. A waiting worker uses no CPU time.
@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from bardling.config import ModelConfig
-from bardling.distributed.device import device_name
+from bardling.distributed.device import choose_device, device_name
 from bardling.errors import UserError
 
 SCRIPT = Path(__file__).resolve().with_name("implementations.py")
@@ -87,17 +87,17 @@ class BlockOfSteps:
 
 
 class Worker:
-    """A worker process, as seen by its parent.
+    """A worker process, as seen by its parent: `program` with the fields of `spec`, a `Spec` unless it says otherwise.
 
     Raises:
         UserError: it could not be started, or exited; the message contains its last line of output.
     """
 
-    def __init__(self, spec: Spec, label: str, environment: dict[str, str] | None = None) -> None:
+    def __init__(self, spec: Any, label: str, environment: dict[str, str] | None = None, *, program: Path = SCRIPT) -> None:
         self.spec, self.label = spec, label
         self._stderr = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115  closed in close()
         self._process = subprocess.Popen(
-            [sys.executable, str(SCRIPT), json.dumps(dataclasses.asdict(spec))],
+            [sys.executable, str(program), json.dumps(dataclasses.asdict(spec))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
@@ -174,6 +174,7 @@ class StepServer:
     losses: list[Tensor] = field(default_factory=list)
     begun: float = 0.0
     floor: int | None = None
+    clock: Callable[[], float] = time.perf_counter
 
     def ready(self, model: nn.Module, **facts: object) -> None:
         """Report that everything is built."""
@@ -190,7 +191,7 @@ class StepServer:
             return
         if self.count:
             self._synchronize()
-            seconds = (time.perf_counter() - self.begun) / self.count
+            seconds = (self.clock() - self.begun) / self.count
             response: dict[str, object] = {"seconds": seconds, "losses": [float(loss) for loss in self.losses]}
             if self.floor is not None:
                 peak = self._peak()
@@ -203,7 +204,7 @@ class StepServer:
         self.left = self.count = command["steps"]
         self.losses, self.floor = [], self._floor() if command["memory"] else None
         self._synchronize()
-        self.begun = time.perf_counter()
+        self.begun = self.clock()
 
     def after(self, loss: Tensor | None) -> None:
         """Record a step that has been launched on the device, without waiting for it."""
@@ -240,6 +241,23 @@ class StepServer:
 
     def _peak(self) -> int:
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else _status("VmHWM")
+
+
+def run_worker(work: Callable[[dict[str, Any], StepServer], None]) -> None:
+    """The program of a worker process: `work` with the fields of its spec. Libraries' output goes to stderr, so that stdout
+    contains only responses."""
+    responses = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    values = json.loads(sys.argv[1])
+    try:
+        work(values, StepServer(choose_device(values["device"]), responses))
+    except Shutdown:
+        pass
+    except UserError as error:
+        responses.write(json.dumps({"error": str(error)}) + "\n")
+    except torch.OutOfMemoryError:
+        responses.write(json.dumps({"error": "out of memory"}) + "\n")
+    responses.close()
 
 
 def _status(key: str) -> int:

@@ -1,6 +1,8 @@
 """The scripts in `benchmarks/` with tiny sizes: they measure, agree with their baselines, and write tables."""
 
 import dataclasses
+import itertools
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -242,6 +244,29 @@ def test_generation(tmp_path: Path) -> None:
     assert "nanogpt: 24 of 24 greedy tokens equal those of float32" in (tmp_path / "generation.md").read_text()
     with pytest.raises(UserError, match="--sides mlx"):
         generation.main(["--sides", "mlx"])
+
+
+def test_sft_gives_trl_the_conversations_of_the_same_steps(tmp_path: Path) -> None:
+    import sft
+    from sft_sides import SideSpec
+
+    conversations = list(itertools.islice(sft.docstring_conversations(), 40))
+    assert {len(messages) for messages in conversations} == {2, 4, 6}
+    data = tmp_path / "conversations.jsonl"
+    data.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in conversations))
+    ours = SideSpec("bardling", "model", 2, 2, 64, 1e-4, "float32", str(data), str(tmp_path / "run"))
+    numbers = [[range(1, 9), range(9, 17)], [range(17, 29), range(29, 41)]]
+    names = [[[f"conversations.jsonl:{number}" for number in row] for row in step] for step in numbers]
+    passes = {}
+    for side in sft.SIDES:
+        steps = json.loads(Path(sft.trl_spec(side, ours, names, tmp_path).data).read_text())
+        found = [sorted(conversations.index(messages) + 1 for part in step for messages in part) for step in steps]
+        assert found == [[*range(1, 17)], [*range(17, 41)]]
+        passes[side] = [[len(part) for part in step] for step in steps]
+    assert passes == {"trl": [[16], [24]], "trl-by-8": [[8, 8], [12, 12]], "trl-packed": [[8, 8], [12, 12]]}
+    for arguments in (["--sides", "axolotl"], ["--rows", "0"]):
+        with pytest.raises(UserError, match=arguments[1]):
+            sft.main(arguments)
 
 
 def test_time_to_loss(tmp_path: Path, text: Path, recipe: Path) -> None:

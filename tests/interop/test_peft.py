@@ -55,7 +55,7 @@ def written(folder, config, tune, model):
     [
         TuneConfig(lora_rank=4),
         TuneConfig(lora_rank=3, lora_alpha=5.0, lora_targets=("q_proj", "v_proj")),
-        TuneConfig(lora_rank=2, lora_targets=("k_proj", "o_proj", "up_proj"), new_tokens=3),
+        TuneConfig(lora_rank=2, lora_targets=("k_proj", "o_proj", "up_proj"), new_tokens=(56, 59)),
     ],
     ids=["all", "queries and values", "new tokens"],
 )
@@ -77,7 +77,10 @@ def test_peft_opens_our_adapter_and_we_merge_it(tmp_path, family, tune):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_adapters_in_peft_format_are_read_back_exactly(family):
-    config, tune = FAMILIES[family], TuneConfig(lora_rank=4, lora_targets=("k_proj", "v_proj", "down_proj"), new_tokens=2)
+    config, tune = (
+        FAMILIES[family],
+        TuneConfig(lora_rank=4, lora_targets=("k_proj", "v_proj", "down_proj"), new_tokens=(59, 61)),
+    )
     state = trained_state(adapted(config, tune))
     assert {name: tuple(tensor.shape) for name, tensor in state.items()} == adapter_shapes(config, tune)
     back = from_adapter_state(adapter_state(state, config, tune), config, tune, "the adapter")

@@ -365,6 +365,17 @@ def test_a_cpu_does_not_multiply_padding_rows() -> None:
     assert counter.get_total_flops() == 2 * 50 * WIDTH * VOCAB
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_a_cpu_multiplies_only_tokens_that_count(training: bool) -> None:
+    flops = []
+    for ignored in (True, False):
+        hidden, weight, targets = problem(torch.float32, ignored=ignored)
+        with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(training):
+            head_loss(hidden, weight, targets, vocab_size=VOCAB)
+        flops.append(counter.get_total_flops())
+    assert 0 < flops[0] == flops[1] * (50 - 14) // 50
+
+
 @pytest.mark.parametrize("ignored", [True, False])
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
 def test_greedy_tells_which_targets_are_the_likeliest(chunks: int, ignored: bool, softcap: float) -> None:

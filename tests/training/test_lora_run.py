@@ -137,7 +137,7 @@ def test_a_bfloat16_base_trains_nearly_as_a_float32_one(recipe, change, tmp_path
     [
         ({"model": {"init": ""}}, "tune.lora_rank = 4: name weights to adapt with --model.init"),
         ({"tune": {"lora_targets": ("gate_proj",)}}, "this model has no gate_proj: choose from"),
-        ({"tune": {"new_tokens": 1000}}, "tune.new_tokens = 1000: the model has"),
+        ({"tune": {"new_tokens": (5, 1000)}}, r"tune.new_tokens = \(5, 1000\): the model has"),
     ],
     ids=["no weights", "no such layer", "tokens"],
 )

@@ -30,12 +30,12 @@ from bardling.errors import UserError
 from bardling.files.reading import read_json_object
 from bardling.interop.huggingface import from_hf_state, hf_config, hf_state, model_config_from_hf, refuse_nonfinite
 from bardling.interop.peft import (
-    ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     adapter_config,
     adapter_state,
     from_adapter_state,
     is_adapter,
+    write_adapter,
 )
 from bardling.interop.tensor_file import read_tensors, write_tensors
 
@@ -69,16 +69,28 @@ def write_model(
 
     `dtype`: of the weights; a `UserError` if one exceeds its range. `ids`: of special tokens (None: those of the tokenizer).
     """
+    write_description(folder, config, tokenizer, dtype=dtype, ids=ids)
+    weights = {name: tensor.to(dtype) for name, tensor in hf_state(state, config).items()}
+    if dtype != torch.float32:
+        refuse_nonfinite(weights, f"--dtype {str(dtype).removeprefix('torch.')}")
+    write_tensors(folder / "model.safetensors", weights)
+
+
+def write_description(
+    folder: Path,
+    config: ModelConfig,
+    tokenizer: Tokenizer | None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    ids: Mapping[str, Any] | None = None,
+) -> None:
+    """Write what `write_model` does without the weights."""
     values = {**hf_config(config), "dtype": str(dtype).removeprefix("torch.")}
     if ids is None and tokenizer is not None:
         ids = tokenizer.interface.model_ids(config.vocab_size)
     if ids is not None and "bos_token_id" in values:
         values |= ids
     _write_json(folder / "config.json", values)
-    weights = {name: tensor.to(dtype) for name, tensor in hf_state(state, config).items()}
-    if dtype != torch.float32:
-        refuse_nonfinite(weights, f"--dtype {values['dtype']}")
-    write_tensors(folder / "model.safetensors", weights)
     if tokenizer is not None:
         tokenizer.save(folder)
         _state_length(folder / "tokenizer_config.json", config)
@@ -104,8 +116,8 @@ def write_checkpoint(
     if content.tune is None:
         write_model(folder, content.model_config, content.model_state, tokenizer)
     else:
-        _write_json(folder / ADAPTER_CONFIG, adapter_config(content.model_config, content.tune, base))
-        write_tensors(folder / ADAPTER_WEIGHTS, adapter_state(content.model_state, content.model_config, content.tune))
+        config, tune = content.model_config, content.tune
+        write_adapter(folder, adapter_config(config, tune, base), adapter_state(content.model_state, config, tune))
         if tokenizer is not None:
             tokenizer.save(folder)
     write_tensors(folder / "optimizer.safetensors", content.optimizer_tensors)

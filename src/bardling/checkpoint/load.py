@@ -79,12 +79,17 @@ class Loaded:
             optimizer_tensors=crop_block_size(self.optimizer_tensors, block_size),
         )
 
-    def extended(self, vocab_size: int) -> "Loaded":
-        """A copy with at least `vocab_size` tokens; the embeddings of new ones are the mean of the others."""
-        if vocab_size <= self.config.vocab_size:
+    def extended(self, tokenizer: Tokenizer) -> "Loaded":
+        """A copy with a tokenizer that extends the model's; the embeddings of new tokens are the mean of all others."""
+        known = self.config.vocab_size if self.tokenizer is None else self.tokenizer.vocab_size
+        return dataclasses.replace(self._with_tokens(known, tokenizer.vocab_size), tokenizer=tokenizer)
+
+    def _with_tokens(self, known: int, size: int) -> "Loaded":
+        rows = self.config.vocab_size
+        if size <= known:
             return self
-        config = dataclasses.replace(self.config, vocab_size=vocab_size)
-        state = extend_vocabulary(self.state, self.config.vocab_size, vocab_size, config.padded_vocab_size)
+        config = dataclasses.replace(self.config, vocab_size=max(rows, size))
+        state = extend_vocabulary(self.state, min(known, rows), size, config.padded_vocab_size)
         return dataclasses.replace(self, config=config, state=state)
 
     def build(self) -> GPT:
@@ -201,11 +206,19 @@ def _load_adapter(folder: Path) -> Loaded:
     except UserError as error:
         remedy = f"correct base_model_name_or_path in {folder / ADAPTER_CONFIG}"
         raise UserError(f"{folder}: is an adapter for {spec}, which cannot be opened ({error}): {remedy}") from error
-    base = base.extended(rows_needed(adapter))
+    base = base._with_tokens(base.config.vocab_size, rows_needed(adapter))
     loaded = dataclasses.replace(base, state=merged(adapter, base.state, base.config), adapter=adapter)
     if has_tokenizer(folder):
         loaded = dataclasses.replace(loaded, tokenizer=load_tokenizer(folder))
     return loaded
+
+
+def names_adapter(spec: str) -> bool:
+    """Whether a model is a LoRA adapter; what `load` refuses is none."""
+    path = Path(spec)
+    if is_hub_name(spec):
+        return is_adapter(fetch_model(spec, weights=False))
+    return path.is_dir() and not (path / "ckpt.pt").is_file() and is_adapter(find_checkpoint(path))
 
 
 def base_of(adapter: Path) -> str:

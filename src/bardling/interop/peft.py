@@ -9,6 +9,7 @@ refused by name unless it is implemented here (rsLoRA, other ranks and alphas fo
 adapters, embeddings of single tokens).
 """
 
+import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -23,7 +24,7 @@ from bardling.config import ModelConfig, TuneConfig
 from bardling.errors import UserError
 from bardling.files.reading import read_json_object
 from bardling.interop.families import Part, check_fixed, layout_of, positive_int, positive_number, shown, tensor_parts
-from bardling.interop.tensor_file import read_tensors
+from bardling.interop.tensor_file import read_tensors, write_tensors
 from bardling.planning.parameter_shapes import adapted_parts, adapter_shapes, matrix_rows
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -91,6 +92,12 @@ def read_adapter(folder: Path) -> AdapterFolder:
     return AdapterFolder(folder, config, {name: tensor.float() for name, tensor in tensors.items()})
 
 
+def write_adapter(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write both files into an existing folder."""
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_tensors(folder / ADAPTER_WEIGHTS, tensors)
+
+
 def adapter_config(config: ModelConfig, tune: TuneConfig, base: str) -> dict[str, Any]:
     """The `adapter_config.json` of adapters for the model `base`, which `config` describes."""
     gpt2, parts = layout_of(config) == "gpt2", adapted_parts(config, tune)
@@ -99,7 +106,7 @@ def adapter_config(config: ModelConfig, tune: TuneConfig, base: str) -> dict[str
     joined = {layer: len(found) for layer, found in parts.items() if len(names[f"transformer.h.0.{layer}.weight"]) == 1}
     fused = {layer: count for layer, count in joined.items() if count > 1}
     tables = {_suffix(names[name][0].name): name for name in _trained_tables(config, tune)}
-    tokens = list(range(config.vocab_size - tune.new_tokens, config.vocab_size))
+    tokens = list(range(*tune.new_tokens))
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -69,13 +69,12 @@ def add_adapters(model: GPT, tune: TuneConfig, seed: int) -> None:
             if name in parts:
                 adapter = Adapter(layer.in_features, rows[name], parts[name], tune.lora_rank, tune.scale)
                 layer.adapter = adapter.to(device)
-    if tune.new_tokens:
+    first, end = tune.new_tokens
+    if first < end:
         tables: list[Embedding | Linear] = [model.transformer.wte]
         tables += [] if model.transformer.architecture.tied else [model.lm_head]
         for table in tables:
-            stop = model.config.vocab_size
-            start = stop - tune.new_tokens
-            table.adapter = TrainedRows(start, table.weight.detach()[start:stop].clone())
+            table.adapter = TrainedRows(first, table.weight.detach()[first:end].clone())
     for name, parameter in model.named_parameters():
         if ".adapter.A." in name:
             bound = 1 / math.sqrt(parameter.size(1))

@@ -196,7 +196,7 @@ def flops_per_token(config: ModelConfig, context: int | None = None, *, tune: Tu
 
 
 def _lora_flops_per_token(config: ModelConfig, t: int, tune: TuneConfig) -> int:
-    rows, head_trained = forward_table(config, t), tune.new_tokens > 0
+    rows, head_trained = forward_table(config, t), any(tune.new_tokens)
     trained = sum(row.total for row in rows if row.name.startswith(("block.attention.scores", "block.attention.values")))
     trained += sum(row.total for row in rows if row.name == "head" and head_trained)
     adapters = sum(math.prod(shape) for name, shape in adapter_shapes(config, tune).items() if not name.endswith(".rows"))

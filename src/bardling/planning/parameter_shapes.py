@@ -86,9 +86,10 @@ def adapted_parts(config: ModelConfig, tune: TuneConfig) -> dict[str, tuple[str,
 def adapter_shapes(config: ModelConfig, tune: TuneConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the parameters that LoRA trains in a `GPT(config)`."""
     shapes: dict[str, tuple[int, ...]] = {}
-    if tune.new_tokens:
+    first, end = tune.new_tokens
+    if first < end:
         tables = (EMBEDDING,) if config.architecture.tied else (EMBEDDING, HEAD)
-        shapes = {f"{table.removesuffix('weight')}adapter.rows": (tune.new_tokens, config.n_embd) for table in tables}
+        shapes = {f"{table.removesuffix('weight')}adapter.rows": (end - first, config.n_embd) for table in tables}
     rows, matrices = matrix_rows(config), block_matrices(config)
     for number in range(config.n_layer):
         for layer, parts in adapted_parts(config, tune).items():

@@ -102,7 +102,7 @@ def resolve(config: RunConfig, facts: Facts) -> ResolvedRun:
     schedule = check_schedule(optim, train, facts, start, log.changes, log.warnings)
     tokenizer, vocab_size = _vocabulary(dataset, asked.vocab_size if start is None else start.config.vocab_size, start, facts)
     model = _model(asked, vocab_size, start, dataset, tokenizer, log, facts.continued or asked.init)
-    tune = _adapters(config.tune, model, start, facts, log)
+    tune = _adapters(config.tune, model, start, tokenizer, facts, log)
 
     left_out = fp8_layers(model)[1] if config.fp8 else None
     precision = choose_precision(config.precision, device, fp8_excluded=left_out, measure=facts.bfloat16_speedup)
@@ -366,8 +366,10 @@ def _model(
     return model
 
 
-def _adapters(tune: TuneConfig, model: ModelConfig, start: Loaded | None, facts: Facts, log: _Log) -> TuneConfig:
-    """The settings of LoRA, with the number of tokens that are new to the model.
+def _adapters(
+    tune: TuneConfig, model: ModelConfig, start: Loaded | None, tokenizer: Tokenizer | None, facts: Facts, log: _Log
+) -> TuneConfig:
+    """The settings of LoRA, with the tokens that are new to the model.
 
     Raises:
         UserError: there are no weights to adapt, or the model has none of the layers.
@@ -378,12 +380,13 @@ def _adapters(tune: TuneConfig, model: ModelConfig, start: Loaded | None, facts:
         remedy = "name weights to adapt with --model.init"
         raise UserError(f"tune.lora_rank = {tune.lora_rank}: {remedy}{', not --continue_from' if facts.continued else ''}")
     adapted_parts(model, tune)
-    new = max(tune.new_tokens, model.vocab_size - start.config.vocab_size)
-    if new != tune.new_tokens:
-        log.add("tune.new_tokens", new, "the tokens that the chat template adds")
-    if new > model.vocab_size:
-        raise UserError(f"tune.new_tokens = {new}: the model has {model.vocab_size:,} tokens")
-    return replace(tune, new_tokens=new)
+    known = start.config.vocab_size if start.tokenizer is None else start.tokenizer.vocab_size
+    if not any(tune.new_tokens) and tokenizer is not None and known < tokenizer.vocab_size:
+        tune = replace(tune, new_tokens=(known, tokenizer.vocab_size))
+        log.add("tune.new_tokens", tune.new_tokens, "those that the chat template adds")
+    if tune.new_tokens[1] > model.vocab_size:
+        raise UserError(f"tune.new_tokens = {tune.new_tokens}: the model has {model.vocab_size:,} tokens")
+    return tune
 
 
 def _run_flops(model: ModelConfig, tune: TuneConfig, plan: TrainPlan, execution: Execution) -> float:

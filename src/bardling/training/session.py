@@ -17,6 +17,7 @@ from bardling.data.batches.loader import EvalSequences, Prefetcher, TrainSequenc
 from bardling.data.batches.order import SequenceOrder
 from bardling.data.batches.packing import document_start
 from bardling.distributed.context import SINGLE, Context
+from bardling.distributed.device import remove_damaged_code
 from bardling.distributed.heartbeat import LONG_PATIENCE
 from bardling.errors import JobLost, UserError, out_of_memory
 from bardling.extensions import EXPORT_FORMATS, HOOKS
@@ -146,20 +147,23 @@ class Session:
         return self._build(replace(self.run.execution, compiled=False, cuda_graphs=False), SINGLE).state
 
     def _weights_to_start_from(self) -> Loaded | None:
-        """The weights that `model.init` names, unless a checkpoint replaces them; with LoRA, the run's own copy of them."""
-        if self.run.config.tune.lora_rank and self.facts.resumed:
+        """What `model.init` names, for the run's context and tokens, unless a checkpoint replaces it; with LoRA, the run's own
+        copy of it."""
+        config, tokenizer = self.run.config, self.run.tokenizer
+        if config.tune.lora_rank and self.facts.resumed:
             return load_base(self.folder)
-        return self.facts.start(self.run.config.model.init)
+        start = self.facts.start(config.model.init)
+        start = None if start is None else start.cropped(config.model.block_size)
+        return start if start is None or tokenizer is None else start.extended(tokenizer)
 
     def _build(self, execution: Execution, context: Context, *, restoring: bool = False) -> Assembly:
         """Assemble the run as it started; when `restoring`, without initial weights."""
         config = self.run.config
         seed = None if restoring and not config.tune.lora_rank else config.seed
-        start = None if self.start is None else self.start.cropped(config.model.block_size).extended(config.model.vocab_size)
-        weights = None if start is None else start.state
+        weights = None if self.start is None else self.start.state
         assembly = build(config.model, config.optim, execution, context, seed=seed, weights=weights, tune=config.tune)
-        if start is not None and self.facts.continued:
-            assembly.state.take_over(start, self.run.plan.samples_before)
+        if self.start is not None and self.facts.continued:
+            assembly.state.take_over(self.start, self.run.plan.samples_before)
         return assembly
 
     def _check_space(self, state: TrainState) -> str | None:
@@ -191,8 +195,7 @@ class Session:
                 self.run.tokenizer.save(self.folder.path)
             if self.run.config.tune.lora_rank:
                 assert self.start is not None
-                start = self.start.cropped(self.run.config.model.block_size).extended(self.run.config.model.vocab_size)
-                write_base(self.folder, start, self.run.tokenizer)
+                write_base(self.folder, self.start, self.run.tokenizer)
             self.folder.add_environment(facts)
 
         recipe, shared = config_to_toml(self.run.config), bool(self.facts.continued)
@@ -228,6 +231,10 @@ class Session:
                 self._fit(assembly, monitor, signals)
                 return
             except Exception as error:
+                if (file := remove_damaged_code(error)) is not None:
+                    raise UserError(
+                        f"{file}: was damaged when a compilation was killed, and is removed: start again"
+                    ) from error
                 if not out_of_memory(error):
                     raise
                 early = state.step - max(first, plan.at(state.step).first_step) < FIRST_STEPS

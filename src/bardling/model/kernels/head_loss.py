@@ -69,6 +69,9 @@ def head_loss(
     if isinstance(weight, Int8Weight) or not any(grads):
         losses = _chunked_loss(flat, weight, ids, vocab_size, dtype, softcap, greedy)
     elif reduction == "sum":
+        if is_eager_cpu(ids) and not bool((counted := ids != IGNORE).all()):  # compute no logits where none are needed
+            places = counted.nonzero()[:, 0]
+            flat, ids = flat.index_select(0, places), ids[places]
         return _SummedLoss.apply(flat, weight, ids, vocab_size, dtype, grads, softcap, tally)  # type: ignore[no-untyped-call,no-any-return]
     else:
         losses = full_logits_loss(flat, weight, ids, vocab_size=vocab_size, dtype=dtype, softcap=softcap)
