@@ -167,9 +167,7 @@ def _child(arguments: list[str], log: Path, faults: FsyncFaults | None, environm
             status = 0
         except SystemExit as end:
             status = end.code if isinstance(end.code, int) else 1
-        for thread in threading.enumerate():  # as Python does at exit
-            if thread is not threading.current_thread() and not thread.daemon:
-                thread.join()
+        threading._shutdown()  # as Python does at exit: ends the threads of pools, and waits for the others
     except BaseException:  # noqa: BLE001  a fork must not go on as its parent
         traceback.print_exc()
     finally:

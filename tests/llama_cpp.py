@@ -33,7 +33,7 @@ class LlamaCpp:
     def tokens(self, text: str, special: bool = False) -> list[int]:
         return self.post("/tokenize", content=text, add_special=special, parse_special=False)["tokens"]
 
-    def greedy(self, prompt: str, count: int) -> list[int]:
+    def greedy(self, prompt: str | list[int], count: int) -> list[int]:
         options = {"n_predict": count, "temperature": 0, "top_k": 1, "return_tokens": True, "cache_prompt": False}
         return self.post("/completion", prompt=prompt, **options)["tokens"]
 

@@ -282,7 +282,7 @@ def test_a_run_of_foreign_components_resumes_exactly(installed):
         ('"sign-sgd"', '"sign-sdg"', r"optim.name = 'sign-sdg': unknown optimizer; .*did you mean 'sign-sgd'"),
         ('"half"', '"halve"', r"train.objective = 'halve': unknown objective"),
         ('"count-steps"', '"count"', r"train.hooks = 'count': unknown hook"),
-        ('["shapes"]', '["shape"]', r"checkpoint.export = 'shape': unknown export format; .*hf, gguf, nanogpt, shapes"),
+        ('["shapes"]', '["shape"]', r"checkpoint.export = 'shape': unknown export format; .*gguf, onnx, nanogpt, shapes"),
         ('"relu3"', '"relu4"', r"model.mlp = 'relu4': unknown activation"),
         ('sinks = ["toy"]', 'sinks = ["toys"]', r"monitor.sinks = 'toys': unknown sink"),
     ],

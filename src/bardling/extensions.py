@@ -96,7 +96,9 @@ EXPORT_FORMATS = Extensions(
     "export format",
     {
         "hf": "bardling.checkpoint.export:HF",
+        "peft": "bardling.checkpoint.export:PEFT",
         "gguf": "bardling.checkpoint.export:GGUF",
+        "onnx": "bardling.checkpoint.export:ONNX",
         "nanogpt": "bardling.checkpoint.export:NANOGPT",
     },
 )

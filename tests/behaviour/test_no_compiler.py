@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from torch._inductor import config as inductor
-from torch._inductor.exc import CppCompileError, TritonMissing
+from torch._inductor.exc import CppCompileError, InductorError, TritonMissing
 
 from bardling.cli.main import main
 from bardling.config import TrainConfig
@@ -14,6 +14,7 @@ from bardling.config.recipes import config_to_toml
 from bardling.distributed.context import SINGLE
 from bardling.distributed.device import compiler_problem
 from bardling.errors import UserError
+from bardling.model.gpt import GPT
 from bardling.training import facts, resolve
 from bardling.training.compile_choice import without_compiler
 from bardling.training.run import train
@@ -117,3 +118,20 @@ def test_processes_decide_alike(tmp_path, monkeypatch):
     monkeypatch.setattr(facts, "compiler_problem", lambda device: None)
     found = facts.Facts(context, None).compiler_problem(CPU, compiles=True)
     assert found == "it fails in another process"
+
+
+@pytest.mark.parametrize("kind", [ImportError, OSError])
+def test_code_that_a_killed_compilation_has_damaged_is_removed(tiny, tmp_path, monkeypatch, kind):
+    """A process that dies while the linker writes leaves a library that no later run can load."""
+    library = tmp_path / "code.main.so"
+    library.write_bytes(b"\x7fELF")
+
+    def pass_forward(*arguments, **options):
+        raise InductorError(kind(f"{library}: file too short"), sys._getframe())
+
+    monkeypatch.setattr(GPT, "forward", pass_forward)
+    with pytest.raises(
+        UserError, match=r"code.main.so: was damaged when a compilation was killed, and is removed: start again"
+    ):
+        train(tiny, tmp_path / "run", quiet=True)
+    assert not library.exists()

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from bardling.checkpoint.export import export_gguf, export_hf, export_nanogpt
 from bardling.checkpoint.load import load
+from bardling.cli.main import main
 from bardling.errors import UserError
 from bardling.planning.costs import parameters
 from bardling.training.run import train
@@ -90,8 +91,8 @@ def test_the_model_card_states_what_the_run_recorded(run, tmp_path):
     data, config = json.loads((run / "dataset.json").read_text()), load(run).config
     for part in (
         "license: unknown",
-        f"with {parameters(config):,} parameters",
-        f"`corpus.txt`: {data['train_tokens']:,} tokens for training",
+        f"GPT-2's architecture and {parameters(config):,} parameters",
+        f"`corpus.txt`, {data['train_tokens']:,} tokens",
         f"{record['loss']:.4f} nats per token, {record['bits_per_byte']:.4f} bits per byte | 2 |",
         "2 steps of 4 sequences of 16 tokens",
         'data.tokenizer = "char"',
@@ -100,6 +101,25 @@ def test_the_model_card_states_what_the_run_recorded(run, tmp_path):
         assert part in card
     export_hf(str(tmp_path / "hf"), tmp_path / "again")
     assert "Its training is not recorded here." in (tmp_path / "again" / "README.md").read_text()
+
+
+def test_the_model_card_states_the_license(run, tmp_path, capsys):
+    main(["export", str(run), "--license", "Apache-2.0", "--out", str(tmp_path / "hf")])
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert card.startswith("---\nlicense: apache-2.0\n")
+    assert "The license is `apache-2.0`." in card
+    assert "No license" not in card
+    for arguments, message in (
+        (["--license", "apche-2.0"], "--license apche-2.0: unknown license: use an identifier of the hub"),
+        (["--license", "mit\nx: y"], "--license mit x: y: unknown license"),
+        (["--license", "mit", "--format", "gguf"], "--license: has no effect on the format gguf"),
+    ):
+        suffix = ".gguf" if "gguf" in arguments else ""
+        with pytest.raises(SystemExit) as caught:
+            main(["export", str(run), *arguments, "--out", str(tmp_path / f"other{suffix}")])
+        assert caught.value.code == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / f"other{suffix}").exists()
 
 
 def test_the_python_in_a_model_card_runs(tiny, change, tmp_path, monkeypatch, capsys):

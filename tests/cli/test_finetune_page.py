@@ -39,7 +39,7 @@ def test_every_command_runs(tiny, tmp_path, monkeypatch, capsys):
             assert "with the tokens and the template of ChatML" in printed
             assert "bardling chat runs/" in printed
     assert "perplexity" in printed
-    assert len(COMMANDS) == 5
+    assert len(COMMANDS) == 8
 
 
 def test_the_rows_of_the_page_are_conversations():

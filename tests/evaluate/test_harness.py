@@ -1,9 +1,11 @@
 """Our models in lm-eval: every answer equals that of lm-eval's backend `hf` on the exported folder; lm-eval's tasks here."""
 
+import gzip
 import importlib.metadata
 import itertools
 import json
 import os
+import random
 import subprocess
 import sys
 import tomllib
@@ -117,6 +119,64 @@ def test_log_likelihoods_equal_those_of_transformers(models):
         assert total == pytest.approx(total_of_hf, abs=1e-4), pair
         assert greedy == greedy_of_hf, pair
     assert {greedy for _, greedy in found} == {True, False}
+
+
+def multiple_choice_items() -> list[dict]:
+    """200 items in HellaSwag's form: of the file that BARDLING_HELLASWAG names, or made here."""
+    if path := os.environ.get("BARDLING_HELLASWAG"):
+        with gzip.open(path, "rt") if path.endswith(".gz") else open(path) as file:  # noqa: PTH123
+            return random.Random(0).sample([json.loads(line) for line in file], 200)
+    draw = random.Random(0)
+
+    def sentences(count: int) -> str:
+        return " ".join(
+            f"The {draw.choice(WORDS)} and the {draw.choice(WORDS)} met {draw.randrange(9)} times." for _ in range(count)
+        )
+
+    return [{"ctx": sentences(draw.randint(1, 4)), "endings": [sentences(1) for _ in range(4)]} for _ in range(200)]
+
+
+@pytest.mark.slow  # 2,400 texts
+def test_a_server_and_the_adapter_score_items_as_transformers_does(tmp_path):
+    """HellaSwag's form, item by item: lm-eval's `local-completions` through our server, `bardling`, and `hf` on the export."""
+    pytest.importorskip("tenacity")  # of lm-eval's client
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+    from serve_help import running_server
+
+    from bardling.evaluate.harness import BardlingLM
+
+    items = multiple_choice_items()
+    texts = [f"{item['ctx']} {ending}" for item in items for ending in item["endings"]]
+    (tmp_path / "text.txt").write_text("\n".join(texts))
+    values = {
+        "device": "cpu",
+        "precision": "float32",
+        "compile": "off",
+        "model": {"n_layer": 2, "n_head": 4, "n_embd": 128, "block_size": 256},
+        "data": {"source": str(tmp_path / "text.txt"), "tokenizer": "bpe:2048", "cache": str(tmp_path / "cache")},
+        "optim": {"lr": 3e-3, "warmup_steps": 5},
+        "train": {"steps": 60, "batch_size": 8},
+        "eval": {"every": 0, "windows": 4},
+        "sample": {"every": 0},
+    }
+    run, out = tmp_path / "run", tmp_path / "out"
+    train(config_from_dict(RunConfig, values, "test"), run, quiet=True)
+    main(["export", str(run), "--out", str(out)])
+    pairs = requests(*[(item["ctx"], f" {ending}") for item in items for ending in item["endings"]])
+    hf = HFLM(pretrained=str(out), device="cpu", dtype="float32", batch_size=8, logits_cache=False)
+    assert max(len(hf.tok_encode(text)) for text in texts) < 256
+    expected = hf.loglikelihood(pairs, disable_tqdm=True)
+    with running_server(run) as served:
+        settings = {"tokenizer_backend": "huggingface", "tokenizer": str(out), "max_length": 256, "num_concurrent": 4}
+        server = LocalCompletionsAPI(base_url=f"{served.url}/v1/completions", model="run", **settings)
+        through_server = server.loglikelihood(pairs, disable_tqdm=True)
+    for name, found in (("server", through_server), ("bardling", BardlingLM(path=str(run), device="cpu").loglikelihood(pairs))):
+        differences = [abs(ours[0] - theirs[0]) for ours, theirs in zip(found, expected, strict=True)]
+        print(f"{name}: {len(found)} endings, largest difference {max(differences):.1e}")
+        assert max(differences) < 1e-4, name
+        assert [greedy for _, greedy in found] == [greedy for _, greedy in expected], name
+    assert min(total for total, _ in expected) < -5
 
 
 def test_log_likelihoods_of_whole_texts_equal_those_of_transformers(models):
@@ -250,6 +310,15 @@ def test_chat_templates_reach_the_model(models):
 def test_a_misspelt_task_of_lm_eval_is_named():
     with pytest.raises(UserError, match=r"lm-eval has no such task \(did you mean 'arc_easy'\?\); `lm-eval ls tasks` lists"):
         open_task("lm-eval:arc_esay")
+
+
+def test_arguments_of_the_model_come_before_those_of_the_command(run):
+    from bardling.evaluate.harness import BardlingLM
+
+    made = BardlingLM.create_from_arg_obj(
+        {"path": str(run), "device": "cpu"}, {"device": "meta", "batch_size": 1, "other": None}
+    )
+    assert made.subject.context.device.type == "cpu"
 
 
 def test_a_model_without_a_path_is_refused():

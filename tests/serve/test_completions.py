@@ -154,6 +154,22 @@ def test_an_empty_prompt_begins_a_document(served):
     assert "endoftext" not in answer["text"]
 
 
+def test_the_token_that_ends_a_text_has_a_log_probability(served, scores):
+    """lm-eval takes the last entry for the generated token, and those before it for the prompt's."""
+    ends = {"logit_bias": {"256": 100}, "logprobs": 1}
+    (choice,) = served.post("/v1/completions", prompt="The king", max_tokens=1, echo=True, **ends)["choices"]
+    found = choice["logprobs"]
+    assert (choice["text"], choice["finish_reason"]) == ("The king", "stop")
+    assert found["bardling"]["ids"] == [*b"The king", 256]
+    assert found["text_offset"] == list(range(9))
+    expected = scores(list(b"The king"))
+    assert found["token_logprobs"][-2:] == pytest.approx([float(expected[6, ord("g")]), float(expected[7, 256])], abs=2e-4)
+    (choice,) = served.post("/v1/completions", prompt="The king", max_tokens=4, **ends)["choices"]
+    assert (choice["text"], choice["logprobs"]["bardling"]["ids"]) == ("", [256])
+    chat = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 4, "logit_bias": {"256": 100}, "logprobs": True}
+    assert served.post("/v1/chat/completions", **chat)["choices"][0]["logprobs"]["content"] == []
+
+
 def test_a_full_context(served):
     room = CONFIG.block_size - 100
     request = {"prompt": "x" * 100, "logit_bias": {"256": -100}}

@@ -15,6 +15,7 @@ from bardling.config.recipes import config_to_toml
 from bardling.data.batches.loader import TrainSequences
 from bardling.data.batches.order import SequenceOrder
 from bardling.data.tokens.chat_template import chat_prompt_ids
+from bardling.data.tokens.chatml import with_chatml
 from bardling.data.tokens.conversations import ANSWER, BEGIN
 from bardling.data.tokens.dataset import open_recorded
 from bardling.errors import UserError
@@ -87,7 +88,8 @@ def test_a_model_learns_answers_from_a_pretrained_one(tiny, change, recipe, tmp_
 def test_new_tokens_begin_as_the_mean_of_the_others(tiny, change, recipe, tmp_path):
     base = change(tiny, data={"tokenizer": "byte"}, model={"block_size": 96}, train={"steps": 2})
     train(base, tmp_path / "base", quiet=True)
-    start = load(tmp_path / "base").extended(260)
+    loaded = load(tmp_path / "base")
+    start = loaded.extended(with_chatml(loaded.tokenizer))
     table = start.state["transformer.wte.weight"]
     assert table.shape[0] == start.config.padded_vocab_size
     torch.testing.assert_close(table[257:260], table[:257].mean(0).expand(3, -1))

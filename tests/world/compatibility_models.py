@@ -115,7 +115,6 @@ def nano_gpt(folder: Path) -> str:
 KEY, VALUE = b"general.architecture", b"gemma3"
 GGUF = b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, len(KEY)) + KEY + struct.pack("<IQ", 8, len(VALUE)) + VALUE
 SCALED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-ADAPTER = {"peft_type": "LORA", "base_model_name_or_path": "org/base", "r": 8}
 
 
 def gguf_files(folder: Path) -> str:
@@ -123,6 +122,20 @@ def gguf_files(folder: Path) -> str:
         theirs = save(folder / kind, kind)
         export_gguf(str(folder / kind), folder / f"{kind}.gguf")
         same_logits(load(folder / f"{kind}.gguf").build(), theirs)
+    return "read"
+
+
+def adapter(folder: Path, base: str = "", **options: Any) -> str:
+    """A LoRA adapter of PEFT's for a random model; `base`: another name for that model."""
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False, **options)
+    save(folder / "base", "Llama")
+    theirs = peft.get_peft_model(reference(folder / "base"), lora).eval()
+    theirs.save_pretrained(folder / "model")
+    if base:
+        path = folder / "model" / "adapter_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": base}))
+    same_logits(load(folder / "model").build(), theirs)
     return "read"
 
 
@@ -205,7 +218,9 @@ MODELS: dict[str, Run] = {
     "a model folder whose weights are a GGUF file": partial(
         hf_model, kind="Llama", change=partial(replace, name="model.gguf", data=GGUF)
     ),
-    "a LoRA adapter of PEFT": partial(only, name="adapter_config.json", data=json.dumps(ADAPTER).encode()),
+    "a LoRA adapter of PEFT, and its base model": adapter,
+    "the same with `use_dora`": partial(adapter, use_dora=True),
+    "the same without its base model": partial(adapter, base="./gone"),
     "Mistral with a sliding window": partial(other_model, kind="Mistral", sliding_window=8),
     "GPT-NeoX": partial(other_model, kind="GPTNeoX"),
     "Qwen2": partial(other_model, kind="Qwen2"),

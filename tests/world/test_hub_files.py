@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 from bardling.checkpoint.export import export_hf
 from bardling.checkpoint.load import load, load_tokenizer_of
@@ -123,12 +123,22 @@ def test_a_tokenizer_in_another_format_is_named(hub, exported, name):
         loaded.needed_tokenizer()
 
 
-def test_an_adapter_on_the_hub_is_named_as_one(hub):
-    config = {"peft_type": "LORA", "base_model_name_or_path": "org/base"}
-    hub.models["some/adapter"] = {"adapter_config.json": json.dumps(config).encode(), "adapter_model.safetensors": b"x"}
-    with pytest.raises(UserError, match=r"some/adapter: is an adapter \('LORA'\) for the base model 'org/base'"):
-        load("some/adapter")
-    assert "adapter_model.safetensors" not in hub.fetched
+def test_an_adapter_on_the_hub_is_merged_into_its_base_model(hub, exported):
+    files, _ = exported
+    hub.models["org/base"] = files
+    state = load("org/base").state
+    width, rows = state["transformer.h.0.attn.c_proj.weight"].shape
+    name = "base_model.model.transformer.h.0.attn.c_proj"
+    pair = {f"{name}.lora_A.weight": torch.ones(2, width), f"{name}.lora_B.weight": torch.ones(rows, 2)}
+    config = {"peft_type": "LORA", "base_model_name_or_path": "org/base", "r": 2, "lora_alpha": 3}
+    hub.models["some/adapter"] = {
+        "adapter_config.json": json.dumps(config).encode(),
+        "adapter_model.safetensors": save(pair, metadata={"format": "pt"}),
+    }
+    merged = load("some/adapter")
+    assert merged.tokenizer is not None
+    changed = merged.state["transformer.h.0.attn.c_proj.weight"]
+    torch.testing.assert_close(changed, state["transformer.h.0.attn.c_proj.weight"] + 3)
 
 
 def test_an_index_that_points_elsewhere_fetches_nothing(hub, exported):

@@ -6,6 +6,7 @@ stories15M. HellaSwag's validation file is the one that BARDLING_HELLASWAG names
 """
 
 import importlib.util
+import json
 import os
 import re
 import struct
@@ -20,6 +21,7 @@ from bardling.checkpoint.export import export_gguf, export_hf
 from bardling.checkpoint.load import load
 from bardling.config import DataConfig
 from bardling.config.recipes import load_recipe
+from bardling.data.tokens.chat_template import chat_prompt_ids
 from bardling.data.tokens.tokenizer import StreamDecoder
 from bardling.distributed.device import Precision
 from bardling.evaluate.multiple_choice import evaluate_choices
@@ -253,6 +255,51 @@ def test_three_finetuning_steps_and_an_export_keep_the_text_side(folder, referen
     weights = dict(model.named_parameters())
     change = max(float((value - weights[name]).abs().max()) for name, value in tuned.named_parameters())
     assert 0 < change < 1e-2
+
+
+@pytest.mark.parametrize("rank", [0, 8], ids=["all weights", "LoRA"])
+def test_a_chat_model_keeps_its_answers_through_export_and_gguf(folder, tmp_path, rank):
+    from llama_cpp import LlamaCpp
+
+    rows = [{"prompt": f"What is {n} and {n}?", "completion": f"It is {2 * n}."} for n in range(60)]
+    (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    recipe = load_recipe("finetune-lora" if rank else "finetune")
+    config = replace(
+        recipe,
+        device="cpu",
+        precision="float32",
+        compile="off",
+        model=replace(recipe.model, init=str(folder), block_size=64, dropout=0.0),
+        data=replace(recipe.data, source=str(tmp_path / "chat.jsonl"), cache=str(tmp_path / "cache")),
+        train=replace(recipe.train, steps=4, batch_size=2, micro_batch=2, log_every=1),
+        tune=replace(recipe.tune, lora_rank=rank),
+        optim=replace(recipe.optim, warmup_steps=0),
+        eval=replace(recipe.eval, every=0),
+        sample=replace(recipe.sample, every=0),
+    )
+    train(config, tmp_path / "run", quiet=True)
+    records = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    losses = [record["loss"] for record in records if record["kind"] == "train"]
+    assert losses[-1] < losses[0]
+    tuned = load(tmp_path / "run")
+    prompt = chat_prompt_ids(tuned.tokenizer, [{"role": "user", "content": "What is 70 and 70?"}])
+
+    def answer(model):
+        steps = generate(model.build(), [prompt], max_new_tokens=32, temperature=0, eot_id=tuned.tokenizer.interface.eos)
+        return [token for (token,) in steps]
+
+    found = answer(tuned)
+    export_hf(str(tmp_path / "run"), tmp_path / "export")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "export", dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "export")
+    chat = [{"role": "user", "content": "What is 70 and 70?"}]
+    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    assert inputs.input_ids[0].tolist() == prompt
+    expected = theirs.generate(**inputs, do_sample=False, max_new_tokens=32, repetition_penalty=1.0)
+    assert expected[0, len(prompt) :].tolist() == found
+    export_gguf(str(tmp_path / "run"), tmp_path / "model.gguf", dtype="f32")
+    assert answer(load(tmp_path / "model.gguf")) == found
+    assert LlamaCpp(tmp_path / "model.gguf", context=256).greedy(prompt, 32) == found
 
 
 def test_llama_cpp_runs_the_exported_file(folder, loaded, tmp_path):

@@ -3,6 +3,7 @@
     config.json, model.safetensors     the Hugging Face layout of GPT-2, Llama or Qwen3, which `transformers` opens as it is
                                        (other models: model_type "bardling" and our own names, which only bardling opens)
     tokenizer.json, tokenizer_config.json, and what else describes the model's text (`data/tokens/text_interface.py`)
+    adapter_config.json, adapter_model.safetensors   instead of these two, for a run with LoRA: in PEFT's format
     optimizer.safetensors              the optimizer's tensors, by parameter name
     rng.safetensors                    the random number generators
     training.json                      step, samples, best loss, gradient scaler, the optimizer's other values
@@ -22,13 +23,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bardling.config import ModelConfig
+from bardling.config import ModelConfig, RunConfig, TuneConfig
+from bardling.config.recipes import config_from_dict
 from bardling.data.tokens.tokenizer import Tokenizer
 from bardling.errors import UserError
 from bardling.files.reading import read_json_object
 from bardling.interop.huggingface import from_hf_state, hf_config, hf_state, model_config_from_hf, refuse_nonfinite
+from bardling.interop.peft import (
+    ADAPTER_WEIGHTS,
+    adapter_config,
+    adapter_state,
+    from_adapter_state,
+    is_adapter,
+    write_adapter,
+)
 from bardling.interop.tensor_file import read_tensors, write_tensors
 
+RUN_CONFIG = "run_config.json"
 _FORMAT = 1
 
 
@@ -42,6 +53,7 @@ class Checkpoint:
     optimizer_meta: Mapping[str, Any]
     training: Mapping[str, Any]  # JSON values: step, samples, best_val_loss (inf: never validated), best_step, hooks_done, ...
     rng: dict[str, Tensor] = field(default_factory=dict)  # empty unless requested
+    tune: TuneConfig | None = None  # of a run with LoRA: `model_state` then has the adapters only
 
 
 def write_model(
@@ -57,16 +69,28 @@ def write_model(
 
     `dtype`: of the weights; a `UserError` if one exceeds its range. `ids`: of special tokens (None: those of the tokenizer).
     """
+    write_description(folder, config, tokenizer, dtype=dtype, ids=ids)
+    weights = {name: tensor.to(dtype) for name, tensor in hf_state(state, config).items()}
+    if dtype != torch.float32:
+        refuse_nonfinite(weights, f"--dtype {str(dtype).removeprefix('torch.')}")
+    write_tensors(folder / "model.safetensors", weights)
+
+
+def write_description(
+    folder: Path,
+    config: ModelConfig,
+    tokenizer: Tokenizer | None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    ids: Mapping[str, Any] | None = None,
+) -> None:
+    """Write what `write_model` does without the weights."""
     values = {**hf_config(config), "dtype": str(dtype).removeprefix("torch.")}
     if ids is None and tokenizer is not None:
         ids = tokenizer.interface.model_ids(config.vocab_size)
     if ids is not None and "bos_token_id" in values:
         values |= ids
     _write_json(folder / "config.json", values)
-    weights = {name: tensor.to(dtype) for name, tensor in hf_state(state, config).items()}
-    if dtype != torch.float32:
-        refuse_nonfinite(weights, f"--dtype {values['dtype']}")
-    write_tensors(folder / "model.safetensors", weights)
     if tokenizer is not None:
         tokenizer.save(folder)
         _state_length(folder / "tokenizer_config.json", config)
@@ -82,26 +106,44 @@ def _state_length(path: Path, config: ModelConfig) -> None:
         _write_json(path, {**values, "model_max_length": config.context})
 
 
-def write_checkpoint(folder: Path, content: Checkpoint, tokenizer: Tokenizer | None, run_config: Mapping[str, Any]) -> None:
-    """Write the files of a checkpoint into an existing, empty folder, which `CheckpointStore.save` then makes visible."""
-    write_model(folder, content.model_config, content.model_state, tokenizer)
+def write_checkpoint(
+    folder: Path, content: Checkpoint, tokenizer: Tokenizer | None, run_config: Mapping[str, Any], base: str = ""
+) -> None:
+    """Write the files of a checkpoint into an existing, empty folder, which `CheckpointStore.save` then makes visible.
+
+    `base`: of a run with LoRA, the folder of the model that its adapters change.
+    """
+    if content.tune is None:
+        write_model(folder, content.model_config, content.model_state, tokenizer)
+    else:
+        config, tune = content.model_config, content.tune
+        write_adapter(folder, adapter_config(config, tune, base), adapter_state(content.model_state, config, tune))
+        if tokenizer is not None:
+            tokenizer.save(folder)
     write_tensors(folder / "optimizer.safetensors", content.optimizer_tensors)
     write_tensors(folder / "rng.safetensors", content.rng)
     best = content.training["best_val_loss"]
     values = {**content.training, "best_val_loss": best if math.isfinite(best) else None}  # JSON has no infinity
     _write_json(folder / "training.json", {"format": _FORMAT, **values, "optimizer": content.optimizer_meta})
-    _write_json(folder / "run_config.json", run_config)
+    _write_json(folder / RUN_CONFIG, run_config)
 
 
 def read_checkpoint(folder: Path, *, optimizer: bool = True) -> Checkpoint:
     """Read and check a checkpoint; with `optimizer`, also what only resuming needs: optimizer tensors and random numbers."""
-    model_config, model_state = read_model(folder)
+    tune = None
+    if is_adapter(folder):
+        path = folder / RUN_CONFIG
+        run = config_from_dict(RunConfig, read_json_object(path), str(path))
+        model_config, tune, where = run.model, run.tune, folder / ADAPTER_WEIGHTS
+        model_state = from_adapter_state(read_tensors(where), model_config, tune, str(where))
+    else:
+        model_config, model_state = read_model(folder)
     training = read_training(folder / "training.json")
     meta = training.pop("optimizer", {})
     if not isinstance(meta, dict):
         raise UserError(f"{folder / 'training.json'}: optimizer = {meta!r} must be an object")
     tensors = [read_tensors(folder / f"{name}.safetensors") if optimizer else {} for name in ("optimizer", "rng")]
-    return Checkpoint(model_config, model_state, tensors[0], meta, training, tensors[1])
+    return Checkpoint(model_config, model_state, tensors[0], meta, training, tensors[1], tune)
 
 
 def read_model(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:

@@ -29,15 +29,14 @@ from bardling.distributed.global_state import NEUTRAL
 from bardling.errors import UserError
 from bardling.files.digests import json_sha256
 from bardling.files.paths import expand_home, shell_path, similar
-from bardling.files.reading import read_json_object
 from bardling.files.streams import tell
-from bardling.interop.families import shown
 from bardling.interop.gguf_file import is_gguf, read_header
 from bardling.interop.gguf_model import read_gguf_model
 from bardling.interop.huggingface import dropout_note, hf_dtype, read_hf_folder
 from bardling.interop.imported import ImportedCheckpoint
 from bardling.interop.nano_gpt import read_nano_gpt_checkpoint
 from bardling.interop.nanogpt_checkpoint import read_nanogpt_checkpoint
+from bardling.interop.peft import ADAPTER_CONFIG, AdapterFolder, is_adapter, merged, read_adapter, rows_needed, stated_base
 from bardling.interop.pretrained import fetch_model, is_hub_name, is_shadowed
 from bardling.model.gpt import GPT
 from bardling.model.init import crop_block_size, extend_vocabulary
@@ -60,6 +59,7 @@ class Loaded:
     find_tokenizer: Callable[[], Tokenizer] | None = None  # fetches the tokenizer, or says why there is none
     note: str = ""  # what differs from the files
     dtype: str = "float32"  # of the weights in the files; here they are float32
+    adapter: AdapterFolder | None = None  # the adapter that `state` contains already
     text: TextFiles = field(default_factory=TextFiles)  # of a model without a tokenizer: what its files say about its text
 
     def needed_tokenizer(self) -> Tokenizer:
@@ -79,12 +79,17 @@ class Loaded:
             optimizer_tensors=crop_block_size(self.optimizer_tensors, block_size),
         )
 
-    def extended(self, vocab_size: int) -> "Loaded":
-        """A copy with at least `vocab_size` tokens; the embeddings of new ones are the mean of the others."""
-        if vocab_size <= self.config.vocab_size:
+    def extended(self, tokenizer: Tokenizer) -> "Loaded":
+        """A copy with a tokenizer that extends the model's; the embeddings of new tokens are the mean of all others."""
+        known = self.config.vocab_size if self.tokenizer is None else self.tokenizer.vocab_size
+        return dataclasses.replace(self._with_tokens(known, tokenizer.vocab_size), tokenizer=tokenizer)
+
+    def _with_tokens(self, known: int, size: int) -> "Loaded":
+        rows = self.config.vocab_size
+        if size <= known:
             return self
-        config = dataclasses.replace(self.config, vocab_size=vocab_size)
-        state = extend_vocabulary(self.state, self.config.vocab_size, vocab_size, config.padded_vocab_size)
+        config = dataclasses.replace(self.config, vocab_size=max(rows, size))
+        state = extend_vocabulary(self.state, min(known, rows), size, config.padded_vocab_size)
         return dataclasses.replace(self, config=config, state=state)
 
     def build(self) -> GPT:
@@ -94,11 +99,12 @@ class Loaded:
         return model.eval()
 
 
-def load(spec: str | Path, *, best: bool = False, training: bool = False) -> Loaded:
+def load(spec: str | Path, *, best: bool = False, training: bool = False, adapters: bool = True) -> Loaded:
     """Open a model: a run, a checkpoint, a folder or file of another trainer, or a name on the hub.
 
     `best`: of a run, the checkpoint with the best validation loss instead of the latest. `training`: also read the optimizer
-    state, if there is one. Raises a `UserError` if there is no such model, or it is damaged or unsafe.
+    state, if there is one. `adapters`: whether it may be a LoRA adapter, which is then merged into its base model. Raises a
+    `UserError` if there is no such model, or it is damaged or unsafe.
     """
     spec = expand_home(spec) if isinstance(spec, str) else spec
     path, from_hub = Path(spec), is_hub_name(spec)
@@ -107,7 +113,8 @@ def load(spec: str | Path, *, best: bool = False, training: bool = False) -> Loa
     if not from_hub and not (path / "config.toml").is_file() and (path / "ckpt.pt").is_file():
         return _load_imported(path / "ckpt.pt")
     folder = fetch_model(str(spec)) if from_hub else find_checkpoint(path, best=best)
-    _refuse_adapter(folder, str(spec))
+    if is_adapter(folder):
+        return _load_adapter(folder) if adapters else _refuse(f"{spec}: is itself an adapter: merge it first")
     tokenizer = load_tokenizer(folder) if has_tokenizer(folder) else None
     found = Loaded(ModelConfig(), {}, tokenizer, find_tokenizer=partial(_refuse, missing_tokenizer(folder)))
     if not (folder / "training.json").is_file():
@@ -191,15 +198,33 @@ def _refuse(reason: str) -> NoReturn:
     raise UserError(reason)
 
 
-def _refuse_adapter(folder: Path, spec: str) -> None:
-    """Name a LoRA adapter as one: it holds only changes to another model's weights."""
-    path = folder / "adapter_config.json"
-    if not path.is_file():
-        return
-    values = read_json_object(path)
-    kind, base = (shown(values.get(key)) for key in ("peft_type", "base_model_name_or_path"))
-    merge = f"AutoPeftModelForCausalLM.from_pretrained({spec!r}).merge_and_unload().save_pretrained('merged')"
-    raise UserError(f"{spec}: is an adapter ({kind}) for the base model {base}, not a model: merge both with peft: {merge}")
+def _load_adapter(folder: Path) -> Loaded:
+    """Load a LoRA adapter and the model that it changes; both together are one model."""
+    adapter, spec = read_adapter(folder), base_of(folder)
+    try:
+        base = load(spec, adapters=False)
+    except UserError as error:
+        remedy = f"correct base_model_name_or_path in {folder / ADAPTER_CONFIG}"
+        raise UserError(f"{folder}: is an adapter for {spec}, which cannot be opened ({error}): {remedy}") from error
+    base = base._with_tokens(base.config.vocab_size, rows_needed(adapter))
+    loaded = dataclasses.replace(base, state=merged(adapter, base.state, base.config), adapter=adapter)
+    if has_tokenizer(folder):
+        loaded = dataclasses.replace(loaded, tokenizer=load_tokenizer(folder))
+    return loaded
+
+
+def names_adapter(spec: str) -> bool:
+    """Whether a model is a LoRA adapter; what `load` refuses is none."""
+    path = Path(spec)
+    if is_hub_name(spec):
+        return is_adapter(fetch_model(spec, weights=False))
+    return path.is_dir() and not (path / "ckpt.pt").is_file() and is_adapter(find_checkpoint(path))
+
+
+def base_of(adapter: Path) -> str:
+    """The model that the adapter in a folder was trained on: of a run, its own copy, wherever the run is now."""
+    own = RunFolder(adapter.parent.parent).base
+    return str(own) if adapter.parent.name == "checkpoints" and own.is_dir() else stated_base(adapter)
 
 
 def _refuse_weights_alone(folder: Path) -> None:
@@ -225,13 +250,12 @@ def tokenizer_file(tokenizer: Tokenizer) -> str:
 def find_checkpoint(path: Path, *, best: bool = False) -> Path:
     """The checkpoint folder for `path`: itself, the checkpoint that `RUN@step-000400` or `RUN@best` names, or the latest valid
     (or the best) checkpoint of a run."""
-    if (path / "config.json").is_file():
+    if (path / "config.json").is_file() or is_adapter(path):
         return path
     if (named := _named_checkpoint(path)) is not None:
         if best:
             raise UserError(f"{path}: names a checkpoint already: omit --best")
         return named
-    _refuse_adapter(path, str(path))
     if not (path / "config.toml").is_file():
         _refuse_weights_alone(path)
     if not path.exists() and path.parent.is_dir() and is_shadowed(path) and not any(path.parent.glob("*/config.toml")):
@@ -290,7 +314,8 @@ def load_tokenizer_of(spec: Path | str) -> Tokenizer:
         return load_tokenizer(folder)
     if folder.is_file() or (folder / "ckpt.pt").is_file():
         return load(spec).needed_tokenizer()
-    return load_tokenizer(find_checkpoint(folder))
+    found = find_checkpoint(folder)
+    return load(found).needed_tokenizer() if is_adapter(found) and not has_tokenizer(found) else load_tokenizer(found)
 
 
 def run_of(spec: Path | str) -> RunFolder | None:

@@ -15,13 +15,23 @@ from bardling.checkpoint.load import Loaded, find_checkpoint, run_of
 from bardling.checkpoint.run_folder import RunFolder
 from bardling.config import RunConfig
 from bardling.config.recipes import changed_settings
-from bardling.errors import UserError
+from bardling.errors import UserError, closest
 from bardling.interop.pretrained import is_hub_name
 from bardling.monitor.format import count
 from bardling.monitor.jsonl import metrics, read_jsonl
 from bardling.planning.costs import parameters
 
-_TITLES = {"gpt2": "GPT-2", "llama": "Llama", "qwen3": "Qwen3"}
+_TITLES = {"gpt2": "GPT-2's", "llama": "Llama's", "qwen3": "Qwen3's"}
+_LICENSES = """
+afl-3.0 agpl-3.0 apache-2.0 apple-amlr apple-ascl artistic-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0
+bigscience-openrail-m bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 c-uda cc cc0-1.0 cc-by-2.0 cc-by-2.5 cc-by-3.0
+cc-by-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0
+cc-by-nc-sa-4.0 cc-by-nd-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cdla-permissive-1.0 cdla-permissive-2.0 cdla-sharing-1.0
+creativeml-openrail-m deepfloyd-if-license ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2 gemma gfdl gpl gpl-2.0 gpl-3.0
+h-research intel-research isc lgpl lgpl-2.1 lgpl-3.0 lgpl-lr llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 lppl-1.3c mit
+mpl-2.0 ms-pl ncsa odbl odc-by ofl-1.1 openmdw-1.0 openrail openrail++ osl-3.0 other pddl postgresql unknown unlicense wtfpl
+zlib
+"""  # identifiers that the hub knows
 _PATHS = ("data.source", "data.tokenizer", "model.init")
 _LOCAL = (
     "data.cache",
@@ -33,21 +43,54 @@ _LOCAL = (
 )  # settings that say nothing about the model
 
 
-def model_card(spec: str, loaded: Loaded, *, best: bool, name: str, dtype: str) -> str:
-    """The text of the card of the model `spec`, exported under `name`."""
+def known_license(name: str) -> str:
+    """The identifier as the hub writes it, in lower case; a `UserError` if it is none."""
+    known = _LICENSES.split()
+    if (found := name.lower()) not in known:
+        remedy = f"use an identifier of the hub, such as mit or apache-2.0, or 'other'{closest(found, known)}"
+        raise UserError(f"--license {name}: unknown license: {remedy}")
+    return found
+
+
+def model_card(
+    spec: str,
+    loaded: Loaded,
+    *,
+    best: bool,
+    name: str,
+    dtype: str,
+    license: str = "unknown",
+    adds_chat: bool = False,
+    base: str = "",
+) -> str:
+    """The text of the card of the model `spec`.
+
+    Args:
+        name: under which others load the model: its folder's, or USER/REPO.
+        license: an identifier of the hub.
+        adds_chat: the export has added the chat template.
+        base: of an adapter, the model that it changes.
+    """
     config, family = loaded.config, loaded.config.architecture.transformers_family or ""
     about = [
-        f"A {_TITLES.get(family, 'transformer')} with {parameters(config):,} parameters "
-        f"({config.n_layer} layers, {config.n_head} heads, width {config.n_embd}), "
-        f"a vocabulary of {config.vocab_size:,} tokens and a context of {config.context:,}. The weights are {dtype}.",
+        f"A language model with {_TITLES.get(family, 'its own')} architecture and {parameters(config):,} parameters "
+        f"({config.n_layer} layers, {config.n_head} heads, width {config.n_embd}), a vocabulary of {config.vocab_size:,} "
+        f"tokens and a context of {config.context:,} tokens. The weights are {dtype}.",
         "",
     ]
-    header = ["license: unknown", "pipeline_tag: text-generation", "library_name: transformers", "tags:", "- bardling"]
-    parts = ["---", *header, "---", "", f"# {name}", "", *about]
+    library = "peft" if base else "transformers"
+    header = [f"license: {license}", "pipeline_tag: text-generation", f"library_name: {library}", "tags:", "- bardling"]
+    if base:
+        header += [f"base_model: {base}"] if is_hub_name(base) else []
+        about = [f"A LoRA adapter for `{_public(base)}`, to be loaded with PEFT. Both together are this model:", "", *about]
+    if adds_chat:
+        about += ["The chat template (ChatML) and its tokens were added after training: finetune the model to use them.", ""]
+    parts = ["---", *header, "---", "", f"# {name.rpartition('/')[2]}", "", *about]
     found = _training(spec, best)
     parts += ["Its training is not recorded here.", ""] if found is None else _of_run(*found)
-    chat = loaded.tokenizer is not None and bool(loaded.tokenizer.interface.chat_template)
-    return "\n".join([*parts, *_usage(name, chat), *_limits()])
+    has_template = loaded.tokenizer is not None and bool(loaded.tokenizer.interface.chat_template)
+    chat = has_template and not adds_chat
+    return "\n".join([*parts, *_usage(name, chat, adapter=bool(base)), *_limits(license, chat)])
 
 
 def _training(spec: str, best: bool) -> tuple[RunFolder, int] | None:
@@ -67,13 +110,15 @@ def _of_run(run: RunFolder, step: int) -> list[str]:
     trained, validated = metrics(records, "train"), metrics(records, "val")
     seen = trained[-1].get("tokens") if trained else None
     batch = f"{step:,} steps of {config.train.batch_size:,} sequences of {config.model.block_size:,} tokens"
-    origin = f"`{_public(config.model.init)}`" if config.model.init else "random weights"
+    rates = f"learning rate {config.optim.lr:g}"
+    if config.optim.name == "muon":
+        rates = f"learning rates {config.optim.muon_lr:g} (matrices) and {config.optim.lr:g} (norms and biases)"
     rows = [
-        ("data", f"`{_public(config.data.source)}`: {data.get('train_tokens', 0):,} tokens for training"),
-        ("tokenizer", f"`{_public(config.data.tokenizer)}`, {config.model.vocab_size:,} entries"),
-        ("started from", origin),
+        ("training data", f"`{_public(config.data.source)}`, {data.get('train_tokens', 0):,} tokens"),
+        ("tokenizer", f"`{_public(config.data.tokenizer)}`, {config.model.vocab_size:,} tokens"),
+        ("initial weights", f"`{_public(config.model.init)}`" if config.model.init else "random"),
         ("training", batch + (f"; {count(seen)} tokens seen" if seen else "")),
-        ("optimizer", f"{config.optim.name}, learning rate {config.optim.lr:g}, schedule {config.optim.schedule}"),
+        ("optimizer", f"{config.optim.name}, {rates}, schedule {config.optim.schedule}"),
         ("precision", config.precision),
         *_hardware(run),
     ]
@@ -89,7 +134,17 @@ def _of_run(run: RunFolder, step: int) -> list[str]:
         score = f"accuracy {float(task['accuracy_norm']):.3f} +/- {float(task['stderr']):.3f}, {int(task['items']):,} items"
         results.append((f"{task['task']}", score, f"{task['step']:,}"))
     text += ["## Results", "", *_table(("metric", "value", "step"), results), ""] if results else []
-    return [*text, "## Recipe", "", "Settings that differ from the defaults:", "", "```toml", *_recipe(config), "```", ""]
+    return [
+        *text,
+        "## Recipe",
+        "",
+        "Settings of Bardling that differ from the defaults:",
+        "",
+        "```toml",
+        *_recipe(config),
+        "```",
+        "",
+    ]
 
 
 def _records(run: RunFolder, step: int) -> list[dict[str, Any]]:
@@ -128,25 +183,34 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in cells]
 
 
-def _usage(name: str, chat: bool) -> list[str]:
+def _usage(name: str, chat: bool, *, adapter: bool) -> list[str]:
+    model, imports = "AutoModelForCausalLM", ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
+    if adapter:
+        model, imports = "AutoPeftModelForCausalLM", ["from peft import AutoPeftModelForCausalLM"]
+        imports += ["from transformers import AutoTokenizer"]
     prompt = 'inputs = tokenizer("Once upon a time", return_tensors="pt")'
     if chat:
         messages = '[{"role": "user", "content": "Hello"}]'
         options = 'add_generation_prompt=True, return_tensors="pt", return_dict=True'
         prompt = f"inputs = tokenizer.apply_chat_template({messages}, {options})"
     return [
-        *("## Usage", "", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""),
+        *("## Usage", "", "```python", *imports, ""),
         f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
-        f'model = AutoModelForCausalLM.from_pretrained("{name}")',
+        f'model = {model}.from_pretrained("{name}")',
         *(prompt, "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))", "```", ""),
     ]
 
 
-def _limits() -> list[str]:
+def _limits(license: str, chat: bool) -> list[str]:
+    base = "" if chat else "This is a base model: it continues a text, and does not follow instructions. "
+    stated = f"The license is `{license}`."
+    if license == "unknown":
+        stated = "No license has been stated yet, so assume no right to use the model. Its author can state one at the top of "
+        stated += "this file, or with `bardling export --license`."
     return [
         "## Limits and license",
         "",
-        "The model repeats what is in its training data, including errors and bias, and was not tested for safety. No license "
-        "is stated: replace `license: unknown` above with the one under which you publish the model and may use its data.",
+        f"{base}The model can repeat the errors, the bias and passages of its training data, and was not tested for safety. "
+        + stated,
         "",
     ]

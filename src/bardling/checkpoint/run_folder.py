@@ -7,6 +7,7 @@ tokenizer.json     and tokenizer_config.json
 metrics.jsonl      one record per line
 samples.jsonl      one set of samples per line
 checkpoints/       step-000500/ ...
+base/              of a run with LoRA: the model that its adapters change, as a folder of `transformers`
 """
 
 import contextlib
@@ -43,6 +44,7 @@ class RunFolder:
         self.metrics_file = path / "metrics.jsonl"
         self.samples_file = path / "samples.jsonl"
         self.checkpoints = path / "checkpoints"
+        self.base = path / "base"
         self.lock_file = path / ".lock"  # held by the process that trains the run
 
     def store(self, config: CheckpointConfig | None = None) -> CheckpointStore:
@@ -133,6 +135,7 @@ def create_run(
     run.checkpoints.mkdir(parents=True, exist_ok=True)
     remove_partial_files(path)
     if not share_folder:
+        shutil.rmtree(run.base, ignore_errors=True)
         for name in reversed(_LEFTOVERS):  # the first file marks the others as ours until they are gone
             (path / name).unlink(missing_ok=True)
     write_files()
@@ -154,9 +157,9 @@ def _is_leftover(entry: Path) -> bool:
     """Whether a start that was killed before the folder became a run may have left this behind."""
     if entry.name == "checkpoints":
         return entry.is_dir() and not any(entry.iterdir())
-    if entry.name in _LEFTOVERS:  # a tokenizer without dataset.json is the user's own
+    if entry.name in (*_LEFTOVERS, "base"):  # a tokenizer without dataset.json is the user's own
         return (entry.parent / _LEFTOVERS[0]).is_file()
-    return entry.name == ".lock" or entry.name.startswith(tuple(f".{name}." for name in ("config.toml", *_LEFTOVERS)))
+    return entry.name == ".lock" or entry.name.startswith(tuple(f".{name}." for name in ("config.toml", "base", *_LEFTOVERS)))
 
 
 @contextlib.contextmanager

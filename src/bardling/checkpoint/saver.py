@@ -158,7 +158,9 @@ class Saver:
         step, best_step = saved.training["step"], saved.training["best_step"]
         self._store.save(
             step,
-            lambda place: write_checkpoint(place, content, self._tokenizer, self._run_config),
+            lambda place: write_checkpoint(
+                place, content, self._tokenizer, self._run_config, str(self._folder.base.absolute())
+            ),
             best=step == best_step,
         )
         with suppress(OSError, UserError):  # the checkpoint is there, and the next save tries again

@@ -46,7 +46,7 @@ def run(argv: Sequence[str]) -> None:
         _show_step(path, options.step)
     elif (path / "config.toml").is_file():
         _show_run(path, options.verify)
-    elif (path / "config.json").is_file():
+    elif any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
         _show_checkpoint(path, options.verify)
     elif (path / "manifest.json").is_file():
         from bardling.data.tokens.shards import open_dataset
@@ -102,10 +102,13 @@ def show_dataset(dataset: "TokenDataset") -> None:
 def _show_checkpoint(path: Path, verify: bool) -> None:
     from bardling.checkpoint.checksums import read_manifest
     from bardling.checkpoint.contents import read_training
-    from bardling.checkpoint.load import load
+    from bardling.checkpoint.load import base_of, load
     from bardling.checkpoint.store import CheckpointStore
 
-    rows, ours = _model_rows(load(path).config), (path / "training.json").is_file()
+    loaded, ours = load(path), (path / "training.json").is_file()
+    rows = _model_rows(loaded.config)
+    if loaded.adapter is not None:
+        rows.append(("adapter", f"LoRA of rank {loaded.adapter.config.get('r', 8)}, for {escape_unprintable(base_of(path))}"))
     if ours:
         values = read_training(path / "training.json")
         rows.append(("step", f"{values['step']:,}"))

@@ -15,3 +15,4 @@ from bardling.config.optim import OptimConfig as OptimConfig
 from bardling.config.run import RunConfig as RunConfig
 from bardling.config.sample import SampleConfig as SampleConfig
 from bardling.config.train import TrainConfig as TrainConfig
+from bardling.config.tune import TuneConfig as TuneConfig

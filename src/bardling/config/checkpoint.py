@@ -22,7 +22,7 @@ class CheckpointConfig:
     """Write checkpoints in the background while training continues; needs host memory for one checkpoint."""
 
     export: tuple[str, ...] = ()
-    """Formats to export the final model to, in exports/ of the run folder: hf, gguf, nanogpt, or one of an extension."""
+    """Formats to export the final model to, in exports/ of the run: hf, peft, gguf, onnx, nanogpt, or one of an extension."""
 
     def __post_init__(self) -> None:
         for name in self.export:

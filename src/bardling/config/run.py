@@ -13,6 +13,7 @@ from bardling.config.monitor import MonitorConfig
 from bardling.config.optim import OptimConfig
 from bardling.config.sample import SampleConfig
 from bardling.config.train import TrainConfig
+from bardling.config.tune import TuneConfig
 from bardling.errors import UserError
 
 
@@ -40,6 +41,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    tune: TuneConfig = field(default_factory=TuneConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -52,6 +54,9 @@ class RunConfig:
             raise UserError(
                 f"fp8 = True with precision = {self.precision!r}: fp8 needs bfloat16 for everything else; leave one of them out"
             )
+        if self.tune.lora_rank and (self.fp8 or self.optim.name == "muon"):
+            setting = "fp8 = True" if self.fp8 else "optim.name = 'muon'"
+            raise UserError(f"tune.lora_rank = {self.tune.lora_rank} with {setting}: adapters do not support it; leave it out")
         if self.cuda_graphs and self.compile == "off":
             raise UserError("cuda_graphs = True with compile = 'off': CUDA graphs require compiled code; leave one of them out")
         if self.attention != "auto" and self.model.dropout:

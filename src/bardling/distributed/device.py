@@ -7,6 +7,7 @@ AVX-512-BF16 or AMX, and slower without. The choice is stored with the run, and 
 import contextlib
 import ctypes
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -132,6 +133,8 @@ def compiler_problem(device: torch.device) -> str | None:
     try:
         torch.compile(lambda x: x + 1, dynamic=False)(torch.zeros(8, device=device))
     except Exception as error:  # noqa: BLE001  compilers and libraries fail in many ways, and a run can do without them
+        if remove_damaged_code(error):
+            return compiler_problem(device)
         cause = getattr(error, "inner_exception", error)
         if type(cause).__name__ == "InvalidCxxCompiler":
             name = os.environ.get("CXX")
@@ -144,6 +147,16 @@ def compiler_problem(device: torch.device) -> str | None:
         line = errors[-1 if "Traceback" in text else 0]  # Triton compiles in another process, whose traceback it passes on
         return f"the compiler fails: {line if len(line) <= 120 else line[:119] + '…'}"
     return None
+
+
+def remove_damaged_code(error: BaseException) -> str | None:
+    """If compiled code in PyTorch's cache cannot be loaded, because a compilation was killed, remove it and return its path."""
+    cause = getattr(error, "inner_exception", None)  # of PyTorch's compiler
+    found = re.match(r"(/\S+\.so): ", str(cause)) if isinstance(cause, OSError | ImportError) else None
+    if found is None:
+        return None
+    Path(found[1]).unlink(missing_ok=True)
+    return found[1]
 
 
 def _require_fp8(device: torch.device) -> None:

@@ -68,6 +68,14 @@ class BardlingLM(LM):  # type: ignore[misc]
         self.subject = subject or _opened(path, best, device, precision)
         self._device = self.subject.context.device
 
+    @classmethod
+    def create_from_arg_obj(
+        cls, arg_dict: Mapping[str, Any], additional_config: Mapping[str, Any] | None = None
+    ) -> "BardlingLM":
+        """What `--model_args` says, and otherwise lm-eval's own settings, which always name a device."""
+        given = {key: value for key, value in (additional_config or {}).items() if value is not None}
+        return cls(**{**given, **arg_dict})
+
     @property
     def max_length(self) -> int:
         """Tokens that the model sees at a time."""

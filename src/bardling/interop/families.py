@@ -16,7 +16,7 @@ from bardling.config.model import MAX_LAYERS
 from bardling.config.recipes import config_from_dict, config_to_dict
 from bardling.errors import UserError
 from bardling.model.init import has_vocabulary_rows
-from bardling.planning.parameter_shapes import EMBEDDING, HEAD, parameter_shapes
+from bardling.planning.parameter_shapes import EMBEDDING, HEAD, matrix_rows, parameter_shapes
 
 Layout = Literal["gpt2", "llama", "qwen3", "bardling"]
 
@@ -73,12 +73,8 @@ def layout_of(config: ModelConfig) -> Layout:
 
 def tensor_parts(config: ModelConfig, layout: Layout) -> dict[str, tuple[Part, ...]]:
     """For each of our parameters, the tensors that hold its rows, in order and without padding rows."""
-    arch = config.architecture
     parts: dict[str, tuple[Part, ...]] = {}
-    fused = {
-        "attn.c_attn.weight": (arch.query_width, arch.kv_width, arch.kv_width),
-        "mlp.c_fc.weight": (arch.mlp_hidden, arch.mlp_hidden),
-    }
+    fused = {f"{layer}.weight": tuple(rows.values()) for layer, rows in matrix_rows(config).items()}
     for name, shape in parameter_shapes(config).items():
         rows = config.vocab_size if has_vocabulary_rows(name) else shape[0]
         if layout in ("gpt2", "bardling"):

@@ -281,6 +281,8 @@ def _weight_files(folder: Path) -> dict[Path, list[str] | None]:
         )
     if found := sorted(folder.glob("*.gguf")):
         raise UserError(f"{folder}: its weights are a GGUF file: give that file instead, {found[0]}")
+    if found := sorted(folder.glob("*.onnx")):
+        raise UserError(f"{found[0]}: ONNX files are not read: use the model from which this one was exported")
     remedy = "open the model with transformers and save it with save_pretrained(...)"
     raise UserError(f"{folder}: has no model.safetensors and no {INDEX}: {remedy}")
 

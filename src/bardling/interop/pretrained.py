@@ -19,7 +19,7 @@ from bardling.interop.weight_index import INDEX, indexed_files
 GPT2_NAMES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 _SMALL = ("config.json", "generation_config.json", "adapter_config.json", INDEX, *_TOKENIZER)
-_WEIGHTS = "model.safetensors"
+_WEIGHTS, _ADAPTER = "model.safetensors", "adapter_model.safetensors"
 _OTHER_TOKENIZERS = ("vocab.json", "merges.txt", *UNREAD_TOKENIZERS)
 """Instead of a `tokenizer.json`."""
 _REPOSITORY = re.compile(r"\w[\w.-]*/[\w.-]+")  # not ./NAME, which is a path
@@ -49,7 +49,7 @@ def is_shadowed(name: str | Path) -> bool:
 
 def fetch_model(spec: str, *, weights: bool = True) -> Path:
     """Download a model, or find it in the hub's cache, and return its folder. `weights`: not only its small files."""
-    folder = _fetch(spec, [*_SMALL, _WEIGHTS] if weights else _SMALL)
+    folder = _fetch(spec, [*_SMALL, _WEIGHTS, _ADAPTER] if weights else _SMALL)
     more: list[str] = []
     if weights and not (folder / _WEIGHTS).is_file() and (folder / INDEX).is_file():
         more += [glob.escape(file.name) for file in indexed_files(folder / INDEX)]
@@ -75,6 +75,6 @@ def _fetch(spec: str, patterns: Sequence[str]) -> Path:
 
 
 def _has_weights(folder: Path) -> bool:
-    if (folder / _WEIGHTS).is_file() or not (folder / INDEX).is_file():
-        return (folder / _WEIGHTS).is_file()
-    return all(file.is_file() for file in indexed_files(folder / INDEX))
+    if any((folder / name).is_file() for name in (_WEIGHTS, _ADAPTER)):
+        return True
+    return (folder / INDEX).is_file() and all(file.is_file() for file in indexed_files(folder / INDEX))

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from bardling.config import ModelConfig
+from bardling.config import ModelConfig, TuneConfig
 from bardling.config.architecture import Architecture
 from bardling.extensions import ACTIVATIONS
 from bardling.model.cache import CacheStep, KVCache
@@ -45,7 +45,7 @@ from bardling.model.kernels.elementwise import rms_norm
 from bardling.model.kernels.head_loss import head_logits, head_loss
 from bardling.model.kernels.linear import tied_views
 from bardling.model.kernels.select import product_dtype
-from bardling.model.layers import Embedding, Int8Linear, Linear, RMSNorm, dropout, make_norm
+from bardling.model.layers import Embedding, Int8Linear, Linear, RMSNorm, adapted, dropout, make_norm
 from bardling.model.rotary import Rotation, rotate, rotation
 
 
@@ -211,6 +211,7 @@ class GPT(nn.Module):
         self.transformer = Transformer(config)
         if not self.transformer.architecture.tied:
             self.lm_head = Linear(config.n_embd, config.padded_vocab_size, bias=False)
+        self.lora: TuneConfig | None = None  # of a model with adapters (`model/lora.py`)
         self.int8_head: Int8Linear | None = None  # of a model converted for inference (`generation/weights.py`)
         if seed is not None and not self.transformer.wte.weight.is_meta:
             init_weights(self, seed)
@@ -228,7 +229,7 @@ class GPT(nn.Module):
     def head_weight(self) -> Tensor:
         """The head's matrix [padded_vocab_size, C]; that of the embedding if the head has int8 weights."""
         tied = self.transformer.architecture.tied or self.int8_head is not None
-        return self.transformer.wte.weight if tied else self.lm_head.weight
+        return adapted(self.transformer.wte if tied else self.lm_head)
 
     @property
     def device(self) -> torch.device:

@@ -65,16 +65,16 @@ def init_weights(model: nn.Module, seed: int) -> None:
 
 
 def extend_vocabulary(state: Mapping[str, Tensor], old: int, new: int, rows: int) -> dict[str, Tensor]:
-    """A state dict for `new` tokens instead of `old`, in tables of `rows` rows.
+    """A state dict for `new` tokens instead of `old`, in tables of at least `rows` rows.
 
-    New tokens have the mean of the old rows (Hewitt 2021, "Initializing new word embeddings for pretrained language models");
-    rows of padding are zero.
+    New tokens have the mean of the old rows (Hewitt 2021, "Initializing new word embeddings for pretrained language models"),
+    also where the tables have spare rows for them. Rows that are added as padding are zero.
     """
     extended = dict(state)
     for name, table in state.items():
-        if name.endswith(("wte.weight", "lm_head.weight")) or ".wve." in name:
-            extended[name] = table.new_zeros(rows, table.size(1))
-            extended[name][:old] = table[:old]
+        if has_vocabulary_rows(name):
+            extended[name] = table.new_zeros(max(rows, len(table)), table.size(1))
+            extended[name][: len(table)] = table
             extended[name][old:new] = table[:old].float().mean(0).to(table.dtype)
     return extended
 

@@ -19,12 +19,18 @@ class Linear(nn.Linear):
     """A linear layer; with `fp8`, passes with gradients run in float8 (`model/kernels/fp8.py`)."""
 
     fp8 = False
+    adapter: nn.Module | None  # of LoRA: see `model/lora.py`
+
+    def __init__(self, inputs: int, outputs: int, bias: bool = True) -> None:
+        super().__init__(inputs, outputs, bias)
+        self.register_module("adapter", None)
 
     def reset_parameters(self) -> None:
         """Leave the memory uninitialised."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias, fp8=self.fp8)
+        y = linear(x, self.weight, self.bias, fp8=self.fp8)
+        return y if self.adapter is None else self.adapter(x, y)
 
 
 def use_fp8(blocks: nn.Module, wanted: bool = True) -> None:
@@ -50,13 +56,25 @@ class Int8Linear(nn.Module):
 class Embedding(nn.Embedding):
     """An embedding of ids [B, T] -> [B, T, C]."""
 
+    adapter: nn.Module | None  # trains some rows only: see `model/lora.py`
+
+    def __init__(self, rows: int, width: int) -> None:
+        super().__init__(rows, width)
+        self.register_module("adapter", None)
+
     def reset_parameters(self) -> None:
         """Leave the memory uninitialised."""
 
     def forward(self, ids: Tensor, table: Tensor | None = None) -> Tensor:
         """With a `table`, a view made by `tied_views`, look ids up there; its gradient may be sparse."""
         sparse = table is not None and not torch.compiler.is_compiling()
-        return F.embedding(ids, self.weight if table is None else table, sparse=sparse)
+        return F.embedding(ids, adapted(self) if table is None else table, sparse=sparse)
+
+
+def adapted(layer: Linear | Embedding) -> Tensor:
+    """The matrix of an embedding or a head, with the rows that its adapter trains."""
+    weight: Tensor = layer.weight if layer.adapter is None else layer.adapter(layer.weight)
+    return weight
 
 
 class RMSNorm(nn.Module):

@@ -19,7 +19,7 @@ from bardling.config import ModelConfig, OptimConfig
 from bardling.extensions import OPTIMIZERS
 from bardling.optim.adamw import AdamW
 from bardling.optim.muon import Muon
-from bardling.planning.parameter_shapes import parameter_kind
+from bardling.planning.parameter_shapes import matrix_rows, parameter_kind
 
 FUSED_DEVICES = ("cpu", "cuda", "mps")  # with a PyTorch kernel that updates all tensors of a group at once
 
@@ -102,11 +102,7 @@ def _adamw_group(config: OptimConfig, parameters: list[nn.Parameter], decays: bo
 
 def row_splits(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Rows of each part of the fused matrices of `model`, by name suffix: queries, keys, values; SwiGLU gate and values."""
-    arch = model.architecture
-    splits: dict[str, tuple[int, ...]] = {"attn.c_attn.weight": (arch.query_width, arch.kv_width, arch.kv_width)}
-    if arch.mlp == "swiglu":
-        splits["mlp.c_fc.weight"] = (arch.mlp_hidden, arch.mlp_hidden)
-    return splits
+    return {f"{layer}.weight": tuple(rows.values()) for layer, rows in matrix_rows(model).items() if len(rows) > 1}
 
 
 def resolve_muon_precision(config: OptimConfig, precision: str) -> OptimConfig:

@@ -18,11 +18,12 @@ Legend: T context (tokens), C n_embd, V vocab_size, L n_layer, H n_head, Q chann
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from bardling.config import ModelConfig
+from bardling.config import ModelConfig, TuneConfig
 from bardling.errors import UserError
-from bardling.planning.parameter_shapes import block_matrices, parameter_shapes
+from bardling.planning.parameter_shapes import adapter_shapes, block_matrices, parameter_shapes
 
 FLOAT32_BYTES = 4
 FP8_MULTIPLE = 16  # required divisor of the sizes of float8 matmuls, see `model/kernels/fp8.py`
@@ -180,15 +181,26 @@ def context_length(config: ModelConfig, context: int | None) -> int:
     return t
 
 
-def flops_per_token(config: ModelConfig, context: int | None = None) -> int:
+def flops_per_token(config: ModelConfig, context: int | None = None, *, tune: TuneConfig | None = None) -> int:
     """FLOPs to train on one token in a context of `context` tokens (None: block_size), as used for MFU.
 
-    MFU = flops_per_token * tokens per second / peak FLOP/s of all devices together (PaLM, appendix B).
+    MFU = flops_per_token * tokens per second / peak FLOP/s of all devices together (PaLM, appendix B). With LoRA (`tune`), the
+    adapters are added, and fixed matrices need no gradients of their own.
     """
     t = context_length(config, context)
+    if tune is not None and tune.lora_rank:
+        return _lora_flops_per_token(config, t, tune)
     # Each matmul has two in the backward pass, for the gradients of its input and of its weight. The division is exact except
     # with sliding windows: all other terms are multiples of t.
     return 3 * sum(row.total for row in forward_table(config, t)) // t
+
+
+def _lora_flops_per_token(config: ModelConfig, t: int, tune: TuneConfig) -> int:
+    rows, head_trained = forward_table(config, t), any(tune.new_tokens)
+    trained = sum(row.total for row in rows if row.name.startswith(("block.attention.scores", "block.attention.values")))
+    trained += sum(row.total for row in rows if row.name == "head" and head_trained)
+    adapters = sum(math.prod(shape) for name, shape in adapter_shapes(config, tune).items() if not name.endswith(".rows"))
+    return (2 * sum(row.total for row in rows) + trained) // t + 6 * adapters
 
 
 def fp8_layers(config: ModelConfig) -> tuple[list[str], list[str]]:
@@ -249,3 +261,8 @@ def palm_flops_per_token(config: ModelConfig, context: int | None = None) -> int
 def weight_bytes(config: ModelConfig) -> int:
     """Bytes of the float32 weights, including vocabulary padding."""
     return FLOAT32_BYTES * parameters(config, padding=True)
+
+
+def float32_bytes(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Bytes of float32 tensors of these shapes."""
+    return FLOAT32_BYTES * sum(map(math.prod, shapes.values()))

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from bardling.config import ModelConfig, OptimConfig, RunConfig
 from bardling.planning.activations import ActivationBytes, activation_bytes
-from bardling.planning.costs import FLOAT32_BYTES, weight_bytes
-from bardling.planning.parameter_shapes import parameter_kind, parameter_shapes
+from bardling.planning.costs import FLOAT32_BYTES, float32_bytes, weight_bytes
+from bardling.planning.parameter_shapes import block_matrices, parameter_kind, trained_shapes
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class MemoryPlan:
     gradients: int
     optimizer: int
     activations: ActivationBytes
+    trained: int  # of the weights, those that are trained
     ema: int = 0
 
     @property
@@ -39,12 +40,19 @@ def memory_plan(
         precision, device_type: as for `activation_bytes`.
         recompute: None for the recipe's.
     """
-    weights = weight_bytes(model)
+    weights, trained = weight_bytes(model), trained_shapes(model, config.tune)
+    size = float32_bytes(trained)
+    if config.tune.lora_rank:
+        weights += size
+    if config.tune.base_dtype == "bfloat16":
+        matrices = {name: shape[::-1] for name, shape in block_matrices(model).items()}
+        weights -= model.n_layer * float32_bytes(matrices) // 2
     return MemoryPlan(
         weights=weights,
-        gradients=weights * (2 if config.cuda_graphs and device_type == "cuda" else 1),  # a CUDA graph's own, and their sum
-        optimizer=optimizer_bytes(parameter_shapes(model), config.optim),
-        ema=weights if config.optim.ema_decay else 0,
+        gradients=size * (2 if config.cuda_graphs and device_type == "cuda" else 1),  # a CUDA graph's own, and their sum
+        optimizer=optimizer_bytes(trained, config.optim),
+        trained=size,
+        ema=size if config.optim.ema_decay else 0,
         activations=activation_bytes(
             model,
             micro_batch,

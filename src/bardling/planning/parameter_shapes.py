@@ -3,7 +3,8 @@
 import re
 from typing import Literal
 
-from bardling.config import ModelConfig
+from bardling.config import ModelConfig, TuneConfig
+from bardling.errors import UserError
 
 EMBEDDING = "transformer.wte.weight"
 HEAD = "lm_head.weight"
@@ -54,6 +55,53 @@ def block_matrices(config: ModelConfig) -> dict[str, tuple[int, int]]:
         "mlp.c_fc": (c, arch.fc_width),
         "mlp.c_proj": (arch.mlp_hidden, c),
     }
+
+
+def matrix_rows(config: ModelConfig) -> dict[str, dict[str, int]]:
+    """The parts of a block's linear layers: layer -> part, by its name in Llama -> rows, in order."""
+    arch = config.architecture
+    gated = arch.fc_width == 2 * arch.mlp_hidden
+    return {
+        "attn.c_attn": {"q_proj": arch.query_width, "k_proj": arch.kv_width, "v_proj": arch.kv_width},
+        "attn.c_proj": {"o_proj": config.n_embd},
+        "mlp.c_fc": {"gate_proj": arch.mlp_hidden, "up_proj": arch.mlp_hidden} if gated else {"up_proj": arch.fc_width},
+        "mlp.c_proj": {"down_proj": config.n_embd},
+    }
+
+
+def adapted_parts(config: ModelConfig, tune: TuneConfig) -> dict[str, tuple[str, ...]]:
+    """The parts with a LoRA adapter: layer of a block -> parts, without layers that have none.
+
+    Raises:
+        UserError: a target does not occur in this model.
+    """
+    rows, wanted = matrix_rows(config), set(tune.lora_targets)
+    known = {part for parts in rows.values() for part in parts}
+    if missing := wanted - known - {"all"}:
+        raise UserError(f"tune.lora_targets: this model has no {min(missing)}: choose from {', '.join(sorted(known))}")
+    chosen = {layer: tuple(part for part in parts if "all" in wanted or part in wanted) for layer, parts in rows.items()}
+    return {layer: parts for layer, parts in chosen.items() if parts}
+
+
+def adapter_shapes(config: ModelConfig, tune: TuneConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the parameters that LoRA trains in a `GPT(config)`."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    first, end = tune.new_tokens
+    if first < end:
+        tables = (EMBEDDING,) if config.architecture.tied else (EMBEDDING, HEAD)
+        shapes = {f"{table.removesuffix('weight')}adapter.rows": (end - first, config.n_embd) for table in tables}
+    rows, matrices = matrix_rows(config), block_matrices(config)
+    for number in range(config.n_layer):
+        for layer, parts in adapted_parts(config, tune).items():
+            prefix = f"transformer.h.{number}.{layer}.adapter"
+            shapes |= {f"{prefix}.A.{part}": (tune.lora_rank, matrices[layer][0]) for part in parts}
+            shapes |= {f"{prefix}.B.{part}": (rows[layer][part], tune.lora_rank) for part in parts}
+    return shapes
+
+
+def trained_shapes(config: ModelConfig, tune: TuneConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the parameters that a run trains."""
+    return adapter_shapes(config, tune) if tune.lora_rank else parameter_shapes(config)
 
 
 def _with_bias(name: str, shape: tuple[int, ...], *, bias: bool) -> dict[str, tuple[int, ...]]:

@@ -9,6 +9,7 @@ sampling and saving come on top. Memory has the limits of `planning/memory.py`.
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,7 @@ from bardling.planning.depth import apply_depth, expected_vocab_size
 from bardling.planning.devices import device_memory as known_memory
 from bardling.planning.devices import peak_flops as known_peak
 from bardling.planning.memory import MemoryPlan, memory_plan
+from bardling.planning.parameter_shapes import adapter_shapes
 from bardling.planning.scaling_laws import FITTED_FLOPS, Comparison, compare
 
 if TYPE_CHECKING:
@@ -86,7 +88,7 @@ class Plan:
     @property
     def flops_per_token(self) -> int:
         """Training FLOPs per token, from the table of matmuls."""
-        return flops_per_token(self.model)
+        return flops_per_token(self.model, tune=self.config.tune)
 
     @property
     def palm_flops_per_token(self) -> int:
@@ -102,7 +104,7 @@ class Plan:
     def flops_validation(self) -> int:
         """Forward passes of all validations; a forward pass is a third of forward and backward."""
         sequences = _occurrences(self.batch.steps, self.config.eval.every) * self.config.eval.windows
-        return sequences * self.model.block_size * (self.flops_per_token // 3)
+        return sequences * self.model.block_size * (flops_per_token(self.model) // 3)
 
     @property
     def flops(self) -> int:
@@ -112,7 +114,7 @@ class Plan:
     @property
     def checkpoint_bytes(self) -> int:
         """Size of a checkpoint's tensors; headers, configuration and tokenizer add a little."""
-        return self.memory.weights + self.memory.optimizer + self.memory.ema
+        return self.memory.trained + self.memory.optimizer + self.memory.ema
 
     @property
     def checkpoints_kept(self) -> int:
@@ -188,7 +190,7 @@ def plan(
     if peak_flops is None:
         peak_flops = known_peak(device_name, precision, tf32=not config.deterministic, fp8=model if config.fp8 else None)
     manifest, total_tokens = _manifest(config), batch.tokens_before(batch.steps)
-    flops = batch.cost(partial(flops_per_token, model))
+    flops = batch.cost(partial(flops_per_token, model, tune=config.tune))
     recomputed = _recomputed_flops(config, model, batch, precision, device_type)
     if budget_seconds is not None:
         budget_flops = budget_seconds * _speed(peak_flops, mfu, world_size, device_name) * flops / (flops + recomputed)
@@ -243,6 +245,12 @@ def _notes(result: Plan) -> list[str]:
         dtype = "float8" if config.fp8 else result.precision
         notes.append(
             f"No {dtype} peak is known for {result.device_name or 'the device'}, so time is not estimated: give its dense peak."
+        )
+    if config.tune.lora_rank:
+        trained = sum(map(math.prod, adapter_shapes(result.model, config.tune).values()))
+        notes.append(
+            f"LoRA of rank {config.tune.lora_rank} trains {trained:,} parameters beside those of the model, which stay as they "
+            "are: FLOPs per token leave out their gradients."
         )
     if config.fp8 and (excluded := fp8_layers(result.model)[1]):
         notes.append(f"Sizes of {', '.join(excluded)} are not multiples of 16: these layers stay in {result.precision}.")

@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from typing import Any
 
 from bardling.data.tokens.chat_template import chat_prompt_ids
@@ -114,8 +115,9 @@ class Answer:
         self._generation, self._prompts, self._job, self._deadline = generation, prompts, job, deadline
         self._shapes = Shapes(generation, loaded.name, loaded.tokenizer)
         scored = generation.sampling.logprobs is not None
+        choice = partial(Choice, echo=generation.echo, scored=scored, with_end=not generation.is_chat)
         self._choices = [
-            Choice(place * generation.best_of + number, loaded.tokenizer, each.ids, each.hidden, generation.echo, scored)
+            choice(place * generation.best_of + number, loaded.tokenizer, each.ids, each.hidden)
             for place, each in enumerate(prompts)
             for number in range(generation.best_of)
         ]

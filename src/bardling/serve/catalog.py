@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bardling.checkpoint.load import find_checkpoint, run_of
+from bardling.checkpoint.load import base_of, find_checkpoint, run_of
 from bardling.checkpoint.run_folder import RunFolder
 from bardling.config import ModelConfig
 from bardling.data.tokens.bpe_files import has_tokenizer
@@ -22,6 +22,7 @@ from bardling.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from bardling.errors import UserError, closest
 from bardling.files.reading import read_json_object
 from bardling.interop.huggingface import model_config_from_hf
+from bardling.interop.peft import is_adapter
 from bardling.interop.pretrained import fetch_model, is_hub_name
 from bardling.monitor.jsonl import metrics, read_jsonl
 from bardling.planning.costs import parameters
@@ -66,8 +67,9 @@ class Source:
         self.config: ModelConfig | None = None
         self.tokenizer: Tokenizer | None = None
         if self._current.is_dir():
-            described = self._current / "config.json"
-            self.config = model_config_from_hf(read_json_object(described), str(described))
+            described = (Path(base_of(self._current)) if is_adapter(self._current) else self._current) / "config.json"
+            if described.is_file():  # the base model of an adapter may be elsewhere
+                self.config = model_config_from_hf(read_json_object(described), str(described))
             self.tokenizer = load_tokenizer(self._current) if has_tokenizer(self._current) else None
 
     def models(self) -> list[Model]:

@@ -58,6 +58,7 @@ class Choice:
         hidden: how many of them have no text in an echo: what the tokenizer puts before a text.
         echo: whether the text begins with the prompt.
         scored: whether log-probabilities are returned.
+        with_end: whether that of a token which ends the text is one of them, although it is no part of the text.
     """
 
     index: int
@@ -66,6 +67,7 @@ class Choice:
     hidden: int = 0
     echo: bool = False
     scored: bool = False
+    with_end: bool = False
     tokens: int = 0  # generated
     logprob: float = 0.0  # of all of them
     length: int = 0  # characters returned
@@ -91,6 +93,8 @@ class Choice:
         self.length += len(text)
         entries = [entry for entry in self._waiting if entry.offset < self.length or output.finish == "length"]
         self._waiting = self._waiting[len(entries) :]
+        if ends and self.scored and self.with_end and output.logprob is not None:
+            entries.append(Entry(output.logprob, self.length))
         return Delta(text, entries, output.finish)
 
     def _begin(self, scores: Sequence[TokenLogprob], *, last: bool) -> str:

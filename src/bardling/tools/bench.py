@@ -201,7 +201,9 @@ class _Bench:
         run, device = self.run, self.device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        assembly = build(run.config.model, run.config.optim, run.execution, self.context, seed=run.config.seed)
+        assembly = build(
+            run.config.model, run.config.optim, run.execution, self.context, seed=run.config.seed, tune=run.config.tune
+        )
         with Prefetcher(self.source, self.plan.requests(0, self.total, 0), device) as batches:
             first = self._train(assembly, batches, self.warmup)[0]
             seconds = self._train(assembly, batches, self.steps)
@@ -221,7 +223,7 @@ class _Bench:
             step_seconds=tuple(seconds),
             parts=parts,
             memory_bytes=memory,
-            flops_per_token=flops_per_token(run.config.model),
+            flops_per_token=flops_per_token(run.config.model, tune=run.config.tune),
             peak_flops=None if device.type == "cpu" else run.peak_flops,
             matmul_flops=self.matmul,
             notes=tuple(notes),

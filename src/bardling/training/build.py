@@ -11,12 +11,13 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from bardling.config import ModelConfig, OptimConfig
+from bardling.config import ModelConfig, OptimConfig, TuneConfig
 from bardling.distributed.context import Context
 from bardling.distributed.device import Precision
 from bardling.distributed.wrap import wrap
 from bardling.model.gpt import GPT
 from bardling.model.layers import use_fp8
+from bardling.model.lora import add_adapters
 from bardling.optim.build import build_optimizer, row_splits
 from bardling.optim.ema import Ema
 from bardling.training.objective import Forward
@@ -48,6 +49,7 @@ def build(
     *,
     seed: int | None = 0,
     weights: Mapping[str, Tensor] | None = None,
+    tune: TuneConfig | None = None,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> Assembly:
     """Assemble a model and everything needed to train it, at step 0.
@@ -57,6 +59,7 @@ def build(
         optim: the optimizer (unless `optimizer` is given) and the EMA.
         seed: of the initial weights; None leaves them undefined, for a caller that restores a checkpoint.
         weights: a `GPT` state dict to start from instead.
+        tune: if it has a LoRA rank, train adapters instead of the weights; `seed` is also that of the adapters.
         optimizer: over the parameters of `model`, if that is a model.
     """
     if isinstance(model, GPT):
@@ -66,6 +69,8 @@ def build(
         network = build_model(model, execution, context.device, seed=seed if weights is None else None)
     if weights is not None:
         network.load_state_dict(weights)
+    if tune is not None and tune.lora_rank:
+        add_adapters(network, tune, seed or 0)
     if optimizer is None:
         optimizer = build_optimizer(
             network.named_parameters(),

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bardling.checkpoint.load import Loaded, tokenizer_file
-from bardling.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from bardling.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig, TuneConfig
 from bardling.config.recipes import changed_settings
 from bardling.data.text.named_datasets import is_source_name
 from bardling.data.tokens.chatml import with_chatml
@@ -31,6 +31,7 @@ from bardling.planning.costs import flops_per_token, fp8_layers, recomputed_flop
 from bardling.planning.depth import apply_depth
 from bardling.planning.devices import peak_flops
 from bardling.planning.layout import Layout
+from bardling.planning.parameter_shapes import adapted_parts
 from bardling.training.build import Execution
 from bardling.training.compile_choice import choose_compile, without_compiler
 from bardling.training.facts import Facts
@@ -93,14 +94,15 @@ def resolve(config: RunConfig, facts: Facts) -> ResolvedRun:
     if facts.previous is not None:
         config = _continued(config, facts.previous, facts, log)
     data, asked, optim, train = config.data, config.model, config.optim, config.train
-    start = facts.start(asked.init)
-    data = _with_chat_format(_with_models_tokenizer(data, optim, start, facts, log), start, facts, log)
+    start, lora = facts.start(asked.init), config.tune.lora_rank > 0
+    data = _with_chat_format(_with_models_tokenizer(data, optim, start, facts, log, lora=lora), start, facts, log)
     dataset = facts.dataset(data, asked.block_size if start is None else min(asked.block_size, start.config.context))
     if dataset.manifest.row and train.context_start:
         raise UserError("train.context_start: conversations are packed for the whole context: leave this setting out")
     schedule = check_schedule(optim, train, facts, start, log.changes, log.warnings)
     tokenizer, vocab_size = _vocabulary(dataset, asked.vocab_size if start is None else start.config.vocab_size, start, facts)
     model = _model(asked, vocab_size, start, dataset, tokenizer, log, facts.continued or asked.init)
+    tune = _adapters(config.tune, model, start, tokenizer, facts, log)
 
     left_out = fp8_layers(model)[1] if config.fp8 else None
     precision = choose_precision(config.precision, device, fp8_excluded=left_out, measure=facts.bfloat16_speedup)
@@ -118,7 +120,7 @@ def resolve(config: RunConfig, facts: Facts) -> ResolvedRun:
         share = f"each of {layout.data_size} processes has {plan.samples_per_step // layout.data_size} sequences per step"
         log.changes.append(f"train.micro_batch: {train.micro_batch} -> {plan.micro_batch}, because {share}")
     execution = Execution(precision, False, config.cuda_graphs, config.fp8, train.recompute == "blocks")
-    flops, deadline = _run_flops(model, plan, execution) / layout.data_size, train.deadline_seconds
+    flops, deadline = _run_flops(model, tune, plan, execution) / layout.data_size, train.deadline_seconds
     compiles, why = choose_compile(config.compile, config.cuda_graphs, device, flops, peak, plan.shapes, deadline=deadline)
     if (problem := facts.compiler_problem(device, compiles=compiles)) is not None:
         compiles, why = False, without_compiler(problem, config.compile, config.cuda_graphs)
@@ -127,8 +129,12 @@ def resolve(config: RunConfig, facts: Facts) -> ResolvedRun:
     log.add("compile", compiled, why)
 
     mask = data.document_mask or dataset.manifest.row > 0
-    chosen = choose_micro_batch(model, optim, train, plan, execution, facts.context, tokenizer=tokenizer, document_mask=mask)
-    resolved = replace(config, model=model, data=data, optim=optim, train=train, precision=precision.name, compile=compiled)
+    chosen = choose_micro_batch(
+        model, optim, train, plan, execution, facts.context, tune=tune, tokenizer=tokenizer, document_mask=mask
+    )
+    resolved = replace(
+        config, model=model, data=data, optim=optim, train=train, tune=tune, precision=precision.name, compile=compiled
+    )
     run = ResolvedRun(resolved, layout, plan, execution, schedule, (), (), tokenizer, peak)
     if chosen is not None:
         micro, why = chosen
@@ -200,19 +206,23 @@ def _checked_changes(changed: Mapping[str, tuple[object, object]], *, moved: boo
         UserError: a change is incompatible with the trained weights or the data order.
     """
     for key, (old, new) in changed.items():
-        if (key in _FIXED and not (moved and key == "data.source")) or (key.startswith("model.") and key != "model.dropout"):
+        if (key in _FIXED and not (moved and key == "data.source")) or (
+            key.startswith(("model.", "tune.")) and key != "model.dropout"
+        ):
             raise UserError(f"{key} = {new!r}: a run that has started keeps {old!r}; start a new run for another value")
     return [f"{key}: {old} -> {new}" for key, (old, new) in changed.items()]
 
 
-def _with_models_tokenizer(data: DataConfig, optim: OptimConfig, start: Loaded | None, facts: Facts, log: _Log) -> DataConfig:
+def _with_models_tokenizer(
+    data: DataConfig, optim: OptimConfig, start: Loaded | None, facts: Facts, log: _Log, *, lora: bool
+) -> DataConfig:
     """Tokenize text with the tokenizer of the initial weights, unless the user chose one or the source holds tokens.
 
-    Also warns about learning rates that do not suit these weights.
+    Also warns about learning rates that do not suit these weights; `lora`: they stay as they are.
     """
     if start is None or facts.resumed:
         return data
-    if facts.continued is None:
+    if facts.continued is None and not lora:
         log.warnings += _finetuning_warnings(optim)
     given = data.tokenizer != DataConfig.tokenizer if facts.given is None else "data.tokenizer" in facts.given
     unknown = start.tokenizer is None and start.find_tokenizer is None
@@ -356,9 +366,32 @@ def _model(
     return model
 
 
-def _run_flops(model: ModelConfig, plan: TrainPlan, execution: Execution) -> float:
+def _adapters(
+    tune: TuneConfig, model: ModelConfig, start: Loaded | None, tokenizer: Tokenizer | None, facts: Facts, log: _Log
+) -> TuneConfig:
+    """The settings of LoRA, with the tokens that are new to the model.
+
+    Raises:
+        UserError: there are no weights to adapt, or the model has none of the layers.
+    """
+    if not tune.lora_rank or facts.previous is not None:
+        return tune
+    if facts.continued or start is None:
+        remedy = "name weights to adapt with --model.init"
+        raise UserError(f"tune.lora_rank = {tune.lora_rank}: {remedy}{', not --continue_from' if facts.continued else ''}")
+    adapted_parts(model, tune)
+    known = start.config.vocab_size if start.tokenizer is None else start.tokenizer.vocab_size
+    if not any(tune.new_tokens) and tokenizer is not None and known < tokenizer.vocab_size:
+        tune = replace(tune, new_tokens=(known, tokenizer.vocab_size))
+        log.add("tune.new_tokens", tune.new_tokens, "those that the chat template adds")
+    if tune.new_tokens[1] > model.vocab_size:
+        raise UserError(f"tune.new_tokens = {tune.new_tokens}: the model has {model.vocab_size:,} tokens")
+    return tune
+
+
+def _run_flops(model: ModelConfig, tune: TuneConfig, plan: TrainPlan, execution: Execution) -> float:
     """FLOPs of the whole run, over all processes."""
-    flops = plan.cost(partial(flops_per_token, model))
+    flops = plan.cost(partial(flops_per_token, model, tune=tune))
     if execution.recompute:
         name, kind = execution.precision.name, execution.precision.device_type
         cost = partial(recomputed_flops_per_token, model, precision=name, device_type=kind, fp8=execution.fp8)

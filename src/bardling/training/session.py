@@ -7,26 +7,26 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 
+from bardling.checkpoint.base_model import load_base, write_base
 from bardling.checkpoint.disk_space import check_space
-from bardling.checkpoint.load import latest_checkpoint
+from bardling.checkpoint.load import Loaded, latest_checkpoint
 from bardling.checkpoint.run_folder import create_run, discard_run, run_lock
 from bardling.checkpoint.saver import Saver
 from bardling.config.recipes import config_to_dict, config_to_toml
 from bardling.data.batches.loader import EvalSequences, Prefetcher, TrainSequences
 from bardling.data.batches.order import SequenceOrder
 from bardling.data.batches.packing import document_start
-from bardling.data.text.findings import describe_findings
-from bardling.data.tokens.dataset import changed_text
 from bardling.distributed.context import SINGLE, Context
-from bardling.distributed.device import device_name
+from bardling.distributed.device import remove_damaged_code
 from bardling.distributed.heartbeat import LONG_PATIENCE
 from bardling.errors import JobLost, UserError, out_of_memory
 from bardling.extensions import EXPORT_FORMATS, HOOKS
 from bardling.files.atomic import remove_partial_files, write_atomically
 from bardling.files.paths import shell_path
 from bardling.monitor import RunInfo
-from bardling.planning.costs import flops_per_token, parameters
+from bardling.planning.costs import flops_per_token
 from bardling.planning.schedules import learning_rate
+from bardling.training.announcement import announce
 from bardling.training.build import Assembly, Execution, build
 from bardling.training.environment import dataset_record, environment_facts
 from bardling.training.facts import Facts
@@ -71,7 +71,7 @@ class Session:
             if refusal := EXPORT_FORMATS.get("checkpoint.export", name).refusal(config.model):
                 raise UserError(f"checkpoint.export = {name!r}: the model {refusal}")
         self.dataset = facts.dataset(config.data)
-        self.start = facts.start(config.model.init)
+        self.start = self._weights_to_start_from()
         self.document_start = document_start(config.data.document_mask, self.dataset, run.tokenizer)
         split = self.dataset.split("train")
         self.order = SequenceOrder(config.seed, len(split), config.model.block_size, split.row)
@@ -102,7 +102,7 @@ class Session:
             cleanup.callback(lambda: self.saver.wait())  # the latest saver, which may not be this one
             signals.begin(monitor.note)
             try:
-                self._announce(monitor, state)
+                announce(self.run, self.facts, self.dataset, self.order, state, monitor.note)
                 if warning:
                     monitor.note(f"WARNING: {warning}")
                 for text in self.texts.warnings if context.is_primary else ():
@@ -143,17 +143,27 @@ class Session:
         """The state in which the run started, in host memory."""
         if self.facts.resumed:  # this start may have had a checkpoint, which replaces the weights to start from
             self.facts = replace(self.facts)  # forgets it
-            self.start = self.facts.start(self.run.config.model.init)
+            self.start = self._weights_to_start_from()
         return self._build(replace(self.run.execution, compiled=False, cuda_graphs=False), SINGLE).state
+
+    def _weights_to_start_from(self) -> Loaded | None:
+        """What `model.init` names, for the run's context and tokens, unless a checkpoint replaces it; with LoRA, the run's own
+        copy of it."""
+        config, tokenizer = self.run.config, self.run.tokenizer
+        if config.tune.lora_rank and self.facts.resumed:
+            return load_base(self.folder)
+        start = self.facts.start(config.model.init)
+        start = None if start is None else start.cropped(config.model.block_size)
+        return start if start is None or tokenizer is None else start.extended(tokenizer)
 
     def _build(self, execution: Execution, context: Context, *, restoring: bool = False) -> Assembly:
         """Assemble the run as it started; when `restoring`, without initial weights."""
-        config, seed = self.run.config, None if restoring else self.run.config.seed
-        start = None if self.start is None else self.start.cropped(config.model.block_size).extended(config.model.vocab_size)
-        weights = None if start is None else start.state
-        assembly = build(config.model, config.optim, execution, context, seed=seed, weights=weights)
-        if start is not None and self.facts.continued:
-            assembly.state.take_over(start, self.run.plan.samples_before)
+        config = self.run.config
+        seed = None if restoring and not config.tune.lora_rank else config.seed
+        weights = None if self.start is None else self.start.state
+        assembly = build(config.model, config.optim, execution, context, seed=seed, weights=weights, tune=config.tune)
+        if self.start is not None and self.facts.continued:
+            assembly.state.take_over(self.start, self.run.plan.samples_before)
         return assembly
 
     def _check_space(self, state: TrainState) -> str | None:
@@ -183,6 +193,9 @@ class Session:
             write_atomically(self.folder.dataset_file, dataset_record(self.dataset).encode())
             if self.run.tokenizer is not None:
                 self.run.tokenizer.save(self.folder.path)
+            if self.run.config.tune.lora_rank:
+                assert self.start is not None
+                write_base(self.folder, self.start, self.run.tokenizer)
             self.folder.add_environment(facts)
 
         recipe, shared = config_to_toml(self.run.config), bool(self.facts.continued)
@@ -208,40 +221,6 @@ class Session:
             flush=monitor.flush,
         )
 
-    def _announce(self, monitor: RunMonitor, state: TrainState) -> None:
-        """Print the model, steps, data and device, what `auto` chose, and what changed."""
-        run, config, plan = self.run, self.run.config, self.run.plan
-        for reason in run.reasons:
-            if reason.from_depth:
-                monitor.note(str(reason))
-        epochs = plan.samples_before(plan.steps) / self.order.sequences_per_epoch
-        size, passes = parameters(config.model), "pass" if plan.accumulation == 1 else "passes"
-        monitor.note(
-            f"{size / 1e6:.2f}M parameters, {plan.steps:,} steps of {plan.samples_per_step} x {plan.block_size} "
-            f"tokens ({plan.accumulation} forward {passes} of {plan.micro_batch}), {epochs:.2f} epochs of "
-            f"{self.order.n_tokens:,} tokens"
-        )
-        if not self.facts.resumed:
-            for line in describe_findings(self.dataset.manifest.source):
-                monitor.note(f"{config.data.source}: {line}")
-        elif change := changed_text(config.data, self.dataset):
-            monitor.note(change)
-        if len(plan.stages) > 1:
-            monitor.note(f"batch and context grow: {plan.describe_stages()}")
-        where = device_name(self.context.device) + (f" x {run.layout.world_size}" if run.layout.world_size > 1 else "")
-        precision, compiled = run.why("precision"), run.why("compile")
-        monitor.note(f"{where}; precision {config.precision} ({precision}); compile {config.compile} ({compiled})")
-        if self.facts.resumed:
-            deadline, place = config.train.deadline is not None, self.folder.path
-            if state.step < plan.steps or deadline:  # with a deadline, only the run itself can tell whether it is finished
-                monitor.note(f"resuming {place} at step {state.step:,}" + ("" if deadline else f" of {plan.steps:,}"))
-            else:
-                monitor.note(f"{place} is finished: all {state.step:,} steps are complete; raise --train.steps to continue it")
-        for change in run.changes:
-            monitor.note(f"changed: {change}")
-        for warning in run.warnings:
-            monitor.note(f"WARNING: {warning}")
-
     def _fit_in_memory(self, assembly: Assembly, monitor: RunMonitor, signals: StopOnSignal) -> None:
         """Train; if memory runs out in the first steps, with smaller forward passes."""
         state, update = assembly.state, UpdateTracker(assembly.state.optimizer)
@@ -252,6 +231,10 @@ class Session:
                 self._fit(assembly, monitor, signals)
                 return
             except Exception as error:
+                if (file := remove_damaged_code(error)) is not None:
+                    raise UserError(
+                        f"{file}: was damaged when a compilation was killed, and is removed: start again"
+                    ) from error
                 if not out_of_memory(error):
                     raise
                 early = state.step - max(first, plan.at(state.step).first_step) < FIRST_STEPS
@@ -365,7 +348,7 @@ class Session:
                 shared,
                 every=config.train.log_every,
                 sequences_per_epoch=self.order.sequences_per_epoch,
-                flops_per_token=cache(partial(flops_per_token, config.model)),
+                flops_per_token=cache(partial(flops_per_token, config.model, tune=config.tune)),
                 peak_flops=run.peak_flops,
             ),
             Validate(shared, validation, every=config.eval.every, batch_size=plan.micro_batch),

@@ -14,6 +14,7 @@ from bardling.checkpoint.load import Loaded
 from bardling.checkpoint.rng import restore_rng
 from bardling.errors import UserError
 from bardling.model.gpt import GPT
+from bardling.model.lora import trained_state
 from bardling.optim.ema import Ema
 from bardling.optim.serialization import load_optimizer_tensors, optimizer_tensors
 from bardling.training.recovery.spikes import StepHistory
@@ -45,7 +46,7 @@ class TrainState:
     def saved(self) -> Checkpoint:
         """The contents of a checkpoint without random number generators; the tensors are not copies."""
         optimizer, meta = optimizer_tensors(self.optimizer, dict(self.model.named_parameters()))
-        model = self.model.state_dict()
+        model = trained_state(self.model)
         if self.ema is not None:  # the model file gets the EMA, which is what was validated
             optimizer |= {RAW + name: model[name] for name in self.ema.tensors()}
             model = {**model, **self.ema.tensors()}
@@ -59,7 +60,7 @@ class TrainState:
             "guard": asdict(self.history),
             **({"seconds": self.seconds, "planned_steps": self.planned} if self.planned else {}),
         }
-        return Checkpoint(self.model.config, model, optimizer, meta, facts)
+        return Checkpoint(self.model.config, model, optimizer, meta, facts, tune=self.model.lora)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Return to the state in `checkpoint`, in place: wrappers and compiled code keep their weights.
@@ -95,14 +96,15 @@ class TrainState:
 
     def _load_weights(self, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         """Load the model, its EMA and its optimizer from what `saved` gives."""
-        names = dict(self.model.named_parameters())
+        names = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         raw = {name.removeprefix(RAW): tensor for name, tensor in optimizer.items() if name.startswith(RAW)}
         for name, tensor in raw.items():
             if name not in names or tensor.shape != names[name].shape or not tensor.is_floating_point():
                 raise UserError(
                     f"the checkpoint's optimizer.safetensors contains {name!r}, which is not a weight of this model"
                 )
-        self.model.load_state_dict({**model, **raw})
+        fixed = {} if self.model.lora is None else self.model.state_dict()
+        self.model.load_state_dict({**fixed, **model, **raw})
         if self.ema is not None:
             self.ema.load_tensors({name: model[name] for name in names})
         own = {name: tensor for name, tensor in optimizer.items() if not name.startswith(RAW)}
@@ -122,7 +124,7 @@ class TrainState:
 
     def checkpoint_bytes(self) -> int:
         """Approximate size of a checkpoint: weights, two moments of each (one of Muon's matrices), small files."""
-        weights: int = sum(tensor.numel() * 4 for tensor in self.model.state_dict().values())
+        weights: int = sum(tensor.numel() * 4 for tensor in trained_state(self.model).values())
         groups = self.optimizer.param_groups
         moments: int = sum(p.numel() * (4 if group.get("muon") else 8) for group in groups for p in group["params"])
         return weights * (1 if self.ema is None else 2) + moments + 100_000

@@ -11,11 +11,12 @@ Each becomes a document whose text is the JSON of its messages, so documents are
 not a conversation (another layout, an unknown role, an empty turn, no answer) is left out, counted and named. A file in which
 no row is one is refused.
 
-Limits: a JSON array is read into memory as a whole, up to 256 MiB; a line has at most 16 MiB.
+Limits: a JSON array is read into memory as a whole, up to 256 MiB; a line has at most 16 MiB; a conversation has at most
+10,000 turns and 2 million characters.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
 from pathlib import Path
@@ -36,6 +37,9 @@ _ROLES = {
     "system": "system",
 }
 _LAYOUTS = (("messages",), ("conversations",), ("instruction", "output"), ("prompt", "completion"))
+MAX_MESSAGES = 10_000
+MAX_CHARACTERS = 2_000_000
+"""Limits of a conversation: turns, and characters of all together."""
 _MAX_ARRAY_BYTES = 256 << 20
 _MAX_LINE_BYTES = 16 << 20
 _GZIP = b"\x1f\x8b"
@@ -130,6 +134,10 @@ def conversation(row: Any) -> list[Message]:
         raise NotAConversation("conversation without an answer")
     if messages[0]["role"] == "assistant":
         raise NotAConversation("conversation that begins with an answer")
+    if len(messages) > MAX_MESSAGES:
+        raise NotAConversation(f"conversation of more than {MAX_MESSAGES:,} turns")
+    if sum(len(message["content"]) for message in messages) > MAX_CHARACTERS:
+        raise NotAConversation(f"conversation of more than {MAX_CHARACTERS:,} characters")
     return messages
 
 
@@ -164,7 +172,9 @@ def _message(role: Any, content: Any) -> Message:
 def _text(content: Any) -> str:
     """The text of a turn, which may be a list of text parts."""
     if isinstance(content, list) and content and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-        content = "\n".join(str(part.get("text", "")) for part in content)
+        content = [part.get("text") for part in content]
+        if all(isinstance(text, str) for text in content):
+            content = "\n".join(content)
     if not isinstance(content, str):
         raise NotAConversation("turn that is not text")
     return valid_text(content)
@@ -173,10 +183,11 @@ def _text(content: Any) -> str:
 def _rows(path: Path) -> Iterator[tuple[int, Any]]:
     """Number, counted from 1, and content of each row of a file: lines, or the elements of an array."""
     with os_error_as_user_error(path, "read"), path.open("rb") as file:
-        head = file.read(64)
-    lines = row_lines(path, head.startswith(_GZIP), "utf-8")
-    if head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-        yield from enumerate(_array(path), 1)
+        gzipped = file.read(2) == _GZIP
+    lines = row_lines(path, gzipped, "utf-8", _MAX_LINE_BYTES + 1)
+    start = (line.removeprefix(b"\xef\xbb\xbf").lstrip() for line in row_lines(path, gzipped, "utf-8", 64))
+    if next(filter(None, start), b"").startswith(b"["):
+        yield from enumerate(_array(path, lines), 1)
         return
     for number, line in enumerate(lines, 1):
         if len(line) > _MAX_LINE_BYTES:
@@ -190,12 +201,13 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
             raise UserError(f"{path}: line {number} is not JSON ({reason}): each line must be one JSON object") from None
 
 
-def _array(path: Path) -> list[Any]:
-    with os_error_as_user_error(path, "read"):
-        if path.stat().st_size > _MAX_ARRAY_BYTES:
+def _array(path: Path, lines: Iterable[bytes]) -> list[Any]:
+    data = bytearray()
+    for line in lines:
+        data += line
+        if len(data) > _MAX_ARRAY_BYTES:
             remedy = "write one object per line (JSON Lines)"
             raise UserError(f"{path}: a JSON array may have at most {_MAX_ARRAY_BYTES >> 20} MiB: {remedy}")
-        data = path.read_bytes()
     try:
         rows = json.loads(data.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:

@@ -11,6 +11,7 @@ import json
 import shlex
 import zlib
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,12 +90,12 @@ def _structured(path: Path, suffix: str, head: bytes) -> tuple[str, str]:
     return "a JSON document", "convert it to JSON Lines, one object with its text per line"
 
 
-def row_lines(path: Path, gzipped: bool, encoding: str) -> Iterator[bytes]:
-    """The lines of a file in UTF-8; a `UserError` if it is damaged."""
+def row_lines(path: Path, gzipped: bool, encoding: str, longest: int = -1) -> Iterator[bytes]:
+    """The lines of a file in UTF-8, in pieces of `longest` bytes (-1: whole lines); a `UserError` if it is damaged."""
     try:
         with gzip.open(path) if gzipped else path.open("rb") as file:
             if encoding == "utf-8":
-                yield from file
+                yield from iter(partial(file.readline, longest), b"")
             else:
                 for line in io.TextIOWrapper(file, encoding, newline="\n"):
                     yield line.encode()

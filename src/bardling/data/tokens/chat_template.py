@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from bardling.data.text.conversations import MAX_CHARACTERS, MAX_MESSAGES
 from bardling.data.text.sources import valid_text
 from bardling.data.tokens import chat_process
 from bardling.data.tokens.text_interface import TextInterface
@@ -26,10 +27,6 @@ from bardling.data.tokens.tokenizer import Tokenizer
 from bardling.errors import UserError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-MAX_MESSAGES = 10_000
-MAX_CHARACTERS = 2_000_000
-"""Limit of all messages together."""
-
 _MAX_TEMPLATE_CHARACTERS = 1 << 20
 _MAX_TEXT_CHARACTERS = 2 * MAX_CHARACTERS
 _MAX_MEMORY_BYTES = 512 << 20

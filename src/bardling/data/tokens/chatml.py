@@ -25,14 +25,14 @@ TEMPLATE = (
 )
 
 
-def with_chatml(tokenizer: Tokenizer) -> Tokenizer:
+def with_chatml(tokenizer: Tokenizer, option: str = "data.chat_template = 'chatml'") -> Tokenizer:
     """The tokenizer with ChatML's tokens and template; its own ids stay as they are.
 
     Raises:
-        UserError: the tokenizer knows characters only.
+        UserError: the tokenizer knows characters only; `option` is what asks for ChatML.
     """
     if tokenizer.kind == "char":
-        raise UserError("data.chat_template = 'chatml': the char tokenizer cannot have tokens for turns; use byte or gpt2")
+        raise UserError(f"{option}: the char tokenizer cannot have tokens for turns; use a model with byte, gpt2 or bpe:SIZE")
     content: dict[str, Any] = copy.deepcopy(dict(tokenizer.content))
     added = content.setdefault("added_tokens", [])
     known = {entry["content"]: entry for entry in added}
@@ -46,8 +46,9 @@ def with_chatml(tokenizer: Tokenizer) -> Tokenizer:
         number += 1
     ids = {entry["content"]: entry["id"] for entry in added}
     files, about = tokenizer.interface.files, tokenizer.interface
-    config = {key: value for key, value in (files.config or {}).items() if key not in ("chat_template", "added_tokens_decoder")}
-    config |= {"eos_token": END, "pad_token": PAD}
+    kept = {key: value for key, value in (files.config or {}).items() if key not in ("chat_template", "added_tokens_decoder")}
+    first = {} if about.bos is None or about.bos >= tokenizer.vocab_size else {"bos_token": tokenizer.decode([about.bos])}
+    config = {**first, **about.special_tokens, **kept, "eos_token": END, "pad_token": PAD}
     # A text that was trained on before may still end with its own token.
     ends = [ids[END], *(token for token in about.eos if token != ids[END])]
     generation = {**files.generation, "bos_token_id": about.bos, "eos_token_id": ends, "pad_token_id": ids[PAD]}

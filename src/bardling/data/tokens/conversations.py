@@ -85,6 +85,10 @@ class ConversationEncoder:
             marks[0] |= BEGIN
         return Marked(name, ids, marks)
 
+    def control_tokens_in(self, messages: Sequence[Mapping[str, Any]]) -> int:
+        """How many control tokens the texts of messages spell, such as the token that ends a turn."""
+        return sum(self._tokenizer.control_tokens_in(message["content"]).total() for message in messages)
+
     def _answers(self, messages: Sequence[Mapping[str, Any]], text: str) -> list[tuple[int, int]]:
         """Where the answers are in the text, from texts of the conversation up to and after each."""
         spans = []

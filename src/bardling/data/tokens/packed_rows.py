@@ -90,14 +90,15 @@ def write_rows(
 
 def _packed(encoder: ConversationEncoder, packer: Packer, name: str, text: str, findings: Findings) -> Iterator[list[Marked]]:
     """The rows that a conversation completes. A conversation that the template refuses is left out."""
-    before = packer.cut, packer.dropped, packer.without_answer
+    before, messages = (packer.cut, packer.dropped, packer.without_answer), messages_of(text)
     try:
-        marked = encoder.encode(name, messages_of(text))
+        marked = encoder.encode(name, messages)
     except UserError as error:
         if "the chat template refuses the messages" not in str(error):
             raise
         findings.left_out("conversation that the chat template refuses", name)
         return
+    findings.kept("control token written in a turn, which becomes that token", name, encoder.control_tokens_in(messages))
     yield from packer.add(marked)
     if packer.cut > before[0]:
         findings.kept("conversation cut at the model's context", name, 1)

@@ -24,6 +24,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, fp8: bool =
         return fp8_linear(x, weight, bias)
     if kernel == "recast":
         return recast_linear(x, weight, bias)
+    if product_dtype(x) == x.dtype:
+        weight = weight.to(x.dtype)  # the fixed weights of LoRA may be bfloat16
     return few_rows_linear(x, weight, bias) if kernel == "few rows" else F.linear(x, weight, bias)
 
 
@@ -50,7 +52,7 @@ class _RecastLinear(torch.autograd.Function):
         ctx.dtypes = x.dtype, None if bias is None else bias.dtype
         x = x.to(dtype)
         ctx.save_for_backward(x, weight)
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             return F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
 
     @staticmethod

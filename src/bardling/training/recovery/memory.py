@@ -20,7 +20,7 @@ from typing import cast
 
 import torch
 
-from bardling.config import ModelConfig, OptimConfig, TrainConfig
+from bardling.config import ModelConfig, OptimConfig, TrainConfig, TuneConfig
 from bardling.data.batches.loader import Batch
 from bardling.data.tokens.tokenizer import Tokenizer
 from bardling.distributed.context import Context
@@ -29,11 +29,12 @@ from bardling.distributed.heartbeat import LONG_PATIENCE
 from bardling.errors import UserError, out_of_memory
 from bardling.files.paths import shell_path
 from bardling.model.gpt import GPT
+from bardling.model.lora import add_adapters
 from bardling.planning.activations import activation_bytes
 from bardling.planning.batching import TrainPlan
-from bardling.planning.costs import weight_bytes
+from bardling.planning.costs import float32_bytes, weight_bytes
 from bardling.planning.memory import optimizer_bytes
-from bardling.planning.parameter_shapes import parameter_shapes
+from bardling.planning.parameter_shapes import trained_shapes
 from bardling.training.build import Execution, build_model
 from bardling.training.objective import Forward, Objective, build_objective
 
@@ -68,6 +69,7 @@ def choose_micro_batch(
     execution: Execution,
     context: Context,
     *,
+    tune: TuneConfig,
     tokenizer: Tokenizer | None,
     document_mask: bool,
 ) -> tuple[int, str] | None:
@@ -76,7 +78,7 @@ def choose_micro_batch(
     if train.micro_batch != "auto" and not several_gpus:
         return None
     objective = build_objective(train, tokenizer, context.device)
-    trial = TrialPasses(model, optim, execution, context, document_mask, objective)
+    trial = TrialPasses(model, optim, execution, context, document_mask, objective, tune)
     sequences = plan.micro_batch * plan.accumulation
     if train.micro_batch == "auto":
         return trial.choose(sequences)
@@ -96,6 +98,7 @@ class TrialPasses:
     context: Context
     document_mask: bool
     objective: Objective
+    tune: TuneConfig
     _model: GPT | None = None
 
     def attempt(self, micro_batch: int) -> float | None:
@@ -117,11 +120,14 @@ class TrialPasses:
         device, reserved = self.context.device, list[torch.Tensor]()
         if self._model is None:
             self._model = build_model(self.config, self.execution, device, seed=0).train()
+            if self.tune.lora_rank:
+                add_adapters(self._model, self.tune, seed=0)
         if device.type == "cuda":  # what the optimizer, the EMA and CUDA graphs will hold beside a pass, and a margin
             margin = torch.cuda.get_device_properties(device).total_memory // 33
-            weights = weight_bytes(self.config)
+            shapes = trained_shapes(self.config, self.tune)
+            weights = float32_bytes(shapes)
             copies = [weights for needed in (self.optim.ema_decay, self.execution.cuda_graphs) if needed]
-            state = optimizer_bytes(parameter_shapes(self.config), self.optim)
+            state = optimizer_bytes(shapes, self.optim)
             reserved += [torch.empty(size, dtype=torch.uint8, device=device) for size in (state, margin, *copies)]
         batch = self._batch(micro_batch)
         begin = time.perf_counter()
@@ -159,7 +165,8 @@ class TrialPasses:
         sizes = [size for size in divisors(sequences) if sequences // size <= _MAX_PASSES]
         free = free_memory(device)
         if free is not None:
-            held = weight_bytes(self.config) * (2 if self.optim.ema_decay else 1)  # weights and EMA do not exist yet
+            average = float32_bytes(trained_shapes(self.config, self.tune)) if self.optim.ema_decay else 0
+            held = weight_bytes(self.config) + average  # neither exists yet
             budget = free - held if device.type == "cuda" else _FRACTION_OF_FREE * (free / context.world_size - held)
             sizes = [size for size in sizes if self.required_bytes(size) <= budget] or sizes[-1:]
         # All processes must try the same sizes, those that fit everywhere.
