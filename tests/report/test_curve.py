@@ -1,6 +1,7 @@
 """The image of training curves: written atomically; redrawing replaces it, and no other file is overwritten."""
 
 import importlib.util
+import json
 
 import pytest
 
@@ -48,6 +49,16 @@ def test_redrawing_replaces_the_image(run, tmp_path, capsys, kind, begin):
     assert out.stat().st_ino != first, "replaced, not written into"
     assert capsys.readouterr().out.splitlines() == [str(out)] * 2
     assert {path.name for path in tmp_path.iterdir()} == {"run", out.name}
+
+
+@needs_matplotlib
+def test_the_first_and_the_last_sample_of_each_prompt_are_shown(run, capsys):
+    rows = [{"kind": "sample", "step": step, "prompt": "Hi", "texts": [f"answer\x1b{step}"]} for step in (1, 2, 3)]
+    (run / "samples.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    main(["report", str(run)])
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[:-1] == [f"{run}: 'Hi'", r"  step 1: 'answer\x1b1'", r"  step 3: 'answer\x1b3'"]
+    assert shown[-1] == str(run / "curve.png")
 
 
 @needs_matplotlib

@@ -1,4 +1,4 @@
-"""`bardling report RUN...`: draw training curves."""
+"""`bardling report RUN...`: draw training curves, and show what the runs have generated."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,4 +39,25 @@ def run(argv: Sequence[str]) -> None:
         data = run.trained_config().data
         marks = compressor_bits_per_byte(open_recorded(data, run.dataset_record(), run.path, "omit --compressors"))
     draw_curves(options.runs, out, marks=marks)
+    for path in options.runs:
+        _show_samples(path)
     print(out)
+
+
+def _show_samples(path: Path) -> None:
+    """Print what a run has generated first and last for each of its prompts."""
+    from bardling.checkpoint.run_folder import open_run
+    from bardling.files.streams import escape_unprintable
+    from bardling.monitor.jsonl import read_jsonl
+
+    run = open_run(path)
+    records = read_jsonl(run.samples_file) if run.samples_file.exists() else []
+    by_prompt: dict[str, list[tuple[int, str]]] = {}
+    for record in records:
+        match record:
+            case {"prompt": str(prompt), "step": int(step), "texts": [str(text), *_]}:
+                by_prompt.setdefault(prompt, []).append((step, text))
+    for prompt, samples in by_prompt.items():
+        print(f"{escape_unprintable(str(path))}: {prompt!r}")
+        for step, text in dict([samples[0], samples[-1]]).items():
+            print(f"  step {step:,}: {text.strip()!r}")
