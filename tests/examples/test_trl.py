@@ -22,6 +22,7 @@ import torch
 from bardling.checkpoint.load import load
 from bardling.cli.main import main
 from bardling.data.text.conversations import conversation
+from bardling.data.tokens.tokenizer import load_tokenizer
 from bardling.training.run import train
 from chat_models import write_scripted_model
 
@@ -81,6 +82,8 @@ def test_the_commands_of_bardling_run(example, monkeypatch, capsys):
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     runpy.run_path("make_data.py", run_name="__main__")
     write_scripted_model(Path("runs/assistant"), "\nfour", block_size=256)
+    ends = [load_tokenizer("runs/assistant").interface.eos[0], 1]
+    Path("runs/assistant/generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
     for text, arguments in COMMANDS:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(f"{text.strip(chr(34))}\n".encode())))
         main(shlex.split(arguments))
@@ -88,11 +91,15 @@ def test_the_commands_of_bardling_run(example, monkeypatch, capsys):
             base = transformers.AutoModelForCausalLM.from_pretrained("out/assistant")
             adapter = peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", fan_in_fan_out=True)
             peft.get_peft_model(base, adapter).save_pretrained("out/sft-lora")
+            for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+                shutil.copy(f"out/assistant/{name}", "out/sft-lora")
             for method in ("dpo", "grpo"):
                 shutil.copytree("out/assistant", f"out/{method}")
     shown = capsys.readouterr().out
     assert all(re.search(rf"out/{name} .*\d\.\d{{4}}", shown) for name in ("assistant", *METHODS))
     assert shown.endswith("four\n")
+    assert text_of(load_tokenizer("out/sft")) == text_of(load_tokenizer("runs/assistant"))
+    assert list(load_tokenizer("out/sft").interface.eos) == ends
     assert len(COMMANDS) == 4
 
 
