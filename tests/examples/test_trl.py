@@ -22,6 +22,7 @@ import torch
 from bardling.checkpoint.load import load
 from bardling.cli.main import main
 from bardling.data.text.conversations import conversation
+from bardling.data.tokens.tokenizer import load_tokenizer
 from bardling.training.run import train
 from chat_models import write_scripted_model
 
@@ -50,11 +51,12 @@ def test_the_configurations_name_what_exists(example):
     runpy.run_path("make_data.py", run_name="__main__")
     rewards = runpy.run_path("rewards.py")
     written = {re.search(r"--out (\S+)", arguments).group(1) for _, arguments in COMMANDS if "--out" in arguments}
+    read = {word for _, arguments in COMMANDS for word in arguments.split()}
     for method in METHODS:
         assert f"trl {method} --config {method}.yaml\n" in BLOCKS
         config = yaml.safe_load(Path(f"{method}.yaml").read_text())
         assert config["model_name_or_path"] in written
-        assert f"'{config['output_dir']}'" in "".join(BLOCKS) or config["output_dir"] == f"out/{method}"
+        assert config["output_dir"] in read
         assert rows(config["datasets"][0]["data_files"])
         assert config["save_strategy"] == "no"  # a string: YAML's no is False
     names = [name.removeprefix("rewards.") for name in config["reward_funcs"]]
@@ -77,18 +79,28 @@ def test_the_data_are_conversations_and_preferences(example):
 
 
 def test_the_commands_of_bardling_run(example, monkeypatch, capsys):
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     runpy.run_path("make_data.py", run_name="__main__")
     write_scripted_model(Path("runs/assistant"), "\nfour", block_size=256)
+    ends = [load_tokenizer("runs/assistant").interface.eos[0], 1]
+    Path("runs/assistant/generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
     for text, arguments in COMMANDS:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(f"{text.strip(chr(34))}\n".encode())))
         main(shlex.split(arguments))
-        if arguments.startswith("export"):
-            for method in METHODS:
+        if arguments.startswith("export runs"):  # what TRL would make of it, with nothing learned
+            base = transformers.AutoModelForCausalLM.from_pretrained("out/assistant")
+            adapter = peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", fan_in_fan_out=True)
+            peft.get_peft_model(base, adapter).save_pretrained("out/sft-lora")
+            for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+                shutil.copy(f"out/assistant/{name}", "out/sft-lora")
+            for method in ("dpo", "grpo"):
                 shutil.copytree("out/assistant", f"out/{method}")
     shown = capsys.readouterr().out
     assert all(re.search(rf"out/{name} .*\d\.\d{{4}}", shown) for name in ("assistant", *METHODS))
     assert shown.endswith("four\n")
-    assert len(COMMANDS) == 3
+    assert text_of(load_tokenizer("out/sft")) == text_of(load_tokenizer("runs/assistant"))
+    assert list(load_tokenizer("out/sft").interface.eos) == ends
+    assert len(COMMANDS) == 4
 
 
 @pytest.fixture(scope="module")

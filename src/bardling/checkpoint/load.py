@@ -209,8 +209,18 @@ def _load_adapter(folder: Path) -> Loaded:
     base = base._with_tokens(base.config.vocab_size, rows_needed(adapter))
     loaded = dataclasses.replace(base, state=merged(adapter, base.state, base.config), adapter=adapter)
     if has_tokenizer(folder):
-        loaded = dataclasses.replace(loaded, tokenizer=load_tokenizer(folder))
+        loaded = dataclasses.replace(loaded, tokenizer=_with_generation_of(base.tokenizer, load_tokenizer(folder)))
     return loaded
+
+
+def _with_generation_of(base: Tokenizer | None, tokenizer: Tokenizer) -> Tokenizer:
+    """An adapter's tokenizer. TRL saves it without a generation config; further tokens that end a text are then the base's."""
+    files = tokenizer.interface.files
+    if base is None or files.generation or files.model:
+        return tokenizer
+    known = base.interface.files
+    files = dataclasses.replace(files, generation=known.generation, model=known.model)
+    return Tokenizer(dict(tokenizer.content), tokenizer.name, None, files)
 
 
 def names_adapter(spec: str) -> bool:
