@@ -373,7 +373,7 @@ def test_a_cpu_multiplies_only_tokens_that_count(training: bool) -> None:
         with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(training):
             head_loss(hidden, weight, targets, vocab_size=VOCAB)
         flops.append(counter.get_total_flops())
-    assert 0 < flops[0] == flops[1] * (50 - 14) // 50
+    assert 0 < flops[0] < 0.9 * flops[1]
 
 
 @pytest.mark.parametrize("ignored", [True, False])

@@ -41,7 +41,7 @@ def linear_kernel(x: Tensor, weight: Tensor, fp8: bool) -> Literal["plain", "few
     if fp8:
         return "fp8"
     large = weight.numel() >= RECAST_MIN_ELEMENTS and is_eager_cpu(x)
-    cast = (x.dtype != torch.float64 and torch.is_autocast_enabled("cpu")) or weight.dtype != x.dtype
+    cast = x.dtype != torch.float64 and (torch.is_autocast_enabled("cpu") or weight.dtype != x.dtype)
     return "recast" if large and cast else "plain"
 
 
