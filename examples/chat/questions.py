@@ -9,6 +9,7 @@ questions are added: greetings, and what the model is.
 import json
 import pkgutil
 import pydoc
+import random
 import sys
 import warnings
 from collections.abc import Iterator
@@ -54,8 +55,8 @@ def synopses() -> Iterator[tuple[str, str]]:
             except (OSError, SyntaxError):
                 continue
         text = (text or "").removeprefix(f"{module.name}.py").lstrip(" -:")  # some repeat their name
-        if text[:1].isalpha() and 12 <= len(text) <= 90:
-            yield module.name, text.rstrip(".") + "."
+        if text[:1].isalpha() and text.endswith(".") and len(text) <= 90:  # otherwise the sentence goes on in the next line
+            yield module.name, text
 
 
 def pairs() -> Iterator[tuple[str, str]]:
@@ -69,9 +70,16 @@ def pairs() -> Iterator[tuple[str, str]]:
 
 
 def main() -> None:
-    for question, answer in pairs():
-        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        print(json.dumps({"messages": messages}))
+    """Print conversations of one to three questions."""
+    draw, left = random.Random(0), list(pairs())
+    draw.shuffle(left)
+    while left:
+        count = draw.randint(1, 3)
+        chosen, left = left[:count], left[count:]
+        turns = [
+            ({"role": "user", "content": question}, {"role": "assistant", "content": answer}) for question, answer in chosen
+        ]
+        print(json.dumps({"messages": [message for turn in turns for message in turn]}))
 
 
 if __name__ == "__main__":

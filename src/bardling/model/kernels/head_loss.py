@@ -198,8 +198,8 @@ class _SummedLoss(torch.autograd.Function):
 
 
 def _first_counted(counted: Tensor) -> Tensor:
-    """The places of tokens that count, and of some others: an eighth of all tokens, or a multiple. Memory of a few sizes is used
-    again, while that of any size would leave gaps."""
+    """The places of tokens that count, and of some others, so that there are a multiple of an eighth of all tokens. Memory of a
+    few sizes is used again, while that of any size would leave gaps."""
     unit = -(-counted.numel() // 8)
     kept = -(-int(counted.sum()) // unit) * unit
     return counted.logical_not().to(torch.uint8).argsort(stable=True)[:kept].sort().values
