@@ -6,13 +6,14 @@ The first line of a module's docstring says what the module is for. Each one is 
 questions are added: greetings, and what the model is.
 """
 
+import ast
+import importlib.util
 import json
 import pkgutil
-import pydoc
 import random
 import sys
-import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 ABOUT = (
     "What is the module {name} for?",
@@ -42,21 +43,17 @@ SMALL = {
 
 
 def synopses() -> Iterator[tuple[str, str]]:
-    """Name and purpose of each public module that is a file and says in one sentence what it is for."""
+    """Name and purpose of each public module whose docstring begins with one short line."""
     for module in pkgutil.iter_modules():
-        path = getattr(module.module_finder, "path", "")
-        if module.name not in sys.stdlib_module_names or module.name.startswith("_") or "site-packages" in path:
+        if module.name not in sys.stdlib_module_names or module.name.startswith("_"):
             continue
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about modules that a later Python removes
-            file = f"{path}/{module.name}/__init__.py" if module.ispkg else f"{path}/{module.name}.py"
-            try:
-                text = pydoc.synopsis(file)
-            except (OSError, SyntaxError):
-                continue
-        text = (text or "").removeprefix(f"{module.name}.py").lstrip(" -:")  # some repeat their name
-        if text[:1].isalpha() and text.endswith(".") and len(text) <= 90:  # otherwise the sentence goes on in the next line
-            yield module.name, text
+        spec = importlib.util.find_spec(module.name)
+        if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
+            continue
+        text = ast.get_docstring(ast.parse(Path(spec.origin).read_bytes())) or ""
+        text = text.split("\n\n")[0].removeprefix(f"{module.name}.py").lstrip(" -:")  # some repeat their name
+        if text[:1].isalpha() and "\n" not in text and 12 <= len(text) <= 90:
+            yield module.name, text[0].upper() + text[1:].rstrip(".") + "."
 
 
 def pairs() -> Iterator[tuple[str, str]]:

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import re
+import runpy
 import shlex
 import sys
 from pathlib import Path
@@ -14,7 +15,8 @@ from bardling.cli.main import main
 from bardling.data.text.conversations import conversation
 from bardling.training.run import train
 
-PAGE = (Path(__file__).parents[2] / "docs" / "finetune.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "finetune.md").read_text(encoding="utf-8")
 COMMANDS = [line for block in re.findall(r"^```\n(.*?)^```$", PAGE, re.M | re.S) for line in block.splitlines()]
 SHORT = ["--train.steps", "6", "--eval.every", "3", "--sample.every", "6", "--sample.max_new_tokens", "4", "--compile", "off"]
 
@@ -40,6 +42,13 @@ def test_every_command_runs(tiny, tmp_path, monkeypatch, capsys):
             assert "bardling chat runs/" in printed
     assert "perplexity" in printed
     assert len(COMMANDS) == 8
+
+
+def test_the_example_makes_conversations(capsys):
+    runpy.run_path(str(ROOT / "examples" / "chat" / "questions.py"), run_name="__main__")
+    found = [conversation(json.loads(row)) for row in capsys.readouterr().out.splitlines()]
+    assert len(found) > 100
+    assert any(len(turns) > 2 for turns in found)
 
 
 def test_the_rows_of_the_page_are_conversations():

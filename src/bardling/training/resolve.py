@@ -27,7 +27,7 @@ from bardling.evaluate.benchmarks import absolute_spec
 from bardling.interop.pretrained import is_hub_name
 from bardling.optim.build import resolve_muon_precision
 from bardling.planning.batching import TrainPlan, make_plan
-from bardling.planning.costs import flops_per_token, fp8_layers, recomputed_flops_per_token
+from bardling.planning.costs import flops_per_token, fp8_layers, parameters, recomputed_flops_per_token
 from bardling.planning.depth import apply_depth
 from bardling.planning.devices import peak_flops
 from bardling.planning.layout import Layout
@@ -223,7 +223,8 @@ def _with_models_tokenizer(
     if start is None or facts.resumed:
         return data
     if facts.continued is None and not lora:
-        log.warnings += _finetuning_warnings(optim)
+        learns_to_chat = has_rows(data) and parameters(start.config) < _SMALL
+        log.warnings += _finetuning_warnings(optim, 10.0 if learns_to_chat else 1.0)
     given = data.tokenizer != DataConfig.tokenizer if facts.given is None else "data.tokenizer" in facts.given
     unknown = start.tokenizer is None and start.find_tokenizer is None
     if given or unknown or is_tokenized(data.source):
@@ -265,23 +266,22 @@ def _describe(tokenizer: Tokenizer) -> str:
 _FINETUNING_LR = 3e-5  # AdamW on all weights, as in the recipe finetune-shakespeare
 _HIGHEST_LR = {"lr": 1e-4, "muon_lr": 2e-3, "embed_lr": 1e-4, "head_lr": 1e-4}
 """Above these, learning rates are those of training from random weights: GPT-3's largest models took 6e-5 to 1e-4."""
+_SMALL = 20_000_000  # parameters of models that learn conversations at ten times these rates
 
 
-def _finetuning_warnings(optim: OptimConfig) -> list[str]:
-    """A warning if learning rates are too high for pretrained weights."""
+def _finetuning_warnings(optim: OptimConfig, factor: float) -> list[str]:
+    """A warning if learning rates are too high for pretrained weights; `factor`: by how much more than usual they may be."""
     keys = _HIGHEST_LR if optim.name == "muon" else ("lr",)
     rates = {key: getattr(optim, key) for key in keys}
-    high = [f"optim.{key} = {rate:g}" for key, rate in rates.items() if rate is not None and rate > _HIGHEST_LR[key]]
+    high = [f"optim.{key} = {rate:g}" for key, rate in rates.items() if rate is not None and rate > factor * _HIGHEST_LR[key]]
     if not high:
         return []
     remedy = f"--optim.lr {_FINETUNING_LR:g}"
     remedy += f" --optim.min_lr {_FINETUNING_LR / 10:g}" if (optim.min_lr or 0) > _FINETUNING_LR else ""
     remedy += " --optim.name adamw" if optim.name == "muon" else ""
-    plural = len(high) > 1
-    return [
-        f"{', '.join(high)}: {'these are learning rates' if plural else 'a learning rate'} for random weights, and can destroy "
-        f"what the initial weights have learned: to finetune, try {remedy}"
-    ]
+    rates_are = "these are learning rates" if len(high) > 1 else "a learning rate"
+    effect = "can destroy what the initial weights have learned"
+    return [f"{', '.join(high)}: {rates_are} for random weights, and {effect}: to finetune, try {remedy}"]
 
 
 def _vocabulary(dataset: TokenDataset, vocab_size: int, start: Loaded | None, facts: Facts) -> tuple[Tokenizer | None, int]:
