@@ -27,7 +27,7 @@ FAILURES = {
     "the log": ("bardling.training.session.RunMonitor._open", UserError("wandb: no account")),
     "memory": ("bardling.training.loop.train_step", torch.OutOfMemoryError("x")),
     "Ctrl-C": ("bardling.training.loop.train_step", KeyboardInterrupt()),
-    "the announcement": ("bardling.training.session.Session._announce", OSError(5, "Input/output error")),
+    "the announcement": ("bardling.training.session.announce", OSError(5, "Input/output error")),
 }
 
 
@@ -92,7 +92,7 @@ def test_files_of_another_trainer_are_kept(config, change, tmp_path, monkeypatch
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     longer, checkpoint = change(config, train={"steps": 5}), str(tmp_path / "out" / "ckpt.pt")
     with monkeypatch.context() as patch:
-        patch.setattr("bardling.training.session.Session._announce", failing(RuntimeError("x")))
+        patch.setattr("bardling.training.session.announce", failing(RuntimeError("x")))
         with pytest.raises(RuntimeError, match="x"):
             train(longer, tmp_path / "out", continue_from=checkpoint, quiet=True)
     assert not (tmp_path / "out" / "config.toml").exists()

@@ -24,7 +24,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, fp8: bool =
         return fp8_linear(x, weight, bias)
     if kernel == "recast":
         return recast_linear(x, weight, bias)
-    if product_dtype(x) == x.dtype:
+    if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
         weight = weight.to(x.dtype)  # the fixed weights of LoRA may be bfloat16
     return few_rows_linear(x, weight, bias) if kernel == "few rows" else F.linear(x, weight, bias)
 

@@ -14,7 +14,7 @@ Limits: nothing is retried if memory runs out during the update, which may have 
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
@@ -98,7 +98,7 @@ class TrialPasses:
     context: Context
     document_mask: bool
     objective: Objective
-    tune: TuneConfig
+    tune: TuneConfig = field(default_factory=TuneConfig)
     _model: GPT | None = None
 
     def attempt(self, micro_batch: int) -> float | None:
