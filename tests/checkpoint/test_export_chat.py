@@ -1,5 +1,6 @@
 """`export --chat`: ChatML for a model without a chat template. Its tokens get new rows, and all others keep theirs."""
 
+import copy
 import json
 
 import pytest
@@ -13,7 +14,7 @@ from bardling.cli.main import main
 from bardling.config import ModelConfig
 from bardling.data.tokens.chat_template import chat_prompt_ids
 from bardling.data.tokens.chatml import END, PAD, START, TEMPLATE, with_chatml
-from bardling.data.tokens.tokenizer import build_tokenizer
+from bardling.data.tokens.tokenizer import Tokenizer, build_tokenizer
 from bardling.errors import UserError
 from bardling.model.gpt import GPT
 from bardling.training.run import train
@@ -178,3 +179,15 @@ def test_the_card_says_that_the_template_is_not_trained(base, tmp_path):
     assert "were added after training" in card
     assert "apply_chat_template" not in card
     assert "This is a base model" in card
+
+
+def test_new_tokens_come_after_all_others_where_ids_are_missing():
+    content = copy.deepcopy(dict(build_tokenizer("byte", ()).content))
+    vocabulary, added = content["model"]["vocab"], content["added_tokens"]
+    for entry in added:
+        vocabulary[entry["content"]] = entry["id"] = entry["id"] + 4
+    before = Tokenizer(content, "gaps", None)
+    after = with_chatml(before)
+    assert after.extends(before)
+    assert after.vocab_size == before.vocab_size + 3
+    assert [after.encode(name, allow_special=True).tolist() for name in (START, END, PAD)] == [[261], [262], [263]]

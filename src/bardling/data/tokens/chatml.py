@@ -36,12 +36,16 @@ def with_chatml(tokenizer: Tokenizer, option: str = "data.chat_template = 'chatm
     content: dict[str, Any] = copy.deepcopy(dict(tokenizer.content))
     added = content.setdefault("added_tokens", [])
     known = {entry["content"]: entry for entry in added}
-    number = tokenizer.vocab_size
+    number, vocabulary = tokenizer.vocab_size, content.get("model", {}).get("vocab")
+    # The library numbers added tokens by counting, so where ids are missing, only the vocabulary can state theirs.
+    has_gaps = isinstance(vocabulary, dict) and len(vocabulary.keys() | known.keys()) < number
     for name in (START, END, PAD):
         if name in known:
             known[name]["special"] = True
             continue
         flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        if has_gaps:
+            vocabulary[name] = number
         added.append({"id": number, "content": name, **flags})
         number += 1
     ids = {entry["content"]: entry["id"] for entry in added}
