@@ -12,7 +12,7 @@ from bardling.cli.main import main
 from bardling.config import TrainConfig
 from bardling.config.recipes import config_to_toml
 from bardling.distributed.context import SINGLE
-from bardling.distributed.device import compiler_problem
+from bardling.distributed.device import compiler_problem, remove_damaged_code
 from bardling.errors import UserError
 from bardling.model.gpt import GPT
 from bardling.training import facts, resolve
@@ -135,3 +135,11 @@ def test_code_that_a_killed_compilation_has_damaged_is_removed(tiny, tmp_path, m
     ):
         train(tiny, tmp_path / "run", quiet=True)
     assert not library.exists()
+
+
+def test_code_that_fails_for_another_reason_is_kept(tmp_path):
+    library = tmp_path / "code.main.so"
+    library.touch()
+    error = InductorError(ImportError(f"{library}: undefined symbol: omp_get_wtime"), sys._getframe())
+    assert remove_damaged_code(error) is None
+    assert library.exists()

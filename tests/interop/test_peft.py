@@ -118,6 +118,28 @@ def test_an_adapter_made_by_peft_is_merged_as_peft_does(tmp_path, options):
         torch.testing.assert_close(load(tmp_path / "adapter").build()(IDS), model(IDS).logits, atol=2e-5, rtol=0)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_whole_embedding_is_taken_over_only_where_it_is_not_the_head(tmp_path, tied):
+    """PEFT trains a copy of the embedding alone, after which a tied head is another matrix."""
+    from transformers import AutoModelForCausalLM
+
+    config = ModelConfig(**SHAPE, tied=tied)
+    (tmp_path / "base").mkdir()
+    write_model(tmp_path / "base", config, GPT(config, seed=1).state_dict(), None)
+    lora = peft.LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=["c_attn"], modules_to_save=["wte"])
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), lora)
+    for name, parameter in model.named_parameters():
+        if "modules_to_save" in name:
+            parameter.data += 0.2
+    model.eval().save_pretrained(tmp_path / "adapter")
+    if tied:
+        with pytest.raises(UserError, match=r"wte\.weight replaces the embedding, which is also the head"):
+            load(tmp_path / "adapter")
+    else:
+        with torch.no_grad():
+            torch.testing.assert_close(load(tmp_path / "adapter").build()(IDS), model(IDS).logits, atol=2e-5, rtol=0)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

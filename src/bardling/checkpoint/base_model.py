@@ -23,7 +23,7 @@ def load_base(run: RunFolder) -> Loaded:
     """Load the copy.
 
     Raises:
-        UserError: it is missing or damaged; the run cannot go on without it.
+        UserError: it is missing or damaged.
     """
     if not run.base.is_dir():
         raise UserError(f"{run.base}: is missing: it holds the weights that this run adapts: restore it from a copy")

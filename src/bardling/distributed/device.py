@@ -128,13 +128,13 @@ def bfloat16_speedup(device: torch.device, seconds: float = 1.5) -> float:
     return speeds[torch.bfloat16] / speeds[torch.float32]
 
 
-def compiler_problem(device: torch.device) -> str | None:
+def compiler_problem(device: torch.device, *, again: bool = False) -> str | None:
     """Why `torch.compile` fails on this device, in a few words; None if it works. Compiles a trivial function."""
     try:
         torch.compile(lambda x: x + 1, dynamic=False)(torch.zeros(8, device=device))
     except Exception as error:  # noqa: BLE001  compilers and libraries fail in many ways, and a run can do without them
-        if remove_damaged_code(error):
-            return compiler_problem(device)
+        if remove_damaged_code(error) and not again:
+            return compiler_problem(device, again=True)
         cause = getattr(error, "inner_exception", error)
         if type(cause).__name__ == "InvalidCxxCompiler":
             name = os.environ.get("CXX")
@@ -152,7 +152,8 @@ def compiler_problem(device: torch.device) -> str | None:
 def remove_damaged_code(error: BaseException) -> str | None:
     """If compiled code in PyTorch's cache cannot be loaded, because a compilation was killed, remove it and return its path."""
     cause = getattr(error, "inner_exception", None)  # of PyTorch's compiler
-    found = re.match(r"(/\S+\.so): ", str(cause)) if isinstance(cause, OSError | ImportError) else None
+    damage = r"(/.+\.so): (?:invalid ELF|ELF |file too short|cannot read)"  # as glibc says; missing symbols are no damage
+    found = re.match(damage, str(cause)) if isinstance(cause, OSError | ImportError) else None
     if found is None:
         return None
     Path(found[1]).unlink(missing_ok=True)

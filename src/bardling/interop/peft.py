@@ -25,7 +25,7 @@ from bardling.errors import UserError
 from bardling.files.reading import read_json_object
 from bardling.interop.families import Part, check_fixed, layout_of, positive_int, positive_number, shown, tensor_parts
 from bardling.interop.tensor_file import read_tensors, write_tensors
-from bardling.planning.parameter_shapes import adapted_parts, adapter_shapes, matrix_rows
+from bardling.planning.parameter_shapes import EMBEDDING, adapted_parts, adapter_shapes, matrix_rows
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -214,7 +214,8 @@ def merged(adapter: AdapterFolder, state: Mapping[str, Tensor], config: ModelCon
     def rows_of(name: str, key: str) -> Tensor:
         """The rows of our parameters that the other format calls `name`."""
         if not key.startswith(_PREFIX) or name not in targets:
-            raise UserError(f"{adapter.path / ADAPTER_WEIGHTS}: {key}: the base model has no such layer")
+            remedy = "merge the adapter with peft"
+            raise UserError(f"{adapter.path / ADAPTER_WEIGHTS}: {key}: the base model has no such layer: {remedy}")
         ours, part = targets[name]
         return result[ours][part.start : part.stop]
 
@@ -233,6 +234,9 @@ def merged(adapter: AdapterFolder, state: Mapping[str, Tensor], config: ModelCon
         elif ".lora_" in key:
             raise UserError(f"{adapter.path / ADAPTER_WEIGHTS}: {key} is not supported; merge the adapter with peft")
         weight = rows_of(name, key)
+        if indices is None and targets[name][0] == EMBEDDING and config.architecture.tied:
+            fault = "replaces the embedding, which is also the head of the base model, but not of the adapted one"
+            raise UserError(f"{adapter.path / ADAPTER_WEIGHTS}: {key} {fault}: merge the adapter with peft")
         place = range(len(weight)) if indices is None else indices
         value = tensor.t() if indices is None and tensor.ndim == 2 and targets[name][1].transposed else tensor
         if value.shape != (len(place), *weight.shape[1:]) or max(place, default=0) >= len(weight):
@@ -248,7 +252,7 @@ def _scale(adapter: AdapterFolder, module: str, rank: int) -> float:
     if stated != rank:
         raise UserError(f"{where}: r = {shown(stated)}, but {module} has rank {rank}: the files do not belong together")
     alpha = _pattern(adapter, "alpha_pattern", module, positive_number(config, "lora_alpha", 8.0, where))
-    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") is True else rank)
+    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def _pattern(adapter: AdapterFolder, key: str, module: str, default: float) -> float:
