@@ -32,6 +32,11 @@ MODELS = {
     "window": dataclasses.replace(GPT2, family="llama", sliding_window=32, global_every=2, value_embeddings=1),
     "softcap": dataclasses.replace(GPT2, logit_softcap=15.0),
 }
+# Compiled code reduces more than 1024 channels in loops, which has to be right too.
+WIDE = {
+    f"{name}, wide": dataclasses.replace(MODELS[name], n_embd=1600, n_head=25, n_kv_head=5 if name != "gpt2" else None)
+    for name in ("gpt2", "llama", "qwen3, untied")
+}
 START = 3
 
 
@@ -89,19 +94,23 @@ def test_loss_and_gradients_equal_the_float64_models(gpu, name, dtype, tolerance
     assert {key: value for key in found if (value := relative(found[key], expected[key])) > tolerance} == {}
 
 
-@pytest.mark.parametrize("name", ["gpt2", "qwen3, untied", "window", "softcap"])
+@pytest.mark.parametrize("name", ["gpt2", "qwen3, untied", "window", "softcap", *WIDE])
 @pytest.mark.parametrize("cuda_graphs", [False, True], ids=["compiled", "graphs"])
 def test_compiled_passes_compute_the_eager_gradients(gpu, name, cuda_graphs):
     execution = Execution(Precision("bfloat16", "", "cuda"), compiled=True, cuda_graphs=cuda_graphs)
     context = dataclasses.replace(SINGLE, device=gpu)
-    assembly = build(MODELS[name], OptimConfig(), execution, context)
+    assembly = build((MODELS | WIDE)[name], OptimConfig(), execution, context)
     model = assembly.state.model.train()
     for seed in range(3):  # with CUDA graphs, the first passes record
         given = batch(gpu, seed=seed)
         eager_loss, eager = loss_and_gradients(model, given, execution.precision)
         loss, found = loss_and_gradients(model, given, execution.precision, assembly.forward)
         assert relative(loss, eager_loss) < 2e-3
-        assert {key: value for key in found if (value := relative(found[key], eager[key])) > 3e-2} == {}
+        # A value mix sums rounded products over all tokens, with both signs.
+        limits = {key: 8e-2 if key.endswith("value_mix") else 3e-2 for key in found}
+        assert {key: value for key in found if (value := relative(found[key], eager[key])) > limits[key]} == {}
+        again, _ = loss_and_gradients(model, given, execution.precision, assembly.forward)
+        assert again == loss
 
 
 @pytest.mark.parametrize("kv_heads", [4, 1])

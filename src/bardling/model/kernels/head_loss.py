@@ -154,7 +154,6 @@ class _SummedLoss(torch.autograd.Function):
             counted = _counted(ids)
             if counted is not None:
                 ids = ids.clamp_min(0)
-                inputs = inputs * counted  # zero vectors do not contribute to the weight's gradient
             total = torch.zeros((), dtype=wide, device=hidden.device)
             tallied = torch.zeros_like(total)
             hidden_grads: list[Tensor] = []
@@ -174,6 +173,10 @@ class _SummedLoss(torch.autograd.Function):
                     slope = _softmax_minus_one_hot(logp, ids[part])  # d loss / d logits
                     if squashed is not None:
                         slope.mul_(squashed.square_().neg_().add_(1))  # 1 - tanh^2
+                    if counted is not None:
+                        # Not by masking the inputs: from 1025 channels on, PyTorch's compiler would add that to the kernel of
+                        # the last norm, which then reads values that other threads have yet to write.
+                        slope = slope * counted[part]
                     if slopes is None:
                         slopes = slope.to(dtype)
                     else:
@@ -184,8 +187,6 @@ class _SummedLoss(torch.autograd.Function):
                 if weight_grad is not None:
                     _accumulate(weight_grad[:rows], slopes.t(), inputs[group])
             hidden_grad = _concatenated(hidden_grads) if hidden_needs_grad else None
-            if hidden_grad is not None and counted is not None:
-                hidden_grad *= counted
         ctx.save_for_backward(hidden_grad, None if weight_grad is None else weight_grad.to(weight.dtype))
         return total if tally is None else torch.stack([total, tallied])
 
