@@ -7,11 +7,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bardling.checkpoint.contents import Checkpoint
 from bardling.checkpoint.load import Loaded
 from bardling.checkpoint.rng import restore_rng
+from bardling.distributed.sharding import Shards
 from bardling.errors import UserError
 from bardling.model.gpt import GPT
 from bardling.model.lora import trained_state
@@ -28,6 +29,7 @@ class TrainState:
 
     model: GPT
     optimizer: torch.optim.Optimizer
+    shards: Shards | None = None  # what this process holds of a sharded model
     scaler: torch.amp.GradScaler | None = None  # float16 only
     ema: Ema | None = None
     step: int = 0  # optimizer steps completed
@@ -38,6 +40,18 @@ class TrainState:
     seconds: float = 0.0  # time spent in all starts; counted for a deadline only
     planned: int = 0  # last step planned for the deadline; 0: no deadline
     history: StepHistory = field(default_factory=StepHistory)  # recent good steps, which the guard compares with
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What the optimizer updates, by name: the model's parameters, or this process's shards of them."""
+        named = self.model.named_parameters() if self.shards is None else self.shards.parameters.items()
+        return {name: parameter for name, parameter in named if parameter.requires_grad}
+
+    def zero_gradients(self, *, keep: bool = False) -> None:
+        """Free the gradients, or `keep` their memory."""
+        self.optimizer.zero_grad(set_to_none=not keep)
+        if self.shards is not None:
+            self.shards.zero_gradients()
 
     def evaluation_weights(self) -> contextlib.AbstractContextManager[None]:
         """A context in which the model has the weights that users get: the EMA, if there is one."""
