@@ -63,6 +63,7 @@ class Shards:
         first, last = self.rows(name, self.rank)
         return whole[first:last]
 
+    @torch.no_grad()
     def gather(self, name: str, local: Tensor) -> Tensor:
         """The whole of which every process holds the rows `local`, in all processes. Collective over the shards."""
         shape, size = self.shapes[name], -(-self.shapes[name][0] // self.count)
