@@ -80,14 +80,15 @@ class Context:
         used = tuple(axis for axis in axes if self._size([axis]) > 1) or tuple(axes[:1])
         return self.mesh.get_group(used[0]) if len(used) == 1 else self.mesh[used]._flatten().get_group()
 
-    def activity(self, name: str, patience: float | None = None) -> None:
+    def activity(self, name: str, patience: float | None = None, *, shared: bool = False) -> None:
         """Record the activity that this process starts, for the message in case it dies or hangs.
 
         Args:
             patience: seconds that the activity may take without progress; None for `train.rank_timeout`.
+            shared: all processes start it at the same point.
         """
         if self.heartbeat is not None:
-            self.heartbeat.activity(name, patience)
+            self.heartbeat.activity(name, patience, shared=shared)
 
     def progressed(self) -> None:
         """Record progress of the activity."""

@@ -41,6 +41,9 @@ if TYPE_CHECKING:
 from bardling.optim.adamw import AdamW, avoid_compiler_import
 from bardling.optim.polar import coefficients, newton_schulz
 
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+"""PyTorch 2.13 renames this collective; the old name prints a warning on every process."""
+
 
 class Muon(torch.optim.Optimizer):
     """Muon for the groups with `"muon": True`, `torch.optim.AdamW` for the others.
@@ -183,7 +186,7 @@ class Muon(torch.optim.Optimizer):
         if self._world_size == 1:
             return lambda: factors
         gathered = factors.new_empty((per_process * self._world_size, *shape))
-        work = dist.all_gather_into_tensor(gathered, factors, group=self._process_group, async_op=True)
+        work = _all_gather(gathered, factors, group=self._process_group, async_op=True)
 
         def wait() -> Tensor:
             if work is not None:

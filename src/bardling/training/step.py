@@ -55,7 +55,7 @@ class StepSettings:
     context: Context
     grad_clip: float = 1.0  # largest gradient norm; 0 disables clipping
     keep_gradients: bool = False  # zero gradients instead of freeing them, so that all passes accumulate in the same memory
-    stop_requested: Callable[[], bool] = lambda: False  # called before each forward pass
+    stop_requested: Callable[[], bool] = lambda: False  # called before each forward pass (several processes: before each step)
     interruptible: Callable[[], AbstractContextManager[None]] = nullcontext  # a pass may raise `Terminated`, to stop
     skip_on_device: bool | None = None  # let the device decide whether to skip, if the optimizer supports it; None: on CUDA
 
@@ -89,10 +89,11 @@ def train_step(
     totals: Tensor | None = None  # loss sum, then the objective's further sums
     names: tuple[str, ...] = ()
     for number, batch in enumerate(batches):
-        if context.any(settings.stop_requested()):
+        # A vote waits for all processes, so several hold one per step.
+        if (number == 0 or context.world_size == 1) and context.any(settings.stop_requested()):
             state.optimizer.zero_grad(set_to_none=True)
             raise Stopped
-        context.activity(f"pass {number + 1} of {len(batches)} of step {state.step + 1}")
+        context.activity(f"pass {number + 1} of {len(batches)} of step {state.step + 1}", shared=True)
         try:
             with settings.interruptible(), gradient_sync(forward, on=number == len(batches) - 1):
                 with settings.precision.autocast():
