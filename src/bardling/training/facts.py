@@ -22,6 +22,7 @@ from bardling.distributed.context import Context
 from bardling.distributed.device import bfloat16_speedup, compiler_problem, matmul_flops
 from bardling.distributed.heartbeat import LONG_PATIENCE, UNLIMITED_PATIENCE
 from bardling.training.environment import continued_checkpoint
+from bardling.training.shared_folder import require_same_tokens
 
 
 @dataclass
@@ -59,6 +60,7 @@ class Facts:
                 found = open_recorded(data, record, self.folder.path, context=context)
             else:
                 found = open_data(data, context=context)
+            require_same_tokens(self.context, found)
             self._datasets[data] = found
             self.context.activity("setting up", LONG_PATIENCE)
         return self._datasets[data]
