@@ -225,7 +225,7 @@ class RecordingContext(Context):
 
     activities: list = dataclasses.field(default_factory=list)
 
-    def activity(self, name, patience=None):
+    def activity(self, name, patience=None, *, shared=False):
         self.activities.append(name)
 
 
