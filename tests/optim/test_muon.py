@@ -60,8 +60,9 @@ def update(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, lr: fl
     optimizer.step()
 
 
-def build(model: nn.Module, config: OptimConfig = CONFIG, **options) -> Muon:
-    optimizer = build_optimizer(model.named_parameters(), config, CPU, splits=SPLITS, **options)
+def build(model: nn.Module | dict[str, nn.Parameter], config: OptimConfig = CONFIG, **options) -> Muon:
+    parameters = model if isinstance(model, dict) else named(model)
+    optimizer = build_optimizer(parameters.items(), config, CPU, splits=SPLITS, **options)
     assert isinstance(optimizer, Muon)
     return optimizer
 
@@ -302,29 +303,30 @@ from bardling.model.gpt import GPT
 folder, rank, kind, precision = sys.argv[2], int(sys.argv[3]), sys.argv[4], sys.argv[5]
 MODEL = shape(kind)
 dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-model = GPT(MODEL, seed=1)
+model, shards, options = GPT(MODEL, seed=1), None, {"rank": rank, "world_size": 2}
 if kind == "fsdp":
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import distribute_tensor
-    mesh = init_device_mesh("cpu", (2,))
-    for block in model.transformer.h:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    from bardling.distributed.context import Context
+    from bardling.distributed.matrices import ShardedMatrices
+    from bardling.distributed.sharding import initialize, shard
+    from bardling.planning.layout import Layout
+    context = Context(rank, 2, torch.device("cpu")).arranged(Layout(shard=2))
+    settings = {"precision": "float32", "compiled": False, "reshard": True, "offload": False}
+    model, shards = shard(lambda: GPT(MODEL, seed=None), context, **settings)
+    initialize(shards, MODEL, 1)
+    options = {"exchange": ShardedMatrices(shards)}
 config = OptimConfig(name="muon", lr=1e-3, weight_decay=0.1, muon_precision=precision)
-optimizer = build(model, config, rank=rank, world_size=2)
+parameters = named(model) if shards is None else shards.parameters
+optimizer = build(parameters, config, **options)
 for step in (0, 1, None, 2):
     bad = step is None  # left out by the flag, in all processes
     set_gradients(plain := GPT(MODEL, seed=1), step or 0)
-    for name, parameter in named(model).items():
+    for name, parameter in parameters.items():
         gradient = named(plain)[name].grad * (float("nan") if bad else 1.0)
-        if kind == "fsdp":
-            gradient = distribute_tensor(gradient, mesh, parameter.placements)
-        parameter.grad = gradient
+        parameter.grad = gradient if shards is None else shards.take(name, gradient)
     set_learning_rate(optimizer, 1e-3)
     optimizer.found_inf = torch.tensor(float(bad))
     optimizer.step()
-whole = {n: (p.full_tensor() if kind == "fsdp" else p).detach().clone() for n, p in named(model).items()}
+whole = {n: (p if shards is None else shards.gather(n, p)).detach().clone() for n, p in parameters.items()}
 torch.save(whole, f"{folder}/{rank}.pt")
 dist.destroy_process_group()
 """

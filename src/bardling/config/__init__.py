@@ -12,6 +12,7 @@ from bardling.config.guard import GuardConfig as GuardConfig
 from bardling.config.model import ModelConfig as ModelConfig
 from bardling.config.monitor import MonitorConfig as MonitorConfig
 from bardling.config.optim import OptimConfig as OptimConfig
+from bardling.config.parallel import ParallelConfig as ParallelConfig
 from bardling.config.run import RunConfig as RunConfig
 from bardling.config.sample import SampleConfig as SampleConfig
 from bardling.config.train import TrainConfig as TrainConfig

@@ -11,6 +11,7 @@ from bardling.config.guard import GuardConfig
 from bardling.config.model import ModelConfig
 from bardling.config.monitor import MonitorConfig
 from bardling.config.optim import OptimConfig
+from bardling.config.parallel import ParallelConfig
 from bardling.config.sample import SampleConfig
 from bardling.config.train import TrainConfig
 from bardling.config.tune import TuneConfig
@@ -41,6 +42,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     tune: TuneConfig = field(default_factory=TuneConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)

@@ -58,6 +58,10 @@ class Context:
             return self.rank
         return self.mesh.get_local_rank("replicate") * self._size(["shard"]) + self.mesh.get_local_rank("shard")
 
+    def size(self, axis: str) -> int:
+        """Number of processes along an axis of the mesh."""
+        return self._size([axis]) if self.mesh is not None else self.world_size if axis == "replicate" else 1
+
     def _size(self, axes: Sequence[str]) -> int:
         assert self.mesh is not None
         sizes = dict(zip(AXES, self.mesh.shape, strict=True))

@@ -1,6 +1,10 @@
-"""Wraps the model for the training step: compilation, and gradient synchronization between processes."""
+"""Wraps the model for the training step: compilation, and gradient synchronization between processes.
+
+A sharded model (`sharding.py`) comes here wrapped already.
+"""
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -70,6 +74,13 @@ def wrap(model: GPT, *, compiled: bool, cuda_graphs: bool = False, context: Cont
     return forward
 
 
-def gradient_sync(forward: object, *, on: bool) -> contextlib.AbstractContextManager[None]:
+@contextlib.contextmanager
+def gradient_sync(forward: Any, *, on: bool) -> Iterator[None]:
     """A context in which backward passes synchronize gradients between processes, or accumulate them locally."""
-    return contextlib.nullcontext() if on or not isinstance(forward, DistributedDataParallel) else forward.no_sync()
+    if isinstance(forward, DistributedDataParallel):
+        with contextlib.nullcontext() if on else forward.no_sync():
+            yield
+        return
+    if hasattr(forward, "set_requires_gradient_sync"):  # sharded
+        forward.set_requires_gradient_sync(on)
+    yield

@@ -89,10 +89,18 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm whose weights may be of lower precision than its input, as where they are gathered for a pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), bias, self.eps)
+
+
 def make_norm(arch: Architecture) -> nn.Module:
     """The norm of the residual stream."""
     rms = arch.norm == "rmsnorm"
-    return RMSNorm(arch.n_embd, arch.norm_eps) if rms else nn.LayerNorm(arch.n_embd, eps=arch.norm_eps, bias=arch.bias)
+    return RMSNorm(arch.n_embd, arch.norm_eps) if rms else LayerNorm(arch.n_embd, eps=arch.norm_eps, bias=arch.bias)
 
 
 def dropout(x: Tensor, p: float) -> Tensor:

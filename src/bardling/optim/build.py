@@ -18,7 +18,7 @@ from torch import nn
 from bardling.config import ModelConfig, OptimConfig
 from bardling.extensions import OPTIMIZERS
 from bardling.optim.adamw import AdamW
-from bardling.optim.muon import Muon
+from bardling.optim.muon import MatrixExchange, Muon
 from bardling.planning.parameter_shapes import matrix_rows, parameter_kind
 
 FUSED_DEVICES = ("cpu", "cuda", "mps")  # with a PyTorch kernel that updates all tensors of a group at once
@@ -36,6 +36,7 @@ class OptimizerOptions:
     world_size: int = 1  # number of these processes
     process_group: dist.ProcessGroup | None = None  # these processes; None for all
     compiled: bool = False  # compile the Newton-Schulz steps
+    exchange: MatrixExchange | None = None  # of a sharded model
 
 
 def build_optimizer(
@@ -93,6 +94,7 @@ def build_muon(trained: Parameters, config: OptimConfig, options: OptimizerOptio
         world_size=options.world_size,
         process_group=options.process_group,
         compiled=options.compiled,
+        exchange=options.exchange,
     )
 
 

@@ -14,35 +14,52 @@ arXiv:2510.12402).
 
 A fused matrix (queries, keys and values) is orthogonalized part by part. Parts of equal shape are stacked and processed
 together. With several processes, each computes its share of every stack and all-gathers the updates in their own dtype; every
-process holds all momenta, so any of them can save a checkpoint. Under FSDP2, momenta are sharded like the weights; the
-gradients of a stack are gathered, and each process keeps its shard of the updates.
+process holds all momenta, so any of them can save a checkpoint. Of a sharded model, a process holds rows of every matrix and of
+its momentum. Each process then receives the missing rows of its share of a stack, and returns the rows of the updates: no
+process ever holds all matrices (as in Dion, Ahn et al. 2025, arXiv:2504.05295).
 
 A device flag, `found_inf`, can skip an update, as in PyTorch's fused kernels, without a CPU-GPU sync. If it is 1, each gradient
 is replaced by the momentum, which leaves the momentum unchanged bit for bit; weights do not decay and updates become zero. NaN
 or infinite gradients never enter a computation.
 
-Limits: gradients must be equal in all processes (as after DDP) or DTensors. Under FSDP2 every process temporarily holds the
-gathered gradients of all matrices. A skipped update overwrites the gradients of matrices.
+Limits: without shards, gradients must be equal in all processes (as after DDP). A skipped update overwrites the gradients of
+matrices.
 """
 
 import functools
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
 
 from bardling.optim.adamw import AdamW, avoid_compiler_import
 from bardling.optim.polar import coefficients, newton_schulz
 
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 """PyTorch 2.13 renames this collective; the old name prints a warning on every process."""
+
+
+class MatrixExchange(Protocol):
+    """Moves matrices between processes that hold rows of all of them and processes that hold some of them whole."""
+
+    def whole(self, matrices: Sequence[tuple[nn.Parameter, int, int]], rows: Sequence[Tensor]) -> Tensor:
+        """This process's share of k matrices, whole: [ceil(k / processes), m, n], zero beyond the last. Collective.
+
+        Args:
+            matrices: parameter, first and last + 1 of its rows, of each. rows: those of each that this process holds.
+        """
+
+    def rows(self, matrices: Sequence[tuple[nn.Parameter, int, int]], whole: Tensor) -> list[Tensor]:
+        """The inverse: the rows of each matrix that this process holds. Collective."""
+
+    def held(self, parameter: nn.Parameter, first: int, last: int) -> slice:
+        """Where this process's shard of a parameter has the rows from `first` to before `last`."""
+
+    def shape(self, parameter: nn.Parameter) -> tuple[int, ...]:
+        """The shape of the parameter of which this process holds a shard."""
 
 
 class Muon(torch.optim.Optimizer):
@@ -58,6 +75,7 @@ class Muon(torch.optim.Optimizer):
         cautious: decay matrices only where weight and update have the same sign.
         rank, world_size, process_group: the processes that share the work; `process_group` None for the default group.
         compiled: compile the Newton-Schulz steps.
+        exchange: of a sharded model, whose processes then share the work in place of those above.
 
     Raises:
         ValueError: a Muon parameter is not a matrix, or its parts do not add up to it.
@@ -75,6 +93,7 @@ class Muon(torch.optim.Optimizer):
         world_size: int = 1,
         process_group: dist.ProcessGroup | None = None,
         compiled: bool = False,
+        exchange: MatrixExchange | None = None,
     ) -> None:
         rest = [group for group in groups if not group.get("muon")]
         avoid_compiler_import()
@@ -84,13 +103,12 @@ class Muon(torch.optim.Optimizer):
         self._splits: dict[Tensor, tuple[int, ...]] = {}
         for group in self.param_groups:
             for parameter in group["params"] if group["muon"] else []:
-                rows = tuple((splits or {}).get(parameter, (parameter.size(0),)))
-                if parameter.dim() != 2 or sum(rows) != parameter.size(0) or min(rows) < 1:
-                    raise ValueError(
-                        f"Muon needs matrices whose parts add up to their rows: shape {list(parameter.shape)}, parts {rows}"
-                    )
+                shape = parameter.shape if exchange is None else exchange.shape(parameter)
+                rows = tuple((splits or {}).get(parameter, (shape[0],)))
+                if len(shape) != 2 or sum(rows) != shape[0] or min(rows) < 1:
+                    raise ValueError(f"Muon needs matrices whose parts add up to their rows: shape {list(shape)}, parts {rows}")
                 self._splits[parameter] = rows
-        self._dtype, self._cautious = dtype, cautious
+        self._dtype, self._cautious, self._exchange = dtype, cautious, exchange
         self._rank, self._world_size, self._process_group = rank, world_size, process_group
         # Compute the coefficients here, so that torch.compile does not trace their computation.
         polar = functools.partial(newton_schulz, steps=coefficients(steps))
@@ -130,8 +148,8 @@ class Muon(torch.optim.Optimizer):
         for weight in weights:
             if not self.state[weight]:
                 self.state[weight]["momentum"] = torch.zeros_like(weight, memory_format=torch.preserve_format)
-        gradients = [_local(weight.grad) for weight in weights]
-        momenta = [_local(self.state[weight]["momentum"]) for weight in weights]
+        gradients = [weight.grad for weight in weights if weight.grad is not None]
+        momenta = [self.state[weight]["momentum"] for weight in weights]
         if grad_scale is not None:
             torch._foreach_div_(gradients, grad_scale)
         if skip is not None:
@@ -139,59 +157,55 @@ class Muon(torch.optim.Optimizer):
                 torch.where(skip, momentum, gradient, out=gradient)
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
 
-        stacks: dict[torch.Size, list[_Part]] = {}
-        for index, (weight, gradient, momentum) in enumerate(zip(weights, gradients, momenta, strict=True)):
-            for part in self._parts(index, weight, gradient, momentum, group["momentum"]):
-                stacks.setdefault(part.gradient.shape, []).append(part)
+        stacks: dict[tuple[int, int], list[_Part]] = {}
+        for weight, gradient, momentum in zip(weights, gradients, momenta, strict=True):
+            for shape, part in self._parts(weight, gradient, momentum):
+                stacks.setdefault(shape, []).append(part)
         # Start all stacks before waiting for the first.
-        started = [(shape, parts, self._start_polar(parts, group["momentum"])) for shape, parts in stacks.items()]
-        sharded_updates: dict[int, dict[int, Tensor]] = {}
+        started = [(shape, parts, self._start_polar(shape, parts, group["momentum"])) for shape, parts in stacks.items()]
         for shape, parts, wait in started:
-            stack = wait()
+            updates = wait()
             if skip is not None:
-                stack.masked_fill_(skip, 0.0)
-            scale, updates = max(1.0, shape[0] / shape[1]) ** 0.5, stack.unbind()
-            views = [part.weight for part in parts if part.weight is not None]
-            if views:
-                self._apply(views, updates, group, scale, skip)
-            else:
-                for part, update in zip(parts, updates, strict=True):
-                    sharded_updates.setdefault(part.weight_index, {})[part.part_index] = update * scale
-        for index, by_part in sharded_updates.items():
-            full_update = torch.cat([by_part[part_index] for part_index in sorted(by_part)])
-            self._apply([_local(weights[index])], [_shard_like(full_update, weights[index])], group, 1.0, skip)
+                for update in updates:
+                    update.masked_fill_(skip, 0.0)
+            scale = max(1.0, shape[0] / shape[1]) ** 0.5
+            self._apply([part.weight for part in parts], updates, group, scale, skip)
 
-    def _parts(self, index: int, weight: Tensor, gradient: Tensor, momentum: Tensor, mu: float) -> list["_Part"]:
-        """The parts of a weight; `gradient` and `momentum` are local."""
-        rows = list(self._splits[weight])
-        if _is_sharded(weight):
-            gradient = _full(torch.lerp(gradient, momentum, mu), weight)
-            return [_Part(index, part_index, part) for part_index, part in enumerate(torch.split(gradient, rows))]
-        split = (torch.split(tensor, rows) for tensor in (gradient, momentum, weight))
-        return [_Part(index, part_index, *views) for part_index, views in enumerate(zip(*split, strict=True))]
+    def _parts(self, parameter: nn.Parameter, gradient: Tensor, momentum: Tensor) -> Iterator[tuple[tuple[int, int], "_Part"]]:
+        """The shape of each part of a weight, and what this process holds of it."""
+        columns, first = parameter.size(1), 0
+        for rows in self._splits[parameter]:
+            held = slice(first, first + rows)
+            if self._exchange is not None:
+                held = self._exchange.held(parameter, first, first + rows)
+            views = (tensor.detach()[held] for tensor in (gradient, momentum, parameter))
+            yield (rows, columns), _Part((parameter, first, first + rows), *views)
+            first += rows
 
-    def _start_polar(self, parts: Sequence["_Part"], mu: float) -> Callable[[], Tensor]:
-        """Start to compute the polar factors of k parts [m, n]; the result is a function that returns them as [k, m, n]."""
+    def _start_polar(self, shape: tuple[int, int], parts: Sequence["_Part"], mu: float) -> Callable[[], Sequence[Tensor]]:
+        """Start to compute the polar factors of parts [m, n]; the result is a function that returns what this process updates
+        of each."""
+        matrices = [part.matrix for part in parts]
+        if (exchange := self._exchange) is not None:
+            updates = torch._foreach_lerp([part.gradient for part in parts], [part.momentum for part in parts], mu)
+            factors = self._polar(exchange.whole(matrices, [update.to(self._dtype) for update in updates]))
+            return lambda: exchange.rows(matrices, factors)
         per_process = -(-len(parts) // self._world_size)  # the last processes may have fewer
-        shape, device = parts[0].gradient.shape, parts[0].gradient.device
-        stack = torch.zeros((per_process, *shape), dtype=self._dtype, device=device)
+        stack = torch.zeros((per_process, *shape), dtype=self._dtype, device=parts[0].gradient.device)
         own = parts[self._rank * per_process : (self._rank + 1) * per_process]
-        updates = [part.gradient for part in own]
-        momenta = [part.momentum for part in own if part.momentum is not None]
-        if momenta:
-            updates = list(torch._foreach_lerp(updates, momenta, mu))
         if own:  # the last processes may have none
-            torch._foreach_copy_(list(stack[: len(own)].unbind()), updates)
+            found = torch._foreach_lerp([part.gradient for part in own], [part.momentum for part in own], mu)
+            torch._foreach_copy_(list(stack[: len(own)].unbind()), found)
         factors = self._polar(stack)
         if self._world_size == 1:
-            return lambda: factors
+            return factors.unbind
         gathered = factors.new_empty((per_process * self._world_size, *shape))
         work = _all_gather(gathered, factors, group=self._process_group, async_op=True)
 
-        def wait() -> Tensor:
+        def wait() -> Sequence[Tensor]:
             if work is not None:
                 work.wait()
-            return gathered[: len(parts)]
+            return gathered[: len(parts)].unbind()
 
         return wait
 
@@ -216,39 +230,9 @@ class Muon(torch.optim.Optimizer):
 
 @dataclass(frozen=True)
 class _Part:
-    """A matrix to orthogonalize: rows of a weight that belong together."""
+    """A matrix to orthogonalize: rows of a weight that belong together, or those of them that this process holds."""
 
-    weight_index: int  # in the parameter group
-    part_index: int  # in the weight
-    gradient: Tensor  # [m, n]
-    momentum: Tensor | None = None  # [m, n]; None if `gradient` already includes it
-    weight: Tensor | None = None  # [m, n] view of the weight; None under FSDP2, which updates whole weights
-
-
-def _is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
-    """Whether a tensor is a DTensor. Importing that class takes a third of a second; without the import there are no
-    DTensors."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
-
-
-def _local(tensor: Tensor | None) -> Tensor:
-    """This process's shard of a tensor."""
-    assert tensor is not None
-    return tensor.to_local() if _is_sharded(tensor) else tensor
-
-
-def _full(local: Tensor, like: "DTensor") -> Tensor:
-    """The full tensor of which this process holds the shard `local`, with the layout of `like`."""
-    sharded = type(like).from_local(local, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
-    return sharded.full_tensor()
-
-
-def _shard_like(full: Tensor, like: Tensor) -> Tensor:
-    """This process's shard of `full`, which every process holds, with the layout of `like`; needs no communication."""
-    if not _is_sharded(like):
-        return full
-    from torch.distributed.tensor import Replicate
-
-    replicated = type(like).from_local(full, like.device_mesh, [Replicate()] * like.device_mesh.ndim, run_check=False)
-    return replicated.redistribute(placements=like.placements).to_local()
+    matrix: tuple[nn.Parameter, int, int]  # the weight, the part's first row and the one after its last
+    gradient: Tensor  # the tensors are views
+    momentum: Tensor
+    weight: Tensor

@@ -1,7 +1,11 @@
-"""Layout of a run's processes: the sizes of the device mesh axes."""
+"""Layout of a run's processes: the sizes of the device mesh axes, given or chosen by memory."""
 
 import math
 from dataclasses import astuple, dataclass
+
+from bardling.config import ParallelConfig
+from bardling.errors import UserError
+from bardling.planning.memory import MemoryPlan
 
 AXES = ("replicate", "shard", "tensor", "pipeline")
 """Mesh axes, outermost first: neighbouring ranks, which have the fastest links, differ along the innermost axes."""
@@ -9,10 +13,12 @@ AXES = ("replicate", "shard", "tensor", "pipeline")
 DATA_AXES = ("replicate", "shard")
 """Axes along which processes train on different samples."""
 
+_USABLE = 0.9  # of a device's memory; the rest goes to fragmentation and libraries
+
 
 @dataclass(frozen=True)
 class Layout:
-    """Processes along each axis of the mesh; an unused axis has size 1. So far, runs use only the first."""
+    """Processes along each axis of the mesh; an unused axis has size 1. So far, runs use the first two."""
 
     replicate: int = 1  # each holds all parameters (DDP)
     shard: int = 1  # each holds a shard of every parameter (FSDP2)
@@ -32,3 +38,80 @@ class Layout:
     def data_size(self) -> int:
         """Number of processes that train on different samples."""
         return self.replicate * self.shard
+
+    def __str__(self) -> str:
+        kinds = {(False, False): "one process", (True, False): "DDP", (False, True): "FSDP2", (True, True): "HSDP"}
+        name = kinds[self.replicate > 1, self.shard > 1]
+        used = ", ".join(f"{axis} {size}" for axis, size in zip(AXES, self.sizes, strict=True) if size > 1)
+        return f"{name} ({used})" if used else name
+
+
+def choose_layout(
+    config: ParallelConfig, processes: int, per_node: int, needed: MemoryPlan, memory: int | None
+) -> tuple[Layout, str]:
+    """The layout of all processes, and why.
+
+    Args:
+        per_node: processes on each machine.
+        needed: memory of one process that holds the whole model.
+        memory: that of a process's device (bytes); None if unknown.
+
+    Raises:
+        UserError: the sizes given do not fit the number of processes.
+    """
+    if config.replicate is not None or config.shard is not None:
+        return _given(config, processes), "as configured"
+    if config.layout != "auto" or processes == 1:
+        whole = config.layout != "fsdp"
+        return Layout(replicate=processes) if whole else Layout(shard=processes), "as configured"
+    if memory is None:
+        return Layout(replicate=processes), "the memory of the device is unknown"
+    state, limit = _state(needed), _USABLE * memory
+    sizes = f"{_gb(state)} of weights, gradients and optimizer state and {_gb(needed.activations.total)} of activations"
+    if state + needed.activations.total <= limit:
+        return Layout(replicate=processes), f"{sizes} fit in {_gb(memory)}"
+    nodes = processes // per_node if processes % per_node == 0 else 1
+    within = Layout(replicate=nodes, shard=processes // nodes)
+    fits = sharded_bytes(needed, within.shard) <= limit
+    chosen = within if nodes > 1 and fits else Layout(shard=processes)
+    share = f"{_gb(sharded_bytes(needed, chosen.shard))} on each of {chosen.shard} processes"
+    return chosen, f"{sizes} do not fit in {_gb(memory)}, sharded {share}"
+
+
+def sharded_bytes(needed: MemoryPlan, shards: int, *, whole_gradients: bool = False) -> int:
+    """Memory of one process if the state is divided among `shards`; the activations include what is gathered for a pass."""
+    gradients = needed.gradients * (1 - 1 / shards) if whole_gradients else 0
+    return int(_state(needed) / shards + gradients + needed.activations.total)
+
+
+def keeps_whole_gradients(config: ParallelConfig, shards: int, passes: int, needed: MemoryPlan, memory: int | None) -> bool:
+    """Whether gradients stay whole between the passes of a step, so that they are reduced only once."""
+    if config.accumulate != "auto" or passes == 1:
+        return config.accumulate == "whole" and passes > 1
+    return memory is None or sharded_bytes(needed, shards, whole_gradients=True) <= _USABLE * memory
+
+
+def _state(needed: MemoryPlan) -> int:
+    return needed.total - needed.activations.total
+
+
+def _given(config: ParallelConfig, processes: int) -> Layout:
+    """The layout with the sizes given; a size left open takes the remaining processes."""
+    sizes = {"replicate": config.replicate, "shard": config.shard}
+    stated = {f"parallel.{axis}": size for axis, size in sizes.items() if size is not None}
+    product = math.prod(stated.values())
+    open_axes = [axis for axis, size in sizes.items() if size is None]
+    if processes % product == 0 and (open_axes or product == processes):
+        return Layout(**{axis: size or processes // product for axis, size in sizes.items()})
+    listed = " and ".join(f"{key} = {size}" for key, size in stated.items())
+    need = f"a multiple of {product} processes" if open_axes else f"{product} processes"
+    key, size = next(reversed(stated.items()))
+    rest = product // size
+    divisors = [n for n in range(1, processes + 1) if processes % n == 0 and (not rest or processes % (n * rest) == 0)]
+    nearest = min(divisors or [1], key=lambda n: abs(n - size))
+    others = "" if open_axes or rest * nearest == processes else f" --parallel.replicate {processes // nearest}"
+    raise UserError(f"{listed}: needs {need}, but there are {processes}: nearest possible: --{key} {nearest}{others}")
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.3g} GB"

@@ -14,6 +14,8 @@ from torch import Tensor
 from bardling.config import ModelConfig, OptimConfig, TuneConfig
 from bardling.distributed.context import Context
 from bardling.distributed.device import Precision
+from bardling.distributed.matrices import ShardedMatrices
+from bardling.distributed.sharding import Shards, initialize, load_weights, shard
 from bardling.distributed.wrap import wrap
 from bardling.model.gpt import GPT
 from bardling.model.layers import use_fp8
@@ -33,6 +35,9 @@ class Execution:
     cuda_graphs: bool = False  # replay compiled passes as CUDA graphs
     fp8: bool = False  # compute linear layers of blocks in float8
     recompute: bool = False  # recompute the activations of blocks in the backward pass
+    reshard: bool = True  # with shards: free gathered weights between a block's forward and backward pass
+    whole_gradients: bool = False  # with shards: reduce gradients only after the last pass of a step
+    offload: bool = False  # with shards: keep them in host memory
 
 
 @dataclass(frozen=True)
@@ -62,18 +67,22 @@ def build(
         tune: if it has a LoRA rank, train adapters instead of the weights; `seed` is also that of the adapters.
         optimizer: over the parameters of `model`, if that is a model.
     """
+    shards: Shards | None = None
     if isinstance(model, GPT):
         network = model
         network.recompute = network.recompute or execution.recompute
+    elif context.size("shard") > 1:
+        network, shards = build_sharded(model, execution, context, seed=seed if weights is None else None, weights=weights)
     else:
         network = build_model(model, execution, context.device, seed=seed if weights is None else None)
-    if weights is not None:
+    if weights is not None and shards is None:
         network.load_state_dict(weights)
     if tune is not None and tune.lora_rank:
         add_adapters(network, tune, seed or 0)
+    trained = dict(network.named_parameters()) if shards is None else shards.parameters
     if optimizer is None:
         optimizer = build_optimizer(
-            network.named_parameters(),
+            trained.items(),
             optim,
             context.device,
             splits=row_splits(network.config),
@@ -81,14 +90,47 @@ def build(
             world_size=context.data_size,
             process_group=context.group(),
             compiled=execution.compiled,
+            exchange=None if shards is None else ShardedMatrices(shards),
         )
-    state = TrainState(network, optimizer)
+    state = TrainState(network, optimizer, shards=shards)
     if execution.precision.needs_scaler:
-        state.scaler = torch.amp.GradScaler(context.device.type)
+        state.scaler = torch.amp.GradScaler(context.device.type) if shards is None else shards.gradient_scaler(context.device)
     if optim.ema_decay:
-        state.ema = Ema(dict(network.named_parameters()), optim.ema_decay)
+        state.ema = Ema(trained, optim.ema_decay)
+    if shards is not None:
+        return Assembly(state, cast(Forward, network))
     forward = wrap(network, compiled=execution.compiled, cuda_graphs=execution.cuda_graphs, context=context)
     return Assembly(state, cast(Forward, forward))
+
+
+def build_sharded(
+    model: ModelConfig,
+    execution: Execution,
+    context: Context,
+    *,
+    seed: int | None,
+    weights: Mapping[str, Tensor] | None = None,
+) -> tuple[GPT, Shards]:
+    """A model of which each process holds a shard; with the given weights, those of `seed`, or undefined ones."""
+
+    def empty() -> GPT:
+        network = GPT(model, seed=None)
+        network.recompute = execution.recompute
+        return network
+
+    network, shards = shard(
+        empty,
+        context,
+        precision=execution.precision.name,
+        compiled=execution.compiled,
+        reshard=execution.reshard,
+        offload=execution.offload,
+    )
+    if weights is not None:
+        load_weights(shards, weights)
+    elif seed is not None:
+        initialize(shards, model, seed)
+    return network, shards
 
 
 def build_model(model: ModelConfig, execution: Execution, device: torch.device, *, seed: int | None) -> GPT:

@@ -3,17 +3,20 @@
 import contextlib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bardling.checkpoint.contents import Checkpoint
 from bardling.checkpoint.load import Loaded
 from bardling.checkpoint.rng import restore_rng
 from bardling.data.batches.order_digest import OrderDigest
+from bardling.distributed.sharding import Shards
 from bardling.errors import UserError
+from bardling.interop.tensor_file import Computed
 from bardling.model.gpt import GPT
 from bardling.model.lora import trained_state
 from bardling.optim.ema import Ema
@@ -29,6 +32,7 @@ class TrainState:
 
     model: GPT
     optimizer: torch.optim.Optimizer
+    shards: Shards | None = None  # what this process holds of a sharded model
     scaler: torch.amp.GradScaler | None = None  # float16 only
     ema: Ema | None = None
     step: int = 0  # optimizer steps completed
@@ -41,6 +45,18 @@ class TrainState:
     order_digest: OrderDigest | None = None  # as of its last use; None: not computed, as in checkpoints of earlier versions
     history: StepHistory = field(default_factory=StepHistory)  # recent good steps, which the guard compares with
 
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What the optimizer updates, by name: the model's parameters, or this process's shards of them."""
+        named = self.model.named_parameters() if self.shards is None else self.shards.parameters.items()
+        return {name: parameter for name, parameter in named if parameter.requires_grad}
+
+    def zero_gradients(self, *, keep: bool = False) -> None:
+        """Free the gradients, or `keep` their memory."""
+        self.optimizer.zero_grad(set_to_none=not keep)
+        if self.shards is not None:
+            self.shards.zero_gradients()
+
     def evaluation_weights(self) -> contextlib.AbstractContextManager[None]:
         """A context in which the model has the weights that users get: the EMA, if there is one."""
         return contextlib.nullcontext() if self.ema is None else self.ema.applied()
@@ -52,14 +68,30 @@ class TrainState:
         return self.order_digest
 
     def saved(self) -> Checkpoint:
-        """The contents of a checkpoint without random number generators; the tensors are not copies."""
-        optimizer, meta = optimizer_tensors(self.optimizer, dict(self.model.named_parameters()))
-        model = trained_state(self.model)
+        """The contents of a checkpoint without random number generators; the tensors are not copies.
+
+        Of a sharded model, each process gets whole copies of the tensors that it writes, in host memory. Collective then.
+        """
+        content, shards = self._held(), self.shards
+        if shards is None:
+            return content
+        model, optimizer = (dict(shards.owned(found)) for found in (content.model_state, content.optimizer_tensors))
+        return replace(content, model_state=model, optimizer_tensors=optimizer, owners=shards.owners, writers=shards.count)
+
+    def _held(self) -> Checkpoint:
+        """What this process holds of the contents of a checkpoint."""
+        parameters = self.parameters
+        optimizer, meta = optimizer_tensors(self.optimizer, parameters)
+        model = trained_state(self.model) if self.shards is None else {name: p.detach() for name, p in parameters.items()}
         if self.ema is not None:  # the model file gets the EMA, which is what was validated
             optimizer |= {RAW + name: model[name] for name in self.ema.tensors()}
             model = {**model, **self.ema.tensors()}
+        return Checkpoint(self.model.config, model, optimizer, meta, self.facts(), tune=self.model.lora)
+
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint says of the run in `training.json`."""
         digest = self.digest_samples()
-        facts = {
+        return {
             "step": self.step,
             "samples": self.samples,
             "best_val_loss": self.best_val_loss,
@@ -70,7 +102,6 @@ class TrainState:
             **({} if digest is None else {"order_digest": digest.as_json()}),
             **({"seconds": self.seconds, "planned_steps": self.planned} if self.planned else {}),
         }
-        return Checkpoint(self.model.config, model, optimizer, meta, facts, tune=self.model.lora)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Return to the state in `checkpoint`, in place: wrappers and compiled code keep their weights.
@@ -84,7 +115,7 @@ class TrainState:
     def reset(self, start: "TrainState") -> None:
         """Become a copy of `start`, in place, except for the plan of a deadline."""
         planned = self.planned
-        self._load(start.saved())
+        self._load(start._held())
         self.planned = planned
 
     def _load(self, saved: Checkpoint) -> None:
@@ -111,19 +142,25 @@ class TrainState:
 
     def _load_weights(self, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         """Load the model, its EMA and its optimizer from what `saved` gives."""
-        names = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        raw = {name.removeprefix(RAW): tensor for name, tensor in optimizer.items() if name.startswith(RAW)}
-        for name, tensor in raw.items():
-            if name not in names or tensor.shape != names[name].shape or not tensor.is_floating_point():
+        names, shards = self.parameters, self.shards
+        for name in (name.removeprefix(RAW) for name in optimizer if name.startswith(RAW)):
+            tensor = optimizer[RAW + name] if name in names else None
+            tensor = tensor if tensor is None or shards is None else shards.take(name, tensor)
+            if tensor is None or tensor.shape != names[name].shape or not tensor.is_floating_point():
                 raise UserError(
                     f"the checkpoint's optimizer.safetensors contains {name!r}, which is not a weight of this model"
                 )
-        fixed = {} if self.model.lora is None else self.model.state_dict()
-        self.model.load_state_dict({**fixed, **model, **raw})
+        if shards is None:
+            fixed = {} if self.model.lora is None else self.model.state_dict()
+            raw = {name: optimizer[RAW + name] for name in names if RAW + name in optimizer}
+            self.model.load_state_dict({**fixed, **model, **raw})
+        else:
+            shards.load(lambda name: optimizer[RAW + name] if RAW + name in optimizer else model[name])
+        take = (lambda name, tensor: tensor) if shards is None else shards.take
         if self.ema is not None:
-            self.ema.load_tensors({name: model[name] for name in names})
-        own = {name: tensor for name, tensor in optimizer.items() if not name.startswith(RAW)}
-        load_optimizer_tensors(self.optimizer, names, own, meta)
+            self.ema.load_tensors({name: take(name, model[name]) for name in names})
+        held = Computed({name: partial(optimizer.__getitem__, name) for name in optimizer if not name.startswith(RAW)})
+        load_optimizer_tensors(self.optimizer, names, held, meta, take)
 
     def take_over(self, start: Loaded, samples_before: Callable[[int], int]) -> None:
         """Continue the training of a checkpoint, possibly of another trainer, whose weights the model already has.
@@ -141,6 +178,9 @@ class TrainState:
     def checkpoint_bytes(self) -> int:
         """Approximate size of a checkpoint: weights, two moments of each (one of Muon's matrices), small files."""
         weights: int = sum(tensor.numel() * 4 for tensor in trained_state(self.model).values())
-        groups = self.optimizer.param_groups
-        moments: int = sum(p.numel() * (4 if group.get("muon") else 8) for group in groups for p in group["params"])
+        muon = {id(p) for group in self.optimizer.param_groups if group.get("muon") for p in group["params"]}
+        whole = {name: p.numel() for name, p in self.parameters.items()}
+        if self.shards is not None:
+            whole = {name: math.prod(self.shards.shapes[name]) for name in whole}
+        moments = sum(size * (4 if id(self.parameters[name]) in muon else 8) for name, size in whole.items())
         return weights * (1 if self.ema is None else 2) + moments + 100_000

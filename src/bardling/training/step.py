@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from bardling.data.batches.loader import Batch
 from bardling.distributed.context import Context
 from bardling.distributed.device import Precision
+from bardling.distributed.sharding import SHARD_AXES
 from bardling.distributed.wrap import gradient_sync
 from bardling.errors import Terminated
 from bardling.optim.build import set_learning_rate
@@ -54,6 +55,7 @@ class StepSettings:
     precision: Precision
     context: Context
     grad_clip: float = 1.0  # largest gradient norm; 0 disables clipping
+    whole_gradients: bool = False  # of a sharded model: reduce gradients only after the last pass
     keep_gradients: bool = False  # zero gradients instead of freeing them, so that all passes accumulate in the same memory
     stop_requested: Callable[[], bool] = lambda: False  # called before each forward pass (several processes: before each step)
     interruptible: Callable[[], AbstractContextManager[None]] = nullcontext  # a pass may raise `Terminated`, to stop
@@ -80,29 +82,30 @@ def train_step(
         Stopped: `stop_requested` returned true in any process; the state is that before the step.
     """
     context, objective = settings.context, settings.objective
-    state.optimizer.zero_grad(set_to_none=not settings.keep_gradients)
+    state.zero_gradients(keep=settings.keep_gradients)
     if settings.keep_gradients:
         for parameter in state.model.parameters():
             if parameter.requires_grad and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
     tokens = context.sum(torch.stack([objective.denominator(batch) for batch in batches]).sum())
+    reduce_all = state.shards is not None and not settings.whole_gradients
     totals: Tensor | None = None  # loss sum, then the objective's further sums
     names: tuple[str, ...] = ()
     for number, batch in enumerate(batches):
         # A vote waits for all processes, so several hold one per step.
         if (number == 0 or context.world_size == 1) and context.any(settings.stop_requested()):
-            state.optimizer.zero_grad(set_to_none=True)
+            state.zero_gradients()
             raise Stopped
         context.activity(f"pass {number + 1} of {len(batches)} of step {state.step + 1}", shared=True)
         try:
-            with settings.interruptible(), gradient_sync(forward, on=number == len(batches) - 1):
+            with settings.interruptible(), gradient_sync(forward, on=reduce_all or number == len(batches) - 1):
                 with settings.precision.autocast():
                     sums = objective(forward, batch)
                 # DDP averages gradients over data-parallel processes; the factor turns that into the sum over all tokens' mean.
                 scaled = sums.loss * (context.data_size / tokens)
                 (scaled if state.scaler is None else state.scaler.scale(scaled)).backward()  # type: ignore[no-untyped-call]
         except Terminated:
-            state.optimizer.zero_grad(set_to_none=True)
+            state.zero_gradients()
             raise Stopped from None
         found = torch.stack([sums.loss.detach(), *(value.to(sums.loss.dtype) for value in sums.others.values())])
         totals, names = found if totals is None else totals + found, tuple(sums.others)
@@ -116,10 +119,14 @@ def _update(
     state: TrainState, settings: StepSettings, loss: Tensor, lr: float, limits: Limits | None
 ) -> tuple[Tensor, Tensor | None]:
     """Clip and update unless a limit is exceeded; returns the gradient norm and whether the update was skipped."""
+    if state.shards is not None:
+        state.shards.collect_gradients()
     if state.scaler is not None:
         state.scaler.unscale_(state.optimizer)
-    parameters = [parameter for parameter in state.model.parameters() if parameter.grad is not None]
+    parameters = [parameter for parameter in state.parameters.values() if parameter.grad is not None]
     norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    if state.shards is not None:
+        norm = settings.context.sum(norm.square(), SHARD_AXES).sqrt()
     set_learning_rate(state.optimizer, lr)
     bad, on_device = None, False
     if limits is not None:

@@ -1,0 +1,27 @@
+"""How the processes of a run share its work."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from bardling.config.checks import require_at_least
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Layout of several processes: their number along each axis of the device mesh. A run may resume with any other layout."""
+
+    layout: Literal["auto", "ddp", "fsdp"] = "auto"
+    """Processes that the sizes below leave open: 'ddp' copies the model to each of them, 'fsdp' shards it; auto: what fits."""
+    replicate: int | None = None
+    """Copies of the model that train on different samples (DDP; with shard, HSDP); unset: as layout says."""
+    shard: int | None = None
+    """Processes that share weights, gradients and optimizer state, and train on different samples (FSDP2); unset: as above."""
+    reshard: bool = True
+    """With shard: free the gathered weights of a block after its forward pass, and gather them again for its backward pass."""
+    accumulate: Literal["auto", "whole", "shards"] = "auto"
+    """With shard: gradients between the passes of a step: 'whole' saves communication, 'shards' saves memory."""
+    offload: bool = False
+    """With shard, on CUDA: keep weights, gradients and optimizer state in host memory."""
+
+    def __post_init__(self) -> None:
+        require_at_least(1, self, "parallel", "replicate", "shard")

@@ -1,0 +1,182 @@
+"""FSDP2: each process holds a shard of every parameter, its gradient and its optimizer state.
+
+PyTorch's `fully_shard` gathers the weights of a block just before its passes and reduces its gradients just after (Zhao et al.
+2023, arXiv:2304.11277; Rajbhandari et al. 2020, ZeRO, arXiv:1910.02054). A shard is a range of rows of the whole parameter:
+rank r of n has rows [r c, (r + 1) c), with c = ceil(rows / n), so the last ranks may have fewer or none. With copies of the
+shards (HSDP), gradients are also summed over the copies.
+
+Outside the passes everything works on `Shards.parameters`, plain tensors that share memory with PyTorch's shards: the
+optimizer, the EMA, clipping and checkpoints need not know about sharding, except where whole parameters are needed.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from bardling.config import ModelConfig
+from bardling.distributed.context import Context
+from bardling.distributed.device import DTYPES
+from bardling.model.gpt import GPT
+from bardling.model.init import initial_value
+
+SHARD_AXES = ("shard",)
+"""Axes of the mesh along which processes hold different parts of a parameter."""
+
+
+class _SharedScaler(torch.amp.GradScaler):
+    """Skips an update in all processes if the gradients of any overflow. (PyTorch's own for shards fails on a CPU.)"""
+
+    def __init__(self, device: str, group: dist.ProcessGroup | None) -> None:
+        super().__init__(device)
+        self._group = group
+
+    def _unscale_grads_(self, *args: Any) -> dict[torch.device, Tensor]:
+        found = super()._unscale_grads_(*args)
+        for overflowed in found.values():
+            dist.all_reduce(overflowed, group=self._group)
+        return found
+
+
+class Shards:
+    """The part of a sharded model that this process holds."""
+
+    def __init__(self, model: GPT, context: Context) -> None:
+        self._sharded: dict[str, Any] = dict(model.named_parameters())  # DTensors
+        self.group = context.group(SHARD_AXES)
+        self.rank, self.count = dist.get_rank(self.group), dist.get_world_size(self.group)
+        self.copy = 0 if context.mesh is None else context.mesh.get_local_rank("replicate")  # which copy of the shards
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in self._sharded.items()}  # of the whole parameters
+        self.parameters = {name: nn.Parameter(_local(p), requires_grad=p.requires_grad) for name, p in self._sharded.items()}
+        self.owners = _balanced(self.shapes, self.count)
+
+    def rows(self, name: str, rank: int) -> tuple[int, int]:
+        """The rows of a parameter that a rank holds: from, to."""
+        total = self.shapes[name][0]
+        size = -(-total // self.count)
+        return min(rank * size, total), min((rank + 1) * size, total)
+
+    def take(self, name: str, whole: Tensor) -> Tensor:
+        """This process's rows of `whole`, a tensor with the shape of a parameter; those rows themselves stay as they are."""
+        first, last = self.rows(name, self.rank)
+        return whole if whole.shape == self.parameters[name].shape else whole[first:last]
+
+    def owned(self, local: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Gather tensors one by one; those that this process writes, whole and in host memory. Collective over the shards.
+
+        Args:
+            local: what this process holds of tensors, named by a parameter, possibly with a prefix and an entry such as
+                `.exp_avg`; numbers are the same in all processes.
+        """
+        for key, tensor in local.items():
+            name = key.rpartition(":")[2]
+            name = name if name in self.shapes else name.rpartition(".")[0]
+            whole = self.gather(name, tensor) if tensor.dim() else tensor
+            if self.owners[name] == self.rank:
+                yield key, whole.detach().to("cpu", copy=True)
+
+    @torch.no_grad()
+    def gather(self, name: str, local: Tensor) -> Tensor:
+        """The whole of which every process holds the rows `local`, in all processes. Collective over the shards."""
+        shape, size = self.shapes[name], -(-self.shapes[name][0] // self.count)
+        padded = local.new_zeros(size, *shape[1:])
+        padded[: len(local)] = local
+        whole = local.new_empty(size * self.count, *shape[1:])
+        all_gather(whole, padded, self.group)
+        return whole[: shape[0]]
+
+    @torch.no_grad()
+    def load(self, whole: Callable[[str], Tensor]) -> None:
+        """Set all parameters; `whole(name)` is called for one at a time."""
+        for name, parameter in self.parameters.items():
+            parameter.copy_(self.take(name, whole(name)))
+
+    def collect_gradients(self) -> None:
+        """Make the gradients of `parameters` those of the passes. The first pass may have moved the shards."""
+        for name, parameter in self.parameters.items():
+            sharded = self._sharded[name]
+            parameter.data = _local(sharded)
+            parameter.grad = None if sharded.grad is None else _local(sharded.grad)
+
+    def gradient_scaler(self, device: torch.device) -> torch.amp.GradScaler:
+        return _SharedScaler(device.type, self.group)
+
+    def zero_gradients(self) -> None:
+        for sharded, parameter in zip(self._sharded.values(), self.parameters.values(), strict=True):
+            sharded.grad = parameter.grad = None
+
+
+def shard(
+    build: Callable[[], GPT],
+    context: Context,
+    *,
+    precision: str,
+    compiled: bool,
+    reshard: bool,
+    offload: bool,
+) -> tuple[GPT, Shards]:
+    """The model that `build` builds on the meta device, sharded, with undefined values. Collective.
+
+    Args:
+        precision: in which blocks are gathered and computed; reductions and shards are float32.
+        compiled: compile each block, all with the same code.
+        reshard, offload: as in `ParallelConfig`.
+    """
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+    with torch.device("meta"):
+        model = build()
+    assert context.mesh is not None
+    axes = ("replicate", "shard") if context.size("replicate") > 1 else ("shard",)
+    options: dict[str, Any] = {"mesh": context.mesh[axes]}
+    options["offload_policy"] = CPUOffloadPolicy() if offload else OffloadPolicy()
+    # The residual stream stays float32, so inputs are not cast; embeddings, norm and head are computed as without sharding.
+    low = MixedPrecisionPolicy(param_dtype=DTYPES[precision], reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False) if precision == "float32" else low
+    for block in model.transformer.h:
+        if compiled:
+            block.forward = torch.compile(block.forward, dynamic=False)
+        fully_shard(block, reshard_after_forward=reshard, mp_policy=policy, **options)
+    # The root is always resharded: evaluation must not leave weights behind that the next update makes stale.
+    fully_shard(model, reshard_after_forward=True, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False), **options)
+    model.to_empty(device="cpu" if offload else context.device)
+    return model, Shards(model, context)
+
+
+def initialize(shards: Shards, config: ModelConfig, seed: int) -> None:
+    """Give sharded parameters the initial weights of an unsharded model; only one whole parameter exists at a time."""
+    shards.load(lambda name: initial_value(name, torch.Size(shards.shapes[name]), config, seed))
+
+
+def load_weights(shards: Shards, weights: Mapping[str, Tensor]) -> None:
+    shards.load(weights.__getitem__)
+
+
+def all_gather(whole: Tensor, part: Tensor, group: dist.ProcessGroup | None) -> None:
+    """Gather equal parts into `whole`, in the order of the ranks."""
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(whole, part, group=group)
+
+
+def _local(tensor: Any) -> Tensor:
+    """This process's part of a DTensor, which shares its memory."""
+    local: Tensor = tensor.detach().to_local()
+    return local
+
+
+def _balanced(shapes: Mapping[str, tuple[int, ...]], count: int) -> dict[str, int]:
+    """A rank for each parameter, so that all get about the same number of elements."""
+    loads, owners = [0] * count, {}
+    for name in sorted(shapes, key=lambda name: (-torch.Size(shapes[name]).numel(), name)):
+        owners[name] = loads.index(min(loads))
+        loads[owners[name]] += torch.Size(shapes[name]).numel()
+    return owners
+
+
+def fsdp_modules(model: nn.Module) -> Iterator[Any]:
+    """The modules of a model that gather their own weights."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return (module for module in model.modules() if isinstance(module, FSDPModule))
