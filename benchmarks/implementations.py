@@ -28,6 +28,7 @@ from bardling.model.gpt import GPT
 from bardling.planning.batching import make_plan
 from bardling.planning.costs import flops_per_token
 from bardling.planning.devices import peak_flops
+from bardling.planning.layout import Layout
 from bardling.training.build import Assembly, Execution, build
 from bardling.training.compile_choice import choose_compile
 from bardling.training.loop import fit
@@ -51,6 +52,19 @@ class RandomSequences:
         sequences[:, 1:] = np.where(copied[:, 1:], sequences[:, :-1], sequences[:, 1:])
         tokens = torch.from_numpy(sequences)
         return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+
+
+class Shares:
+    """The batches of `source` with `whole` samples each, of which every request reads some rows."""
+
+    def __init__(self, source: RandomSequences, whole: int) -> None:
+        self._source, self._whole = source, whole
+
+    def batch(self, first_sample: int, size: int) -> Batch:
+        """[size, block_size] inputs and targets."""
+        skipped = first_sample % self._whole
+        batch, rows = self._source.batch(first_sample - skipped, self._whole), slice(skipped, skipped + size)
+        return Batch(batch.inputs[rows], batch.targets[rows])
 
 
 def batches(spec: Spec, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
@@ -81,7 +95,12 @@ def run_ours(spec: Spec, server: StepServer) -> None:
     """The library, assembled as in a run."""
     without, more = set(spec.without), set(spec.more)
     attention: Any = next((name for name in ("fa3", "fa4") if name in more), "auto")
-    with distributed(spec.device) as context, backend(context.device, deterministic=False, attention=attention):
+    with (
+        distributed(spec.device, rank_timeout=TrainConfig().rank_timeout) as joined,
+        backend(joined.device, deterministic=False, attention=attention),
+    ):
+        axis = "shard" if spec.layout == "fsdp" else "replicate"
+        context = joined.arranged(Layout(**{axis: joined.world_size}))
         precision = choose_precision("float32" if "bf16" in without else spec.precision, context.device)  # type: ignore[arg-type]
         name = device_name(context.device)
         peak = peak_flops(name, precision.name) or matmul_flops(context.device, DTYPES[precision.name], seconds=0.2)
@@ -89,7 +108,8 @@ def run_ours(spec: Spec, server: StepServer) -> None:
         setting = "off" if "compile" in without else spec.compile
         work = float(flops_per_token(spec.config)) * spec.tokens_per_step * spec.run_steps
         compiled, _ = choose_compile(setting, graphs, context.device, work, peak)
-        execution = Execution(precision, compiled, graphs, "fp8" in more, spec.recompute == "blocks")
+        recompute, accumulates = spec.recompute == "blocks", spec.accumulation > 1
+        execution = Execution(precision, compiled, graphs, "fp8" in more, recompute, whole_gradients=accumulates)
         assembly = build(spec.config, OptimConfig(lr=spec.lr), execution, context)
         if "fused-optimizer" in without:
             assembly.state.optimizer = make_adamw(assembly.state.model, fused=False, foreach=False)
@@ -99,7 +119,9 @@ def run_ours(spec: Spec, server: StepServer) -> None:
         if "chunked-loss" in without:
             assembly = Assembly(assembly.state, _full_logits(assembly.state.model, execution.compiled))
         # Steps continue until `Shutdown`.
-        train = TrainConfig(steps=sys.maxsize, batch_size=spec.batch * spec.accumulation, micro_batch=spec.batch)
+        rows = spec.batch // context.data_size
+        train = TrainConfig(steps=sys.maxsize, batch_size=spec.batch * spec.accumulation, micro_batch=rows)
+        plan = make_plan(train, spec.config.block_size, context.data_size)
         server.ready(assembly.state.model, precision=precision.name, compiled=execution.compiled)
 
         def hook(_: object, result: Any) -> None:
@@ -107,14 +129,13 @@ def run_ours(spec: Spec, server: StepServer) -> None:
                 server.after(result.loss)
             server.before()
 
-        source = RandomSequences(spec.config.vocab_size, spec.config.block_size)
+        source = Shares(RandomSequences(spec.config.vocab_size, spec.config.block_size), spec.batch)
         with contextlib.ExitStack() as stack:
             if "prefetch" in without:
                 stream: Any = (Batch(*pair) for pair in batches(spec, context.device))
             else:
-                requests = ((number * spec.batch, spec.batch) for number in range(sys.maxsize))
+                requests = plan.requests(0, sys.maxsize, context.data_rank)
                 stream = stack.enter_context(Prefetcher(source, requests, context.device))
-            plan = make_plan(train, spec.config.block_size, 1)
             settings = StepSettings(NextToken(), precision, context, grad_clip=train.grad_clip, keep_gradients=graphs)
             fit(assembly, stream, plan, settings, lr_at=spec.rate, hooks=[hook])
 

@@ -48,7 +48,7 @@ class Spec:
 
     kind: str  # ours, plain, nanogpt or transformers
     model: dict[str, Any]  # fields of ModelConfig
-    batch: int  # sequences per forward pass
+    batch: int  # sequences per forward pass, of all processes together
     accumulation: int = 1  # gradient accumulation steps
     device: str = "cpu"
     precision: str = "auto"  # for ours; for the others bfloat16 means autocast
@@ -60,6 +60,8 @@ class Spec:
     recompute: str = "none"  # of ours
     path: str = ""  # nanogpt: the checkout
     lr: float = 1e-3
+    processes: int = 1  # that train together
+    layout: str = "ddp"  # of several processes: ddp or fsdp
 
     @property
     def tokens_per_step(self) -> int:
