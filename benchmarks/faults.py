@@ -138,9 +138,9 @@ class SmallDisk:
         subprocess.run(["umount", "--lazy", str(self.folder)], check=False, capture_output=True)
 
 
-def flip_byte(folder: Path, draw: random.Random) -> str:
-    """Change one bit of a random non-empty file; returns which."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
+def flip_byte(folder: Path, draw: random.Random, names: str = "*") -> str:
+    """Change one bit of a random non-empty file, whose name matches the pattern `names`; returns which."""
+    files = sorted(path for path in folder.rglob(names) if path.is_file() and path.stat().st_size)
     path = draw.choice(files)
     place = draw.randrange(path.stat().st_size)
     with path.open("r+b") as file:

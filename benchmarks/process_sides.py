@@ -3,8 +3,8 @@
 The program starts the other ranks itself, as `torchrun` would, and is rank 0. All ranks read the same requests: rank 0 passes
 them on. Only rank 0 responds; the last line that any rank prints to standard error is reported if the worker exits.
 
-`plain` shares no code with the library: `fully_shard` for each block and for the whole of `PlainGPT`, fused AdamW on the sharded
-parameters, `clip_grad_norm_`, and one collective per step for the loss.
+`plain` shares no code with the library: `fully_shard` for each block and for the whole of `PlainGPT`, fused AdamW on the
+sharded parameters, `clip_grad_norm_`, and one collective per step for the loss.
 """
 
 import contextlib

@@ -26,6 +26,8 @@ class Outcome:
     lost: int = 0
     unsaved: int = 0  # failed saves that the run reported
     asked_to_stop: bool = False  # by a signal, which must leave a checkpoint
+    timed: bool = False  # whether it must end within the limit
+    layout: str = ""  # that resumes the run, if another one
     seconds: float = 0.0  # from that signal to the end of the process
     ended_well: bool = True
     limit: float = 5.0  # for these seconds
@@ -38,7 +40,7 @@ class Outcome:
 
     @property
     def in_time(self) -> bool:
-        return not self.asked_to_stop or self.seconds <= self.limit
+        return not self.timed or self.seconds <= self.limit
 
     @property
     def good(self) -> bool:
@@ -84,17 +86,17 @@ def ended_well(run: Path, *, saved: bool) -> bool:
     return not store.verify(store.path(steps[-1])) if steps else not saved or not run.exists()
 
 
-def table(outcomes: Sequence[Outcome], faults: Sequence[str]) -> str:
+def table(outcomes: Sequence[Outcome], faults: Sequence[str], equal: str = "bitwise equal") -> str:
     """A Markdown table: a row per fault, and a total."""
-    columns = "trials | ended well | end after (s, max) | survived | without a restart | bitwise equal | steps lost (max)"
+    columns = f"trials | ended well | end after (s, max) | survived | without a restart | {equal} | steps lost (max)"
     rows = [f"| fault | {columns} |", "|---|--:|--:|--:|--:|--:|--:|--:|"]
     for fault in (*faults, "all"):
         some = [outcome for outcome in outcomes if fault in (outcome.fault, "all")]
         if some:
-            well, seconds = sum(o.ended_well and o.in_time for o in some), max(o.seconds * o.asked_to_stop for o in some)
-            alone, equal = sum(o.survived and o.starts == 1 for o in some), sum(o.equal for o in some)
+            well, seconds = sum(o.ended_well and o.in_time for o in some), max(o.seconds * o.timed for o in some)
+            alone, same = sum(o.survived and o.starts == 1 for o in some), sum(o.equal for o in some)
             survived, lost = sum(o.survived for o in some), max(o.lost for o in some)
-            later = f" {survived} | {alone} | {equal} | {lost} |" if some[0].resumed else " | | | |"
+            later = f" {survived} | {alone} | {same} | {lost} |" if some[0].resumed else " | | | |"
             rows.append(f"| {fault} | {len(some)} | {well} | {seconds:.1f} |{later}")
     return "\n".join(rows)
 
@@ -105,6 +107,6 @@ def describe(number: int, outcome: Outcome) -> str:
     good += "" if outcome.lost <= outcome.most_lost else ", TOO MUCH REPEATED"
     good += "" if outcome.ended_well else ", ENDED BADLY"
     good += "" if outcome.in_time else ", TOO SLOW"
-    ended = f", ended in {outcome.seconds:.1f} s" if outcome.asked_to_stop else ""
+    ended = f", ended in {outcome.seconds:.1f} s" if outcome.timed else ""
     notes = ", ".join(outcome.notes)
     return f"{number:3d} {outcome.fault:21s} {outcome.what:40s} {good}{ended}, {outcome.lost} steps lost, {notes}"

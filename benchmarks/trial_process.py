@@ -29,10 +29,45 @@ PHASES = {
 }
 """Module and function whose first call begins a phase."""
 
-_PATIENCE = 900.0  # seconds; compilation on a busy machine
+
+class Waiting:
+    """Waiting for something that runs and writes to `log`."""
+
+    log: Path
+    status: int | None  # once it is over
+    patience = 900.0  # seconds; compilation on a busy machine
+
+    def over(self) -> bool:
+        """Whether it has ended."""
+        raise NotImplementedError
+
+    def kill(self) -> None:
+        raise NotImplementedError
+
+    def wait_until(self, condition: Callable[[], bool]) -> bool:
+        """Poll until the condition holds; False if the process exits first."""
+        end = time.monotonic() + self.patience
+        while not condition():
+            if self.over():
+                return False
+            if time.monotonic() > end:
+                self.kill()
+                raise TimeoutError(f"no progress for {self.patience:.0f} s: {self.log.read_text()[-500:]}")
+            time.sleep(0.0003)
+        return True
+
+    def pause(self, seconds: float) -> None:
+        """Let it run for a while, or until it exits."""
+        end = time.monotonic() + seconds
+        self.wait_until(lambda: time.monotonic() >= end)
+
+    def wait(self) -> int:
+        self.wait_until(self.over)
+        assert self.status is not None
+        return self.status
 
 
-class Process:
+class Process(Waiting):
     """A running command; its output goes to `log`.
 
     Args:
@@ -91,36 +126,17 @@ class Process:
         except BlockingIOError:
             return False
 
-    def wait_until(self, condition: Callable[[], bool]) -> bool:
-        """Poll until the condition holds; False if the process exits first."""
-        end = time.monotonic() + _PATIENCE
-        while not condition():
-            if self.over():
-                return False
-            if time.monotonic() > end:
-                self.send(signal.SIGKILL)
-                raise TimeoutError(f"no progress for {_PATIENCE:.0f} s: {self.log.read_text()[-500:]}")
-            time.sleep(0.0003)
-        return True
-
     def send(self, number: int) -> None:
         if not self.over():
             os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send(signal.SIGKILL)
 
     def close_terminal(self) -> None:
         if self._terminal >= 0:
             os.close(self._terminal)
             self._terminal = -1
-
-    def pause(self, seconds: float) -> None:
-        """Let it run for a while, or until it exits."""
-        end = time.monotonic() + seconds
-        self.wait_until(lambda: time.monotonic() >= end)
-
-    def wait(self) -> int:
-        self.wait_until(self.over)
-        assert self.status is not None
-        return self.status
 
     def _read_terminal(self) -> None:
         if self._terminal >= 0:
