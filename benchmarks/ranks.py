@@ -1,12 +1,12 @@
 """Kill or stop one of two processes at a random moment, repeatedly: does the run end equal to an undisturbed one?
 
-    python benchmarks/ranks.py [--trials 20] [--seed 0] [--rank-timeout 6]
+    python benchmarks/ranks.py [--layout fsdp] [--trials 20] [--seed 0] [--rank-timeout 6]
 
-Each trial starts a small run with two processes (gloo) under `torchrun --max-restarts`, waits for a random step, and sends
-SIGKILL and SIGSTOP, alternating between trials, to a random one of them. torchrun restarts both, and the run continues from
-its last checkpoint. A trial passes if torchrun exits with status 0, one line names the correct rank, and all losses and the
-final weights are bitwise those of the undisturbed run. Prints a line per trial and `N of N`; the exit status is 1 if a trial
-fails.
+Each trial starts a small run with two processes (gloo), which copy the model (DDP) or hold shards of it (FSDP2), under
+`torchrun --max-restarts`, waits for a random step, and sends SIGKILL and SIGSTOP, alternating between trials, to a random one
+of them. torchrun restarts both, and the run continues from its last checkpoint. A trial passes if torchrun exits with status 0,
+one line names the correct rank, and all losses and the final weights are bitwise those of the undisturbed run. Prints a line
+per trial and `N of N`; the exit status is 1 if a trial fails.
 """
 
 import argparse
@@ -50,6 +50,8 @@ every = 20
 windows = 8
 [checkpoint]
 every = 5
+[parallel]
+layout = "{layout}"
 """
 
 
@@ -94,6 +96,11 @@ def losses(run: Path) -> list[tuple[int, float]]:
     return [(line["step"], line["loss"]) for line in lines if line["kind"] == "train"]
 
 
+def weights(run: Path) -> dict[str, bytes]:
+    """The files of the final weights: one, or one of each process."""
+    return {path.name: path.read_bytes() for path in (run / f"checkpoints/step-{STEPS:06d}").glob("model*.safetensors")}
+
+
 def disturbed(recipe: Path, out: Path, *, number: int, rank: int, lines: int, restarts: int, limit: float = 240.0) -> Outcome:
     """Run, and send signal `number` to `rank` once `lines` metrics lines have been logged."""
     log = out.with_suffix(".log")
@@ -118,6 +125,7 @@ def disturbed(recipe: Path, out: Path, *, number: int, rank: int, lines: int, re
 def main() -> None:
     """Run the trials."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layout", choices=("ddp", "fsdp"), default="ddp")
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rank-timeout", type=float, default=6.0)
@@ -128,9 +136,13 @@ def main() -> None:
         os.environ.setdefault("BARDLING_CACHE", str(folder / "cache"))
         (folder / "text.txt").write_text("".join(f"The {chance.choice(WORDS)} met {i % 7} times.\n" for i in range(3000)))
         recipe = folder / "recipe.toml"
-        recipe.write_text(RECIPE.format(text=folder / "text.txt", steps=STEPS, timeout=options.rank_timeout))
+        recipe.write_text(
+            RECIPE.format(text=folder / "text.txt", steps=STEPS, timeout=options.rank_timeout, layout=options.layout)
+        )
         if launch(recipe, folder / "calm", 0, folder / "calm.log").wait():
             raise SystemExit(f"the undisturbed run failed:\n{(folder / 'calm.log').read_text()}")
+        if len(weights(folder / "calm")) != {"ddp": 1, "fsdp": 2}[options.layout]:
+            raise SystemExit("the undisturbed run has another layout")
         good = 0
         for trial in range(options.trials):
             out = folder / f"trial{trial}"
@@ -138,7 +150,6 @@ def main() -> None:
             rank, lines = chance.randrange(2), chance.randrange(6, LATEST)
             begin = time.monotonic()
             outcome = disturbed(recipe, out, number=number, rank=rank, lines=lines, restarts=3)
-            weights = f"checkpoints/step-{STEPS:06d}/model.safetensors"
             named = re.findall(rf"^bardling: rank {rank} \(.*last in: .*$", outcome.output, re.MULTILINE)
             faults = []
             if outcome.status:
@@ -146,7 +157,7 @@ def main() -> None:
             else:
                 if losses(out) != losses(folder / "calm"):
                     faults.append("other losses")
-                if (out / weights).read_bytes() != (folder / "calm" / weights).read_bytes():
+                if weights(out) != weights(folder / "calm"):
                     faults.append("other weights")
             if len(named) != 1:
                 faults.append(f"{len(named)} messages")

@@ -170,6 +170,26 @@ def test_scaling(tmp_path: Path) -> None:
         scaling.main(["--sizes", "height"])
 
 
+@pytest.mark.slow
+def test_processes(tmp_path: Path) -> None:
+    import processes
+
+    processes.main(["--tiny", "--plain", "--rounds", "1", "--block", "1", "--results", str(tmp_path)])
+    head, *rows = rows_of(tmp_path / "processes.md")
+    assert [row[:3] for row in rows] == [
+        ["one process", "1", "2"],
+        ["DDP", "2", "1"],
+        ["FSDP2", "2", "1"],
+        ["FSDP2, plain code", "2", "1"],
+    ]
+    assert all(float(row[head.index("ms/step")]) > 0 for row in rows)
+    text = (tmp_path / "processes.md").read_text()
+    assert text.count("within the tolerance") == 3
+    assert "BEYOND" not in text
+    with pytest.raises(UserError, match="--batch 15"):
+        processes.main(["--batch", "15"])
+
+
 def test_the_busy_program_exits_with_its_parent() -> None:
     import cpu_contention
 
