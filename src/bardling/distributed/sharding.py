@@ -70,12 +70,20 @@ class Shards:
             local: what this process holds of tensors, named by a parameter, possibly with a prefix and an entry such as
                 `.exp_avg`; numbers are the same in all processes.
         """
+        names = {key: self._parameter_of(key) for key in local}
+        kinds = sorted(
+            {key.replace(name, "") for key, name in names.items()}
+        )  # the moments of a parameter go to other processes
         for key, tensor in local.items():
-            name = key.rpartition(":")[2]
-            name = name if name in self.shapes else name.rpartition(".")[0]
+            name = names[key]
             whole = self.gather(name, tensor) if tensor.dim() else tensor
-            if self.owners[name] == self.rank:
+            kind = key.replace(name, "")
+            if (self.owners[name] + (kinds.index(kind) + 1 if kind else 0)) % self.count == self.rank:
                 yield key, whole.detach().to("cpu", copy=True)
+
+    def _parameter_of(self, key: str) -> str:
+        name = key.rpartition(":")[2]
+        return name if name in self.shapes else name.rpartition(".")[0]
 
     @torch.no_grad()
     def gather(self, name: str, local: Tensor) -> Tensor:
