@@ -56,6 +56,11 @@ class Context:
             return self.rank
         return self.mesh.get_local_rank("replicate") * self._size(["shard"]) + self.mesh.get_local_rank("shard")
 
+    @property
+    def stage(self) -> int:
+        """Which stage of a pipeline this process computes; 0 without one."""
+        return 0 if self.mesh is None else self.mesh.get_local_rank("pipeline")
+
     def size(self, axis: str) -> int:
         """Number of processes along an axis of the mesh."""
         return self._size([axis]) if self.mesh is not None else self.world_size if axis == "replicate" else 1

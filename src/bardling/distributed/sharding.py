@@ -22,11 +22,11 @@ from bardling.distributed.device import DTYPES
 from bardling.model.gpt import GPT
 from bardling.model.init import initial_value
 
-SHARD_AXES = ("shard",)
-"""Axes of the mesh along which processes hold different parts of a parameter."""
+SHARD_AXES = ("shard", "pipeline")
+"""Axes of the mesh along which processes hold different parts of the model."""
 
 
-class _SharedScaler(torch.amp.GradScaler):
+class SharedScaler(torch.amp.GradScaler):
     """Skips an update in all processes if the gradients of any overflow. (PyTorch's own for shards fails on a CPU.)"""
 
     def __init__(self, device: str, group: dist.ProcessGroup | None) -> None:
@@ -45,7 +45,7 @@ class Shards:
 
     def __init__(self, model: GPT, context: Context) -> None:
         self._sharded: dict[str, Any] = dict(model.named_parameters())  # DTensors
-        self.group = context.group(SHARD_AXES)
+        self.group = context.group(["shard"])
         self.rank, self.count = dist.get_rank(self.group), dist.get_world_size(self.group)
         self.copy = 0 if context.mesh is None else context.mesh.get_local_rank("replicate")  # which copy of the shards
         self.shapes = {name: tuple(parameter.shape) for name, parameter in self._sharded.items()}  # of the whole parameters
@@ -87,7 +87,7 @@ class Shards:
             parameter.grad = None if sharded.grad is None else _local(sharded.grad)
 
     def gradient_scaler(self, device: torch.device) -> torch.amp.GradScaler:
-        return _SharedScaler(device.type, self.group)
+        return SharedScaler(device.type, self.group)
 
     def zero_gradients(self) -> None:
         for sharded, parameter in zip(self._sharded.values(), self.parameters.values(), strict=True):

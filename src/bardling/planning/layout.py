@@ -3,7 +3,7 @@
 import math
 from dataclasses import astuple, dataclass
 
-from bardling.config import ParallelConfig
+from bardling.config import ModelConfig, ParallelConfig
 from bardling.errors import UserError
 from bardling.planning.memory import MemoryPlan
 
@@ -18,7 +18,7 @@ _USABLE = 0.9  # of a device's memory; the rest goes to fragmentation and librar
 
 @dataclass(frozen=True)
 class Layout:
-    """Processes along each axis of the mesh; an unused axis has size 1. So far, runs use the first two."""
+    """Processes along each axis of the mesh; an unused axis has size 1. So far, runs do not use `tensor`."""
 
     replicate: int = 1  # each holds all parameters (DDP)
     shard: int = 1  # each holds a shard of every parameter (FSDP2)
@@ -42,6 +42,8 @@ class Layout:
     def __str__(self) -> str:
         kinds = {(False, False): "one process", (True, False): "DDP", (False, True): "FSDP2", (True, True): "HSDP"}
         name = kinds[self.replicate > 1, self.shard > 1]
+        if self.pipeline > 1:
+            name = f"{name} of pipelines" if self.data_size > 1 else "pipeline"
         used = ", ".join(f"{axis} {size}" for axis, size in zip(AXES, self.sizes, strict=True) if size > 1)
         return f"{name} ({used})" if used else name
 
@@ -89,6 +91,20 @@ def keeps_whole_gradients(config: ParallelConfig, shards: int, passes: int, need
     if config.accumulate != "auto" or passes == 1:
         return config.accumulate == "whole" and passes > 1
     return memory is None or sharded_bytes(needed, shards, whole_gradients=True) <= _USABLE * memory
+
+
+def stage_layers(layers: int, stages: int) -> list[range]:
+    """The layers of each stage of a pipeline, as even as possible: the first ones, which have no head, get the rest."""
+    sizes = [layers // stages + (stage < layers % stages) for stage in range(stages)]
+    return [range(sum(sizes[:stage]), sum(sizes[: stage + 1])) for stage in range(stages)]
+
+
+def stage_of(name: str, layers: int, stages: int) -> int:
+    """The stage that holds a parameter: embeddings belong to the first, the final norm and the head to the last."""
+    if name.startswith("transformer.h."):
+        layer = int(name.split(".")[2])
+        return next(stage for stage, own in enumerate(stage_layers(layers, stages)) if layer in own)
+    return stages - 1 if name.startswith(("transformer.ln_f.", "lm_head.")) else 0
 
 
 def _state(needed: MemoryPlan) -> int:
