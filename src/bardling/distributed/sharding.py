@@ -59,9 +59,23 @@ class Shards:
         return min(rank * size, total), min((rank + 1) * size, total)
 
     def take(self, name: str, whole: Tensor) -> Tensor:
-        """This process's rows of `whole`, a tensor with the shape of a parameter."""
+        """This process's rows of `whole`, a tensor with the shape of a parameter; those rows themselves stay as they are."""
         first, last = self.rows(name, self.rank)
-        return whole[first:last]
+        return whole if whole.shape == self.parameters[name].shape else whole[first:last]
+
+    def owned(self, local: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Gather tensors one by one; those that this process writes, whole and in host memory. Collective over the shards.
+
+        Args:
+            local: what this process holds of tensors, named by a parameter, possibly with a prefix and an entry such as
+                `.exp_avg`; numbers are the same in all processes.
+        """
+        for key, tensor in local.items():
+            name = key.rpartition(":")[2]
+            name = name if name in self.shapes else name.rpartition(".")[0]
+            whole = self.gather(name, tensor) if tensor.dim() else tensor
+            if self.owners[name] == self.rank:
+                yield key, whole.detach().to("cpu", copy=True)
 
     @torch.no_grad()
     def gather(self, name: str, local: Tensor) -> Tensor:
