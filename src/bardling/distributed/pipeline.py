@@ -16,7 +16,7 @@ after the last backward pass, not during it.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -27,7 +27,7 @@ from bardling.data.batches.loader import Batch
 from bardling.distributed.context import Context
 from bardling.distributed.sharding import SharedScaler, Shards
 from bardling.model.cache import KVCache
-from bardling.model.gpt import GPT
+from bardling.model.gpt import GPT, Block
 from bardling.planning.layout import stage_layers, stage_of
 
 AXIS = ("pipeline",)
@@ -50,13 +50,13 @@ class Stage(GPT):
         self.holders = {name: stage_of(name, config.n_layer, self.count) for name, _ in self.named_parameters()}
         """The stage that holds each parameter of the whole model."""
         own = stage_layers(config.n_layer, self.count)[self.index]
-        for layer, block in enumerate(list(self.transformer.h)):
+        for layer, block in enumerate(cast(list[Block], list(self.transformer.h))):
             if layer in own:
                 block.attn.layer = layer - own.start  # the place of its keys and values in the cache
             else:
                 del self.transformer.h._modules[str(layer)]  # deleting the item would rename the layers after it
         transformer = self.transformer
-        elsewhere = [] if self.is_first else [(transformer, "wte"), (transformer, "wpe")]
+        elsewhere: list[tuple[nn.Module, str]] = [] if self.is_first else [(transformer, "wte"), (transformer, "wpe")]
         elsewhere += [] if self.is_last else [(transformer, "ln_f"), (self, "lm_head")]
         for parent, name in elsewhere:
             parent._modules.pop(name, None)
@@ -87,7 +87,7 @@ class Stage(GPT):
         return transformer.ln_f(x) if self.is_last else x
 
     @torch.no_grad()
-    def forward(self, tokens: Tensor, targets: Tensor | None = None, **options: Any) -> Tensor:  # type: ignore[override]
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, **options: Any) -> Tensor:
         """As `GPT.forward`, except that `transformer` is ignored."""
         output = options.pop("output", None) or ("logits" if targets is None else "loss")
         cache, documents = options.pop("cache", None), options.get("documents")
@@ -155,7 +155,7 @@ class StageParameters(Shards):
         gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
         for bucket in _buckets(gradients) if size > 1 else ():
             mean = self._context.sum(torch.cat([gradient.flatten() for gradient in bucket])).div_(size)
-            parts = mean.split([gradient.numel() for gradient in bucket])
+            parts = torch.split(mean, [gradient.numel() for gradient in bucket])
             torch._foreach_copy_(bucket, [part.view_as(gradient) for part, gradient in zip(parts, bucket, strict=True)])
 
     def gradient_scaler(self, device: torch.device) -> torch.amp.GradScaler:

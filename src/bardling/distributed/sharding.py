@@ -45,7 +45,7 @@ class Shards:
 
     def __init__(self, model: GPT, context: Context) -> None:
         self._sharded: dict[str, Any] = dict(model.named_parameters())  # DTensors
-        self.group = context.group(["shard"])
+        self.group = context.group(SHARD_AXES)
         self.rank, self.count = dist.get_rank(self.group), dist.get_world_size(self.group)
         self.copy = 0 if context.mesh is None else context.mesh.get_local_rank("replicate")  # which copy of the shards
         self.shapes = {name: tuple(parameter.shape) for name, parameter in self._sharded.items()}  # of the whole parameters

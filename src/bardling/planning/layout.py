@@ -61,7 +61,7 @@ def choose_layout(
     Raises:
         UserError: the sizes given do not fit the number of processes.
     """
-    if config.replicate is not None or config.shard is not None:
+    if config.replicate is not None or config.shard is not None or config.pipeline > 1:
         return _given(config, processes), "as configured"
     if config.layout != "auto" or processes == 1:
         whole = config.layout != "fsdp"
@@ -93,6 +93,34 @@ def keeps_whole_gradients(config: ParallelConfig, shards: int, passes: int, need
     return memory is None or sharded_bytes(needed, shards, whole_gradients=True) <= _USABLE * memory
 
 
+def check_pipeline(model: ModelConfig, layout: Layout) -> None:
+    """Raise a `UserError` if the layout has a pipeline that the model or the other axes do not allow."""
+    size, asked = layout.pipeline, f"parallel.pipeline = {layout.pipeline}"
+    if size == 1:
+        return
+    if model.architecture.tied:
+        remedy = "set model.tied = false, or leave parallel.pipeline out"
+        raise UserError(f"{asked}: the head is tied to the embedding, which is in another stage: {remedy}")
+    if model.value_embeddings:
+        remedy = "set it to 0, or leave parallel.pipeline out"
+        raise UserError(
+            f"{asked}: the first and the last stage share model.value_embeddings = {model.value_embeddings}: {remedy}"
+        )
+    for axis in ("shard", "tensor"):
+        if (other := getattr(layout, axis)) > 1:
+            remedy = f"--parallel.{axis} 1 --parallel.replicate {layout.world_size // size}"
+            raise UserError(f"{asked} with {other} along {axis}: stages are not divided further: nearest possible: {remedy}")
+    if size > model.n_layer:
+        nearest = next(n for n in range(model.n_layer, 0, -1) if layout.world_size % n == 0)
+        copies = f"--parallel.pipeline {nearest} --parallel.replicate {layout.world_size // nearest}"
+        raise UserError(f"{asked}: the model has {model.n_layer} layers: nearest possible: {copies}")
+
+
+def idle_fraction(stages: int, passes: int) -> float:
+    """Fraction of a step in which a stage waits for others: the pipeline fills and drains (Huang et al. 2019, section 2)."""
+    return (stages - 1) / (passes + stages - 1)
+
+
 def stage_layers(layers: int, stages: int) -> list[range]:
     """The layers of each stage of a pipeline, as even as possible: the first ones, which have no head, get the rest."""
     sizes = [layers // stages + (stage < layers % stages) for stage in range(stages)]
@@ -112,13 +140,17 @@ def _state(needed: MemoryPlan) -> int:
 
 
 def _given(config: ParallelConfig, processes: int) -> Layout:
-    """The layout with the sizes given; a size left open takes the remaining processes."""
+    """The layout with the sizes given; a size left open takes the remaining processes. Beside a pipeline, copies do."""
     sizes = {"replicate": config.replicate, "shard": config.shard}
-    stated = {f"parallel.{axis}": size for axis, size in sizes.items() if size is not None}
+    asked = {**sizes, "pipeline": config.pipeline if config.pipeline > 1 else None}
+    stated = {f"parallel.{axis}": size for axis, size in asked.items() if size is not None}
+    if config.replicate is None and config.shard is None:
+        sizes["replicate" if config.layout == "fsdp" else "shard"] = 1
     product = math.prod(stated.values())
     open_axes = [axis for axis, size in sizes.items() if size is None]
     if processes % product == 0 and (open_axes or product == processes):
-        return Layout(**{axis: size or processes // product for axis, size in sizes.items()})
+        rest = processes // product
+        return Layout(**{axis: size or rest for axis, size in sizes.items()}, pipeline=config.pipeline)
     listed = " and ".join(f"{key} = {size}" for key, size in stated.items())
     need = f"a multiple of {product} processes" if open_axes else f"{product} processes"
     key, size = next(reversed(stated.items()))

@@ -174,7 +174,6 @@ def _update(
     return norm, bad
 
 
-def seed_dropout(seed: int, step: int, data_rank: int, stage: int = 0) -> None:
-    """Seed the global generator by its arguments, so that a step draws the same dropout masks after any restart."""
-    mixed = seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + data_rank * 0x94D049BB133111EB + stage * 0xD6E8FEB86659FD93
-    torch.manual_seed(mixed % 2**63)
+def seed_dropout(seed: int, step: int, rank: int) -> None:
+    """Seed the global generator by (seed, step, `Context.dropout_rank`): a step draws the same masks after any restart."""
+    torch.manual_seed((seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB) % 2**63)
