@@ -19,7 +19,7 @@ class ParallelConfig:
     pipeline: int = 1
     """Stages of a pipeline: each process holds some of the layers. The passes of a step are in it together; use several."""
     schedule: Literal["1f1b", "gpipe"] = "1f1b"
-    """With pipeline: '1f1b' runs backward passes as soon as it can, 'gpipe' after all forward passes, which takes more memory."""
+    """With pipeline: '1f1b' runs backward passes as soon as possible; 'gpipe' after all forward passes, with more memory."""
     reshard: bool = True
     """With shard: free the gathered weights of a block after its forward pass, and gather them again for its backward pass."""
     accumulate: Literal["auto", "whole", "shards"] = "auto"

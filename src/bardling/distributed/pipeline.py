@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from bardling.config import ModelConfig
 from bardling.data.batches.loader import Batch
 from bardling.distributed.context import Context
-from bardling.distributed.sharding import SharedScaler, Shards
+from bardling.distributed.sharding import Shards, SharedScaler
 from bardling.model.cache import KVCache
 from bardling.model.gpt import GPT, Block
 from bardling.planning.layout import stage_layers, stage_of
