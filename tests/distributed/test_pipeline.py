@@ -70,7 +70,7 @@ def batches(case, step, context):
     bounds = None
     if case.documents:
         rows = own.size(0) // case.passes
-        cuts = sorted({0, rows * LENGTH, *(row * LENGTH + 3 + row for row in range(rows))})
+        cuts = sorted({*(row * LENGTH for row in range(rows + 1)), *(row * LENGTH + 3 + row for row in range(rows))})
         bounds = torch.tensor(cuts, dtype=torch.int32)
     return [Batch(part[:, :-1].contiguous(), part[:, 1:].contiguous(), bounds) for part in own.chunk(case.passes)]
 

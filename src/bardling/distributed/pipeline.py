@@ -13,7 +13,7 @@ pipeline. PyTorch keeps memory to receive hidden states and gradients of all mic
 after the last backward pass, not during it.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Literal, cast
@@ -49,6 +49,7 @@ class Stage(GPT):
         self.is_first, self.is_last = self.index == 0, self.index == self.count - 1
         self.holders = {name: stage_of(name, config.n_layer, self.count) for name, _ in self.named_parameters()}
         """The stage that holds each parameter of the whole model."""
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in self.named_parameters()}
         own = stage_layers(config.n_layer, self.count)[self.index]
         for layer, block in enumerate(cast(list[Block], list(self.transformer.h))):
             if layer in own:
@@ -131,22 +132,34 @@ class Stage(GPT):
 class StageParameters(Shards):
     """The parameters of a stage, all whole: this process's part of the model.
 
-    `parameters` and `shapes` have those that this process holds, `owners` the stage of every parameter of the model. Nothing
-    here is collective over the stages.
+    `parameters` has those that this process holds; `shapes` and `owners`, their stages, those of the whole model.
     """
 
     def __init__(self, stage: Stage, context: Context) -> None:
         self._context = context
         self.group, self.rank, self.count, self.copy = stage.group, stage.index, stage.count, context.data_rank
         self.parameters = dict(stage.named_parameters())
-        self.shapes = {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
-        self.owners = stage.holders
+        self.shapes, self.owners = stage.shapes, stage.holders
 
     def rows(self, name: str, rank: int) -> tuple[int, int]:
         return (0, self.shapes[name][0]) if self.owners[name] == rank else (0, 0)
 
     def gather(self, name: str, local: Tensor) -> Tensor:
         return local
+
+    def holds(self, key: str) -> bool:
+        return self.owners.get(self.parameter_of(key), self.rank) == self.rank
+
+    def merged(self, facts: Mapping[str, Any]) -> dict[str, Any]:
+        parts: list[Any] = [None] * self.count
+        dist.all_gather_object(parts, dict(facts), group=self.group)
+        merged: dict[str, Any] = parts[0]
+        for key, value in merged.items():
+            if isinstance(value, dict):
+                merged[key] = {name: entry for part in parts for name, entry in part[key].items()}
+            elif isinstance(value, list):
+                merged[key] = [entry for part in parts for entry in part[key]]
+        return merged
 
     @torch.no_grad()
     def collect_gradients(self) -> None:
@@ -221,7 +234,7 @@ class Pipeline(nn.Module):
         hidden = torch.empty(*shape, stage.config.n_embd, device="meta", requires_grad=True)  # the residual stream: float32
         number = torch.empty(1, dtype=torch.int64, device="meta")
         inputs = number if stage.is_first else hidden
-        kind = Schedule1F1B if self._kind == "1f1b" and passes >= stage.count else ScheduleGPipe
+        kind = Schedule1F1B if _interleaves(self._kind, stage, passes) else ScheduleGPipe
         part = PipelineStage(_Part(self), stage.index, stage.count, device, inputs, hidden, group=stage.group)
         self._schedule = kind(part, passes, loss_fn=self._loss_of, scale_grads=False)
         self._scheduled = (shape, passes)
@@ -234,6 +247,30 @@ class Pipeline(nn.Module):
 
     def _loss_of(self, hidden: Tensor, number: Tensor) -> Tensor:
         return self._loss(self.stage.after(hidden), self._batches[int(number)])
+
+
+def rehearse(
+    stage: Stage,
+    batch: Batch,
+    schedule: str,
+    passes: int,
+    loss: Callable[[Callable[..., Tensor], Batch], Tensor],
+    autocast: Callable[[], AbstractContextManager[Any]],
+) -> int:
+    """Run the passes that a stage has at a time in a step of `passes`, to measure them, and return their number.
+
+    This is not collective, so that some processes may run out of memory.
+    """
+    flying = min(passes, stage.count - stage.index) if _interleaves(schedule, stage, passes) else passes
+    results: list[Tensor] = []
+    for _ in range(flying):
+        received = torch.zeros(*batch.inputs.shape, stage.config.n_embd, device=stage.device, requires_grad=True)
+        with autocast():
+            hidden = stage.part(received, batch.inputs, documents=batch.documents)
+            results.append(loss(stage.after(hidden), batch) if stage.is_last else hidden.sum())
+    for result in results:
+        result.backward()  # type: ignore[no-untyped-call]
+    return flying
 
 
 class _Part(nn.Module):
@@ -254,6 +291,11 @@ def build_stage(config: ModelConfig, context: Context, *, recompute: bool, compi
     for block in stage.transformer.h if compiled else ():
         block.forward = torch.compile(block.forward, dynamic=False)
     return stage, StageParameters(stage, context)
+
+
+def _interleaves(schedule: str, stage: Stage, passes: int) -> bool:
+    """Whether a step is 1F1B, which needs a pass for each stage."""
+    return schedule == "1f1b" and passes >= stage.count
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

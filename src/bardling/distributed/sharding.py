@@ -63,16 +63,27 @@ class Shards:
         first, last = self.rows(name, self.rank)
         return whole if whole.shape == self.parameters[name].shape else whole[first:last]
 
+    def parameter_of(self, key: str) -> str:
+        """The parameter that a tensor belongs to: named by it, possibly with a prefix and an entry such as `.exp_avg`."""
+        name = key.rpartition(":")[2]
+        return name if name in self.shapes else name.rpartition(".")[0]
+
+    def holds(self, key: str) -> bool:
+        """Whether this process has a part of a tensor, named as for `parameter_of`; also if no process has."""
+        return True
+
+    def merged(self, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """The optimizer's metadata in all processes together. Collective over the shards."""
+        return dict(facts)
+
     def owned(self, local: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Gather tensors one by one; those that this process writes, whole and in host memory. Collective over the shards.
 
         Args:
-            local: what this process holds of tensors, named by a parameter, possibly with a prefix and an entry such as
-                `.exp_avg`; numbers are the same in all processes.
+            local: what this process holds of tensors, named as for `parameter_of`; numbers are the same in all processes.
         """
         for key, tensor in local.items():
-            name = key.rpartition(":")[2]
-            name = name if name in self.shapes else name.rpartition(".")[0]
+            name = self.parameter_of(key)
             whole = self.gather(name, tensor) if tensor.dim() else tensor
             if self.owners[name] == self.rank:
                 yield key, whole.detach().to("cpu", copy=True)

@@ -39,6 +39,11 @@ class Layout:
         """Number of processes that train on different samples."""
         return self.replicate * self.shard
 
+    @property
+    def divided(self) -> bool:
+        """Whether a process holds only a part of the model."""
+        return self.data_size // self.replicate * self.tensor * self.pipeline > 1
+
     def __str__(self) -> str:
         kinds = {(False, False): "one process", (True, False): "DDP", (False, True): "FSDP2", (True, True): "HSDP"}
         name = kinds[self.replicate > 1, self.shard > 1]

@@ -35,7 +35,7 @@ from bardling.planning.parameter_shapes import adapted_parts
 from bardling.training.build import Execution
 from bardling.training.compile_choice import choose_compile, run_flops, without_compiler
 from bardling.training.facts import Facts
-from bardling.training.parallel_choice import decide_layout, with_layout
+from bardling.training.parallel_choice import decide_layout, pipeline_use, with_layout
 from bardling.training.recovery.memory import choose_micro_batch
 from bardling.training.schedule_report import check_schedule
 
@@ -145,6 +145,10 @@ def resolve(config: RunConfig, facts: Facts) -> ResolvedRun:
         log.add("train.micro_batch", micro, why)
         log.changes.append(f"train.micro_batch: {train.micro_batch} -> {micro}, {why}")
         run = run.with_micro_batch(micro)
+    if layout.pipeline > 1:
+        why, warnings = pipeline_use(layout.pipeline, run.plan)
+        log.add("parallel.pipeline", layout.pipeline, why)
+        log.warnings += warnings
     return replace(run, reasons=tuple(log.reasons), changes=tuple(log.changes), warnings=tuple(log.warnings))
 
 
