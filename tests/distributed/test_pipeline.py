@@ -181,14 +181,16 @@ def tiny(tmp_path_factory):
 
 
 def check_as_one_process(case, ranks):
-    tolerance = {"float32": 1e-5, "bfloat16": 1e-3, "float16": 1e-3}[case.precision]
+    tolerance = 1e-5 if case.precision == "float32" else 1e-2  # rounding grows from step to step
     for seen in ranks:
+        assert max(seen["steps"][0]) < 1e-5, (case, seen["steps"])
         assert max(map(max, seen["steps"])) < tolerance, (case, seen["steps"])
         assert seen["skipped"] == [0.0] * case.steps + [1.0]
         if case.precision == "float32":
-            assert seen["weights"] < 1e-4
-            assert seen["ema"] < 1e-4
-            assert max(seen["results"].values()) < 2e-4, (case, seen["results"])
+            # AdamW divides gradients that should be zero, such as those of key biases, by themselves.
+            assert seen["weights"] < 1e-3
+            assert seen["ema"] < 1e-3
+            assert max(seen["results"].values()) < 1e-3, (case, seen["results"])
             assert seen["texts"]
         assert all(seen["shapes"].values())
 

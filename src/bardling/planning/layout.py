@@ -104,7 +104,7 @@ def check_pipeline(model: ModelConfig, layout: Layout) -> None:
     if size == 1:
         return
     if model.architecture.tied:
-        remedy = "set model.tied = false, or leave parallel.pipeline out"
+        remedy = "set --model.tied False, or leave parallel.pipeline out"
         raise UserError(f"{asked}: the head is tied to the embedding, which is in another stage: {remedy}")
     if model.value_embeddings:
         remedy = "set it to 0, or leave parallel.pipeline out"

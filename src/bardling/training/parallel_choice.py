@@ -52,7 +52,8 @@ def with_layout(execution: Execution, config: RunConfig, layout: Layout, plan: T
 def pipeline_use(stages: int, plan: TrainPlan) -> tuple[str, list[str]]:
     """How busy the stages of a pipeline are, and a warning if a step has too few passes for them."""
     passes = min(stage.accumulation for stage in plan.stages)
-    why = f"{passes} {'pass' if passes == 1 else 'passes'} per step, so stages are idle {idle_fraction(stages, passes):.0%} of the time"
+    number = f"{passes} {'pass' if passes == 1 else 'passes'}"
+    why = f"{number} per step, so stages are idle {idle_fraction(stages, passes):.0%} of the time"
     remedy = "set a smaller train.micro_batch, or a larger train.batch_size"
     return why, [f"parallel.pipeline = {stages}: {why}: {remedy}"] if passes < stages else []
 
