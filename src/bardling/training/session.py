@@ -274,9 +274,7 @@ class Session:
             stop_requested=stop_requested,
             interruptible=signals.interruptible if compiled and context.world_size == 1 else nullcontext,
         )
-        explainer = Explainer(
-            self.dataset, order, self.objective, context.device, precision, plan.micro_batch, self.document_start
-        )
+        explainer = Explainer(self.dataset, order, self.objective, context, precision, plan.micro_batch, self.document_start)
         rollbacks = load_rollbacks(self.folder, state, context)
         guard = Guard(config.guard, context, order, rollbacks, explainer, plan=plan, log=monitor.log, note=monitor.note)
         hooks = self._hooks(guard, monitor, stop_requested)
