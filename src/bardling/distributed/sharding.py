@@ -22,7 +22,10 @@ from bardling.distributed.device import DTYPES
 from bardling.model.gpt import GPT
 from bardling.model.init import initial_value
 
-SHARD_AXES = ("shard", "pipeline")
+SHARD_AXES = ("shard",)
+"""Axes of the mesh along which processes hold different parts of a parameter."""
+
+MODEL_AXES = (*SHARD_AXES, "pipeline")
 """Axes of the mesh along which processes hold different parts of the model."""
 
 

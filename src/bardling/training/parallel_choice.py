@@ -49,13 +49,13 @@ def with_layout(execution: Execution, config: RunConfig, layout: Layout, plan: T
     return replace(execution, reshard=config.parallel.reshard, whole_gradients=whole, offload=offload)
 
 
-def pipeline_use(stages: int, plan: TrainPlan) -> tuple[str, list[str]]:
-    """How busy the stages of a pipeline are, and a warning if a step has too few passes for them."""
+def idle_stages(layout: Layout, plan: TrainPlan) -> list[str]:
+    """A warning if steps have fewer passes than a pipeline has stages."""
     passes = min(stage.accumulation for stage in plan.stages)
-    number = f"{passes} {'pass' if passes == 1 else 'passes'}"
-    why = f"{number} per step, so stages are idle {idle_fraction(stages, passes):.0%} of the time"
-    remedy = "set a smaller train.micro_batch, or a larger train.batch_size"
-    return why, [f"parallel.pipeline = {stages}: {why}: {remedy}"] if passes < stages else []
+    if passes >= layout.pipeline:
+        return []
+    idle = f"with {passes} passes per step, a stage is idle {idle_fraction(layout.pipeline, passes):.0%} of the time"
+    return [f"parallel.pipeline = {layout.pipeline}: {idle}: set a smaller train.micro_batch"]
 
 
 def _needed(config: RunConfig, precision: str, context: Context) -> MemoryPlan:

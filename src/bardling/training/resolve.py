@@ -35,7 +35,7 @@ from bardling.planning.parameter_shapes import adapted_parts
 from bardling.training.build import Execution
 from bardling.training.compile_choice import choose_compile, run_flops, without_compiler
 from bardling.training.facts import Facts
-from bardling.training.parallel_choice import decide_layout, pipeline_use, with_layout
+from bardling.training.parallel_choice import decide_layout, idle_stages, with_layout
 from bardling.training.recovery.memory import choose_micro_batch
 from bardling.training.schedule_report import check_schedule
 
@@ -116,13 +116,7 @@ def resolve(config: RunConfig, facts: Facts) -> ResolvedRun:
         peak = peak_flops(device_name(device), precision.name, tf32=not config.deterministic, fp8=fp8_model)
 
     shaped = replace(config, model=model, optim=optim)
-    layout, why = decide_layout(shaped, precision.name, facts.context)
-    if layout.world_size > 1:
-        log.add("parallel.layout", str(layout), why)
-    plan = make_plan(train, model.block_size, layout.data_size)
-    if isinstance(train.micro_batch, int) and plan.micro_batch != train.micro_batch:
-        share = f"each of {layout.data_size} processes has {plan.samples_per_step // layout.data_size} sequences per step"
-        log.changes.append(f"train.micro_batch: {train.micro_batch} -> {plan.micro_batch}, because {share}")
+    layout, plan = _layout(shaped, precision.name, facts, log)
     execution = Execution(precision, False, config.cuda_graphs, config.fp8, train.recompute == "blocks")
     flops, deadline = run_flops(model, tune, plan, execution) / layout.data_size, train.deadline_seconds
     compiles, why = choose_compile(config.compile, config.cuda_graphs, device, flops, peak, plan.shapes, deadline=deadline)
@@ -145,11 +139,20 @@ def resolve(config: RunConfig, facts: Facts) -> ResolvedRun:
         log.add("train.micro_batch", micro, why)
         log.changes.append(f"train.micro_batch: {train.micro_batch} -> {micro}, {why}")
         run = run.with_micro_batch(micro)
-    if layout.pipeline > 1:
-        why, warnings = pipeline_use(layout.pipeline, run.plan)
-        log.add("parallel.pipeline", layout.pipeline, why)
-        log.warnings += warnings
+    log.warnings += idle_stages(layout, run.plan)
     return replace(run, reasons=tuple(log.reasons), changes=tuple(log.changes), warnings=tuple(log.warnings))
+
+
+def _layout(config: RunConfig, precision: str, facts: Facts, log: _Log) -> tuple[Layout, TrainPlan]:
+    """The layout of the processes, and how they divide the steps."""
+    layout, why = decide_layout(config, precision, facts.context)
+    if layout.world_size > 1:
+        log.add("parallel.layout", str(layout), why)
+    plan, asked = make_plan(config.train, config.model.block_size, layout.data_size), config.train.micro_batch
+    if isinstance(asked, int) and plan.micro_batch != asked:
+        share = f"each of {layout.data_size} processes has {plan.samples_per_step // layout.data_size} sequences per step"
+        log.changes.append(f"train.micro_batch: {asked} -> {plan.micro_batch}, because {share}")
+    return layout, plan
 
 
 def _absolute_paths(config: RunConfig) -> RunConfig:

@@ -25,7 +25,7 @@ from bardling.data.batches.loader import Batch
 from bardling.distributed.context import Context
 from bardling.distributed.device import Precision
 from bardling.distributed.pipeline import Pipeline
-from bardling.distributed.sharding import SHARD_AXES
+from bardling.distributed.sharding import MODEL_AXES
 from bardling.distributed.wrap import gradient_sync
 from bardling.errors import Terminated
 from bardling.optim.build import set_learning_rate
@@ -148,7 +148,7 @@ def _update(
     parameters = [parameter for parameter in state.parameters.values() if parameter.grad is not None]
     norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
     if state.shards is not None:
-        norm = settings.context.sum(norm.square(), SHARD_AXES).sqrt()
+        norm = settings.context.sum(norm.square(), MODEL_AXES).sqrt()
     set_learning_rate(state.optimizer, lr)
     bad, on_device = None, False
     if limits is not None:
