@@ -64,15 +64,14 @@ FOURS = [
 
 
 def batches(case, step, context):
-    """This process's passes of a step; with documents, rows are cut into two at different places."""
+    """This process's passes of a step; with documents, each sequence is cut into two at another place."""
     tokens = torch.randint(VOCABULARY, (SEQUENCES, LENGTH + 1), generator=torch.Generator().manual_seed(step))
-    own = tokens.chunk(context.data_size)[context.data_rank]
-    bounds = None
-    if case.documents:
-        rows = own.size(0) // case.passes
-        cuts = sorted({*(row * LENGTH for row in range(rows + 1)), *(row * LENGTH + 3 + row for row in range(rows))})
-        bounds = torch.tensor(cuts, dtype=torch.int32)
-    return [Batch(part[:, :-1].contiguous(), part[:, 1:].contiguous(), bounds) for part in own.chunk(case.passes)]
+    found = []
+    for numbers in torch.arange(SEQUENCES).chunk(context.data_size)[context.data_rank].chunk(case.passes):
+        cuts = [row * LENGTH + cut for row, number in enumerate(numbers.tolist()) for cut in (0, 3 + number)]
+        bounds = torch.tensor([*cuts, numbers.numel() * LENGTH], dtype=torch.int32) if case.documents else None
+        found.append(Batch(tokens[numbers, :-1], tokens[numbers, 1:], bounds))
+    return found
 
 
 def trained(case, context, compiled):

@@ -32,6 +32,9 @@ from bardling.planning.layout import stage_layers, stage_of
 
 AXIS = ("pipeline",)
 
+Loss = Callable[[Callable[..., Tensor], Batch], Tensor]
+Autocast = Callable[[], AbstractContextManager[Any]]
+
 _BUCKET = 25 * 2**20  # bytes of gradients that are averaged at once
 
 
@@ -180,38 +183,44 @@ class StageParameters(Shards):
         """Nothing: the optimizer has these parameters."""
 
 
-class Pipeline(nn.Module):
-    """Runs the training passes of a stage's process; calling it is calling the stage."""
+class Pipeline:
+    """Runs the training passes of a stage's process.
+
+    Args:
+        loss, autocast: below, the loss of a batch, given the model's forward, and what creates the context of a forward pass.
+    """
 
     def __init__(self, stage: Stage, schedule: Literal["1f1b", "gpipe"]) -> None:
-        super().__init__()
         self.stage, self._kind = stage, schedule
         self._batches: Sequence[Batch] = ()
         self._schedule: Any = None
         self._scheduled: tuple[object, ...] = ()  # what `_schedule` is for
         self._names: tuple[str, ...] | None = None
 
-    def forward(self, *arguments: Any, **options: Any) -> Tensor:
-        result: Tensor = self.stage(*arguments, **options)
-        return result
-
-    def run(
-        self,
-        batches: Sequence[Batch],
-        loss: Callable[[Callable[..., Tensor], Batch], Tensor],
-        autocast: Callable[[], AbstractContextManager[Any]],
-    ) -> None:
-        """Forward and backward passes of `batches`, all of the same shape. Collective over the stages.
-
-        Args:
-            loss: called in the last stage for each batch, in order, with the model's forward; its result is differentiated.
-            autocast: creates the context of the forward passes.
-        """
+    def run(self, batches: Sequence[Batch], loss: Loss, autocast: Autocast) -> None:
+        """Forward and backward passes of `batches`, all of the same shape. The last stage calls `loss` for each, in order.
+        Collective over the stages."""
         self._batches, self._loss, self._autocast = batches, loss, autocast
         numbers = torch.arange(len(batches))  # PyTorch splits the arguments of all micro-batches; a number says which one it is
         schedule = self._schedule_for(batches[0].inputs.shape, len(batches))
         schedule.step(*([numbers] if self.stage.is_first else []), number=numbers, target=numbers, return_outputs=False)
         self._batches = ()
+
+    def rehearse(self, batch: Batch, passes: int, loss: Loss, autocast: Autocast) -> int:
+        """Run the passes that the stage has at a time in a step of `passes`, to measure them; returns their number.
+
+        This is not collective, so that some processes may run out of memory.
+        """
+        stage, results = self.stage, list[Tensor]()
+        flying = min(passes, stage.count - stage.index) if self._interleaves(passes) else passes
+        for _ in range(flying):
+            received = torch.zeros(*batch.inputs.shape, stage.config.n_embd, device=stage.device, requires_grad=True)
+            with autocast():
+                hidden = stage.part(received, batch.inputs, documents=batch.documents)
+                results.append(loss(stage.after(hidden), batch) if stage.is_last else hidden.sum())
+        for result in results:
+            result.backward()  # type: ignore[no-untyped-call]
+        return flying
 
     def share(self, totals: Tensor | None, names: tuple[str, ...]) -> tuple[Tensor, tuple[str, ...]]:
         """The last stage's totals of a step [1 + names] and the names of all but the first, in all stages. Collective."""
@@ -224,6 +233,10 @@ class Pipeline(nn.Module):
         dist.broadcast(totals, group=stage.group, group_src=last)
         return totals, self._names
 
+    def _interleaves(self, passes: int) -> bool:
+        """Whether a step is 1F1B, which needs a pass for each stage."""
+        return self._kind == "1f1b" and passes >= self.stage.count
+
     def _schedule_for(self, shape: torch.Size, passes: int) -> Any:
         """PyTorch's schedule of passes of micro-batches [B, T]."""
         if self._scheduled == (shape, passes):
@@ -234,7 +247,7 @@ class Pipeline(nn.Module):
         hidden = torch.empty(*shape, stage.config.n_embd, device="meta", requires_grad=True)  # the residual stream: float32
         number = torch.empty(1, dtype=torch.int64, device="meta")
         inputs = number if stage.is_first else hidden
-        kind = Schedule1F1B if _interleaves(self._kind, stage, passes) else ScheduleGPipe
+        kind = Schedule1F1B if self._interleaves(passes) else ScheduleGPipe
         part = PipelineStage(_Part(self), stage.index, stage.count, device, inputs, hidden, group=stage.group)
         self._schedule = kind(part, passes, loss_fn=self._loss_of, scale_grads=False)
         self._scheduled = (shape, passes)
@@ -247,30 +260,6 @@ class Pipeline(nn.Module):
 
     def _loss_of(self, hidden: Tensor, number: Tensor) -> Tensor:
         return self._loss(self.stage.after(hidden), self._batches[int(number)])
-
-
-def rehearse(
-    stage: Stage,
-    batch: Batch,
-    schedule: str,
-    passes: int,
-    loss: Callable[[Callable[..., Tensor], Batch], Tensor],
-    autocast: Callable[[], AbstractContextManager[Any]],
-) -> int:
-    """Run the passes that a stage has at a time in a step of `passes`, to measure them, and return their number.
-
-    This is not collective, so that some processes may run out of memory.
-    """
-    flying = min(passes, stage.count - stage.index) if _interleaves(schedule, stage, passes) else passes
-    results: list[Tensor] = []
-    for _ in range(flying):
-        received = torch.zeros(*batch.inputs.shape, stage.config.n_embd, device=stage.device, requires_grad=True)
-        with autocast():
-            hidden = stage.part(received, batch.inputs, documents=batch.documents)
-            results.append(loss(stage.after(hidden), batch) if stage.is_last else hidden.sum())
-    for result in results:
-        result.backward()  # type: ignore[no-untyped-call]
-    return flying
 
 
 class _Part(nn.Module):
@@ -291,11 +280,6 @@ def build_stage(config: ModelConfig, context: Context, *, recompute: bool, compi
     for block in stage.transformer.h if compiled else ():
         block.forward = torch.compile(block.forward, dynamic=False)
     return stage, StageParameters(stage, context)
-
-
-def _interleaves(schedule: str, stage: Stage, passes: int) -> bool:
-    """Whether a step is 1F1B, which needs a pass for each stage."""
-    return schedule == "1f1b" and passes >= stage.count
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

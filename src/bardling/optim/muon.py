@@ -197,7 +197,8 @@ class Muon(torch.optim.Optimizer):
         if self._world_size == 1:
             return factors.unbind
         gathered = factors.new_empty((per_process * self._world_size, *shape))
-        work = dist.all_gather_into_tensor(gathered, factors, group=self._process_group, async_op=True)
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before PyTorch 2.13
+        work = gather(gathered, factors, group=self._process_group, async_op=True)
 
         def wait() -> Sequence[Tensor]:
             if work is not None:

@@ -107,10 +107,8 @@ def check_pipeline(model: ModelConfig, layout: Layout) -> None:
         remedy = "set --model.tied False, or leave parallel.pipeline out"
         raise UserError(f"{asked}: the head is tied to the embedding, which is in another stage: {remedy}")
     if model.value_embeddings:
-        remedy = "set it to 0, or leave parallel.pipeline out"
-        raise UserError(
-            f"{asked}: the first and the last stage share model.value_embeddings = {model.value_embeddings}: {remedy}"
-        )
+        shared = f"model.value_embeddings = {model.value_embeddings} belong to the first and the last stage"
+        raise UserError(f"{asked}: {shared}: set model.value_embeddings = 0, or leave parallel.pipeline out")
     for axis in ("shard", "tensor"):
         if (other := getattr(layout, axis)) > 1:
             remedy = f"--parallel.{axis} 1 --parallel.replicate {layout.world_size // size}"
@@ -118,7 +116,7 @@ def check_pipeline(model: ModelConfig, layout: Layout) -> None:
     if size > model.n_layer:
         nearest = next(n for n in range(model.n_layer, 0, -1) if layout.world_size % n == 0)
         copies = f"--parallel.pipeline {nearest} --parallel.replicate {layout.world_size // nearest}"
-        raise UserError(f"{asked}: the model has {model.n_layer} layers: nearest possible: {copies}")
+        raise UserError(f"{asked} for model.n_layer = {model.n_layer}: nearest possible: {copies}")
 
 
 def idle_fraction(stages: int, passes: int) -> float:

@@ -26,7 +26,7 @@ from bardling.data.tokens.tokenizer import Tokenizer
 from bardling.distributed.context import Context
 from bardling.distributed.device import free_memory, synchronize
 from bardling.distributed.heartbeat import LONG_PATIENCE
-from bardling.distributed.pipeline import Stage, rehearse
+from bardling.distributed.pipeline import Pipeline, Stage
 from bardling.errors import UserError, out_of_memory
 from bardling.files.paths import shell_path
 from bardling.model.gpt import GPT
@@ -134,7 +134,7 @@ class TrialPasses:
         begin = time.perf_counter()
         if isinstance(self._model, Stage):
             passes, autocast = self.sequences // micro_batch, self.execution.precision.autocast
-            flying = rehearse(self._model, batch, self.execution.schedule, passes, self._loss, autocast)
+            flying = Pipeline(self._model, self.execution.schedule).rehearse(batch, passes, self._loss, autocast)
             synchronize(device)
             return (time.perf_counter() - begin) / flying / (1 - idle_fraction(self._model.count, passes))
         with self.execution.precision.autocast():
