@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from bardling.config import ModelConfig, OptimConfig
+from bardling.config.recipes import config_to_toml
 from bardling.data.batches.loader import Batch
 from bardling.distributed.context import SINGLE, distributed
 from bardling.distributed.device import Precision
@@ -21,6 +22,7 @@ from bardling.planning.layout import Layout
 from bardling.training.build import Execution, build
 from bardling.training.objective import NextToken
 from bardling.training.recovery.spikes import Limits
+from bardling.training.run import resume, train
 from bardling.training.step import StepSettings, train_step
 
 VOCABULARY, LENGTH, SEQUENCES = 61, 16, 8
@@ -175,7 +177,7 @@ def launched(folder, name, processes):
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
+def compared(tmp_path_factory):
     return launched(tmp_path_factory.mktemp("pipeline"), "TINY", 2)
 
 
@@ -194,13 +196,13 @@ def check_as_one_process(case, ranks):
         assert all(seen["shapes"].values())
 
 
-def test_training_evaluation_and_generation_are_those_of_one_process(tiny):
-    for case, ranks in tiny:
+def test_training_evaluation_and_generation_are_those_of_one_process(compared):
+    for case, ranks in compared:
         check_as_one_process(case, ranks)
 
 
-def test_each_parameter_is_in_one_stage(tiny):
-    for _, (seen, _) in tiny:
+def test_each_parameter_is_in_one_stage(compared):
+    for _, (seen, _) in compared:
         first, last = seen["held"]
         assert sorted(first + last) == sorted(seen["names"])
         assert {name.split(".")[2] for name in first if name.startswith("transformer.h.")} == {"0", "1"}
@@ -215,6 +217,35 @@ def test_each_parameter_is_in_one_stage(tiny):
 def test_every_family_and_optimizer(cases, processes, tmp_path):
     for case, ranks in launched(tmp_path, cases, processes):
         check_as_one_process(case, ranks)
+
+
+@pytest.mark.slow
+def test_a_run_moves_from_a_pipeline_to_shards_to_one_process(tiny, change, tmp_path, torchrun):
+    optim = {"name": "muon", "muon_precision": "float32", "ema_decay": 0.9, "decay_steps": 12}
+    config = change(tiny, model={"family": "llama", "n_layer": 2, "n_kv_head": 1}, optim=optim)
+    config = change(config, train={"steps": 12, "batch_size": 8, "micro_batch": 2})
+    run, whole, recipe = tmp_path / "run", tmp_path / "whole", tmp_path / "recipe.toml"
+    train(config, whole, quiet=True)
+    recipe.write_text(config_to_toml(change(config, train={"steps": 3})))
+    first = torchrun(2, "train", recipe, "--out", run, "--parallel.pipeline", "2")
+    assert first.returncode == 0, first.stderr
+    assert "layout pipeline (pipeline 2): as configured" in first.stdout
+    moves = [
+        ("--parallel.pipeline", "1", "--parallel.layout", "fsdp"),
+        ("--parallel.pipeline", "2", "--parallel.layout", "auto"),
+    ]
+    for number, layout in enumerate(moves, 2):
+        again = torchrun(2, "resume", run, "--train.steps", 3 * number, *layout)
+        assert again.returncode == 0, again.stderr
+    resume(run, config, quiet=True)
+    for kind, keys in {"train": ("loss", "grad_norm"), "val": ("loss",)}.items():
+        ours, theirs = (records(each, kind) for each in (run, whole))
+        for key in keys:
+            assert [record[key] for record in ours] == pytest.approx([record[key] for record in theirs], rel=1e-5)
+
+
+def records(run, kind):
+    return [record for line in (run / "metrics.jsonl").read_text().splitlines() if (record := json.loads(line))["kind"] == kind]
 
 
 if __name__ == "__main__":

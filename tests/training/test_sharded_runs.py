@@ -35,7 +35,10 @@ def agree(run, other):
     for key in ("loss", "grad_norm"):
         one, two = ([record[key] for record in records(each)] for each in (run, other))
         assert two == pytest.approx(one, rel=1e-5)
-    assert [r["loss"] for r in records(other, "val")] == pytest.approx([r["loss"] for r in records(run, "val")], rel=1e-5)
+    one, two = ({record["step"]: record["loss"] for record in records(each, "val")} for each in (run, other))
+    assert {step: two[step] for step in one} == pytest.approx(one, rel=1e-5)
+    digests = [[record["order_digest"] for record in records(each)] for each in (run, other)]
+    assert digests[0] == digests[1]
 
 
 def test_shards_train_save_and_continue_as_one_process(config, change, tmp_path, torchrun):
@@ -57,7 +60,7 @@ def test_shards_train_save_and_continue_as_one_process(config, change, tmp_path,
     resume(run, change(short, train={"steps": 20}), quiet=True)  # in one process, which has no shards
     train(change(config, optim={"decay_steps": 20}), whole, quiet=True)
     agree(whole, run)
-    assert samples(run) == samples(whole)
+    assert samples(run)[1:] == samples(whole)  # there is one more, at the end of the first part
     assert [path.name for path in (run / "checkpoints" / "step-000020").glob("model*")] == ["model.safetensors"]
 
 
@@ -86,7 +89,7 @@ def test_a_run_moves_from_layout_to_layout(config, change, tmp_path, torchrun):
 def writers():
     """Two writers of one checkpoint, each with a connection of its own."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    return [JointWrite(SimpleNamespace(store=store), number, 2) for number in range(2)]
+    yield [JointWrite(SimpleNamespace(store=store), number, 2) for number in range(2)]
 
 
 def together(writers, folder, parts, lead):
@@ -121,6 +124,7 @@ def test_a_checkpoint_appears_once_all_parts_are_written(writers, tmp_path):
         assert {path.name for path in store.path(1).iterdir()} == {"a", "b", "manifest.json"}
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_part_that_fails_leaves_no_checkpoint(writers, tmp_path):
     def full(folder):
         raise OSError(28, "No space left on device", str(folder / "b"))
@@ -131,8 +135,7 @@ def test_a_part_that_fails_leaves_no_checkpoint(writers, tmp_path):
     (error,) = together(writers, tmp_path, [part("a"), full], None)
     assert "rank 1 cannot write its part (No space left on device)" in str(error)
     assert CheckpointStore(tmp_path, 2).steps() == []
-    with pytest.warns(pytest.PytestUnhandledThreadExceptionWarning):
-        (error,) = together(writers, tmp_path, [part("a"), wrong], None)
+    (error,) = together(writers, tmp_path, [part("a"), wrong], None)
     assert str(error) == "rank 1 failed to write its part"
     assert list(tmp_path.iterdir()) == []
 

@@ -109,16 +109,18 @@ def resolve(config: RunConfig, facts: Facts) -> ResolvedRun:
     precision = choose_precision(config.precision, device, fp8_excluded=left_out, measure=facts.bfloat16_speedup)
     log.add("precision", precision.name, precision.why)
     optim = resolve_muon_precision(optim, precision.name)
-    if device.type == "cpu":
-        peak: float | None = facts.matmul_flops(device, DTYPES[precision.name])
-    else:
-        fp8_model = model if config.fp8 else None
-        peak = peak_flops(device_name(device), precision.name, tf32=not config.deterministic, fp8=fp8_model)
+    peak = _peak_flops(config, model, precision.name, facts)
 
     shaped = replace(config, model=model, optim=optim)
-    layout, plan = _layout(shaped, precision.name, facts, log)
+    layout, why = decide_layout(shaped, precision.name, facts.context)
+    if layout.world_size > 1:
+        log.add("parallel.layout", str(layout), why)
+    plan = make_plan(train, model.block_size, layout.data_size)
+    if isinstance(train.micro_batch, int) and plan.micro_batch != train.micro_batch:
+        share = f"each of {layout.data_size} processes has {plan.samples_per_step // layout.data_size} sequences per step"
+        log.changes.append(f"train.micro_batch: {train.micro_batch} -> {plan.micro_batch}, because {share}")
     execution = Execution(precision, False, config.cuda_graphs, config.fp8, train.recompute == "blocks")
-    flops, deadline = run_flops(model, tune, plan, execution) / layout.data_size, train.deadline_seconds
+    flops, deadline = run_flops(model, tune, plan, execution) / layout.world_size, train.deadline_seconds
     compiles, why = choose_compile(config.compile, config.cuda_graphs, device, flops, peak, plan.shapes, deadline=deadline)
     if (problem := facts.compiler_problem(device, compiles=compiles)) is not None:
         compiles, why = False, without_compiler(problem, config.compile, config.cuda_graphs)
@@ -143,16 +145,12 @@ def resolve(config: RunConfig, facts: Facts) -> ResolvedRun:
     return replace(run, reasons=tuple(log.reasons), changes=tuple(log.changes), warnings=tuple(log.warnings))
 
 
-def _layout(config: RunConfig, precision: str, facts: Facts, log: _Log) -> tuple[Layout, TrainPlan]:
-    """The layout of the processes, and how they divide the steps."""
-    layout, why = decide_layout(config, precision, facts.context)
-    if layout.world_size > 1:
-        log.add("parallel.layout", str(layout), why)
-    plan, asked = make_plan(config.train, config.model.block_size, layout.data_size), config.train.micro_batch
-    if isinstance(asked, int) and plan.micro_batch != asked:
-        share = f"each of {layout.data_size} processes has {plan.samples_per_step // layout.data_size} sequences per step"
-        log.changes.append(f"train.micro_batch: {asked} -> {plan.micro_batch}, because {share}")
-    return layout, plan
+def _peak_flops(config: RunConfig, model: ModelConfig, precision: str, facts: Facts) -> float | None:
+    """The peak of one process's device (FLOP/s); None when unknown."""
+    device = facts.context.device
+    if device.type == "cpu":
+        return facts.matmul_flops(device, DTYPES[precision])
+    return peak_flops(device_name(device), precision, tf32=not config.deterministic, fp8=model if config.fp8 else None)
 
 
 def _absolute_paths(config: RunConfig) -> RunConfig:
