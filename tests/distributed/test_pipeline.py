@@ -17,6 +17,7 @@ from bardling.data.batches.loader import Batch
 from bardling.distributed.context import SINGLE, distributed
 from bardling.distributed.device import Precision
 from bardling.generation.generate import generate
+from bardling.model.cache import KVCache
 from bardling.model.init import initial_value
 from bardling.planning.layout import Layout
 from bardling.training.build import Execution, build
@@ -45,7 +46,7 @@ class Case:
 
     @property
     def model(self):
-        options = {"n_layer": 3, "n_head": 4, "n_embd": 32, "block_size": LENGTH, "vocab_size": VOCABULARY}
+        options = {"n_layer": max(3, self.layout[3]), "n_head": 4, "n_embd": 32, "block_size": LENGTH, "vocab_size": VOCABULARY}
         return ModelConfig(family=self.family, tied=False, **options)
 
 
@@ -62,6 +63,7 @@ PAIRS = [
 FOURS = [
     *(Case(family, "muon", layout=(2, 1, 1, 2), passes=2, steps=20) for family in ("gpt2", "llama")),
     Case(layout=(2, 1, 1, 2), passes=2, documents=True),
+    Case(layout=(1, 1, 1, 4), passes=8),
 ]
 
 
@@ -116,8 +118,11 @@ def evaluated(model):
             "hidden": model(tokens, output="hidden"),
             "head": model.head(model(tokens, output="hidden")[:, -1]),
         }
+    cache = KVCache(model.config, 2)
+    with torch.no_grad():
+        results["first"], results["second"] = model(tokens[:, :5], cache=cache), model(tokens[:, 5:7], cache=cache)
     texts = [list(generate(model, prompts, max_new_tokens=20, temperature=t, seed=1)) for t in (0.0, 1.0)]
-    return results, texts
+    return results, texts, len(cache.keys)
 
 
 def relative(found, expected):
@@ -138,10 +143,10 @@ def compare(case, context):
     weights = {name: parameter.detach() for name, parameter in state.parameters.items()}
     dist.all_gather_object(boxes, (weights, state.ema.tensors(), held))
     with state.ema.applied():
-        results, texts = evaluated(state.model)
+        results, texts, cached = evaluated(state.model)
     expected, whole = trained(case, SINGLE, False)
     with whole.ema.applied():
-        reference, written = evaluated(whole.model)
+        reference, written, _ = evaluated(whole.model)
     return {
         "steps": [relative(*pair) for pair in zip(found, expected, strict=True)],
         "skipped": [step[-1] for step in found],
@@ -150,6 +155,7 @@ def compare(case, context):
         "results": {key: furthest({key: results[key]}, reference) for key in reference},
         "shapes": {key: list(results[key].shape) == list(reference[key].shape) for key in reference},
         "texts": texts == written,
+        "cached": cached,
         "held": [names for *_, (names, _, _) in boxes],
         "owners": [owners for *_, (_, owners, _) in boxes],
         "stages": [stage for *_, (_, _, stage) in boxes],
@@ -210,6 +216,11 @@ def test_each_parameter_is_in_one_stage(compared):
         assert {"transformer.ln_f.weight", "lm_head.weight"} < set(last)
         assert seen["owners"] == [{name: int(name in last) for name in seen["names"]}] * 2
         assert seen["stages"] == [0, 1]
+
+
+def test_the_cache_holds_the_layers_of_the_stage(compared):
+    for _, ranks in compared:
+        assert [seen["cached"] for seen in ranks] == [2, 1]
 
 
 @pytest.mark.slow
