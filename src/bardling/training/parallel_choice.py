@@ -10,7 +10,7 @@ from bardling.distributed.context import Context
 from bardling.distributed.device import free_memory
 from bardling.errors import UserError
 from bardling.planning.batching import TrainPlan
-from bardling.planning.layout import Layout, choose_layout, keeps_whole_gradients
+from bardling.planning.layout import Layout, check_pipeline, choose_layout, idle_fraction, keeps_whole_gradients
 from bardling.planning.memory import MemoryPlan, memory_plan
 from bardling.training.build import Execution
 
@@ -28,16 +28,18 @@ def decide_layout(config: RunConfig, precision: str, context: Context) -> tuple[
     nodes_of = int(per_node) if per_node.isdecimal() and int(per_node) else context.world_size
     needed, memory = _needed(config, precision, context), _memory(context, nodes_of)
     layout, why = choose_layout(config.parallel, context.world_size, nodes_of, needed, memory)
-    if layout.shard > 1:
+    check_pipeline(config.model, layout)
+    if layout.divided:
         for key, used in (("tune.lora_rank", config.tune.lora_rank), ("fp8", config.fp8), ("cuda_graphs", config.cuda_graphs)):
             if used:
                 remedy = "leave it out, or copy the model to each process with --parallel.layout ddp"
-                raise UserError(f"{key} = {used} with the layout {layout}: shards do not support it: {remedy}")
+                raise UserError(f"{key} = {used} with the layout {layout}: a divided model does not support it: {remedy}")
     return layout, why
 
 
 def with_layout(execution: Execution, config: RunConfig, layout: Layout, plan: TrainPlan, context: Context) -> Execution:
-    """The execution with what a sharded model needs to know."""
+    """The execution with what a divided model needs to know."""
+    execution = replace(execution, schedule=config.parallel.schedule)
     if layout.shard == 1:
         return execution
     needed, memory = _needed(config, execution.precision.name, context), _memory(context, layout.world_size)
@@ -45,6 +47,15 @@ def with_layout(execution: Execution, config: RunConfig, layout: Layout, plan: T
     whole = keeps_whole_gradients(config.parallel, layout.shard, passes, needed, memory)
     offload = config.parallel.offload and context.device.type == "cuda"
     return replace(execution, reshard=config.parallel.reshard, whole_gradients=whole, offload=offload)
+
+
+def idle_stages(layout: Layout, plan: TrainPlan) -> list[str]:
+    """A warning if steps have fewer passes than a pipeline has stages."""
+    passes = min(stage.accumulation for stage in plan.stages)
+    if passes >= layout.pipeline:
+        return []
+    idle = f"with {passes} passes per step, a stage is idle {idle_fraction(layout.pipeline, passes):.0%} of the time"
+    return [f"parallel.pipeline = {layout.pipeline}: {idle}: set a smaller train.micro_batch"]
 
 
 def _needed(config: RunConfig, precision: str, context: Context) -> MemoryPlan:

@@ -35,7 +35,7 @@ from bardling.planning.parameter_shapes import adapted_parts
 from bardling.training.build import Execution
 from bardling.training.compile_choice import choose_compile, run_flops, without_compiler
 from bardling.training.facts import Facts
-from bardling.training.parallel_choice import decide_layout, with_layout
+from bardling.training.parallel_choice import decide_layout, idle_stages, with_layout
 from bardling.training.recovery.memory import choose_micro_batch
 from bardling.training.schedule_report import check_schedule
 
@@ -141,6 +141,7 @@ def resolve(config: RunConfig, facts: Facts) -> ResolvedRun:
         log.add("train.micro_batch", micro, why)
         log.changes.append(f"train.micro_batch: {train.micro_batch} -> {micro}, {why}")
         run = run.with_micro_batch(micro)
+    log.warnings += idle_stages(layout, run.plan)
     return replace(run, reasons=tuple(log.reasons), changes=tuple(log.changes), warnings=tuple(log.warnings))
 
 
