@@ -112,7 +112,7 @@ def resolve(config: RunConfig, facts: Facts) -> ResolvedRun:
     peak = _peak_flops(config, model, precision.name, facts)
 
     shaped = replace(config, model=model, optim=optim)
-    layout, why = decide_layout(shaped, precision.name, facts.context)
+    layout, why = decide_layout(shaped, precision.name, facts)
     if layout.world_size > 1:
         log.add("parallel.layout", str(layout), why)
     plan = make_plan(train, model.block_size, layout.data_size)
@@ -124,7 +124,7 @@ def resolve(config: RunConfig, facts: Facts) -> ResolvedRun:
     compiles, why = choose_compile(config.compile, config.cuda_graphs, device, flops, peak, plan.shapes, deadline=deadline)
     if (problem := facts.compiler_problem(device, compiles=compiles)) is not None:
         compiles, why = False, without_compiler(problem, config.compile, config.cuda_graphs)
-    execution = with_layout(replace(execution, compiled=compiles), shaped, layout, plan, facts.context)
+    execution = with_layout(replace(execution, compiled=compiles), shaped, layout, plan, facts)
     compiled: Literal["on", "off"] = "on" if compiles else "off"
     log.add("compile", compiled, why)
 
