@@ -16,6 +16,10 @@ class ParallelConfig:
     """Copies of the model that train on different samples (DDP; with shard, HSDP); unset: as layout says."""
     shard: int | None = None
     """Processes that share weights, gradients and optimizer state, and train on different samples (FSDP2); unset: as above."""
+    pipeline: int = 1
+    """Stages of a pipeline: each process holds some of the layers. The passes of a step are in it together; use several."""
+    schedule: Literal["1f1b", "gpipe"] = "1f1b"
+    """With pipeline: '1f1b' runs backward passes as soon as possible; 'gpipe' after all forward passes, with more memory."""
     reshard: bool = True
     """With shard: free the gathered weights of a block after its forward pass, and gather them again for its backward pass."""
     accumulate: Literal["auto", "whole", "shards"] = "auto"
@@ -24,4 +28,4 @@ class ParallelConfig:
     """With shard, on CUDA: keep weights, gradients and optimizer state in host memory."""
 
     def __post_init__(self) -> None:
-        require_at_least(1, self, "parallel", "replicate", "shard")
+        require_at_least(1, self, "parallel", "replicate", "shard", "pipeline")
