@@ -20,7 +20,7 @@ from bardling.training.run import resume, train
 def config(tiny, change):
     model = {"family": "llama", "n_kv_head": 1}
     optim = {"name": "muon", "muon_lr": 0.01, "muon_precision": "float32", "ema_decay": 0.9}
-    return change(tiny, model=model, optim=optim, train={"steps": 20, "batch_size": 8, "micro_batch": 2})
+    return change(tiny, model=model, optim=optim, train={"steps": 20, "batch_size": 8, "micro_batch": 2}, eval={"every": 4})
 
 
 def records(run, kind="train"):
@@ -45,7 +45,7 @@ def test_shards_train_save_and_continue_as_one_process(config, change, tmp_path,
     whole, run, recipe = tmp_path / "whole", tmp_path / "run", tmp_path / "recipe.toml"
     short = change(config, train={"steps": 10}, optim={"decay_steps": 20})
     recipe.write_text(config_to_toml(short))
-    done = torchrun(2, "train", recipe, "--out", run, "--parallel.layout", "fsdp")
+    done = torchrun(2, "train", recipe, "--out", run, "--parallel.layout", "fsdp", "--parallel.reshard", "false")
     assert done.returncode == 0, done.stderr
     assert "layout FSDP2 (shard 2): as configured" in done.stdout
 

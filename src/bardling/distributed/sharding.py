@@ -159,10 +159,17 @@ def shard(
         if compiled:
             block.forward = torch.compile(block.forward, dynamic=False)
         fully_shard(block, reshard_after_forward=reshard, mp_policy=policy, **options)
+        if not reshard:
+            block.register_forward_pre_hook(_keep_for_backward)
     # The root is always resharded: evaluation must not leave weights behind that the next update makes stale.
     fully_shard(model, reshard_after_forward=True, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False), **options)
     model.to_empty(device="cpu" if offload else context.device)
     return model, Shards(model, context)
+
+
+def _keep_for_backward(block: Any, _: object) -> None:
+    """Keep gathered weights only if a backward pass will free them. Those of an evaluation would soon be stale."""
+    block.set_reshard_after_forward(not torch.is_grad_enabled(), recurse=False)
 
 
 def initialize(shards: Shards, config: ModelConfig, seed: int) -> None:
