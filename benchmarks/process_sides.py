@@ -85,7 +85,7 @@ def run_plain_fsdp(spec: Spec, server: StepServer) -> None:
     model = PlainGPT(spec.model, int(spec.model["vocab_size"]))
     model.load_state_dict(initial_weights(spec, int(spec.model["vocab_size"])))
     for block in model.transformer["h"]:
-        fully_shard(block, reshard_after_forward=True)
+        fully_shard(block, reshard_after_forward=spec.reshard)
     fully_shard(model)
     optimizer = make_adamw(model, fused=True)
     server.ready(model, precision="float32", compiled=False)

@@ -44,6 +44,8 @@ class Options:
     """Measure FSDP2 in plain PyTorch code too."""
     processes: int = 2
     """Processes of a side with several; the single process has as many threads."""
+    reshard: bool = False
+    """With FSDP2: free a block's weights after its forward pass, as a run does if they do not fit in memory."""
     batch: int = 16
     """Sequences per step, of all processes together."""
     rounds: int = 8
@@ -98,7 +100,7 @@ def sides_of(options: Options) -> dict[str, Spec]:
     """The sides to measure, one process first."""
     one = Spec("ours", TINY_MODEL if options.tiny else MODEL, options.batch, precision="float32", compile="off", lr=3e-4)
     found = {"one": one, "ddp": replace(one, processes=options.processes)}
-    found["fsdp"] = replace(found["ddp"], layout="fsdp")
+    found["fsdp"] = replace(found["ddp"], layout="fsdp", reshard=options.reshard)
     return found | ({"plain": replace(found["fsdp"], kind="plain")} if options.plain else {})
 
 
@@ -134,7 +136,8 @@ def _difference(side: _Side, other: _Side) -> float:
 def _notes(sides: dict[str, _Side], options: Options) -> list[str]:
     curve = sides["one"].curve
     notes = [
-        f"batch {options.batch}, one pass per step, {options.block} steps per block, {options.rounds} rounds; float32, eager",
+        f"batch {options.batch}, one pass per step, {options.block} steps per block, {options.rounds} rounds; float32, eager; "
+        f"FSDP2 gathers the weights of a block {'for each of its passes' if options.reshard else 'once per step'}",
         f"losses of the first {CURVE_STEPS} steps: {curve[0]:.4f} to {curve[-1]:.4f}",
         "speed: median (minimum-maximum) of the ratios of two blocks in one round",
     ]

@@ -62,6 +62,7 @@ class Spec:
     lr: float = 1e-3
     processes: int = 1  # that train together
     layout: str = "ddp"  # of several processes: ddp or fsdp
+    reshard: bool = False  # with fsdp: gather weights again for the backward pass
 
     @property
     def tokens_per_step(self) -> int:

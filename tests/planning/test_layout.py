@@ -7,16 +7,20 @@ import pytest
 
 from bardling.config import ModelConfig, ParallelConfig
 from bardling.errors import UserError
+from bardling.planning.activations import ActivationBytes
 from bardling.planning.layout import (
     AXES,
     DATA_AXES,
     Layout,
     check_pipeline,
     choose_layout,
+    frees_weights,
     idle_fraction,
+    sharded_bytes,
     stage_layers,
     stage_of,
 )
+from bardling.planning.memory import MemoryPlan
 
 
 def test_sizes_are_in_the_order_of_the_axes():
@@ -96,3 +100,19 @@ def test_stages_are_as_even_as_possible():
 
 def test_a_pipeline_fills_and_drains():
     assert [idle_fraction(4, passes) for passes in (1, 3, 12)] == [0.75, 0.5, 0.2]
+
+
+def test_gathered_weights_are_freed_between_passes_if_they_do_not_fit():
+    needed = MemoryPlan(weights=400, gradients=400, optimizer=800, activations=ActivationBytes(100, 0, 0, 0), trained=400)
+    assert sharded_bytes(needed, 4) == 500
+    assert sharded_bytes(needed, 4, whole_weights=True) == 800
+    assert sharded_bytes(needed, 4, whole_weights=True, whole_gradients=True) == 1100
+
+    def frees(memory, whole_gradients=False, **settings):
+        return frees_weights(ParallelConfig(**settings), 4, needed, memory, whole_gradients=whole_gradients)
+
+    assert [frees(memory) for memory in (880, 900, None)] == [True, False, True]
+    assert frees(900, whole_gradients=True)
+    assert frees(10_000, offload=True)
+    assert frees(10_000, reshard=True)
+    assert not frees(10, reshard=False)

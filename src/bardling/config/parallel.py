@@ -20,8 +20,9 @@ class ParallelConfig:
     """Stages of a pipeline: each process holds some of the layers. The passes of a step are in it together; use several."""
     schedule: Literal["1f1b", "gpipe"] = "1f1b"
     """With pipeline: '1f1b' runs backward passes as soon as possible; 'gpipe' after all forward passes, with more memory."""
-    reshard: bool = True
-    """With shard: free the gathered weights of a block after its forward pass, and gather them again for its backward pass."""
+    reshard: bool | None = None
+    """With shard: free a block's gathered weights after its forward pass, and gather them again for the backward pass; unset:
+    only if all do not fit in memory."""
     accumulate: Literal["auto", "whole", "shards"] = "auto"
     """With shard: gradients between the passes of a step: 'whole' saves communication, 'shards' saves memory."""
     offload: bool = False

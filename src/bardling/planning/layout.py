@@ -85,10 +85,10 @@ def choose_layout(
     return chosen, f"{sizes} do not fit in {_gb(memory)}, sharded {share}"
 
 
-def sharded_bytes(needed: MemoryPlan, shards: int, *, whole_gradients: bool = False) -> int:
+def sharded_bytes(needed: MemoryPlan, shards: int, *, whole_gradients: bool = False, whole_weights: bool = False) -> int:
     """Memory of one process if the state is divided among `shards`; the activations include what is gathered for a pass."""
-    gradients = needed.gradients * (1 - 1 / shards) if whole_gradients else 0
-    return int(_state(needed) / shards + gradients + needed.activations.total)
+    whole = needed.gradients * whole_gradients + needed.weights * whole_weights
+    return int(_state(needed) / shards + whole * (1 - 1 / shards) + needed.activations.total)
 
 
 def keeps_whole_gradients(config: ParallelConfig, shards: int, passes: int, needed: MemoryPlan, memory: int | None) -> bool:
@@ -96,6 +96,15 @@ def keeps_whole_gradients(config: ParallelConfig, shards: int, passes: int, need
     if config.accumulate != "auto" or passes == 1:
         return config.accumulate == "whole" and passes > 1
     return memory is None or sharded_bytes(needed, shards, whole_gradients=True) <= _USABLE * memory
+
+
+def frees_weights(
+    config: ParallelConfig, shards: int, needed: MemoryPlan, memory: int | None, *, whole_gradients: bool
+) -> bool:
+    """Whether the gathered weights of a block are freed between its passes, and gathered again."""
+    if config.reshard is not None or config.offload or memory is None:
+        return config.reshard is not False
+    return sharded_bytes(needed, shards, whole_gradients=whole_gradients, whole_weights=True) > _USABLE * memory
 
 
 def check_pipeline(model: ModelConfig, layout: Layout) -> None:

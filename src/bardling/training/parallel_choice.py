@@ -5,7 +5,7 @@ from dataclasses import replace
 from bardling.config import RunConfig
 from bardling.errors import UserError
 from bardling.planning.batching import TrainPlan
-from bardling.planning.layout import Layout, check_pipeline, choose_layout, idle_fraction, keeps_whole_gradients
+from bardling.planning.layout import Layout, check_pipeline, choose_layout, frees_weights, idle_fraction, keeps_whole_gradients
 from bardling.planning.memory import MemoryPlan, memory_plan
 from bardling.training.build import Execution
 from bardling.training.facts import Facts
@@ -41,8 +41,9 @@ def with_layout(execution: Execution, config: RunConfig, layout: Layout, plan: T
     needed = _needed(config, execution.precision.name, facts)
     passes = max(stage.accumulation for stage in plan.stages)
     whole = keeps_whole_gradients(config.parallel, layout.shard, passes, needed, facts.device_memory)
+    frees = frees_weights(config.parallel, layout.shard, needed, facts.device_memory, whole_gradients=whole)
     offload = config.parallel.offload and facts.context.device.type == "cuda"
-    return replace(execution, reshard=config.parallel.reshard, whole_gradients=whole, offload=offload)
+    return replace(execution, reshard=frees, whole_gradients=whole, offload=offload)
 
 
 def idle_stages(layout: Layout, plan: TrainPlan) -> list[str]:
