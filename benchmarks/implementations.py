@@ -108,8 +108,8 @@ def run_ours(spec: Spec, server: StepServer) -> None:
         setting = "off" if "compile" in without else spec.compile
         work = float(flops_per_token(spec.config)) * spec.tokens_per_step * spec.run_steps
         compiled, _ = choose_compile(setting, graphs, context.device, work, peak)
-        recompute, accumulates = spec.recompute == "blocks", spec.accumulation > 1
-        execution = Execution(precision, compiled, graphs, "fp8" in more, recompute, spec.reshard, accumulates)
+        shards = {"reshard": spec.reshard, "whole_gradients": spec.accumulation > 1}
+        execution = Execution(precision, compiled, graphs, "fp8" in more, spec.recompute == "blocks", **shards)
         assembly = build(spec.config, OptimConfig(lr=spec.lr), execution, context)
         if "fused-optimizer" in without:
             assembly.state.optimizer = make_adamw(assembly.state.model, fused=False, foreach=False)
