@@ -56,6 +56,12 @@ class Context:
             return self.rank
         return self.mesh.get_local_rank("replicate") * self._size(["shard"]) + self.mesh.get_local_rank("shard")
 
+    @property
+    def dropout_rank(self) -> int:
+        """Which dropout masks this process draws: 0 to n - 1. Processes of a tensor group drop different activations."""
+        own = 0 if self.mesh is None else self.mesh.get_local_rank("tensor")
+        return self.data_rank * self.size("tensor") + own
+
     def size(self, axis: str) -> int:
         """Number of processes along an axis of the mesh."""
         return self._size([axis]) if self.mesh is not None else self.world_size if axis == "replicate" else 1

@@ -42,7 +42,7 @@ from bardling.model.document_masks import make_documents
 from bardling.model.init import init_weights
 from bardling.model.kernels.attention import Documents, attention
 from bardling.model.kernels.elementwise import rms_norm
-from bardling.model.kernels.head_loss import head_logits, head_loss
+from bardling.model.kernels.head_loss import VocabularyShard, head_logits, head_loss
 from bardling.model.kernels.linear import tied_views
 from bardling.model.kernels.select import product_dtype
 from bardling.model.layers import Embedding, Int8Linear, Linear, RMSNorm, adapted, dropout, make_norm
@@ -212,6 +212,7 @@ class GPT(nn.Module):
         if not self.transformer.architecture.tied:
             self.lm_head = Linear(config.n_embd, config.padded_vocab_size, bias=False)
         self.lora: TuneConfig | None = None  # of a model with adapters (`model/lora.py`)
+        self.vocabulary: VocabularyShard | None = None  # of a model whose head has only a range of the ids
         self.int8_head: Int8Linear | None = None  # of a model converted for inference (`generation/weights.py`)
         if seed is not None and not self.transformer.wte.weight.is_meta:
             init_weights(self, seed)
@@ -290,14 +291,14 @@ class GPT(nn.Module):
             return self.head(hidden)
         size, softcap = self.config.vocab_size, self.config.logit_softcap
         weight = head if self.int8_head is None else self.int8_head.weight
-        if output == "scores":
-            return head_loss(hidden, weight, targets, vocab_size=size, reduction="none", softcap=softcap, greedy=True)
-        return head_loss(hidden, weight, targets, vocab_size=size, reduction=reduction, softcap=softcap, tally=tally)
+        loss = partial(head_loss, hidden, weight, targets, vocab_size=size, softcap=softcap, shard=self.vocabulary)
+        return loss(reduction="none", greedy=True) if output == "scores" else loss(reduction=reduction, tally=tally)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of hidden states [..., C], at least float32, without those of padding."""
         weight = self.head_weight if self.int8_head is None else self.int8_head.weight
-        return head_logits(hidden, weight, vocab_size=self.config.vocab_size, softcap=self.config.logit_softcap)
+        size, softcap = self.config.vocab_size, self.config.logit_softcap
+        return head_logits(hidden, weight, vocab_size=size, softcap=softcap, shard=self.vocabulary)
 
 
 @contextmanager

@@ -51,7 +51,7 @@ def fit(
         for hook in hooks:
             hook(state, None)
         while state.step < plan.steps:
-            seed_dropout(seed, state.step, settings.context.data_rank)
+            seed_dropout(seed, state.step, settings.context.dropout_rank)
             stage = plan.at(state.step)
             result = train_step(
                 state,

@@ -123,7 +123,8 @@ def _update(
     if state.scaler is not None:
         state.scaler.unscale_(state.optimizer)
     parameters = [parameter for parameter in state.parameters.values() if parameter.grad is not None]
-    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    counted = parameters if state.shards is None else state.shards.counted
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in counted if parameter.grad is not None])
     if state.shards is not None:
         norm = settings.context.sum(norm.square(), SHARD_AXES).sqrt()
     set_learning_rate(state.optimizer, lr)
@@ -151,6 +152,6 @@ def _update(
     return norm, bad
 
 
-def seed_dropout(seed: int, step: int, data_rank: int) -> None:
-    """Seed the global generator by (seed, step, data rank), so that a step draws the same dropout masks after any restart."""
-    torch.manual_seed((seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + data_rank * 0x94D049BB133111EB) % 2**63)
+def seed_dropout(seed: int, step: int, rank: int) -> None:
+    """Seed the global generator by (seed, step, `Context.dropout_rank`): a step draws the same masks after any restart."""
+    torch.manual_seed((seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB) % 2**63)
