@@ -9,14 +9,20 @@
     training.json                      step, samples, best loss, gradient scaler, the optimizer's other values
     run_config.json                    the resolved configuration
 
+Processes that hold shards write `model-00001-of-00004.safetensors` and so on, with the index that `transformers` expects, and
+`optimizer-00001-of-00004.safetensors`: each has some of the tensors, whole, so any number of processes can read them.
+
 The weights are float32, without the rows that pad the vocabulary, which are always zero. Everything read is untrusted: JSON is
 limited in size and checked, tensors must have the shapes that the configuration requires, and nothing is unpickled.
 """
 
 import json
 import math
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +43,12 @@ from bardling.interop.peft import (
     is_adapter,
     write_adapter,
 )
-from bardling.interop.tensor_file import read_tensors, write_tensors
+from bardling.interop.tensor_file import Computed, LazyTensors, read_tensors, write_tensors
+from bardling.interop.weight_index import INDEX, indexed_files
+from bardling.planning.parameter_shapes import parameter_shapes
 
 RUN_CONFIG = "run_config.json"
+_OPTIMIZER_PART = re.compile(r"optimizer-\d{5}-of-\d{5}\.safetensors")
 _FORMAT = 1
 
 
@@ -48,12 +57,14 @@ class Checkpoint:
     """The parts of a checkpoint that change during a run, and the model's configuration."""
 
     model_config: ModelConfig
-    model_state: dict[str, Tensor]  # GPT.state_dict(): float32, padded
-    optimizer_tensors: dict[str, Tensor]  # empty unless requested
+    model_state: Mapping[str, Tensor]  # GPT.state_dict(): float32, padded
+    optimizer_tensors: Mapping[str, Tensor]  # empty unless requested
     optimizer_meta: Mapping[str, Any]
     training: Mapping[str, Any]  # JSON values: step, samples, best_val_loss (inf: never validated), best_step, hooks_done, ...
     rng: dict[str, Tensor] = field(default_factory=dict)  # empty unless requested
     tune: TuneConfig | None = None  # of a run with LoRA: `model_state` then has the adapters only
+    owners: Mapping[str, int] = field(default_factory=dict)  # by which process each parameter is written, if by several
+    writers: int = 1  # number of these processes
 
 
 def write_model(
@@ -113,14 +124,19 @@ def write_checkpoint(
 
     `base`: of a run with LoRA, the folder of the model that its adapters change.
     """
-    if content.tune is None:
+    if content.writers > 1:
+        write_description(folder, content.model_config, tokenizer)
+        write_part(folder, content, 0)
+        _write_json(folder / INDEX, _index(content))
+    elif content.tune is None:
         write_model(folder, content.model_config, content.model_state, tokenizer)
     else:
         config, tune = content.model_config, content.tune
         write_adapter(folder, adapter_config(config, tune, base), adapter_state(content.model_state, config, tune))
         if tokenizer is not None:
             tokenizer.save(folder)
-    write_tensors(folder / "optimizer.safetensors", content.optimizer_tensors)
+    if content.writers == 1:
+        write_tensors(folder / "optimizer.safetensors", content.optimizer_tensors)
     write_tensors(folder / "rng.safetensors", content.rng)
     best = content.training["best_val_loss"]
     values = {**content.training, "best_val_loss": best if math.isfinite(best) else None}  # JSON has no infinity
@@ -128,34 +144,70 @@ def write_checkpoint(
     _write_json(folder / RUN_CONFIG, run_config)
 
 
-def read_checkpoint(folder: Path, *, optimizer: bool = True) -> Checkpoint:
-    """Read and check a checkpoint; with `optimizer`, also what only resuming needs: optimizer tensors and random numbers."""
+def write_part(folder: Path, content: Checkpoint, writer: int) -> None:
+    """Write the tensors that one of several processes has, and make them durable."""
+    tensors = {"model": hf_state(content.model_state, content.model_config), "optimizer": content.optimizer_tensors}
+    for kind, found in tensors.items():
+        path = folder / _part_file(kind, writer, content.writers)
+        write_tensors(path, found)
+        with path.open("rb") as file:
+            os.fsync(file.fileno())  # the process that completes the checkpoint may be on another machine
+
+
+def _part_file(kind: str, writer: int, writers: int) -> str:
+    return f"{kind}-{writer + 1:05d}-of-{writers:05d}.safetensors"
+
+
+def _index(content: Checkpoint) -> dict[str, Any]:
+    """The index of weights in several files, as `transformers` reads it."""
+    config, files, total = content.model_config, {}, 0
+    for name, shape in parameter_shapes(config).items():
+        empty = {name: torch.empty(shape, device="meta")}
+        for written, tensor in hf_state(empty, config).items():
+            files[written] = _part_file("model", content.owners[name], content.writers)
+            total += tensor.nbytes
+    return {"metadata": {"total_size": total}, "weight_map": files}
+
+
+def read_checkpoint(folder: Path, *, optimizer: bool = True, lazy: bool = False) -> Checkpoint:
+    """Read and check a checkpoint; with `optimizer`, also what only resuming needs: optimizer tensors and random numbers. With
+    `lazy`, tensors are read when they are asked for, one at a time."""
     tune = None
     if is_adapter(folder):
         path = folder / RUN_CONFIG
         run = config_from_dict(RunConfig, read_json_object(path), str(path))
         model_config, tune, where = run.model, run.tune, folder / ADAPTER_WEIGHTS
-        model_state = from_adapter_state(read_tensors(where), model_config, tune, str(where))
+        model_state: Mapping[str, Tensor] = from_adapter_state(read_tensors(where), model_config, tune, str(where))
     else:
-        model_config, model_state = read_model(folder)
+        model_config, model_state = read_model(folder, lazy=lazy)
     training = read_training(folder / "training.json")
     meta = training.pop("optimizer", {})
     if not isinstance(meta, dict):
         raise UserError(f"{folder / 'training.json'}: optimizer = {meta!r} must be an object")
-    tensors = [read_tensors(folder / f"{name}.safetensors") if optimizer else {} for name in ("optimizer", "rng")]
-    return Checkpoint(model_config, model_state, tensors[0], meta, training, tensors[1], tune)
+    if not optimizer:
+        return Checkpoint(model_config, model_state, {}, meta, training, {}, tune)
+    parts = sorted(path for path in folder.iterdir() if _OPTIMIZER_PART.fullmatch(path.name))
+    tensors = LazyTensors(*(parts or [folder / "optimizer.safetensors"]))
+    rng = read_tensors(folder / "rng.safetensors")
+    return Checkpoint(model_config, model_state, tensors if lazy else dict(tensors), meta, training, rng, tune)
 
 
-def read_model(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Read only the model: its configuration and `GPT.state_dict()`."""
-    config_file, weights_file = folder / "config.json", folder / "model.safetensors"
+def read_model(folder: Path, *, lazy: bool = False) -> tuple[ModelConfig, Mapping[str, Tensor]]:
+    """Read only the model: its configuration and `GPT.state_dict()`; `lazy` as for `read_checkpoint`."""
+    config_file = folder / "config.json"
     values = read_json_object(config_file)
     config = model_config_from_hf(values, str(config_file))
-    state = from_hf_state(read_tensors(weights_file), config, str(weights_file), values["model_type"])
-    for name, tensor in state.items():
-        if not tensor.is_floating_point():
-            raise UserError(f"{weights_file}: {name} is {tensor.dtype}, but weights must have a floating-point dtype")
-    return config, {name: tensor.float() for name, tensor in state.items()}
+    files = [*indexed_files(folder / INDEX)] if (folder / INDEX).is_file() else [folder / "model.safetensors"]
+    where = str(files[0] if len(files) == 1 else folder)
+    state = from_hf_state(LazyTensors(*files), config, where, values["model_type"])
+    weights = Computed({name: partial(_weight, state, name, where) for name in state})
+    return config, weights if lazy else dict(weights)
+
+
+def _weight(state: Mapping[str, Tensor], name: str, where: str) -> Tensor:
+    if not (tensor := state[name]).is_floating_point():
+        raise UserError(f"{where}: {name} is {tensor.dtype}, but weights must have a floating-point dtype")
+    return tensor.float()
 
 
 def read_training(path: Path) -> dict[str, Any]:

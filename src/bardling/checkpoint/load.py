@@ -122,14 +122,14 @@ def load(spec: str | Path, *, best: bool = False, training: bool = False, adapte
         note, text = dropout_note(folder / "config.json"), found.text if tokenizer else read_text_files(folder)
         return dataclasses.replace(found, config=config, state=state, note=note, dtype=hf_dtype(folder), text=text)
     if not training:
-        config, state = read_model(folder)
-        return dataclasses.replace(found, config=config, state=state)
+        config, weights = read_model(folder)
+        return dataclasses.replace(found, config=config, state=dict(weights))
     content = read_checkpoint(folder)
     return dataclasses.replace(
         found,
         config=content.model_config,
-        state=content.model_state,
-        optimizer_tensors=content.optimizer_tensors,
+        state=dict(content.model_state),
+        optimizer_tensors=dict(content.optimizer_tensors),
         optimizer_meta=content.optimizer_meta,
         step=content.training["step"],
         best_val_loss=content.training["best_val_loss"],
@@ -345,18 +345,18 @@ def latest_checkpoint(folder: RunFolder, context: Context) -> Checkpoint | None:
 
     def find() -> int | None:
         nonlocal checkpoint
-        checkpoint = _latest(folder)
+        checkpoint = _latest(folder, lazy=context.world_size > 1)  # a process may hold a shard only
         return None if checkpoint is None else checkpoint.training["step"]
 
     step = context.on_primary(find)  # for all: processes must not start with different checkpoints
-    return checkpoint if context.is_primary or step is None else read_checkpoint(folder.store().path(step))
+    return checkpoint if context.is_primary or step is None else read_checkpoint(folder.store().path(step), lazy=True)
 
 
-def _latest(folder: RunFolder) -> Checkpoint | None:
+def _latest(folder: RunFolder, *, lazy: bool) -> Checkpoint | None:
     store = folder.store()
     for path in store.valid_checkpoints(_report):
         try:
-            return read_checkpoint(path)
+            return read_checkpoint(path, lazy=lazy)
         except UserError as unreadable:  # all checksums match, and yet the content is not usable
             _report(f"{path}: cannot be used and is skipped: {unreadable}")
     if store.steps():

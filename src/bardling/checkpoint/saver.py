@@ -5,6 +5,9 @@ one save at a time. The last save of a run needs no copy, since nothing changes 
 are durable before the state is copied, hence before the checkpoint appears. A failed save (a full disk, say) never ends a run
 that can continue: it is reported at the next step, older checkpoints are untouched, and the next interval tries again. Only if
 the last save fails twice does the run end with an error.
+
+The processes of a sharded model save together: the step waits until each has gathered the tensors that it writes, which needs
+no further copy, and their background threads write one checkpoint (`checkpoint/joint_write.py`).
 """
 
 from collections.abc import Callable, Mapping
@@ -16,8 +19,9 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from bardling.checkpoint.contents import Checkpoint, write_checkpoint
+from bardling.checkpoint.contents import Checkpoint, write_checkpoint, write_part
 from bardling.checkpoint.host_copy import HostCopy
+from bardling.checkpoint.joint_write import JointWrite
 from bardling.checkpoint.rng import rng_state
 from bardling.checkpoint.run_folder import RunFolder
 from bardling.config import CheckpointConfig
@@ -39,6 +43,9 @@ class Savable(Protocol):
     def saved(self) -> Checkpoint:
         """What a checkpoint of it contains, without random number generators."""
 
+    def facts(self) -> Mapping[str, Any]:
+        """What it says in `training.json`."""
+
 
 def _in_background(work: Callable[[], None]) -> Future[None]:
     """Do `work` in a thread, for which Python waits at exit.
@@ -53,9 +60,11 @@ def _in_background(work: Callable[[], None]) -> Future[None]:
 
 
 class Saver:
-    """Saves a run's checkpoints. In all processes but the primary one it only takes part in `finish`.
+    """Saves a run's checkpoints. In processes that write nothing it only takes part in `finish`.
 
     Args:
+        joint: with shards, the processes that write together; None if this process writes alone or, with shards, nothing.
+        sharded: whether all processes call `save` together.
         tokenizer, run_config: the run's; all checkpoints contain them.
         note: prints a line for the user.
         flush: makes the metrics logged so far durable.
@@ -71,14 +80,17 @@ class Saver:
         run_config: Mapping[str, Any],
         note: Callable[[str], None],
         flush: Callable[[], None],
+        joint: JointWrite | None = None,
+        sharded: bool = False,
     ) -> None:
         self._folder, self._context = folder, context
+        self._joint, self._sharded = joint, sharded
         self._tokenizer, self._run_config = tokenizer, run_config
         self._note, self._flush = note, flush
         self._store = folder.store(config)
         self._job: Future[None] | None = None
         self._memory = HostCopy()
-        self._asynchronous = config.asynchronous and context.is_primary
+        self._asynchronous = config.asynchronous
         self._prepared = False
         self._step, self._last = 0, False  # of the latest save; whether it is the run's last
         self._training: Mapping[str, Any] | None = None  # its training.json; None when it failed
@@ -86,28 +98,26 @@ class Saver:
 
     def prepare(self, state: Savable) -> None:
         """Reserve the memory for copies in the background. Call it after a step, when the optimizer has its state."""
-        if self._asynchronous and not self._prepared:
+        if self._asynchronous and not self._prepared and not self._sharded and self._context.is_primary:
             self._prepared = True
             self.wait()
             self._job = _in_background(partial(self._memory.prepare, _tensors(state.saved())))
 
     def save(self, state: Savable, *, last: bool = False) -> None:
-        """Begin to save `state`, which may change once this returns; after the `last` step, save it now, without a copy."""
-        if not self._context.is_primary:
+        """Begin to save `state`, which may change once this returns; after the `last` step, save it now, without a copy.
+        Collective with shards."""
+        if not (self._context.is_primary or self._sharded):
             return
         self._context.activity(f"saving step {state.step}", LONG_PATIENCE)  # may wait for the previous checkpoint to be written
         self.wait()
+        goes_on = self._begin(state, last) if self._context.is_primary else True
+        if self._sharded:
+            goes_on = self._context.broadcast(goes_on)
+        if not goes_on or (self._sharded and self._joint is None):
+            return
         saved = state.saved()
-        if saved.training == self._training:  # a signal came just after a save
-            return
-        self._step, self._training, self._last = state.step, saved.training, last
-        try:
-            self._flush()
-        except UserError as error:
-            self._failed(error)
-            return
         tensors = _tensors(saved)
-        copied = self._asynchronous and not last
+        copied = self._asynchronous and not last and not self._sharded
         if copied:
             try:
                 tensors = self._memory.take(tensors)
@@ -115,8 +125,21 @@ class Saver:
                 self._warn(f"no memory for copies of the state ({error}): training waits while checkpoints are written")
                 self._asynchronous = copied = False
         self._job = _in_background(partial(self._write, saved, tensors, rng_state()))
-        if not copied:
+        if last or not self._asynchronous:
             self.wait()
+
+    def _begin(self, state: Savable, last: bool) -> bool:
+        """Whether there is something to save; then everything before it is durable."""
+        facts = state.facts()
+        if facts == self._training:  # a signal came just after a save
+            return False
+        self._step, self._training, self._last = state.step, facts, last
+        try:
+            self._flush()
+        except UserError as error:
+            self._failed(error)
+            return False
+        return True
 
     def report(self) -> None:
         """Report a failure of the latest save, once it is over."""
@@ -134,18 +157,19 @@ class Saver:
     def finish(self, state: Savable) -> None:
         """Wait for the last save, and try a failed one once more; raises a `UserError` in all processes if that fails too."""
 
-        def finish() -> None:
-            self._context.activity(f"saving step {state.step}", LONG_PATIENCE)
-            self.wait()
-            if self._training is None:
-                self.save(state, last=True)
+        self._context.activity(f"saving step {state.step}", LONG_PATIENCE)
+        self.wait()
+        if self._context.broadcast(self._training is None):
+            self.save(state, last=True)
+
+        def check() -> None:
             if self._training is None:
                 raise UserError(
                     f"the state at step {state.step} could not be saved ({self._reason}); once that is fixed, continue from "
                     f"the latest checkpoint with: bardling resume {shell_path(self._folder.path)}"
                 )
 
-        self._context.on_primary(finish)
+        self._context.on_primary(check)
 
     def _write(self, saved: Checkpoint, tensors: Mapping[str, Tensor], rng: dict[str, Tensor]) -> None:
         """What the writer's thread does; it touches nothing that training changes."""
@@ -156,13 +180,16 @@ class Saver:
             rng=rng,
         )
         step, best_step = saved.training["step"], saved.training["best_step"]
-        self._store.save(
-            step,
-            lambda place: write_checkpoint(
-                place, content, self._tokenizer, self._run_config, str(self._folder.base.absolute())
-            ),
-            best=step == best_step,
-        )
+        save = partial(self._store.save, step, best=step == best_step)
+        base = str(self._folder.base.absolute())
+        write = partial(write_checkpoint, content=content, tokenizer=self._tokenizer, run_config=self._run_config, base=base)
+        if self._joint is None:
+            save(write)
+        elif self._context.is_primary:
+            self._joint.lead(save, write)
+        else:
+            self._joint.follow(partial(write_part, content=content, writer=self._joint.writer))
+            return
         with suppress(OSError, UserError):  # the checkpoint is there, and the next save tries again
             self._folder.record_saved()
 
@@ -182,4 +209,4 @@ class Saver:
 
 def _tensors(saved: Checkpoint) -> dict[str, Tensor]:
     """All tensors of the model and the optimizer in one dictionary."""
-    return saved.model_state | {_OPTIMIZER + name: tensor for name, tensor in saved.optimizer_tensors.items()}
+    return {**saved.model_state} | {_OPTIMIZER + name: tensor for name, tensor in saved.optimizer_tensors.items()}

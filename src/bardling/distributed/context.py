@@ -62,6 +62,11 @@ class Context:
         own = 0 if self.mesh is None else self.mesh.get_local_rank("tensor")
         return self.data_rank * self.size("tensor") + own
 
+    @property
+    def sharded(self) -> bool:
+        """Whether processes hold different parts of the model."""
+        return self.size("shard") > 1 or self.size("tensor") > 1
+
     def size(self, axis: str) -> int:
         """Number of processes along an axis of the mesh."""
         return self._size([axis]) if self.mesh is not None else self.world_size if axis == "replicate" else 1

@@ -57,11 +57,9 @@ class Shards:
         self.parameters = {name: nn.Parameter(_local(p), requires_grad=p.requires_grad) for name, p in self._sharded.items()}
         self.owners = _balanced(self.shapes, self.count)
 
-    @property
-    def counted(self) -> list[nn.Parameter]:
-        """The parameters of which no other shard has the same part, so that sums over shards count each once."""
-        first = self.rank % self._tensor == 0
-        return [parameter for name, parameter in self.parameters.items() if first or name in self._splits]
+    def counts(self, name: str) -> bool:
+        """Whether sums over shards include this process's part of a parameter: of equal parts, that of one process only."""
+        return name in self._splits or self.rank % self._tensor == 0
 
     def rows(self, name: str, rank: int) -> tuple[int, int]:
         """The rows that a rank holds: from, to; with tensor parallelism, those of its fraction of the parameter."""
@@ -87,10 +85,26 @@ class Shards:
         return slice(low - first + offset, high - first + offset), columns, slice(low - begin, high - begin)
 
     def take(self, name: str, whole: Tensor) -> Tensor:
-        """This process's part of `whole`, a tensor with the shape of a parameter."""
+        """This process's part of `whole`, a tensor with the shape of a parameter; others, such as parts, stay as they are."""
+        if tuple(whole.shape) != self.shapes[name]:
+            return whole
         first, last = self.rows(name, self.rank)
         split = self._splits.get(name)
         return (whole if split is None else split.fraction(whole, self.rank % self._tensor, self._tensor))[first:last]
+
+    def owned(self, local: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Gather tensors one by one; those that this process writes, whole and in host memory. Collective over the shards.
+
+        Args:
+            local: what this process holds of tensors, named by a parameter, possibly with a prefix and an entry such as
+                `.exp_avg`; numbers are the same in all processes.
+        """
+        for key, tensor in local.items():
+            name = key.rpartition(":")[2]
+            name = name if name in self.shapes else name.rpartition(".")[0]
+            whole = self.gather(name, tensor) if tensor.dim() else tensor
+            if self.owners[name] == self.rank:
+                yield key, whole.detach().to("cpu", copy=True)
 
     @torch.no_grad()
     def gather(self, name: str, local: Tensor) -> Tensor:

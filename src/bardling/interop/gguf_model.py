@@ -124,7 +124,7 @@ def read_gguf_model(header: GgufFile) -> tuple[ModelConfig, dict[str, Tensor]]:
         config = _config(path, kind, header.metadata, vocab_size=config.vocab_size, tied=True)  # as llama.cpp writes a GPT-2
     refuse_nonfinite(tensors, path)
     state = {renamed[name]: _converted(_base(name), tensors.pop(name), config, kind, back=True) for name in list(tensors)}
-    return config, from_hf_state(state, config, str(path), kind)
+    return config, dict(from_hf_state(state, config, str(path), kind))
 
 
 def _config(path: Path, kind: str, metadata: Mapping[str, Any], *, vocab_size: int, tied: bool) -> ModelConfig:

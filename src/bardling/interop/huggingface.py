@@ -9,6 +9,7 @@ memory is allocated, and pickled weights are refused.
 
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -37,7 +38,7 @@ from bardling.interop.families import (
     shown,
     tensor_parts,
 )
-from bardling.interop.tensor_file import open_tensors
+from bardling.interop.tensor_file import Computed, LazyTensors, open_tensors
 from bardling.interop.weight_index import INDEX, MAX_INDEX_BYTES, indexed_files
 from bardling.planning.parameter_shapes import EMBEDDING, HEAD, parameter_shapes
 
@@ -169,7 +170,8 @@ def hf_shapes(config: ModelConfig, layout: Layout | None = None) -> dict[str, tu
 def hf_state(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """Convert tensors by parameter name (weights, gradients or moments) to the Hugging Face layout: contiguous, not padded.
 
-    A GPT-2 without biases gets zero biases, which Hugging Face's requires. A tied `lm_head.weight` is left out.
+    `state` may have some of the parameters only. A GPT-2 without biases gets zero biases, which Hugging Face's requires. A tied
+    `lm_head.weight` is left out.
     """
     parts, converted = tensor_parts(config, layout_of(config)), {}
     for name, tensor in state.items():
@@ -178,8 +180,9 @@ def hf_state(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tens
             converted[part.name] = (rows.t() if part.transposed else rows).contiguous()
     if not config.architecture.bias:
         for name, shape in hf_shapes(config).items():
-            if name not in converted:
-                converted[name] = torch.zeros(shape, dtype=state[EMBEDDING].dtype, device=state[EMBEDDING].device)
+            like = state.get(f"{name.removesuffix('bias')}weight")
+            if name not in converted and like is not None:
+                converted[name] = torch.zeros(shape, dtype=like.dtype, device=like.device)
     return converted
 
 
@@ -193,25 +196,29 @@ def _join(tensors: Mapping[str, Tensor], parts: tuple[Part, ...], rows: int) -> 
 
 def from_hf_state(
     state: Mapping[str, Tensor], config: ModelConfig, source: str = "the weights", layout: Layout | None = None
-) -> dict[str, Tensor]:
+) -> Mapping[str, Tensor]:
     """Convert tensors in the Hugging Face layout, with or without the prefix `transformer.`, to our state dict.
 
     Causal-mask buffers and a head equal to the embedding are dropped, as are the zero biases of a model without biases; any
     other difference from `config` is refused. `source` names the tensors in errors; `layout` is that of the file, its
-    `model_type` (None: that in which the model would be written).
+    `model_type` (None: that in which the model would be written). From lazy tensors, the result is lazy too.
     """
     layout = layout or layout_of(config)
-    named = {_full_name(name, layout): tensor for name, tensor in state.items()}
-    _check_shapes({name: tuple(tensor.shape) for name, tensor in named.items()}, config, source, layout)
+    lazy = state if isinstance(state, LazyTensors) else None
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()} if lazy is None else lazy.shapes
+    _check_shapes(shapes, config, source, layout)
+    full = {_full_name(name, layout): name for name in shapes}
+    named = Computed({name: partial(state.__getitem__, own) for name, own in full.items()})
     parts = tensor_parts(config, layout)
     (embedding,) = parts[EMBEDDING]
     if HEAD in named and HEAD not in parts and not torch.equal(named[HEAD], named[embedding.name]):
         raise UserError(f"{source}: {HEAD} differs from {embedding.name}, but the configuration ties the head")
     known = {HEAD, *(part.name for group in parts.values() for part in group)}
-    for name, tensor in named.items():
-        if name not in known and not _BUFFER.fullmatch(name) and bool(torch.any(tensor != 0)):
+    for name in named:
+        if name not in known and not _BUFFER.fullmatch(name) and bool(torch.any(named[name] != 0)):
             raise UserError(f"{source}: {name} is not zero, but model.bias = False: use a configuration with biases")
-    return {name: _join(named, parts[name], shape[0]) for name, shape in parameter_shapes(config).items()}
+    joined = Computed({name: partial(_join, named, parts[name], rows[0]) for name, rows in parameter_shapes(config).items()})
+    return joined if lazy is not None else dict(joined)
 
 
 def _check_shapes(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig, source: str, layout: Layout) -> None:
@@ -247,16 +254,16 @@ def read_hf_folder(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     path = folder / "config.json"
     values = read_json_object(path, limit=MAX_INDEX_BYTES)
     config, layout = model_config_from_hf(values, str(path)), values["model_type"]
-    files = _weight_files(folder)
+    files = weight_files(folder)
     _check_shapes(_read_each(files, _shape), config, str(folder), layout)
     state = _read_each(files, _float_copy)
     refuse_nonfinite(state, folder)
-    return config, from_hf_state(state, config, str(folder), layout)
+    return config, dict(from_hf_state(state, config, str(folder), layout))
 
 
 def hf_dtype(folder: Path) -> str:
     """The dtype of the weights in a folder that `read_hf_folder` has read; of different ones, float32."""
-    found = set(_read_each(_weight_files(folder), lambda _, file, name: str(file.get_slice(name).get_dtype())).values())
+    found = set(_read_each(weight_files(folder), lambda _, file, name: str(file.get_slice(name).get_dtype())).values())
     return _DTYPES[found.pop()] if len(found) == 1 else "float32"
 
 
@@ -267,7 +274,7 @@ def refuse_nonfinite(state: Mapping[str, Tensor], where: str | Path) -> None:
             raise UserError(f"{where}: {name} contains NaN or infinity: the model is damaged")
 
 
-def _weight_files(folder: Path) -> dict[Path, list[str] | None]:
+def weight_files(folder: Path) -> dict[Path, list[str] | None]:
     """The weight files, and which tensors to read from each (None: all)."""
     single, index = folder / "model.safetensors", folder / INDEX
     if single.is_file():

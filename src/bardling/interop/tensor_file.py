@@ -5,7 +5,7 @@ the header claims no more than the file holds before it allocates memory.
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -53,8 +53,48 @@ def open_tensors(path: Path) -> Iterator[Any]:
         raise UserError(f"{path}: is damaged or not a safetensors file ({error}): restore it, or download it again") from None
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read all tensors into new memory on the CPU."""
-    with open_tensors(path) as file:
-        # Copies, because later changes to the file must not affect the run.
-        return {name: torch.empty_like(tensor).copy_(tensor) for name in file.keys() for tensor in [file.get_tensor(name)]}  # noqa: SIM118
+def read_tensors(*paths: Path) -> dict[str, Tensor]:
+    """Read all tensors of some files into new memory on the CPU."""
+    return dict(LazyTensors(*paths))
+
+
+class LazyTensors(Mapping[str, Tensor]):
+    """The tensors of some files, each read into new memory whenever it is asked for: one at a time needs memory."""
+
+    def __init__(self, *paths: Path) -> None:
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._files: dict[str, Path] = {}
+        for path in paths:
+            with open_tensors(path) as file:
+                for name in file.keys():  # noqa: SIM118
+                    if name in self._files:
+                        raise UserError(f"{path}: {name} is also in {self._files[name].name}: restore both from a copy")
+                    self._files[name], self.shapes[name] = path, tuple(file.get_slice(name).get_shape())
+
+    def __getitem__(self, name: str) -> Tensor:
+        with open_tensors(self._files[name]) as file:
+            # A copy, because later changes to the file must not affect the run.
+            tensor = file.get_tensor(name)
+            return torch.empty_like(tensor).copy_(tensor)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+class Computed(Mapping[str, Tensor]):
+    """Tensors that are computed whenever they are asked for, from the given functions."""
+
+    def __init__(self, functions: Mapping[str, Callable[[], Tensor]]) -> None:
+        self._functions = functions
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._functions[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._functions)
+
+    def __len__(self) -> int:
+        return len(self._functions)

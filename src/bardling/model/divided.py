@@ -24,7 +24,8 @@ class Split(NamedTuple):
 
     def fraction(self, whole: Tensor, rank: int, count: int) -> Tensor:
         """What process `rank` of `count` has of a whole parameter."""
-        return torch.cat([part.chunk(count, self.dim)[rank] for part in torch.split(whole, list(self.parts), self.dim)], self.dim)
+        parts = torch.split(whole, list(self.parts), self.dim)
+        return torch.cat([part.chunk(count, self.dim)[rank] for part in parts], self.dim)
 
     def join(self, fractions: Sequence[Tensor]) -> Tensor:
         """The inverse: the whole parameter from the fractions of all processes."""

@@ -5,7 +5,7 @@ are named `<parameter>.<entry>` (`h.0.attn.c_attn.weight.exp_avg`); other values
 Hyperparameters are not part of the state: they come from the configuration, so changes on resume take effect.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -45,8 +45,13 @@ def load_optimizer_tensors(
     names: Mapping[str, nn.Parameter],
     tensors: Mapping[str, Tensor],
     meta: Mapping[str, Any],
+    take: Callable[[str, Tensor], Tensor] = lambda name, whole: whole,
 ) -> None:
     """Load the result of `optimizer_tensors`; the optimizer changes only if all of it is valid.
+
+    Args:
+        tensors: may read each tensor when it is asked for.
+        take: the part that this process holds of a tensor with the shape of the named parameter.
 
     Raises:
         UserError: the state is another optimizer's, or does not match the parameters.
@@ -63,11 +68,13 @@ def load_optimizer_tensors(
     expected = _named(optimizer, names)
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     state: dict[str, dict[str, Any]] = {name: {} for name in expected}
-    for full_name, value in [*tensors.items(), *scalars.items()]:
+    for full_name in [*tensors, *scalars]:
         name, _, key = str(full_name).rpartition(".")
         if name not in expected:
             raise UserError(f"the optimizer state has {full_name!r}, which belongs to no parameter of this model")
+        value = tensors[full_name] if full_name in tensors else scalars[full_name]
         if isinstance(value, Tensor):
+            value = value if key == "step" else take(name, value)
             value = _copy_for(expected[name], key, value, full_name, groups[id(expected[name])])
         state[name][key] = value
     missing = sorted(name for name, entries in state.items() if not entries and name not in stateless)

@@ -39,6 +39,8 @@ def announce(
         note(f"batch and context grow: {plan.describe_stages()}")
     where = device_name(facts.context.device) + (f" x {run.layout.world_size}" if run.layout.world_size > 1 else "")
     precision, compiled = run.why("precision"), run.why("compile")
+    if run.layout.world_size > 1:
+        note(f"layout {run.layout}: {run.why('parallel.layout')}")
     note(f"{where}; precision {config.precision} ({precision}); compile {config.compile} ({compiled})")
     if facts.resumed:
         deadline, place = config.train.deadline is not None, facts.folder.path

@@ -71,7 +71,7 @@ def build(
     if isinstance(model, GPT):
         network = model
         network.recompute = network.recompute or execution.recompute
-    elif context.size("shard") > 1 or context.size("tensor") > 1:
+    elif context.sharded:
         network, shards = build_sharded(model, execution, context, seed=seed if weights is None else None, weights=weights)
     else:
         network = build_model(model, execution, context.device, seed=seed if weights is None else None)

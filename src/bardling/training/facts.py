@@ -21,6 +21,7 @@ from bardling.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from bardling.distributed.context import Context
 from bardling.distributed.device import bfloat16_speedup, compiler_problem, matmul_flops
 from bardling.distributed.heartbeat import LONG_PATIENCE, UNLIMITED_PATIENCE
+from bardling.planning.layout import Layout
 from bardling.training.environment import continued_checkpoint
 
 
@@ -34,6 +35,7 @@ class Facts:
     started_at: float = field(default_factory=time.monotonic)  # when this start began (s), for `train.deadline`
     _datasets: dict[DataConfig, TokenDataset] = field(default_factory=dict)
     _loaded: dict[str, Loaded] = field(default_factory=dict)
+    _arranged: dict[Layout, Context] = field(default_factory=dict)
 
     @cached_property
     def previous(self) -> RunConfig | None:
@@ -62,6 +64,12 @@ class Facts:
             self._datasets[data] = found
             self.context.activity("setting up", LONG_PATIENCE)
         return self._datasets[data]
+
+    def arranged(self, layout: Layout) -> Context:
+        """The context with the mesh of a layout, which all processes form together once."""
+        if layout not in self._arranged:
+            self._arranged[layout] = self.context.arranged(layout)
+        return self._arranged[layout]
 
     @cached_property
     def checkpoint(self) -> Checkpoint | None:

@@ -27,14 +27,15 @@ from bardling.evaluate.benchmarks import absolute_spec
 from bardling.interop.pretrained import is_hub_name
 from bardling.optim.build import resolve_muon_precision
 from bardling.planning.batching import TrainPlan, make_plan
-from bardling.planning.costs import flops_per_token, fp8_layers, parameters, recomputed_flops_per_token
+from bardling.planning.costs import fp8_layers, parameters
 from bardling.planning.depth import apply_depth
 from bardling.planning.devices import peak_flops
 from bardling.planning.layout import Layout
 from bardling.planning.parameter_shapes import adapted_parts
 from bardling.training.build import Execution
-from bardling.training.compile_choice import choose_compile, without_compiler
+from bardling.training.compile_choice import choose_compile, run_flops, without_compiler
 from bardling.training.facts import Facts
+from bardling.training.parallel_choice import decide_layout, with_layout
 from bardling.training.recovery.memory import choose_micro_batch
 from bardling.training.schedule_report import check_schedule
 
@@ -114,23 +115,26 @@ def resolve(config: RunConfig, facts: Facts) -> ResolvedRun:
         fp8_model = model if config.fp8 else None
         peak = peak_flops(device_name(device), precision.name, tf32=not config.deterministic, fp8=fp8_model)
 
-    layout = Layout(replicate=facts.context.world_size)
+    shaped = replace(config, model=model, optim=optim)
+    layout, why = decide_layout(shaped, precision.name, facts.context)
+    if layout.world_size > 1:
+        log.add("parallel.layout", str(layout), why)
     plan = make_plan(train, model.block_size, layout.data_size)
     if isinstance(train.micro_batch, int) and plan.micro_batch != train.micro_batch:
         share = f"each of {layout.data_size} processes has {plan.samples_per_step // layout.data_size} sequences per step"
         log.changes.append(f"train.micro_batch: {train.micro_batch} -> {plan.micro_batch}, because {share}")
     execution = Execution(precision, False, config.cuda_graphs, config.fp8, train.recompute == "blocks")
-    flops, deadline = _run_flops(model, tune, plan, execution) / layout.data_size, train.deadline_seconds
+    flops, deadline = run_flops(model, tune, plan, execution) / layout.data_size, train.deadline_seconds
     compiles, why = choose_compile(config.compile, config.cuda_graphs, device, flops, peak, plan.shapes, deadline=deadline)
     if (problem := facts.compiler_problem(device, compiles=compiles)) is not None:
         compiles, why = False, without_compiler(problem, config.compile, config.cuda_graphs)
-    execution = replace(execution, compiled=compiles)
+    execution = with_layout(replace(execution, compiled=compiles), shaped, layout, plan, facts.context)
     compiled: Literal["on", "off"] = "on" if compiles else "off"
     log.add("compile", compiled, why)
 
     mask = data.document_mask or dataset.manifest.row > 0
     chosen = choose_micro_batch(
-        model, optim, train, plan, execution, facts.context, tune=tune, tokenizer=tokenizer, document_mask=mask
+        model, optim, train, plan, execution, facts.arranged(layout), tune=tune, tokenizer=tokenizer, document_mask=mask
     )
     resolved = replace(
         config, model=model, data=data, optim=optim, train=train, tune=tune, precision=precision.name, compile=compiled
@@ -387,13 +391,3 @@ def _adapters(
     if tune.new_tokens[1] > model.vocab_size:
         raise UserError(f"tune.new_tokens = {tune.new_tokens}: the model has {model.vocab_size:,} tokens")
     return tune
-
-
-def _run_flops(model: ModelConfig, tune: TuneConfig, plan: TrainPlan, execution: Execution) -> float:
-    """FLOPs of the whole run, over all processes."""
-    flops = plan.cost(partial(flops_per_token, model, tune=tune))
-    if execution.recompute:
-        name, kind = execution.precision.name, execution.precision.device_type
-        cost = partial(recomputed_flops_per_token, model, precision=name, device_type=kind, fp8=execution.fp8)
-        flops += plan.cost(cost)
-    return flops

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from bardling.checkpoint.base_model import load_base, write_base
 from bardling.checkpoint.disk_space import check_space
+from bardling.checkpoint.joint_write import JointWrite
 from bardling.checkpoint.load import Loaded, latest_checkpoint
 from bardling.checkpoint.run_folder import create_run, discard_run, run_lock
 from bardling.checkpoint.saver import Saver
@@ -65,7 +66,7 @@ class RunResult:
 class Session:
     def __init__(self, run: ResolvedRun, facts: Facts, *, fingerprint: str, quiet: bool) -> None:
         self.run, self.facts, self.fingerprint, self.quiet = run, facts, fingerprint, quiet
-        self.context, self.folder = facts.context.arranged(run.layout), facts.folder
+        self.context, self.folder = facts.arranged(run.layout), facts.folder
         config = run.config
         for name in config.checkpoint.export:
             if refusal := EXPORT_FORMATS.get("checkpoint.export", name).refusal(config.model):
@@ -98,7 +99,7 @@ class Session:
                 cleanup.enter_context(run_lock(self.folder, context))
             context.on_primary(lambda: self._write_folder(state))
             monitor = cleanup.enter_context(self._monitor(state))
-            self._new_saver(monitor)
+            self._new_saver(monitor, state)
             cleanup.callback(lambda: self.saver.wait())  # the latest saver, which may not be this one
             signals.begin(monitor.note)
             try:
@@ -144,7 +145,8 @@ class Session:
         if self.facts.resumed:  # this start may have had a checkpoint, which replaces the weights to start from
             self.facts = replace(self.facts)  # forgets it
             self.start = self._weights_to_start_from()
-        return self._build(replace(self.run.execution, compiled=False, cuda_graphs=False), SINGLE).state
+        execution = replace(self.run.execution, compiled=False, cuda_graphs=False)
+        return self._build(execution, self.context if self.run.layout.sharded else SINGLE).state
 
     def _weights_to_start_from(self) -> Loaded | None:
         """What `model.init` names, for the run's context and tokens, unless a checkpoint replaces it; with LoRA, the run's own
@@ -209,8 +211,8 @@ class Session:
         prompt, quiet, resumed = config.sample.prompt, self.quiet, self.facts.resumed
         return RunMonitor(self.folder, info, steps, prompt=prompt, primary=primary, quiet=quiet, resumed=resumed)
 
-    def _new_saver(self, monitor: RunMonitor) -> None:
-        config = self.run.config
+    def _new_saver(self, monitor: RunMonitor, state: TrainState) -> None:
+        config, shards = self.run.config, state.shards
         self.saver = Saver(
             self.folder,
             config.checkpoint,
@@ -219,6 +221,8 @@ class Session:
             run_config=config_to_dict(config),
             note=monitor.note,
             flush=monitor.flush,
+            joint=None if shards is None or shards.copy else JointWrite(self.context, shards.rank, shards.count),
+            sharded=shards is not None,
         )
 
     def _fit_in_memory(self, assembly: Assembly, monitor: RunMonitor, signals: StopOnSignal) -> None:
@@ -245,7 +249,7 @@ class Session:
             self.saver.wait()
             self.run = self.run.with_micro_batch(micro)
             self.folder.write_config(config_to_toml(self.run.config))
-            self._new_saver(monitor)
+            self._new_saver(monitor, state)
             monitor.note(
                 f"memory ran out at step {state.step + 1}: continuing with {self.run.plan.accumulation} passes of {micro} "
                 f"sequences per step instead of {plan.accumulation} of {plan.micro_batch}, which gives the same gradients"
@@ -266,12 +270,11 @@ class Session:
             context,
             grad_clip=config.train.grad_clip,
             keep_gradients=config.cuda_graphs,
+            whole_gradients=self.run.execution.whole_gradients,
             stop_requested=stop_requested,
             interruptible=signals.interruptible if compiled and context.world_size == 1 else nullcontext,
         )
-        explainer = Explainer(
-            self.dataset, order, self.objective, context.device, precision, plan.micro_batch, self.document_start
-        )
+        explainer = Explainer(self.dataset, order, self.objective, context, precision, plan.micro_batch, self.document_start)
         rollbacks = load_rollbacks(self.folder, state, context)
         guard = Guard(config.guard, context, order, rollbacks, explainer, plan=plan, log=monitor.log, note=monitor.note)
         hooks = self._hooks(guard, monitor, stop_requested)

@@ -3,7 +3,8 @@
 import contextlib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from bardling.checkpoint.load import Loaded
 from bardling.checkpoint.rng import restore_rng
 from bardling.distributed.sharding import Shards
 from bardling.errors import UserError
+from bardling.interop.tensor_file import Computed
 from bardling.model.gpt import GPT
 from bardling.model.lora import trained_state
 from bardling.optim.ema import Ema
@@ -58,13 +60,29 @@ class TrainState:
         return contextlib.nullcontext() if self.ema is None else self.ema.applied()
 
     def saved(self) -> Checkpoint:
-        """The contents of a checkpoint without random number generators; the tensors are not copies."""
-        optimizer, meta = optimizer_tensors(self.optimizer, dict(self.model.named_parameters()))
-        model = trained_state(self.model)
+        """The contents of a checkpoint without random number generators; the tensors are not copies.
+
+        Of a sharded model, each process gets whole copies of the tensors that it writes, in host memory. Collective then.
+        """
+        content, shards = self._held(), self.shards
+        if shards is None:
+            return content
+        model, optimizer = (dict(shards.owned(found)) for found in (content.model_state, content.optimizer_tensors))
+        return replace(content, model_state=model, optimizer_tensors=optimizer, owners=shards.owners, writers=shards.count)
+
+    def _held(self) -> Checkpoint:
+        """What this process holds of the contents of a checkpoint."""
+        parameters = self.parameters
+        optimizer, meta = optimizer_tensors(self.optimizer, parameters)
+        model = trained_state(self.model) if self.shards is None else {name: p.detach() for name, p in parameters.items()}
         if self.ema is not None:  # the model file gets the EMA, which is what was validated
             optimizer |= {RAW + name: model[name] for name in self.ema.tensors()}
             model = {**model, **self.ema.tensors()}
-        facts = {
+        return Checkpoint(self.model.config, model, optimizer, meta, self.facts(), tune=self.model.lora)
+
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint says of the run in `training.json`."""
+        return {
             "step": self.step,
             "samples": self.samples,
             "best_val_loss": self.best_val_loss,
@@ -74,7 +92,6 @@ class TrainState:
             "guard": asdict(self.history),
             **({"seconds": self.seconds, "planned_steps": self.planned} if self.planned else {}),
         }
-        return Checkpoint(self.model.config, model, optimizer, meta, facts, tune=self.model.lora)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Return to the state in `checkpoint`, in place: wrappers and compiled code keep their weights.
@@ -88,7 +105,7 @@ class TrainState:
     def reset(self, start: "TrainState") -> None:
         """Become a copy of `start`, in place, except for the plan of a deadline."""
         planned = self.planned
-        self._load(start.saved())
+        self._load(start._held())
         self.planned = planned
 
     def _load(self, saved: Checkpoint) -> None:
@@ -110,19 +127,25 @@ class TrainState:
 
     def _load_weights(self, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         """Load the model, its EMA and its optimizer from what `saved` gives."""
-        names = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        raw = {name.removeprefix(RAW): tensor for name, tensor in optimizer.items() if name.startswith(RAW)}
-        for name, tensor in raw.items():
-            if name not in names or tensor.shape != names[name].shape or not tensor.is_floating_point():
+        names, shards = self.parameters, self.shards
+        for name in (name.removeprefix(RAW) for name in optimizer if name.startswith(RAW)):
+            tensor = optimizer[RAW + name] if name in names else None
+            tensor = tensor if tensor is None or shards is None else shards.take(name, tensor)
+            if tensor is None or tensor.shape != names[name].shape or not tensor.is_floating_point():
                 raise UserError(
                     f"the checkpoint's optimizer.safetensors contains {name!r}, which is not a weight of this model"
                 )
-        fixed = {} if self.model.lora is None else self.model.state_dict()
-        self.model.load_state_dict({**fixed, **model, **raw})
+        if shards is None:
+            fixed = {} if self.model.lora is None else self.model.state_dict()
+            raw = {name: optimizer[RAW + name] for name in names if RAW + name in optimizer}
+            self.model.load_state_dict({**fixed, **model, **raw})
+        else:
+            shards.load(lambda name: optimizer[RAW + name] if RAW + name in optimizer else model[name])
+        take = (lambda name, tensor: tensor) if shards is None else shards.take
         if self.ema is not None:
-            self.ema.load_tensors({name: model[name] for name in names})
-        own = {name: tensor for name, tensor in optimizer.items() if not name.startswith(RAW)}
-        load_optimizer_tensors(self.optimizer, names, own, meta)
+            self.ema.load_tensors({name: take(name, model[name]) for name in names})
+        held = Computed({name: partial(optimizer.__getitem__, name) for name in optimizer if not name.startswith(RAW)})
+        load_optimizer_tensors(self.optimizer, names, held, meta, take)
 
     def take_over(self, start: Loaded, samples_before: Callable[[int], int]) -> None:
         """Continue the training of a checkpoint, possibly of another trainer, whose weights the model already has.
@@ -139,6 +162,9 @@ class TrainState:
     def checkpoint_bytes(self) -> int:
         """Approximate size of a checkpoint: weights, two moments of each (one of Muon's matrices), small files."""
         weights: int = sum(tensor.numel() * 4 for tensor in trained_state(self.model).values())
-        groups = self.optimizer.param_groups
-        moments: int = sum(p.numel() * (4 if group.get("muon") else 8) for group in groups for p in group["params"])
+        muon = {id(p) for group in self.optimizer.param_groups if group.get("muon") for p in group["params"]}
+        whole = {name: p.numel() for name, p in self.parameters.items()}
+        if self.shards is not None:
+            whole = {name: math.prod(self.shards.shapes[name]) for name in whole}
+        moments = sum(size * (4 if id(self.parameters[name]) in muon else 8) for name, size in whole.items())
         return weights * (1 if self.ema is None else 2) + moments + 100_000

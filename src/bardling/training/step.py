@@ -123,9 +123,10 @@ def _update(
     if state.scaler is not None:
         state.scaler.unscale_(state.optimizer)
     parameters = [parameter for parameter in state.parameters.values() if parameter.grad is not None]
-    counted = parameters if state.shards is None else state.shards.counted
-    norm = nn.utils.get_total_norm([parameter.grad for parameter in counted if parameter.grad is not None])
-    if state.shards is not None:
+    shards, named = state.shards, state.parameters.items()
+    counted = [p.grad for name, p in named if p.grad is not None and (shards is None or shards.counts(name))]
+    norm = nn.utils.get_total_norm(counted)
+    if shards is not None:
         norm = settings.context.sum(norm.square(), SHARD_AXES).sqrt()
     set_learning_rate(state.optimizer, lr)
     bad, on_device = None, False

@@ -99,8 +99,8 @@ def head_loss(
     elif reduction == "sum":
         if is_eager_cpu(ids) and not bool((counted := ids != IGNORE).all()):  # compute no logits where none are needed
             places = _first_counted(counted)
-            flat, ids = flat.index_select(0, places), ids[places]
-        return _SummedLoss.apply(flat, weight, ids, vocab_size, dtype, grads, softcap, tally, shard)  # type: ignore[no-untyped-call,no-any-return]
+            hidden, ids = flat.index_select(0, places), ids[places]
+        return _SummedLoss.apply(hidden, weight, ids, vocab_size, dtype, grads, softcap, tally, shard)  # type: ignore[no-untyped-call,no-any-return]
     else:
         losses = full_logits_loss(flat, weight, ids, vocab_size=vocab_size, dtype=dtype, softcap=softcap, shard=shard)
     if reduction == "none":
@@ -192,7 +192,7 @@ class _SummedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        hidden: Tensor,  # [N, C]
+        hidden: Tensor,  # [..., C]
         weight: Tensor,  # [rows, C]
         targets: Tensor,  # [N]
         vocab_size: int,
@@ -207,7 +207,10 @@ class _SummedLoss(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             known, rows, size = _rows(weight, vocab_size, shard)
             head = weight[:rows].to(dtype)  # [V, C]
-            inputs = hidden.to(dtype)
+            # Cast before flattening: compiled code computes a cast of another shape than that of the last norm in a loop of its
+            # own in the norm's kernel. From 1025 channels on, that loop reads values which other threads have yet to write
+            # (pytorch/pytorch#190519).
+            inputs = hidden.to(dtype).reshape(-1, hidden.size(-1))  # [N, C]
             ids = targets.unsqueeze(1)  # [N, 1]
             counted = _counted(ids)
             if counted is not None:
@@ -216,7 +219,7 @@ class _SummedLoss(torch.autograd.Function):
             tallied = torch.zeros_like(total)
             hidden_grads: list[Tensor] = []
             weight_grad = torch.zeros_like(weight, dtype=wide) if weight_needs_grad else None
-            for group in _chunks(hidden.size(0), size * dtype.itemsize, _limit(SLOPE_BYTES, hidden)):
+            for group in _chunks(inputs.size(0), size * dtype.itemsize, _limit(SLOPE_BYTES, hidden)):
                 parts = _chunks(group.stop - group.start, size * wide.itemsize, _limit(CHUNK_BYTES, hidden), group.start)
                 slopes = inputs.new_empty(group.stop - group.start, rows) if len(parts) > 1 else None  # [G, V]
                 for part in parts:
@@ -231,8 +234,6 @@ class _SummedLoss(torch.autograd.Function):
                     if squashed is not None:
                         slope.mul_(squashed.square_().neg_().add_(1))  # 1 - tanh^2
                     if counted is not None:
-                        # Not by masking the inputs: from 1025 channels on, PyTorch's compiler would add that to the kernel of
-                        # the last norm, which then reads values that other threads have yet to write.
                         slope = slope * counted[part]
                     if slopes is None:
                         slopes = slope.to(dtype)
@@ -243,7 +244,7 @@ class _SummedLoss(torch.autograd.Function):
                     hidden_grads.append((slopes @ head).to(hidden.dtype))
                 if weight_grad is not None:
                     _accumulate(weight_grad[:rows], slopes.t(), inputs[group])
-            hidden_grad = _concatenated(hidden_grads) if hidden_needs_grad else None
+            hidden_grad = _concatenated(hidden_grads).view(hidden.shape) if hidden_needs_grad else None
             if hidden_grad is not None and shard is not None:
                 hidden_grad = shard.all_sum(hidden_grad)
         ctx.save_for_backward(hidden_grad, None if weight_grad is None else weight_grad.to(weight.dtype))

@@ -23,7 +23,9 @@ from bardling.data.batches.order import SequenceOrder
 from bardling.data.batches.skipped_ranges import Range
 from bardling.data.tokens.documents import Document
 from bardling.data.tokens.shards import TokenDataset
+from bardling.distributed.context import Context
 from bardling.distributed.device import Precision
+from bardling.distributed.sharding import SHARD_AXES
 from bardling.errors import UserError
 from bardling.model.gpt import evaluation_mode
 from bardling.training.objective import Forward, Objective
@@ -41,7 +43,7 @@ class Explainer:
     dataset: TokenDataset
     order: SequenceOrder  # before anything is skipped
     objective: Objective
-    device: torch.device
+    context: Context
     precision: Precision
     micro_batch: int  # sequences in a forward pass
     document_start: int | None = None  # token that opens a document, if documents are kept apart
@@ -71,7 +73,7 @@ class Explainer:
         return [self._describe(sample, row) for _, sample, row in found[:_SEQUENCES]]
 
     def _batch(self, first: int, count: int, context: int) -> Batch:
-        return shorten_context(self._source.batch(first, count).to(self.device), context)
+        return shorten_context(self._source.batch(first, count).to(self.context.device), context)
 
     def _describe(self, sample: int, losses: Tensor) -> dict[str, Any]:
         """Describe a sequence with the given loss of each target [block_size]."""
@@ -102,28 +104,47 @@ class Explainer:
         Args:
             sample: take the gradient of this sequence; None for the existing gradients.
         """
-        named = [(name, parameter) for name, parameter in state.model.named_parameters() if parameter.requires_grad]
-        gradients: list[Tensor | None] = [parameter.grad for _, parameter in named]
+        parameters = state.parameters
+        gradients = [parameter.grad for parameter in parameters.values()]
         if sample is not None:
-            with self.precision.autocast():
-                sums = self.objective(cast(Forward, state.model), self._batch(sample, 1, context))
-                loss = sums.loss / self.order.block_size
-            # Not `backward`, which would start DDP's gradient exchange.
-            gradients = list(torch.autograd.grad(loss, [parameter for _, parameter in named], allow_unused=True))
+            gradients = self._gradients_of(state, sample, context)
         entries = []
-        for (name, parameter), gradient in zip(named, gradients, strict=True):
-            weight = parameter.detach().float()
+        for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True):
+            weight = parameter.detach()
+            known = [*_sums(weight.new_zeros(1) if gradient is None else gradient), *_sums(weight)]
+            sums = torch.stack([*known, torch.full_like(known[0], weight.numel())])
+            if state.shards is not None and not state.shards.counts(name):
+                sums = torch.zeros_like(sums)  # not multiplied, since there may be NaN
+            norm, nonfinite, weights, weights_nonfinite, size = self.context.sum(sums, SHARD_AXES).tolist()
             entry: dict[str, Any] = {
                 "name": name,
-                "grad_norm": 0.0 if gradient is None else gradient.float().norm().item(),
-                "nonfinite": 0 if gradient is None else int((~torch.isfinite(gradient)).sum()),
-                "weight_rms": weight.square().mean().sqrt().item(),
+                "grad_norm": math.sqrt(norm),
+                "nonfinite": int(nonfinite),
+                "weight_rms": math.sqrt(weights / size),
             }
-            if nonfinite := int((~torch.isfinite(weight)).sum()):
-                entry["weight_nonfinite"] = nonfinite
+            if weights_nonfinite:
+                entry["weight_nonfinite"] = int(weights_nonfinite)
             entries.append(entry)
         entries.sort(key=lambda entry: (not entry["nonfinite"], 0.0 if entry["nonfinite"] else -entry["grad_norm"]))
         return entries[:_TENSORS]
+
+    def _gradients_of(self, state: TrainState, sample: int, context: int) -> list[Tensor | None]:
+        """The gradients of one sequence, the same in all processes."""
+        with self.precision.autocast():
+            sums = self.objective(cast(Forward, state.model), self._batch(sample, 1, context))
+            loss = sums.loss / self.order.block_size
+        if state.shards is None:  # not `backward`, which would start DDP's gradient exchange
+            return list(torch.autograd.grad(loss, list(state.parameters.values()), allow_unused=True))
+        state.zero_gradients()
+        loss.backward()  # type: ignore[no-untyped-call]
+        state.shards.collect_gradients()
+        return [parameter.grad for parameter in state.parameters.values()]
+
+
+def _sums(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of squares of a tensor, and its number of NaN and infinite entries."""
+    wide = torch.float32 if tensor.device.type == "mps" else torch.float64  # Apple GPUs have no float64
+    return tensor.to(wide).square().sum(), (~torch.isfinite(tensor)).sum().to(wide)
 
 
 def _largest_contribution(sequence: TracedSequence, losses: Tensor) -> Document:

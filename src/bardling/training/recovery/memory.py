@@ -35,7 +35,7 @@ from bardling.planning.batching import TrainPlan
 from bardling.planning.costs import float32_bytes, weight_bytes
 from bardling.planning.memory import optimizer_bytes
 from bardling.planning.parameter_shapes import trained_shapes
-from bardling.training.build import Execution, build_model
+from bardling.training.build import Execution, build_model, build_sharded
 from bardling.training.objective import Forward, Objective, build_objective
 
 FIRST_STEPS = 3
@@ -119,15 +119,13 @@ class TrialPasses:
     def _forward_backward(self, micro_batch: int) -> float:
         device, reserved = self.context.device, list[torch.Tensor]()
         if self._model is None:
-            self._model = build_model(self.config, self.execution, device, seed=0).train()
-            if self.tune.lora_rank:
-                add_adapters(self._model, self.tune, seed=0)
+            self._model = self._build().train()
         if device.type == "cuda":  # what the optimizer, the EMA and CUDA graphs will hold beside a pass, and a margin
             margin = torch.cuda.get_device_properties(device).total_memory // 33
-            shapes = trained_shapes(self.config, self.tune)
-            weights = float32_bytes(shapes)
+            shapes, shards = trained_shapes(self.config, self.tune), self.context.size("shard")
+            weights = float32_bytes(shapes) // shards
             copies = [weights for needed in (self.optim.ema_decay, self.execution.cuda_graphs) if needed]
-            state = optimizer_bytes(shapes, self.optim)
+            state = optimizer_bytes(shapes, self.optim) // shards
             reserved += [torch.empty(size, dtype=torch.uint8, device=device) for size in (state, margin, *copies)]
         batch = self._batch(micro_batch)
         begin = time.perf_counter()
@@ -136,6 +134,14 @@ class TrialPasses:
         loss.backward()  # type: ignore[no-untyped-call]
         synchronize(device)
         return time.perf_counter() - begin
+
+    def _build(self) -> GPT:
+        if self.context.size("shard") > 1:
+            return build_sharded(self.config, self.execution, self.context, seed=0)[0]
+        model = build_model(self.config, self.execution, self.context.device, seed=0)
+        if self.tune.lora_rank:
+            add_adapters(model, self.tune, seed=0)
+        return model
 
     def _batch(self, micro_batch: int) -> Batch:
         device, length = self.context.device, self.config.block_size
@@ -166,7 +172,7 @@ class TrialPasses:
         free = free_memory(device)
         if free is not None:
             average = float32_bytes(trained_shapes(self.config, self.tune)) if self.optim.ema_decay else 0
-            held = weight_bytes(self.config) + average  # neither exists yet
+            held = (weight_bytes(self.config) + average) // context.size("shard")  # neither exists yet
             budget = free - held if device.type == "cuda" else _FRACTION_OF_FREE * (free / context.world_size - held)
             sizes = [size for size in sizes if self.required_bytes(size) <= budget] or sizes[-1:]
         # All processes must try the same sizes, those that fit everywhere.
