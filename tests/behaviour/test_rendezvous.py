@@ -266,3 +266,73 @@ def test_only_the_first_of_equal_refusals_is_printed(monkeypatch):
         with refusals.one_voice(message) as first:
             voices.append(first)
     assert voices == [True, False, True]
+
+
+@pytest.fixture
+def split_folders(tmp_path):
+    """Working directories of two processes where `shared` is the same folder, and `own` is one of each."""
+    (tmp_path / "shared").mkdir()
+    for rank in range(2):
+        (tmp_path / f"node{rank}" / "own").mkdir(parents=True)
+        (tmp_path / f"node{rank}" / "shared").symlink_to(tmp_path / "shared")
+    return [tmp_path / f"node{rank}" for rank in range(2)]
+
+
+@pytest.fixture
+def nodes(split_folders, tiny, change, place, tmp_path):
+    """`nodes(*argv)`: `bardling ARGV` in two processes, each in its own working directory; their statuses and output."""
+    (tmp_path / "recipe.toml").write_text(config_to_toml(change(tiny, train={"steps": 2}, optim={"warmup_steps": 1})))
+    code = (
+        "from bardling.training import shared_folder; shared_folder.PATIENCE = 0.5\nfrom bardling.cli.main import main; main()"
+    )
+
+    def run(*argv, cache=None):
+        running = []
+        for rank, folder in enumerate(split_folders):
+            with (tmp_path / f"output{rank}.txt").open("w") as file:
+                environment = {**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank), "WORLD_SIZE": "2"}
+                environment |= {} if cache is None else {"BARDLING_CACHE": str(folder / cache)}
+                command = [sys.executable, "-c", code, *map(str, argv)]
+                running.append(subprocess.Popen(command, cwd=folder, env=environment, stdout=file, stderr=file))
+        try:
+            statuses = [process.wait(120) for process in running]
+        finally:
+            for process in running:
+                process.kill()
+        return statuses, [(tmp_path / f"output{rank}.txt").read_text() for rank in range(2)]
+
+    return run
+
+
+def test_a_node_that_does_not_see_the_run_folder_is_named(nodes, split_folders, tmp_path):
+    statuses, outputs = nodes("train", tmp_path / "recipe.toml", "--out", "own/run")
+    assert statuses == [2, 2]
+    lines = "".join(outputs).splitlines()
+    (line,) = [line for line in lines if "is waiting for" not in line and "have joined" not in line]
+    host = socket.gethostname()
+    assert line == (
+        f"bardling: {split_folders[0] / 'own' / 'run'}: is not the same folder on {host} (rank 1) as for rank 0 on {host}: "
+        "put the run into a folder that all nodes share, under the same path"
+    )
+    assert [list((folder / "own").iterdir()) for folder in split_folders] == [[], []]
+
+
+def test_processes_with_one_run_folder_train_and_a_node_that_has_lost_it_is_named(nodes, split_folders, tmp_path):
+    statuses, outputs = nodes("train", tmp_path / "recipe.toml", "--out", "shared/run")
+    assert statuses == [0, 0], outputs
+    assert list(tmp_path.glob("shared/.*")) + list(tmp_path.glob("shared/run/.*")) == []
+    (split_folders[1] / "shared").unlink()
+    statuses, outputs = nodes("resume", "shared/run", "--train.steps", "3")
+    assert statuses == [2, 2], outputs
+    assert "is not the same folder on" in "".join(outputs)
+    assert "(rank 1)" in "".join(outputs)
+
+
+def test_nodes_with_different_tokens_are_named(nodes, split_folders, corpus, tmp_path):
+    for rank, folder in enumerate(split_folders):
+        (folder / "text.txt").write_text(corpus.read_text() + f"Node {rank}.\n")
+    argv = ["train", tmp_path / "recipe.toml", "--out", "shared/run", "--data.source", "text.txt"]
+    statuses, outputs = nodes(*argv, cache="own")
+    assert statuses == [2, 2], outputs
+    assert f"the tokens on {socket.gethostname()} (rank 1) differ from those of rank 0: prepare them once" in "".join(outputs)
+    assert not (tmp_path / "shared" / "run").exists()

@@ -117,10 +117,9 @@ def test_a_starved_process_does_not_mistake_an_orderly_end_for_a_death(starved):
 def test_a_starved_process_does_not_report_a_living_process(starved, monkeypatch):
     read = starved.a._read
 
-    def read_after_a_beat():
-        starved.b._beat += 1
+    def read_after_a_beat(**how):
         starved.b._publish()
-        read()
+        read(**how)
 
     monkeypatch.setattr(starved.a, "_read", read_after_a_beat)
     assert starved.a.missing() == []
@@ -129,7 +128,7 @@ def test_a_starved_process_does_not_report_a_living_process(starved, monkeypatch
 def test_without_the_store_the_last_known_state_decides(starved, monkeypatch):
     reads = []
 
-    def gone():
+    def gone(**how):
         reads.append(1)
         raise RuntimeError("Broken pipe")
 
@@ -166,3 +165,105 @@ def test_before_the_first_step_a_process_tells_whom_it_waits_for(monkeypatch, ca
         watch.close("done")
     pattern = r"(bardling: waiting for rank 1 \(.*, process \d+\): preparing the data \(\d\.\ds\)\n){2}"
     assert re.fullmatch(pattern, said), said
+
+
+class CountingStore:
+    """A store in memory that counts its operations, and fails instead of waiting for a key that does not exist."""
+
+    def __init__(self):
+        self.values, self.operations = {}, 0
+
+    def set_timeout(self, timeout):
+        pass
+
+    def set(self, key, value):
+        self.operations += 1
+        self.values[key] = value if isinstance(value, bytes) else value.encode()
+
+    def check(self, keys):
+        self.operations += 1
+        return all(key in self.values for key in keys)
+
+    def multi_get(self, keys):
+        self.operations += 1
+        return [self.values[key] for key in keys]
+
+
+class Cluster:
+    """The heartbeats of a large job, without their threads; `beat(ranks)` is one interval of these ranks."""
+
+    def __init__(self, size):
+        self.store, self.size = CountingStore(), size
+        self.watches = [Heartbeat(self.store, rank, size, TIMEOUT, interval=0.03) for rank in range(size)]
+
+    def beat(self, ranks=None):
+        """Returns the number of store operations."""
+        before = self.store.operations
+        for rank in range(self.size) if ranks is None else ranks:
+            self.watches[rank]._publish()
+            self.watches[rank]._read()
+        return self.store.operations - before
+
+    def silent(self, reader, ranks, beats=12):
+        """The ranks that have not sent a pulse to `reader` in the last of several intervals of `ranks`."""
+        for _ in range(beats):
+            self.beat(ranks)
+        for seen in self.watches[reader]._seen.values():
+            seen.beat_at = 0.0
+        self.beat(ranks)
+        self.beat(ranks)
+        return {rank for rank, seen in self.watches[reader]._seen.items() if not seen.beat_at}
+
+
+@pytest.mark.parametrize(("size", "groups"), [(2, 0), (8, 0), (64, 8), (70, 9), (512, 24)])
+def test_store_operations_grow_with_the_number_of_processes(size, groups):
+    cluster = Cluster(size)
+    for _ in range(3):  # until every key exists
+        cluster.beat()
+    assert cluster.beat() == 2 * size + groups
+    assert all(watch._seen.keys() == set(range(size)) - {rank} for rank, watch in enumerate(cluster.watches))
+
+
+def test_all_processes_see_each_other_in_large_jobs():
+    cluster = Cluster(64)
+    assert all(cluster.silent(reader, range(64)) == set() for reader in (0, 9, 63))
+
+
+@pytest.mark.parametrize("dead", [{8}, {9}, {0}, {8, 9, 15}, set(range(16, 24))])
+def test_only_the_dead_are_silent_even_if_they_lead_their_group(dead):
+    cluster = Cluster(64)
+    cluster.beat()
+    cluster.beat()
+    living = [rank for rank in range(64) if rank not in dead]
+    for reader in (living[0], living[8], living[-1]):
+        assert cluster.silent(reader, living) == dead
+
+
+def test_a_process_that_never_starts_hides_no_other():
+    cluster = Cluster(64)
+    living = [rank for rank in range(64) if rank != 24]
+    for _ in range(8):
+        cluster.beat(living)
+    assert cluster.watches[0]._seen.keys() == set(range(1, 64)) - {24}
+    assert cluster.beat(living) < 5 * 64
+
+
+def test_the_end_of_a_process_is_seen_directly():
+    cluster = Cluster(64)
+    for _ in range(3):
+        cluster.beat()
+    cluster.watches[20].close("OSError")
+    cluster.watches[0]._read(directly=True)
+    assert cluster.watches[0]._seen[20].pulse.ended == "OSError"
+    cluster.watches[0]._read()  # the entry of its group is older
+    assert cluster.watches[0]._seen[20].pulse.ended == "OSError"
+
+
+def test_a_process_that_hangs_in_an_earlier_pass_is_behind(pair):
+    for watch, passes in ((pair.a, 2), (pair.b, 1)):
+        for number in range(passes):
+            watch.activity(f"pass {number + 1} of 2 of step 8", shared=True)
+    assert pair.ended.wait(LATE)
+    said = pair.said()
+    assert re.search(r"rank 1 .* has made no progress for \d+ s in: pass 1 of 2 of step 8", said), said
+    assert "rank 0" not in said

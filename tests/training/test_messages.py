@@ -1,5 +1,6 @@
 """What a run prints: its size, samples with their prompt, and where it resumes."""
 
+import json
 import re
 
 import pytest
@@ -7,7 +8,9 @@ import pytest
 from bardling.checkpoint.run_folder import RunFolder
 from bardling.cli.main import main
 from bardling.errors import UserError
+from bardling.training import session
 from bardling.training.run import resume, train
+from bardling.training.state import TrainState
 
 
 @pytest.mark.parametrize(("micro_batch", "message"), [(4, "(1 forward pass of 4)"), (2, "(2 forward passes of 2)")])
@@ -60,7 +63,7 @@ def test_a_deadline_overrides_the_configured_steps(tiny, change, tmp_path, capsy
     done = train(config, tmp_path / "run", quiet=True)
     assert done.step > 3
     assert resume(done.folder).step >= done.step
-    assert f"resuming {done.folder} at step {done.step:,}\n" in capsys.readouterr().out
+    assert f"resuming {done.folder} at step {done.step:,}, sample order digest " in capsys.readouterr().out
     main(["info", str(done.folder)])
     assert re.search(r"progress +step \d+, finished", capsys.readouterr().out)
     with pytest.raises(UserError, match=r"train.steps = 3: .*run has already completed \d+ steps"):
@@ -76,3 +79,29 @@ def test_steps_may_not_be_below_those_of_a_continued_checkpoint(tiny, change, tm
     with pytest.raises(UserError, match=r"holds the state of AdamW, but this run uses Muon: set optim.name to"):
         train(change(config, optim={"name": "muon"}), tmp_path / "b", continue_from=str(tmp_path / "a"), quiet=True)
     assert not (tmp_path / "b").exists()
+
+
+def test_resuming_prints_the_digest_of_the_samples(tiny, change, tmp_path, monkeypatch, capsys):
+    def digests(run):
+        lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        return [record.get("order_digest") for record in lines if record["kind"] == "train"]
+
+    config = change(tiny, sample={"every": 0})
+    whole = digests(train(config, tmp_path / "whole", quiet=True).folder)
+    shorter = change(config, train={"steps": 10}, optim={"decay_steps": 30})
+    new = train(shorter, tmp_path / "new", quiet=True).folder
+    resume(new, config)
+    assert f"resuming {new} at step 10 of 30, sample order digest {whole[9]}\n" in capsys.readouterr().out
+    assert digests(new) == whole
+
+    # Checkpoints of earlier versions have no digest.
+    for samples, known in ((40, True), (39, False)):
+        with monkeypatch.context() as patch:
+            patch.setattr(TrainState, "digest_samples", lambda state: None)
+            old = train(shorter, tmp_path / f"old-{samples}", quiet=True).folder
+        assert digests(old) == [None] * 10
+        monkeypatch.setattr(session, "MAX_DIGESTED", samples)
+        resume(old, config)
+        said = f"at step 10 of 30, sample order digest {whole[9]}\n" if known else f"{'0' * 16} (from sample 41 on)\n"
+        assert said in capsys.readouterr().out
+        assert (digests(old)[10:] == whole[10:]) == known

@@ -47,6 +47,23 @@ def test_two_processes_give_the_losses_of_one(tiny, change, tmp_path, torchrun, 
     assert ends[1] == pytest.approx(ends[0], rel=1e-5)
 
 
+def test_two_processes_print_no_warning_and_consume_the_samples_of_one(tiny, change, tmp_path, torchrun, monkeypatch):
+    monkeypatch.setenv("PYTHONWARNINGS", "default")
+    config = change(tiny, train={"steps": 6, "batch_size": 8}, optim={"name": "muon", "ema_decay": 0.9})
+    config = change(config, sample={"every": 0}, eval={"every": 3})
+    (tmp_path / "two.toml").write_text(config_to_toml(config))
+    done = torchrun(2, "train", tmp_path / "two.toml", "--out", tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    train(change(config, train={"micro_batch": 2}), tmp_path / "one", quiet=True)
+    one, two = ([record["order_digest"] for record in records(tmp_path / name, "train")] for name in ("one", "two"))
+    assert len(set(one)) == 6
+    assert two == one
+    train(change(config, seed=7), tmp_path / "other", quiet=True)
+    other = [record["order_digest"] for record in records(tmp_path / "other", "train")]
+    assert not set(other) & set(one)
+
+
 def test_an_error_in_all_processes_is_reported(tiny, change, tmp_path, torchrun):
     config = change(tiny, train={"batch_size": 5})
     (tmp_path / "odd.toml").write_text(config_to_toml(config))

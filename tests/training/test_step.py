@@ -225,7 +225,7 @@ class RecordingContext(Context):
 
     activities: list = dataclasses.field(default_factory=list)
 
-    def activity(self, name, patience=None):
+    def activity(self, name, patience=None, *, shared=False):
         self.activities.append(name)
 
 
@@ -322,6 +322,23 @@ def test_a_stop_requested_in_one_process_stops_all():
 
     in_processes(job(0), job(1))
     assert all(is_unchanged(each, old) for each, old in zip(states, before, strict=True))
+
+
+def test_several_processes_vote_once_per_step():
+    """So a signal that arrives later stops them before the next step."""
+    states, votes = [state(), state()], [[], []]
+
+    def job(rank):
+        def run(context):
+            parts = [batch(), batch(), batch()]
+            step(states[rank], parts, context=context, stop_requested=lambda: votes[rank].append(1) or len(votes[rank]) > 1)
+            with pytest.raises(Stopped):
+                step(states[rank], parts, context=context, stop_requested=lambda: votes[rank].append(1) or True)
+
+        return run
+
+    in_processes(job(0), job(1))
+    assert votes == [[1, 1], [1, 1]]
 
 
 def test_a_bad_gradient_in_one_process_skips_the_update_in_all():

@@ -1,6 +1,7 @@
 """`bardling resume RUN`: continue a run, or continue training a nanoGPT or nano-gpt checkpoint in a new run."""
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,9 +30,7 @@ def run(argv: Sequence[str]) -> None:
     if foreign:
         config = foreign_config(Path(folder))
     elif folder:
-        from bardling.checkpoint.run_folder import open_run
-
-        config = open_run(Path(folder)).config()
+        config = recorded_config(Path(folder))
     options = parse(
         ResumeOptions,
         rest,
@@ -49,6 +48,20 @@ def run(argv: Sequence[str]) -> None:
         raise UserError(f"--out {options.out}: a run is resumed in its own folder: remove this option")
     else:
         resume(folder, options.config)
+
+
+def recorded_config(path: Path) -> RunConfig:
+    """The configuration of a run, which one of several processes may not see: they then refuse together."""
+    from bardling.checkpoint.run_folder import open_run
+
+    try:
+        return open_run(path).config()
+    except UserError:
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            from bardling.training.run import resume
+
+            resume(path)
+        raise
 
 
 def is_foreign(path: Path) -> bool:

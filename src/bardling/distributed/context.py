@@ -9,6 +9,7 @@ NCCL, so that small decisions (has any process been asked to stop?) never wait f
 
 import contextlib
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar, cast
@@ -20,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from bardling.distributed.device import choose_device
 from bardling.distributed.heartbeat import Heartbeat, lost_connection
+from bardling.distributed.local_rank import gpu_identity, gpu_index, local_rank, require_own_gpu
 from bardling.distributed.rendezvous import environment_number, form_group
 from bardling.distributed.threads import cpu_quota, limit_threads
 from bardling.errors import Terminated, UserError
@@ -95,14 +97,15 @@ class Context:
         used = tuple(axis for axis in axes if self._size([axis]) > 1) or tuple(axes[:1])
         return self.mesh.get_group(used[0]) if len(used) == 1 else self.mesh[used]._flatten().get_group()
 
-    def activity(self, name: str, patience: float | None = None) -> None:
+    def activity(self, name: str, patience: float | None = None, *, shared: bool = False) -> None:
         """Record the activity that this process starts, for the message in case it dies or hangs.
 
         Args:
             patience: seconds that the activity may take without progress; None for `train.rank_timeout`.
+            shared: all processes start it at the same point.
         """
         if self.heartbeat is not None:
-            self.heartbeat.activity(name, patience)
+            self.heartbeat.activity(name, patience, shared=shared)
 
     def progressed(self) -> None:
         """Record progress of the activity."""
@@ -158,6 +161,15 @@ class Context:
             dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def gather(self, value: T) -> list[T]:
+        """The values of all processes, by rank. Collective."""
+        if self.world_size == 1:
+            return [value]
+        values = cast(list[T], [None] * self.world_size)
+        with self._collective():
+            dist.all_gather_object(values, value)
+        return values
+
     def on_primary(self, work: Callable[[], T]) -> T:
         """The result of `work`, which only the primary process runs; its `UserError` is raised in all processes. Collective."""
         if self.world_size == 1:
@@ -196,9 +208,11 @@ def distributed(device: str, *, rank_timeout: float = 0.0) -> Iterator[Context]:
         JobLost: another process has died; the message names it.
     """
     world_size = environment_number("WORLD_SIZE", 1, 1, 2**31)
-    rank, local_rank = environment_number("RANK", 0, 0, world_size), environment_number("LOCAL_RANK", 0, 0, 2**31)
-    own = choose_device(device, local_rank)
+    rank, visible = environment_number("RANK", 0, 0, world_size), torch.cuda.device_count()
+    local_rank(os.environ, visible)  # checks the variables on a CPU, too
+    own = choose_device(device)
     if own.type == "cuda":
+        own = torch.device("cuda", gpu_index(os.environ, visible)) if device in ("auto", "cuda") else own
         torch.cuda.set_device(own)
     elif own.type == "cpu":
         limit_threads(cpu_quota())
@@ -222,6 +236,8 @@ def _process_group(device: torch.device, rank: int, world_size: int, rank_timeou
     try:
         if heartbeat is not None:
             heartbeat.start()
+        if device.type == "cuda":
+            require_own_gpu(store, gpu_identity(device), str(device))
         context = Context(rank, world_size, device, heartbeat, store=store)
         yield context
         context.activity("leaving")

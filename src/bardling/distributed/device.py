@@ -44,7 +44,7 @@ class Precision:
         return self.name == "float16"
 
 
-def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
+def choose_device(wanted: str) -> torch.device:
     """Return the device of this process for `wanted`: 'auto', 'cpu', 'cuda', 'cuda:N' or 'mps'.
 
     Raises:
@@ -63,7 +63,7 @@ def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
     if device.type == "cuda":
         if not cuda:
             raise UserError(f"device = {wanted!r}: CUDA is not available (or PyTorch is built without it); try --device auto")
-        device = torch.device("cuda", local_rank if device.index is None else device.index)
+        device = torch.device("cuda", device.index or 0)
         if (device.index or 0) >= torch.cuda.device_count():
             raise UserError(f"device = {str(device)!r}: there are {torch.cuda.device_count()} CUDA devices, numbered from 0")
     if device.type == "mps" and not mps:

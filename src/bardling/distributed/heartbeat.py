@@ -1,12 +1,18 @@
 """Heartbeat between the processes of a run: detects processes that have died or hang, and ends the job.
 
 A thread in every process publishes, several times per second, the process's activity and progress to a small store that all
-processes can read, and reads what the others published. A process whose entry no longer changes has died or is stopped; one
+processes can read, and reads what the others published. A process whose pulse no longer changes has died or is stopped; one
 whose heartbeat continues without progress for too long hangs. Both end the job: the lowest rank that still responds prints one
 line with rank, host, process id and last activity, and all exit with status 1, so that `torchrun` ends or restarts the job.
 
-In synchronous training, all processes wait if one hangs. The culprit is the one furthest behind: it has entered the fewest
-collectives and is not waiting in one. Only the reader's own clock is used, so clocks of different hosts may disagree.
+Processes form groups of consecutive ranks, about as many groups as ranks in each. Every interval, a process writes its pulse
+and reads, in one operation, the pulses of its group and one entry for each other group; the first rank of a group, which has
+just read its pulses, writes that entry. R ranks in G groups thus take 2R + G store operations per interval. A group whose entry
+no longer changes is read pulse by pulse, so that if its first rank dies, only that rank seems silent.
+
+In synchronous training, all processes wait if one hangs. The culprit is the one furthest behind: it has passed the fewest
+points that all pass in the same order (collectives and passes) and is not waiting in a collective. Only the reader's own clock
+is used, so clocks of different hosts may disagree.
 
 Limits: activities that take long must announce it (`patience`), or they count as hanging. Stopping and continuing all processes
 together, as when a laptop sleeps, is not a failure.
@@ -20,6 +26,7 @@ import signal
 import socket
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -39,6 +46,12 @@ UNLIMITED_PATIENCE = math.inf
 FIRST_NOTICE = 15.0
 """Seconds of waiting for other processes, before the first step, after which a line tells whom for."""
 
+SMALLEST_GROUP = 8
+"""Processes of a group, at least; fewer processes than two groups of this size form a single one."""
+
+_STALE = 4
+"""Reads without a change after which a group's entry is not trusted."""
+
 # Ways to end that are not the fault of the process that ends.
 _ORDERLY = ("", "done", "Terminated", "KeyboardInterrupt", "SystemExit", "JobLost")
 
@@ -55,7 +68,7 @@ class Pulse:
     parent: int  # process id of the parent
     beat: int = 0  # increases while the process lives
     progress: int = 0  # increases while its work proceeds
-    collectives: int = 0  # number of collectives entered
+    points: int = 0  # number of collectives entered and passes begun
     waiting: bool = False  # inside a collective
     activity: str = "starting"
     patience: float = LONG_PATIENCE  # seconds that this activity may take without progress
@@ -104,8 +117,13 @@ class Heartbeat:
         self._store = store
         self._own = Pulse(rank, socket.gethostname(), os.getpid(), os.getppid(), patience=max(LONG_PATIENCE, timeout))
         self._min_patience = LONG_PATIENCE
-        self._beat = 0  # written only by the thread, as `_own` is written only by the main thread
+        self._beat = 0  # number of pulses published
         self._seen: dict[int, _Seen] = {}
+        size = max(SMALLEST_GROUP, math.isqrt(world_size))
+        self._groups = [range(first, min(first + size, world_size)) for first in range(0, world_size, size)]
+        self._group = rank // size  # the number of the own one
+        self._entries: dict[int, tuple[bytes, int]] = {}  # group -> its entry (empty: none), and reads since it has changed
+        self._published = set[str]()  # keys known to exist: the store would wait for others
         self._lock, self._publishing = threading.Lock(), threading.Lock()
         self._next_notice = FIRST_NOTICE
         self._stop = threading.Event()
@@ -118,10 +136,14 @@ class Heartbeat:
 
     # Called by the main thread. Each method assigns one immutable value, which the thread may read at any time.
 
-    def activity(self, activity: str, patience: float | None = None) -> None:
-        """Record the start of an activity that may take `patience` seconds without progress (None: the timeout)."""
-        patience = max(patience or self.timeout, self._min_patience)
-        self._own = replace(self._own, progress=self._own.progress + 1, activity=activity, patience=patience)
+    def activity(self, activity: str, patience: float | None = None, *, shared: bool = False) -> None:
+        """Record the start of an activity that may take `patience` seconds without progress (None: the timeout).
+
+        `shared`: all processes start it at the same point, so one that does not is behind.
+        """
+        own, patience = self._own, max(patience or self.timeout, self._min_patience)
+        progress, points = own.progress + 1, own.points + shared
+        self._own = replace(own, progress=progress, points=points, activity=activity, patience=patience)
 
     def warmed_up(self) -> None:
         """Record that a step has completed, so that compilation and other first-time work no longer slow down the next ones."""
@@ -138,7 +160,7 @@ class Heartbeat:
     def enter_collective(self) -> None:
         """Record the start of a collective."""
         own = self._own
-        self._own = replace(own, progress=own.progress + 1, collectives=own.collectives + 1, waiting=True)
+        self._own = replace(own, progress=own.progress + 1, points=own.points + 1, waiting=True)
 
     def leave_collective(self) -> None:
         """Record the end of a collective."""
@@ -157,25 +179,49 @@ class Heartbeat:
 
     def _publish(self) -> None:
         with self._publishing:  # so that a delayed write of the thread does not overwrite the final one
+            self._beat += 1
             self._store.set(f"pulse/{self._own.rank}", json.dumps(asdict(replace(self._own, beat=self._beat))))
 
-    def _read(self) -> None:
-        for rank in range(self._world_size):
-            key = f"pulse/{rank}"
-            if rank != self._own.rank and self._store.check([key]):
-                pulse, now = Pulse(**json.loads(self._store.get(key))), time.monotonic()
-                with self._lock:
-                    seen = self._seen.setdefault(rank, _Seen(pulse, now, now))
-                    if pulse.beat != seen.pulse.beat:
-                        seen.beat_at = now
-                    if pulse.progress != seen.pulse.progress:
-                        seen.progress_at = now
-                    seen.pulse = pulse
+    def _read(self, *, directly: bool = False) -> None:
+        """Update the view of the others, `directly` from their own pulses, and write the entry of a group that this process
+        leads."""
+        groups = range(len(self._groups))
+        trusted = [] if directly else [g for g in groups if g != self._group and self._entries.get(g, (b"", 0))[1] < _STALE]
+        pulses = [f"pulse/{rank}" for g in groups if g not in trusted for rank in self._groups[g]]
+        entries = [] if directly else [f"group/{g}" for g in groups if g != self._group]
+        keys = self._existing([*pulses, *entries])
+        values = dict(zip(keys, self._store.multi_get(keys) if keys else [], strict=True))
+        own = [f"pulse/{rank}" for rank in self._groups[self._group]]
+        if self._own.rank == self._groups[self._group].start and len(groups) > 1:
+            joined = b"[" + b",".join(values[key] for key in own if key in values) + b"]"
+            self._store.set(f"group/{self._group}", zlib.compress(joined))
+        for group in () if directly else groups:
+            value, (before, reads) = values.get(f"group/{group}", b""), self._entries.get(group, (b"", 0))
+            self._entries[group] = value, (reads + 1 if value == before else 0)
+            if group in trusted and value:
+                self._note(json.loads(zlib.decompress(value)))
+        self._note([json.loads(values[key]) for key in pulses if key in values])
+
+    def _existing(self, keys: list[str]) -> list[str]:
+        """Those that have been published."""
+        new = [key for key in keys if key not in self._published]
+        if new:
+            self._published.update(new if self._store.check(new) else [key for key in new if self._store.check([key])])
+        return [key for key in keys if key in self._published]
+
+    def _note(self, pulses: list[dict[str, Any]]) -> None:
+        """Take into account what others have published. An entry may be older than a pulse that was read directly."""
+        now = time.monotonic()
+        with self._lock:
+            for pulse in (Pulse(**values) for values in pulses if values["rank"] != self._own.rank):
+                seen = self._seen.setdefault(pulse.rank, _Seen(pulse, now, now))
+                if pulse.beat > seen.pulse.beat:
+                    progress_at = seen.progress_at if pulse.progress == seen.pulse.progress else now
+                    self._seen[pulse.rank] = _Seen(pulse, now, progress_at)
 
     def _run(self) -> None:
         before, own_progress, own_progress_at = time.monotonic(), -1, time.monotonic()
         while not self._stop.wait(self._interval):
-            self._beat += 1
             try:
                 self._publish()
                 self._read()
@@ -206,7 +252,7 @@ class Heartbeat:
             return
         with self._lock:
             others = [seen.pulse for seen in self._seen.values() if not seen.pulse.ended]
-        busy = [pulse for pulse in others if (pulse.collectives, pulse.waiting) < (own.collectives, True)]
+        busy = [pulse for pulse in others if (pulse.points, pulse.waiting) < (own.points, True)]
         if busy and own.rank == min({own.rank, *(pulse.rank for pulse in others if pulse not in busy)}):
             whom = "; ".join(f"{pulse.name}: {pulse.activity}" for pulse in busy[:4])
             tell(f"waiting for {whom}" + (f"; and {len(busy) - 4} others" if len(busy) > 4 else "") + f" ({duration(seconds)})")
@@ -231,8 +277,8 @@ class Heartbeat:
         with self._lock:
             alive = [(seen.pulse, now - seen.progress_at) for seen in self._seen.values() if not seen.pulse.ended]
         alive.append((self._own, now - own_progress_at))
-        fewest = min((pulse.collectives, pulse.waiting) for pulse, _ in alive)
-        behind = [(pulse, age) for pulse, age in alive if (pulse.collectives, pulse.waiting) == fewest]
+        fewest = min((pulse.points, pulse.waiting) for pulse, _ in alive)
+        behind = [(pulse, age) for pulse, age in alive if (pulse.points, pulse.waiting) == fewest]
         behind.sort(key=lambda item: item[0].rank)
         if all(age > max(pulse.patience, self.timeout) for pulse, age in behind):
             lines = [f"{pulse.name} has made no progress for {age:.0f} s in: {pulse.activity}" for pulse, age in behind]
@@ -251,7 +297,7 @@ class Heartbeat:
     def _is_reporter(self, culprits: list[Pulse], now: float) -> bool:
         """Whether this is the lowest rank that still responds and, if possible, is not a culprit."""
         blamed = {pulse.rank for pulse in culprits}
-        silent = {pulse.rank for pulse in self._silent(now, max(4 * self._interval, 2.0))}
+        silent = {pulse.rank for pulse in self._silent(now, max(6 * self._interval, 2.0))}
         with self._lock:
             ranks = {self._own.rank} | {rank for rank, seen in self._seen.items() if not seen.pulse.ended}
         return self._own.rank == min((ranks - silent - blamed) or (ranks - silent) or {self._own.rank})
@@ -275,7 +321,7 @@ class Heartbeat:
             now = time.monotonic()
             if store_answers:  # read again: if this process's thread was delayed, the others only seem silent
                 try:
-                    self._read()
+                    self._read(directly=True)
                 except RuntimeError:  # the store is gone with another process or waits for it: use what is known
                     store_answers = False
             with self._lock:

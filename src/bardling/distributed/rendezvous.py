@@ -33,13 +33,13 @@ REMINDERS = (5.0, 15.0, 60.0, 300.0)
 """Seconds between two lines about the wait; the last interval repeats."""
 
 
-def environment_number(name: str, default: int | None, low: int, high: int) -> int:
+def environment_number(name: str, default: int | None, low: int, high: int, environment: Mapping[str, str] = os.environ) -> int:
     """The integer in an environment variable, from `low` to `high` - 1; a `default` of None: it must be set."""
-    text = os.environ.get(name, "" if default is None else str(default)).strip()
+    text = environment.get(name, "" if default is None else str(default)).strip()
     value = int(text) if text.isdecimal() and len(text) < 12 else -1
     if not low <= value < high:
         limits = f"{low} to {high - 1}" + (" (WORLD_SIZE - 1)" if name == "RANK" else "")
-        found = f"{name} = {text!r}" if name in os.environ else f"{name} is not set"
+        found = f"{name} = {text!r}" if name in environment else f"{name} is not set"
         raise UserError(f"{found}: must be an integer from {limits}: start with torchrun, or correct or unset it")
     return value
 
@@ -56,7 +56,7 @@ class Place:
     @staticmethod
     def from_environment(environment: Mapping[str, str] = os.environ) -> "Place":
         hosted = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        port = environment_number("MASTER_PORT", None, 1, 2**16)
+        port = environment_number("MASTER_PORT", None, 1, 2**16, environment)
         return Place(environment.get("MASTER_ADDR", ""), port, hosted, environment.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
     def __str__(self) -> str:

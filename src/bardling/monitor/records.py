@@ -42,6 +42,8 @@ class TrainRecord(Record):
     seconds_left: float  # at this speed
     time: float  # Unix time (seconds)
 
+    order_digest: str | None = None  # of the samples seen, 16 hexadecimal digits: reproducible, and equal for equal data order
+
 
 @dataclass(frozen=True)
 class ValRecord(Record):

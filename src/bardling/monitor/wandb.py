@@ -90,9 +90,8 @@ class WandbSink:
         """Send one record, unless an earlier start of the run has sent this step."""
         kind, step = scope(record), record["step"]
         assert isinstance(step, int)  # every record has one
-        self._row(
-            kind, step, {f"{kind}/{name}": value for name, value in record.items() if name not in ("kind", "step", "task")}
-        )
+        metrics = {name: value for name, value in record.items() if name not in ("kind", "step", "task", "order_digest")}
+        self._row(kind, step, {f"{kind}/{name}": value for name, value in metrics.items()})
 
     def sample(self, step: int, prompt: str, texts: Sequence[str]) -> None:
         rows = [[step, _encodable(prompt), _encodable(text)] for text in texts]

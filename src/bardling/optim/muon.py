@@ -38,6 +38,9 @@ from torch import Tensor, nn
 from bardling.optim.adamw import AdamW, avoid_compiler_import
 from bardling.optim.polar import coefficients, newton_schulz
 
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+"""PyTorch 2.13 renames this collective; the old name prints a warning on every process."""
+
 
 class MatrixExchange(Protocol):
     """Moves matrices between processes that hold rows of all of them and processes that hold some of them whole. With tensor
@@ -199,7 +202,7 @@ class Muon(torch.optim.Optimizer):
         if self._world_size == 1:
             return factors.unbind
         gathered = factors.new_empty((per_process * self._world_size, *shape))
-        work = dist.all_gather_into_tensor(gathered, factors, group=self._process_group, async_op=True)
+        work = _all_gather(gathered, factors, group=self._process_group, async_op=True)
 
         def wait() -> Sequence[Tensor]:
             if work is not None:

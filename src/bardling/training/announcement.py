@@ -45,7 +45,11 @@ def announce(
     if facts.resumed:
         deadline, place = config.train.deadline is not None, facts.folder.path
         if state.step < plan.steps or deadline:  # with a deadline, only the run itself can tell whether it is finished
-            note(f"resuming {place} at step {state.step:,}" + ("" if deadline else f" of {plan.steps:,}"))
+            digest = state.digest_samples()
+            seen = "" if digest is None else f", sample order digest {digest}"
+            if digest is not None and digest.first:
+                seen += f" (from sample {digest.first + 1:,} on)"
+            note(f"resuming {place} at step {state.step:,}" + ("" if deadline else f" of {plan.steps:,}") + seen)
         else:
             note(f"{place} is finished: all {state.step:,} steps are complete; raise --train.steps to continue it")
     for change in run.changes:

@@ -23,6 +23,7 @@ from bardling.distributed.device import bfloat16_speedup, compiler_problem, matm
 from bardling.distributed.heartbeat import LONG_PATIENCE, UNLIMITED_PATIENCE
 from bardling.planning.layout import Layout
 from bardling.training.environment import continued_checkpoint
+from bardling.training.shared_folder import require_same_tokens
 
 
 @dataclass
@@ -61,6 +62,7 @@ class Facts:
                 found = open_recorded(data, record, self.folder.path, context=context)
             else:
                 found = open_data(data, context=context)
+            require_same_tokens(self.context, found)
             self._datasets[data] = found
             self.context.activity("setting up", LONG_PATIENCE)
         return self._datasets[data]

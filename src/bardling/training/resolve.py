@@ -109,11 +109,7 @@ def resolve(config: RunConfig, facts: Facts) -> ResolvedRun:
     precision = choose_precision(config.precision, device, fp8_excluded=left_out, measure=facts.bfloat16_speedup)
     log.add("precision", precision.name, precision.why)
     optim = resolve_muon_precision(optim, precision.name)
-    if device.type == "cpu":
-        peak: float | None = facts.matmul_flops(device, DTYPES[precision.name])
-    else:
-        fp8_model = model if config.fp8 else None
-        peak = peak_flops(device_name(device), precision.name, tf32=not config.deterministic, fp8=fp8_model)
+    peak = _peak_flops(config, model, precision.name, facts)
 
     shaped = replace(config, model=model, optim=optim)
     layout, why = decide_layout(shaped, precision.name, facts.context)
@@ -124,7 +120,7 @@ def resolve(config: RunConfig, facts: Facts) -> ResolvedRun:
         share = f"each of {layout.data_size} processes has {plan.samples_per_step // layout.data_size} sequences per step"
         log.changes.append(f"train.micro_batch: {train.micro_batch} -> {plan.micro_batch}, because {share}")
     execution = Execution(precision, False, config.cuda_graphs, config.fp8, train.recompute == "blocks")
-    flops, deadline = run_flops(model, tune, plan, execution) / layout.data_size, train.deadline_seconds
+    flops, deadline = run_flops(model, tune, plan, execution) / layout.world_size, train.deadline_seconds
     compiles, why = choose_compile(config.compile, config.cuda_graphs, device, flops, peak, plan.shapes, deadline=deadline)
     if (problem := facts.compiler_problem(device, compiles=compiles)) is not None:
         compiles, why = False, without_compiler(problem, config.compile, config.cuda_graphs)
@@ -146,6 +142,14 @@ def resolve(config: RunConfig, facts: Facts) -> ResolvedRun:
         log.changes.append(f"train.micro_batch: {train.micro_batch} -> {micro}, {why}")
         run = run.with_micro_batch(micro)
     return replace(run, reasons=tuple(log.reasons), changes=tuple(log.changes), warnings=tuple(log.warnings))
+
+
+def _peak_flops(config: RunConfig, model: ModelConfig, precision: str, facts: Facts) -> float | None:
+    """The peak of one process's device (FLOP/s); None when unknown."""
+    device = facts.context.device
+    if device.type == "cpu":
+        return facts.matmul_flops(device, DTYPES[precision])
+    return peak_flops(device_name(device), precision, tf32=not config.deterministic, fp8=model if config.fp8 else None)
 
 
 def _absolute_paths(config: RunConfig) -> RunConfig:

@@ -15,6 +15,7 @@ from bardling.config import MonitorConfig, RunConfig
 from bardling.distributed.context import distributed
 from bardling.distributed.device import backend
 from bardling.distributed.global_state import isolated
+from bardling.distributed.rendezvous import environment_number
 from bardling.evaluate.benchmarks import check_spec
 from bardling.files.paths import expand_home
 from bardling.monitor.services import check_services
@@ -22,6 +23,7 @@ from bardling.training.environment import config_fingerprint, started_by_this_jo
 from bardling.training.facts import Facts
 from bardling.training.resolve import resolve
 from bardling.training.session import RunResult, Session
+from bardling.training.shared_folder import require_shared_folder
 
 
 @isolated()
@@ -47,12 +49,15 @@ def train(
     """
     folder, fingerprint = RunFolder(Path(expand_home(str(out)))), config_fingerprint(config)
     with distributed(config.device, rank_timeout=config.train.rank_timeout) as context, ExitStack() as cleanup:
+        folder = RunFolder(Path(context.broadcast(str(folder.path))))  # its default name differs between processes
         if context.broadcast(context.is_primary and started_by_this_job(folder, fingerprint)):
             # torchrun or Slurm has restarted the job: continue its run.
+            require_shared_folder(context, folder.path)
             cleanup.enter_context(run_lock(folder, context))
             config, facts = folder.config(), Facts(context, folder, resumed=True, continue_from=continue_from)
         else:
             context.on_primary(lambda: refuse_existing(folder.path))
+            require_shared_folder(context, folder.path)
             facts = Facts(context, folder, continue_from=continue_from, given=given)
         context.on_primary(partial(_check_requirements, config.monitor, config.eval.tasks, facts.previous))
         cleanup.enter_context(backend(context.device, deterministic=config.deterministic, attention=config.attention))
@@ -73,9 +78,13 @@ def resume(run: Path | str, config: RunConfig | None = None, *, quiet: bool = Fa
         UserError: there is no such run, its data has changed, or a change is one that a trained model cannot follow.
         KeyboardInterrupt, SystemExit: as for `train`.
     """
-    folder = open_run(Path(expand_home(str(run))))
-    config = config or folder.config()
+    folder = RunFolder(Path(expand_home(str(run))))
+    unseen = environment_number("WORLD_SIZE", 1, 1, 2**31) > 1 and not folder.config_file.is_file()
+    # A process that does not see the run meets the others nevertheless, so that all can refuse and name its host.
+    config = config or (RunConfig() if unseen else open_run(folder.path).config())
     with distributed(config.device, rank_timeout=config.train.rank_timeout) as context, ExitStack() as cleanup:
+        require_shared_folder(context, folder.path)
+        open_run(folder.path)
         cleanup.enter_context(run_lock(folder, context))
         facts, fingerprint = Facts(context, folder, resumed=True), config_fingerprint(config)
         context.on_primary(partial(_check_requirements, config.monitor, config.eval.tasks, facts.previous))

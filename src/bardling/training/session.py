@@ -16,6 +16,7 @@ from bardling.checkpoint.saver import Saver
 from bardling.config.recipes import config_to_dict, config_to_toml
 from bardling.data.batches.loader import EvalSequences, Prefetcher, TrainSequences
 from bardling.data.batches.order import SequenceOrder
+from bardling.data.batches.order_digest import OrderDigest
 from bardling.data.batches.packing import document_start
 from bardling.distributed.context import SINGLE, Context
 from bardling.distributed.device import remove_damaged_code
@@ -44,14 +45,17 @@ from bardling.training.recovery.deadline import UNBOUNDED_STEPS, Deadline, finis
 from bardling.training.recovery.explain import Explainer
 from bardling.training.recovery.guard import Guard, RollbackRequested
 from bardling.training.recovery.memory import FIRST_STEPS, UpdateTracker, reduced_micro_batch
-from bardling.training.recovery.rollback_log import Rollback, load_rollbacks, write_rollbacks
+from bardling.training.recovery.rollback_log import Rollback, load_rollbacks, read_rollbacks, write_rollbacks
 from bardling.training.recovery.signals import StopOnSignal, Stopped
-from bardling.training.recovery.trace import sample_position
+from bardling.training.recovery.trace import order_after, sample_position
 from bardling.training.resolve import ResolvedRun
 from bardling.training.run_monitor import RunMonitor
 from bardling.training.state import TrainState
 from bardling.training.step import StepSettings
 from bardling.training.texts import load_texts
+
+MAX_DIGESTED = 4_000_000
+"""Samples of which a missing digest is computed when a run is resumed, which takes some seconds."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +142,19 @@ class Session:
         if checkpoint is not None:
             assembly.state.restore(checkpoint)
             self.facts.checkpoint = None  # frees its tensors
+        rollbacks = self.context.on_primary(lambda: read_rollbacks(self.folder)) if self.facts.resumed else ()
+        self._continue_digest(assembly.state, order_after(self.order, rollbacks))
         return assembly
+
+    def _continue_digest(self, state: TrainState, order: SequenceOrder) -> None:
+        """Continue the digest with `order`. If a checkpoint of an earlier version lacks it, it begins with the first sample,
+        unless there are too many or their length has changed."""
+        digest = state.order_digest
+        if digest is None:
+            previous = self.facts.previous
+            known = state.samples <= MAX_DIGESTED and (previous is None or previous.model.block_size == order.block_size)
+            digest = OrderDigest() if known else OrderDigest(state.samples, state.samples)
+        state.order_digest = replace(digest, order=order).upto(state.samples)
 
     def _initial_state(self) -> TrainState:
         """The state in which the run started, in host memory."""
@@ -314,6 +330,7 @@ class Session:
             state.restore(checkpoint)
         else:
             state.reset(self._initial_state())
+        self._continue_digest(state, guard.order)
         state.history.rollbacks = len(guard.rollbacks)
         state.optimizer.zero_grad(set_to_none=True)
         monitor.rewind(state.step)

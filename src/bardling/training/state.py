@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from bardling.checkpoint.contents import Checkpoint
 from bardling.checkpoint.load import Loaded
 from bardling.checkpoint.rng import restore_rng
+from bardling.data.batches.order_digest import OrderDigest
 from bardling.distributed.sharding import Shards
 from bardling.errors import UserError
 from bardling.interop.tensor_file import Computed
@@ -41,6 +42,7 @@ class TrainState:
     hooks_done: dict[str, int] = field(default_factory=dict)  # hook -> last step at which it completed its work
     seconds: float = 0.0  # time spent in all starts; counted for a deadline only
     planned: int = 0  # last step planned for the deadline; 0: no deadline
+    order_digest: OrderDigest | None = None  # as of its last use; None: not computed, as in checkpoints of earlier versions
     history: StepHistory = field(default_factory=StepHistory)  # recent good steps, which the guard compares with
 
     @property
@@ -58,6 +60,12 @@ class TrainState:
     def evaluation_weights(self) -> contextlib.AbstractContextManager[None]:
         """A context in which the model has the weights that users get: the EMA, if there is one."""
         return contextlib.nullcontext() if self.ema is None else self.ema.applied()
+
+    def digest_samples(self) -> OrderDigest | None:
+        """The digest of the samples seen so far."""
+        if self.order_digest is not None:
+            self.order_digest = self.order_digest.upto(self.samples)
+        return self.order_digest
 
     def saved(self) -> Checkpoint:
         """The contents of a checkpoint without random number generators; the tensors are not copies.
@@ -82,6 +90,7 @@ class TrainState:
 
     def facts(self) -> dict[str, Any]:
         """What a checkpoint says of the run in `training.json`."""
+        digest = self.digest_samples()
         return {
             "step": self.step,
             "samples": self.samples,
@@ -90,6 +99,7 @@ class TrainState:
             "hooks_done": dict(self.hooks_done),
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
             "guard": asdict(self.history),
+            **({} if digest is None else {"order_digest": digest.as_json()}),
             **({"seconds": self.seconds, "planned_steps": self.planned} if self.planned else {}),
         }
 
@@ -123,6 +133,11 @@ class TrainState:
             found = f"seconds = {seconds!r}, planned_steps = {planned!r}"
             raise UserError(f"{where}: {found}: the checkpoint is damaged; resume from another one")
         self.seconds, self.planned = float(seconds), planned
+        try:
+            digest = training.get("order_digest")
+            self.order_digest = None if digest is None else OrderDigest.from_json(digest, self.samples)
+        except ValueError as error:
+            raise UserError(f"{where}: {error}: the checkpoint is damaged; resume from another one") from None
         self.history = StepHistory.from_json(training.get("guard"), where)
 
     def _load_weights(self, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
@@ -156,6 +171,7 @@ class TrainState:
         if start.optimizer_tensors:
             self._load_weights(start.state, start.optimizer_tensors, start.optimizer_meta)
         self.step, self.samples = start.step, samples_before(start.step)
+        self.order_digest = OrderDigest(self.samples, self.samples)
         if start.best_val_loss is not None:
             self.best_val_loss, self.best_step = start.best_val_loss, start.step
 

@@ -57,7 +57,7 @@ class StepSettings:
     grad_clip: float = 1.0  # largest gradient norm; 0 disables clipping
     whole_gradients: bool = False  # of a sharded model: reduce gradients only after the last pass
     keep_gradients: bool = False  # zero gradients instead of freeing them, so that all passes accumulate in the same memory
-    stop_requested: Callable[[], bool] = lambda: False  # called before each forward pass
+    stop_requested: Callable[[], bool] = lambda: False  # called before each forward pass (several processes: before each step)
     interruptible: Callable[[], AbstractContextManager[None]] = nullcontext  # a pass may raise `Terminated`, to stop
     skip_on_device: bool | None = None  # let the device decide whether to skip, if the optimizer supports it; None: on CUDA
 
@@ -92,10 +92,11 @@ def train_step(
     totals: Tensor | None = None  # loss sum, then the objective's further sums
     names: tuple[str, ...] = ()
     for number, batch in enumerate(batches):
-        if context.any(settings.stop_requested()):
+        # A vote waits for all processes, so several hold one per step.
+        if (number == 0 or context.world_size == 1) and context.any(settings.stop_requested()):
             state.zero_gradients()
             raise Stopped
-        context.activity(f"pass {number + 1} of {len(batches)} of step {state.step + 1}")
+        context.activity(f"pass {number + 1} of {len(batches)} of step {state.step + 1}", shared=True)
         try:
             with settings.interruptible(), gradient_sync(forward, on=reduce_all or number == len(batches) - 1):
                 with settings.precision.autocast():

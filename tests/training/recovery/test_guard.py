@@ -211,6 +211,17 @@ def test_a_rollback_skips_the_sequences_for_good(guarded, explode, tmp_path):
         assert first <= rollback.event.windows[0]["sample"] < first + count
 
 
+def test_the_digest_of_the_samples_tells_of_a_rollback(guarded, change, explode, tmp_path):
+    whole = records(train(guarded, tmp_path / "whole", quiet=True).folder, "train")
+    explode(60.0)
+    run = train(guarded, tmp_path / "run", quiet=True).folder
+    trained, first = records(run, "train"), read_rollbacks_of(run)[0].event.step
+    assert [record["order_digest"] for record in trained[: first - 1]] == [
+        record["order_digest"] for record in whole[: first - 1]
+    ]
+    assert trained[first - 1]["order_digest"] != whole[first - 1]["order_digest"]
+
+
 def read_rollbacks_of(run: Path):
     from bardling.checkpoint.run_folder import RunFolder
 

@@ -21,11 +21,11 @@ Int64s = npt.NDArray[np.int64]
 _UInt64s = npt.NDArray[np.uint64]
 
 ROUNDS = 8  # of the Feistel network; four already shuffle well, and eight also mix domains of a few bits
-_GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: the increment of SplitMix64, which spreads consecutive numbers
+GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: the increment of SplitMix64, which spreads consecutive numbers
 _MASK = (1 << 64) - 1
 
 
-def _mix(x: _UInt64s) -> _UInt64s:
+def mix(x: _UInt64s) -> _UInt64s:
     """SplitMix64's finalizer (Steele, Lea and Flood, OOPSLA 2014): a bijection of 64-bit numbers that mixes every bit."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -37,8 +37,8 @@ def _feistel(x: _UInt64s, keys: _UInt64s, half: int) -> _UInt64s:
     shift, mask = np.uint64(half), np.uint64((1 << half) - 1)
     left, right = x >> shift, x & mask
     for r in range(1, ROUNDS + 1):
-        round_keys = keys + np.uint64(r * _GOLDEN & _MASK)
-        left, right = right, left ^ (_mix(right ^ round_keys) & mask)
+        round_keys = keys + np.uint64(r * GOLDEN & _MASK)
+        left, right = right, left ^ (mix(right ^ round_keys) & mask)
     return (left << shift) | right
 
 
@@ -86,9 +86,9 @@ class SequenceOrder:
         max_offset = self.n_tokens - 1 - per_epoch * self.block_size  # of the grid
         samples = np.arange(first, first + count, dtype=np.uint64)
         epochs, indices = samples // np.uint64(per_epoch), samples % np.uint64(per_epoch)
-        seed = _mix(np.full(1, self.seed & _MASK, np.uint64) + np.uint64(_GOLDEN))
-        keys = _mix(seed ^ _mix(epochs + np.uint64(1)))  # [count], one key per epoch
+        seed = mix(np.full(1, self.seed & _MASK, np.uint64) + np.uint64(GOLDEN))
+        keys = mix(seed ^ mix(epochs + np.uint64(1)))  # [count], one key per epoch
         if self.row:
             return (permute(indices, keys, per_epoch) * np.uint64(self.row)).astype(np.int64)
-        offsets = _mix(~keys) % np.uint64(max_offset + 1)
+        offsets = mix(~keys) % np.uint64(max_offset + 1)
         return (offsets + permute(indices, keys, per_epoch) * np.uint64(self.block_size)).astype(np.int64)

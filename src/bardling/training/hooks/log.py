@@ -34,7 +34,7 @@ class Log:
             return
         loss = result.loss.item()  # waits for the device
         text_loss, size = (result.sums[name].item() if name in result.sums else 0.0 for name in ("text_loss", "bytes"))
-        seconds = timer.take()
+        digest, seconds = state.digest_samples(), timer.take()
         # Steps between two records may belong to several stages; steps that a rollback undid had the same shapes.
         first = max(state.step - self._steps, 0)
         tokens = plan.cost(lambda context: 1, first, state.step) / (state.step - first)
@@ -55,6 +55,7 @@ class Log:
                 memory_bytes=memory_used(result.loss.device),
                 seconds_left=plan.cost(self.flops_per_token, state.step) / flops * seconds,
                 time=time.time(),
+                order_digest=None if digest is None else str(digest),
             )
         )
 

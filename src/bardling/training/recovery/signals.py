@@ -1,10 +1,10 @@
 """Stopping on request: the first SIGINT, SIGTERM, SIGHUP or SIGUSR1 asks the run to save and stop, a later one exits at once.
 
-Long work asks for `signal` often (between forward passes, validation batches and generated tokens) and raises `Stopped`,
-which the run turns into a checkpoint and the exit status that schedulers expect: 128 + the signal's number. That is 130 for
-SIGINT, 143 for SIGTERM, 129 for SIGHUP (a closed terminal) and, on Linux, 138 for SIGUSR1, by which Slurm announces the end of
-a job (`#SBATCH --signal`): a script that sees 138 requeues the job (`examples/slurm/`). SIGHUP stays ignored where `nohup` has
-ignored it.
+Long work asks for `signal` often (between forward passes, or the steps of several processes, between validation batches and
+generated tokens) and raises `Stopped`, which the run turns into a checkpoint and the exit status that schedulers expect: 128 +
+the signal's number. That is 130 for SIGINT, 143 for SIGTERM, 129 for SIGHUP (a closed terminal) and, on Linux, 138 for SIGUSR1,
+by which Slurm announces the end of a job (`#SBATCH --signal`): a script that sees 138 requeues the job (`examples/slurm/`).
+SIGHUP stays ignored where `nohup` has ignored it.
 
 Compilation, which may take minutes, does not ask: a signal interrupts the passes of a compiled model (`interruptible`). Several
 processes complete them, because each waits for the gradients of all.
