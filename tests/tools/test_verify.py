@@ -19,7 +19,7 @@ def checks(result):
 
 
 def test_a_small_recipe_passes_without_being_shrunk(tiny, change, monkeypatch):
-    monkeypatch.setattr(module._Verification, "compiled", lambda self: (True, "", ""))  # tested separately below
+    monkeypatch.setattr(module._Verification, "compiled", lambda self, layout=None: (True, "", ""))  # tested separately below
     result = verify(change(tiny, model={"dropout": 0.1}), seconds=600)
     found = checks(result)
     assert result.passed, result
@@ -41,8 +41,8 @@ def test_broken_code_fails_with_exit_status_1(tiny, tmp_path, monkeypatch, capsy
 
     original, forward = state.load_optimizer_tensors, GPT.forward
 
-    def forgetful(optimizer, names, tensors, meta):
-        original(optimizer, names, {key: torch.zeros_like(tensor) for key, tensor in tensors.items()}, meta)
+    def forgetful(optimizer, names, tensors, meta, take):
+        original(optimizer, names, {key: torch.zeros_like(tensor) for key, tensor in tensors.items()}, meta, take)
 
     def depends_on_the_batch(self, tokens, targets=None, **options):
         result = forward(self, tokens, targets, **options)
@@ -51,7 +51,7 @@ def test_broken_code_fails_with_exit_status_1(tiny, tmp_path, monkeypatch, capsy
     monkeypatch.setattr(state, "load_optimizer_tensors", forgetful)
     monkeypatch.setattr(GPT, "forward", depends_on_the_batch)
     for name in ("processes", "compiled"):
-        monkeypatch.setattr(module._Verification, name, lambda self: (True, "", ""))
+        monkeypatch.setattr(module._Verification, name, lambda self, layout=None: (True, "", ""))
     recipe = tmp_path / "tiny.toml"
     recipe.write_text(config_to_toml(tiny))
     with pytest.raises(SystemExit) as stop:

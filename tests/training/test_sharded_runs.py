@@ -90,6 +90,7 @@ def writers():
     """Two writers of one checkpoint, each with a connection of its own."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     yield [JointWrite(SimpleNamespace(store=store), number, 2) for number in range(2)]
+    del store  # which was the server until here
 
 
 def together(writers, folder, parts, lead):

@@ -1,4 +1,4 @@
-"""Check that a recipe keeps its promises on this machine: six comparisons, each of two ways to the same numbers.
+"""Check that a recipe keeps its promises on this machine: seven comparisons, each of two ways to the same numbers.
 
 The recipe is shrunk to take about a minute: a few steps, a small batch and, if necessary, a shorter context and a smaller model
 of the same kind. The comparisons:
@@ -7,6 +7,7 @@ resumed = uninterrupted       a run resumed from a checkpoint in its middle has 
 checkpoint round trip         the saved model, loaded again, has the validation loss that the run logged
 micro-batches agree           steps with micro-batches of 1, 2 and 4 sequences
 1 process = 2                 the same steps by two processes under torchrun
+1 process = 2 with shards     the same, where each process holds half of the model (FSDP2)
 compiled = eager              loss and gradients of one batch
 cached = full generation      greedy generation with and without a KV cache
 
@@ -27,15 +28,25 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors.torch import load_file
 
 from bardling.checkpoint.load import load
 from bardling.checkpoint.run_folder import RunFolder
-from bardling.config import CheckpointConfig, DataConfig, EvalConfig, ModelConfig, MonitorConfig, RunConfig, SampleConfig
+from bardling.config import (
+    CheckpointConfig,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    MonitorConfig,
+    ParallelConfig,
+    RunConfig,
+    SampleConfig,
+)
 from bardling.config.recipes import config_to_toml
 from bardling.data.batches.loader import Batch, EvalSequences
 from bardling.data.batches.packing import document_bounds, document_start
@@ -147,6 +158,7 @@ def shrink(
         sample=SampleConfig(every=0),
         checkpoint=CheckpointConfig(every=STEPS // 2, keep_last=3),
         monitor=MonitorConfig(),
+        parallel=ParallelConfig(),
     )
     return small, notes + changes
 
@@ -243,12 +255,13 @@ class _Verification:
         return train(self.split, self.folder / "base", quiet=True).folder
 
     def checks(self) -> Iterator[Check]:
-        order = {
+        order: dict[str, Callable[[], _Outcome]] = {
             "resumed = uninterrupted": self.resumed,
             "checkpoint round trip": self.round_trip,
             "micro-batches agree": self.micro_batches,
             "cached = full generation": self.generation,
-            "1 process = 2": self.processes,
+            "1 process = 2": partial(self.processes, "ddp"),
+            "1 process = 2 with shards": partial(self.processes, "fsdp"),
             "compiled = eager": self.compiled,
         }
         for done, (name, check) in enumerate(order.items()):
@@ -293,10 +306,13 @@ class _Verification:
             losses += _losses(run)
         return _compare(losses, 2 * _losses(self.base), _tolerance(self.split.precision))
 
-    def processes(self) -> _Outcome:
+    def processes(self, layout: Literal["ddp", "fsdp"]) -> _Outcome:
         self._skip_if_late()
-        recipe, run = self.folder / "two.toml", self.folder / "two"
-        recipe.write_text(config_to_toml(self.split), encoding="utf-8")
+        if layout == "fsdp" and (self.config.tune.lora_rank or self.config.fp8 or self.config.cuda_graphs):
+            raise _Skip("adapters, fp8 and CUDA graphs do not go with shards")
+        recipe, run = self.folder / f"{layout}.toml", self.folder / layout
+        config = dataclasses.replace(self.split, parallel=ParallelConfig(layout=layout))
+        recipe.write_text(config_to_toml(config), encoding="utf-8")
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
         done = subprocess.run(
             [*command, "-m", "bardling", "train", str(recipe), "--out", str(run)],
