@@ -181,7 +181,7 @@ def divide(model: GPT, context: Context, splits: dict[str, Split]) -> None:
         attention: Any = block.attn
         attention.heads = [heads // tokens.count for heads in attention.heads]
     model.transformer.ln_f.register_forward_hook(lambda module, inputs, output: _apply(_Gathered, tokens, output))
-    model.vocabulary = _vocabulary(group, model.head_weight.size(0))
+    model.vocabulary = vocabulary_shard(group, model.head_weight.size(0))
 
 
 def _borders(model: GPT, splits: dict[str, Split]) -> Iterator[tuple[Any, type[nn.Module]]]:
@@ -231,7 +231,8 @@ def _reduced(tensor: Tensor, op: Any, group: dist.ProcessGroup) -> Tensor:
     return tensor
 
 
-def _vocabulary(group: dist.ProcessGroup, rows: int) -> VocabularyShard:
+def vocabulary_shard(group: dist.ProcessGroup, rows: int) -> VocabularyShard:
+    """A range of `rows` rows of the head for each process of a group, in order."""
     return VocabularyShard(
         first=dist.get_rank(group) * rows,
         all_max=lambda tensor: _reduced(tensor, dist.ReduceOp.MAX, group),
