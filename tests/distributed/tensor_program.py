@@ -36,8 +36,8 @@ def difference(found: Tensor, expected: Tensor) -> float:
 
 
 def random_head(size: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states [3, 40, 16], a head [rows, 16] and targets, some of them without loss. Logits are exact, and many equal: the
-    likeliest id is the first of them."""
+    """Hidden states [3, 40, 16], a head [rows, 16] and targets, some of them without loss. Logits are exact, so that there are
+    equal ones, of which the first is the likeliest."""
     generator = torch.Generator().manual_seed(size)
     hidden = torch.randint(-4, 5, (3, 40, 16), generator=generator).double() / 8
     weight = torch.randint(-2, 3, (rows, 16), generator=generator).double()
