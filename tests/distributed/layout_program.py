@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bardling.config import ModelConfig, OptimConfig
 from bardling.data.batches.loader import Batch
@@ -74,8 +74,9 @@ def live_bytes() -> int:
         local = getattr(tensor, "_local_tensor", tensor)
         if local.is_meta:
             continue
-        storage = local.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
+        if type(local) in (Tensor, nn.Parameter):  # the compiler's own have no memory
+            storage = local.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
 
 
