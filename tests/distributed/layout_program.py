@@ -104,6 +104,10 @@ def train(case: dict, context: Context) -> dict:
         result["losses"].append(found.loss.item())
         result["norms"].append(found.grad_norm.item())
         result["memory"] = live_bytes() - before
+    saved = state.saved()
+    result["saved"] = sum(
+        tensor.nbytes for tensors in (saved.model_state, saved.optimizer_tensors) for tensor in tensors.values()
+    )
     result["scale"] = None if state.scaler is None else state.scaler.get_scale()
     result["weights"] = [float(tensor.double().sum()) for tensor in whole(assembly, state.parameters).values()]
     result["averages"] = [float(tensor.double().sum()) for tensor in whole(assembly, state.ema.tensors()).values()]

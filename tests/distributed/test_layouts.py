@@ -86,6 +86,8 @@ def test_all_layouts_train_as_one_process(trained, case):
 
 def test_four_shards_hold_at_most_three_tenths_of_the_memory(trained):
     case = FEW[-1]
-    whole = alone(case)["memory"]
-    for found in trained(case, FEW):
-        assert found["memory"] <= 0.30 * whole
+    whole, ranks = alone(case), trained(case, FEW)
+    for found in ranks:
+        assert found["memory"] <= 0.30 * whole["memory"]
+        assert found["saved"] <= 0.30 * whole["saved"]  # in addition, while it is written
+    assert sum(found["saved"] for found in ranks) == whole["saved"]

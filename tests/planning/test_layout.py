@@ -3,7 +3,20 @@
 import subprocess
 import sys
 
-from bardling.planning.layout import AXES, DATA_AXES, Layout
+import pytest
+
+from bardling.config import ModelConfig, ParallelConfig
+from bardling.errors import UserError
+from bardling.planning.layout import (
+    AXES,
+    DATA_AXES,
+    Layout,
+    check_pipeline,
+    choose_layout,
+    idle_fraction,
+    stage_layers,
+    stage_of,
+)
 
 
 def test_sizes_are_in_the_order_of_the_axes():
@@ -26,3 +39,60 @@ def test_planning_imports_no_torch():
         "print('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def given(processes, **sizes):
+    return choose_layout(ParallelConfig(**sizes), processes, processes, None, None)[0].sizes
+
+
+@pytest.mark.parametrize(
+    ("sizes", "layout"),
+    [
+        ({"pipeline": 8}, (1, 1, 1, 8)),
+        ({"pipeline": 2}, (4, 1, 1, 2)),
+        ({"pipeline": 2, "replicate": 4}, (4, 1, 1, 2)),
+        ({"pipeline": 2, "layout": "fsdp"}, (1, 4, 1, 2)),
+        ({"pipeline": 2, "shard": 2}, (2, 2, 1, 2)),
+    ],
+)
+def test_a_pipeline_leaves_the_other_processes_to_the_data(sizes, layout):
+    assert given(8, **sizes) == layout
+
+
+@pytest.mark.parametrize(
+    ("sizes", "problem"),
+    [
+        ({"pipeline": 3}, "a multiple of 3 processes, but there are 8: nearest possible: --parallel.pipeline 2"),
+        ({"pipeline": 4, "replicate": 4}, "nearest possible: --parallel.pipeline 2"),
+        ({"pipeline": 16}, "nearest possible: --parallel.pipeline 8"),
+    ],
+)  # fmt: skip
+def test_a_pipeline_must_divide_the_processes(sizes, problem):
+    with pytest.raises(UserError, match=problem):
+        given(8, **sizes)
+
+
+@pytest.mark.parametrize(
+    ("layout", "model", "problem"),
+    [
+        (Layout(pipeline=4), {"n_layer": 3}, "n_layer = 3: nearest possible: --parallel.pipeline 2 --parallel.replicate 2"),
+        (Layout(pipeline=2), {"tied": True}, "the head is tied to the embedding, .*: set --model.tied False, or leave"),
+        (Layout(pipeline=2), {"value_embeddings": 1}, "set model.value_embeddings = 0, or leave"),
+        (Layout(shard=2, pipeline=2), {}, "nearest possible: --parallel.shard 1 --parallel.replicate 2"),
+        (Layout(tensor=2, pipeline=2), {}, "nearest possible: --parallel.tensor 1 --parallel.replicate 2"),
+    ],
+)  # fmt: skip
+def test_impossible_pipelines_name_the_nearest_possible(layout, model, problem):
+    with pytest.raises(UserError, match=problem):
+        check_pipeline(ModelConfig(**{"n_layer": 4, "n_head": 2, "n_embd": 8, "vocab_size": 9, "tied": False, **model}), layout)
+
+
+def test_stages_are_as_even_as_possible():
+    assert stage_layers(7, 3) == [range(0, 3), range(3, 5), range(5, 7)]
+    assert stage_layers(2, 2) == [range(1), range(1, 2)]
+    names = ("transformer.wte", "transformer.wpe", "transformer.h.3.ln_1", "transformer.ln_f", "lm_head")
+    assert [stage_of(f"{name}.weight", 7, 3) for name in names] == [0, 0, 1, 2, 2]
+
+
+def test_a_pipeline_fills_and_drains():
+    assert [idle_fraction(4, passes) for passes in (1, 3, 12)] == [0.75, 0.5, 0.2]

@@ -22,9 +22,9 @@ from bardling.training.run import train
 count, activity = Counter(), ["start"]
 original, forward = Context.activity, Transformer.forward
 
-def record(self, name, patience=None):
+def record(self, name, *arguments, **options):
     activity[0] = name.split()[0]
-    original(self, name, patience)
+    original(self, name, *arguments, **options)
 
 def counted(self, *arguments, **options):
     count[activity[0]] += 1
@@ -77,7 +77,9 @@ def recipe(tiny, change, tmp_path):
     return path
 
 
-def test_all_ranks_run_the_same_number_of_forward_passes(recipe, tmp_path):
+@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+def test_all_ranks_run_the_same_number_of_forward_passes(recipe, tmp_path, layout):
+    recipe.write_text(recipe.read_text().replace('layout = "auto"', f'layout = "{layout}"'))
     marker = "§".encode()[0]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     script = tmp_path / "driver.py"
@@ -85,6 +87,7 @@ def test_all_ranks_run_the_same_number_of_forward_passes(recipe, tmp_path):
     command += [str(script), str(recipe), str(tmp_path), str(marker), "60"]
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert any((tmp_path / "run").glob("checkpoints/*/model-00002*")) == (layout == "fsdp")
     one, two = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
     assert one == two
     assert {"validate", "sample", "tasks", "explaining", "trying"} <= one.keys(), f"some work never ran: {one}"

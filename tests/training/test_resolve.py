@@ -9,7 +9,7 @@ import torch
 
 from bardling.checkpoint.load import Loaded
 from bardling.checkpoint.run_folder import RunFolder
-from bardling.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from bardling.config import DataConfig, ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
 from bardling.config.recipes import config_to_toml, parse_recipe
 from bardling.distributed.context import SINGLE, Context
 from bardling.errors import UserError
@@ -20,8 +20,11 @@ from bardling.training.resolve import resolve
 class FakeFacts(Facts):
     """Facts without files and measurements."""
 
-    def __init__(self, vocab_size=64, *, previous=None, start=None, speedup=1.0, flops=1e11, context=SINGLE, **options):
+    def __init__(
+        self, vocab_size=64, *, previous=None, start=None, speedup=1.0, flops=1e11, context=SINGLE, memory=None, **options
+    ):
         super().__init__(context, RunFolder(Path("nowhere")), **options)
+        self.memory = memory
         self.vocab_size, self.before, self.weights, self.speedup, self.flops = vocab_size, previous, start, speedup, flops
 
     @property
@@ -31,6 +34,13 @@ class FakeFacts(Facts):
     @property
     def checkpoint(self):
         return None
+
+    @property
+    def device_memory(self):
+        return self.memory
+
+    def arranged(self, layout):
+        return self.context
 
     def dataset(self, data, context=0):
         return SimpleNamespace(vocab_size=self.vocab_size, tokenizer=None, path="made up", manifest=SimpleNamespace(row=0))
@@ -95,6 +105,25 @@ def test_several_processes_replicate_the_model_and_divide_the_batch():
     assert (run.plan.data_size, run.plan.micro_batch, run.plan.accumulation) == (4, 2, 1)
     with pytest.raises(UserError, match="does not divide among 3 processes"):
         resolve(config(), FakeFacts(context=Context(0, 3, torch.device("cpu"))))
+
+
+def test_a_model_that_does_not_fit_is_sharded(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    model = ModelConfig(n_layer=4, n_head=2, n_embd=128, block_size=8)  # 0.8 million parameters of 16 bytes
+
+    def layout(memory, **parallel):
+        facts = FakeFacts(context=Context(1, 4, torch.device("cpu")), memory=memory)
+        run = resolve(config(model=model, parallel=ParallelConfig(**parallel)), facts)
+        return str(run.layout), run.why("parallel.layout")
+
+    assert layout(100e6)[0] == "DDP (replicate 4)"
+    assert layout(10e6) == ("HSDP (replicate 2, shard 2)", layout(10e6)[1])
+    assert "of weights, gradients and optimizer state and" in layout(10e6)[1]
+    assert layout(5e6)[0] == "FSDP2 (shard 4)"
+    assert layout(5e6, layout="ddp") == ("DDP (replicate 4)", "as configured")
+    assert layout(None, shard=2)[0] == "HSDP (replicate 2, shard 2)"
+    with pytest.raises(UserError, match=r"parallel.shard = 3: needs a multiple of 3 processes, but there are 4: nearest .* 2"):
+        layout(None, shard=3)
 
 
 def test_depth_derives_the_settings_that_are_not_given():

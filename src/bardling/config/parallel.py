@@ -19,6 +19,10 @@ class ParallelConfig:
     tensor: int | None = None
     """Processes that each compute a fraction of every layer, for the same samples (tensor and sequence parallelism; best among
     the GPUs of one machine); unset: 1, or more where a single layer is too large for a device."""
+    pipeline: int = 1
+    """Stages of a pipeline: each process holds some of the layers. The passes of a step are in it together; use several."""
+    schedule: Literal["1f1b", "gpipe"] = "1f1b"
+    """With pipeline: '1f1b' runs backward passes as soon as possible; 'gpipe' after all forward passes, with more memory."""
     reshard: bool = True
     """With shard: free the gathered weights of a block after its forward pass, and gather them again for its backward pass."""
     accumulate: Literal["auto", "whole", "shards"] = "auto"
@@ -27,4 +31,4 @@ class ParallelConfig:
     """With shard, on CUDA: keep weights, gradients and optimizer state in host memory."""
 
     def __post_init__(self) -> None:
-        require_at_least(1, self, "parallel", "replicate", "shard", "tensor")
+        require_at_least(1, self, "parallel", "replicate", "shard", "tensor", "pipeline")

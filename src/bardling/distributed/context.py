@@ -59,15 +59,16 @@ class Context:
         return self.mesh.get_local_rank("replicate") * self._size(["shard"]) + self.mesh.get_local_rank("shard")
 
     @property
-    def dropout_rank(self) -> int:
-        """Which dropout masks this process draws: 0 to n - 1. Processes of a tensor group drop different activations."""
-        own = 0 if self.mesh is None else self.mesh.get_local_rank("tensor")
-        return self.data_rank * self.size("tensor") + own
+    def stage(self) -> int:
+        """Which stage of a pipeline this process computes; 0 without one."""
+        return 0 if self.mesh is None else self.mesh.get_local_rank("pipeline")
 
     @property
-    def sharded(self) -> bool:
-        """Whether processes hold different parts of the model."""
-        return self.size("shard") > 1 or self.size("tensor") > 1
+    def dropout_rank(self) -> int:
+        """Which dropout masks this process draws: 0 to n - 1. Processes that compute other layers, or other parts of a layer,
+        drop different activations."""
+        part = 0 if self.mesh is None else self.mesh.get_local_rank("tensor")
+        return (self.data_rank * self.size("tensor") + part) * self.size("pipeline") + self.stage
 
     def size(self, axis: str) -> int:
         """Number of processes along an axis of the mesh."""

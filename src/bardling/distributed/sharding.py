@@ -20,15 +20,18 @@ from bardling.config import ModelConfig
 from bardling.distributed.context import Context
 from bardling.distributed.device import DTYPES
 from bardling.distributed.tensor import divide
-from bardling.model.divided import tensor_splits
+from bardling.model.divided import Split, tensor_splits
 from bardling.model.gpt import GPT
 from bardling.model.init import initial_value
 
 SHARD_AXES = ("shard", "tensor")
 """Axes of the mesh along which processes hold different parts of a parameter."""
 
+MODEL_AXES = (*SHARD_AXES, "pipeline")
+"""Axes of the mesh along which processes hold different parts of the model."""
 
-class _SharedScaler(torch.amp.GradScaler):
+
+class SharedScaler(torch.amp.GradScaler):
     """Skips an update in all processes if the gradients of any overflow. (PyTorch's own for shards fails on a CPU.)"""
 
     def __init__(self, device: str, group: dist.ProcessGroup | None) -> None:
@@ -45,10 +48,14 @@ class _SharedScaler(torch.amp.GradScaler):
 class Shards:
     """The part of a sharded model that this process holds."""
 
+    _splits: Mapping[str, Split] = {}  # what tensor parallelism divides
+    _tensor = 1  # among how many processes
+
     def __init__(self, model: GPT, context: Context) -> None:
         self._sharded: dict[str, Any] = dict(model.named_parameters())  # DTensors
         self._tensor = context.size("tensor")
-        self._splits = tensor_splits(model.config) if self._tensor > 1 else {}
+        if self._tensor > 1:
+            self._splits = tensor_splits(model.config)
         self._tensor_group = context.group(("tensor",))
         self.group = context.group(SHARD_AXES)
         self.rank, self.count = dist.get_rank(self.group), dist.get_world_size(self.group)
@@ -92,19 +99,36 @@ class Shards:
         split = self._splits.get(name)
         return (whole if split is None else split.fraction(whole, self.rank % self._tensor, self._tensor))[first:last]
 
+    def parameter_of(self, key: str) -> str:
+        """The parameter that a tensor belongs to: named by it, possibly with a prefix and an entry such as `.exp_avg`."""
+        name = key.rpartition(":")[2]
+        return name if name in self.shapes else name.rpartition(".")[0]
+
+    def holds(self, key: str) -> bool:
+        """Whether this process has a part of a tensor, named as for `parameter_of`; also if no process has."""
+        return True
+
+    def merged(self, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """The optimizer's metadata in all processes together. Collective over the shards."""
+        return dict(facts)
+
     def owned(self, local: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Gather tensors one by one; those that this process writes, whole and in host memory. Collective over the shards.
 
         Args:
-            local: what this process holds of tensors, named by a parameter, possibly with a prefix and an entry such as
-                `.exp_avg`; numbers are the same in all processes.
+            local: what this process holds of tensors, named as for `parameter_of`; numbers are the same in all processes.
         """
+        names = {key: self.parameter_of(key) for key in local}
+        kinds = sorted({key.replace(name, "") for key, name in names.items()} | {""})
         for key, tensor in local.items():
-            name = key.rpartition(":")[2]
-            name = name if name in self.shapes else name.rpartition(".")[0]
+            name = names[key]
             whole = self.gather(name, tensor) if tensor.dim() else tensor
-            if self.owners[name] == self.rank:
+            if self.writer(name, kinds.index(key.replace(name, ""))) == self.rank:
                 yield key, whole.detach().to("cpu", copy=True)
+
+    def writer(self, name: str, kind: int) -> int:
+        """Who writes the tensor of a kind that belongs to a parameter: 0 is its value, and others follow its owner in turn."""
+        return (self.owners[name] + kind) % self.count
 
     @torch.no_grad()
     def gather(self, name: str, local: Tensor) -> Tensor:
@@ -140,7 +164,7 @@ class Shards:
                 gradient.copy_(total.view_as(gradient))
 
     def gradient_scaler(self, device: torch.device) -> torch.amp.GradScaler:
-        return _SharedScaler(device.type, self.group)
+        return SharedScaler(device.type, self.group)
 
     def _whole_shape(self, name: str) -> tuple[int, ...]:
         shape, split = list(self._sharded[name].shape), self._splits.get(name)

@@ -43,8 +43,9 @@ class KVCache:
     def __init__(self, config: ModelConfig, batch: int, *, capacity: int | None = None) -> None:
         self.config = config
         self.capacity = min(capacity or config.block_size, config.block_size)
+        self.layers = config.n_layer  # of which this cache holds keys and values; may be changed before the first write
         self.lengths = [0] * batch
-        self.keys: Tensor | None = None  # [n_layer, B or more, n_kv_head, capacity, head_dim]
+        self.keys: Tensor | None = None  # [layers, B or more, n_kv_head, capacity, head_dim]
         self.values: Tensor | None = None
 
     @property
@@ -79,7 +80,7 @@ class KVCache:
         """Store one layer's new keys and values [B, K, T, D]; return those that the queries may see [B, K, S, D]."""
         if self.keys is None or self.values is None:
             batch, heads, _, width = key.shape
-            shape = (self.config.n_layer, batch, heads, self.capacity, width)
+            shape = (self.layers, batch, heads, self.capacity, width)
             self.keys, self.values = key.new_zeros(shape), value.new_zeros(shape)
         keys, values = self.keys[layer, : key.size(0)], self.values[layer, : key.size(0)]
         if step.start is not None:

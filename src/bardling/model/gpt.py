@@ -170,30 +170,42 @@ class Transformer(nn.Module):
         documents: Tensor | None = None,
         table: Tensor | None = None,  # a view of `wte.weight` to look tokens up in: see `tied_views`
     ) -> Tensor:
-        batch, time = tokens.shape
-        arch, p = self.architecture, self.dropout if self.training else 0.0
         x = self.wte(tokens, table)  # [B, T, C]
-        step = None if cache is None else cache.next_step(batch, time, tokens.device)
+        places, positions = self.locate(x, cache, documents)
+        hidden: Tensor = self.ln_f(self.layers(self.enter(x, places), positions, tokens))
+        return hidden
+
+    def locate(self, x: Tensor, cache: KVCache | None, documents: Tensor | None) -> tuple[Tensor, Positions]:
+        """Where the tokens of hidden states x [B, T, C] are: numbers [T] or [B, T] for `enter`, and what every layer needs."""
+        batch, time, _ = x.shape
+        arch, p = self.architecture, self.dropout if self.training else 0.0
+        step = None if cache is None else cache.next_step(batch, time, x.device)
         packed = None if documents is None else make_documents(documents, batch, time, arch, product_dtype(x), dropout=p)
-        places = torch.arange(time, device=tokens.device) if step is None else step.positions  # [T] or [B, T]
+        places = torch.arange(time, device=x.device) if step is None else step.positions  # [T] or [B, T]
         angles = None
-        if arch.positions == "learned":
-            x = x + self.wpe(places if packed is None else packed.positions)
-        else:
+        if arch.positions == "rotary":
             angles = rotation(places, arch.head_dim, arch.rope_theta, product_dtype(x))
-        positions = Positions(angles, packed, cache, step)
-        x = dropout(x, p)
+        return places if packed is None else packed.positions, Positions(angles, packed, cache, step)
+
+    def enter(self, x: Tensor, places: Tensor) -> Tensor:
+        """The input of the first layer: token embeddings x [B, T, C], with learned positions added, and dropout."""
+        if self.architecture.positions == "learned":
+            x = x + self.wpe(places)
+        return dropout(x, self.dropout if self.training else 0.0)
+
+    def layers(self, x: Tensor, positions: Positions, tokens: Tensor) -> Tensor:
+        """Run the blocks on x [B, T, C]."""
+        arch, p = self.architecture, self.dropout if self.training else 0.0
         value_embeddings = [wve(tokens) for wve in self.wve] if arch.value_embeddings else []  # each [B, T, K * D]
-        recompute = self.recompute and cache is None and torch.is_grad_enabled()
+        recompute = self.recompute and positions.cache is None and torch.is_grad_enabled()
         for layer, block in enumerate(self.h):
             number = arch.value_table(layer)
             inputs = (x, positions, None if number is None else value_embeddings[number])
             # The RNG state matters only for drawing the same dropout masks again.
             x = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=p > 0) if recompute else block(*inputs)
-        if cache is not None:
-            cache.advance(time)
-        hidden: Tensor = self.ln_f(x)
-        return hidden
+        if positions.cache is not None:
+            positions.cache.advance(x.size(1))
+        return x
 
 
 class GPT(nn.Module):

@@ -51,7 +51,7 @@ def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) 
     if name.startswith("transformer.wve."):
         std *= math.sqrt(config.n_embd)  # standard deviation of c_attn's product with a normed input
     value, rows = torch.zeros(shape, **_FLOAT32), config.vocab_size if has_vocabulary_rows(name) else shape[0]
-    value[:rows] = torch.normal(0.0, std, (rows, *shape[1:]), generator=named_generator(seed, name), **_FLOAT32)
+    value[:rows].normal_(0.0, std, generator=named_generator(seed, name))
     return value
 
 

@@ -18,7 +18,7 @@ _USABLE = 0.9  # of a device's memory; the rest goes to fragmentation and librar
 
 @dataclass(frozen=True)
 class Layout:
-    """Processes along each axis of the mesh; an unused axis has size 1. So far, runs use the first three."""
+    """Processes along each axis of the mesh; an unused axis has size 1."""
 
     replicate: int = 1  # each holds all parameters (DDP)
     shard: int = 1  # each holds a shard of every parameter (FSDP2)
@@ -40,14 +40,18 @@ class Layout:
         return self.replicate * self.shard
 
     @property
-    def sharded(self) -> bool:
-        """Whether processes hold different parts of the model."""
-        return self.shard > 1 or self.tensor > 1
+    def divided(self) -> bool:
+        """Whether a process holds only a part of the model."""
+        return self.data_size // self.replicate * self.tensor * self.pipeline > 1
 
     def __str__(self) -> str:
         kinds = {(False, False): "", (True, False): "DDP", (False, True): "FSDP2", (True, True): "HSDP"}
-        names = [kinds[self.replicate > 1, self.shard > 1], "tensor parallelism" if self.tensor > 1 else ""]
-        name = " and ".join(filter(None, names)) or "one process"
+        name = kinds[self.replicate > 1, self.shard > 1]
+        if self.pipeline > 1:
+            name = f"{name} of pipelines" if name else "pipeline"
+        if self.tensor > 1:
+            name = f"{name} with tensor parallelism" if name else "tensor parallelism"
+        name = name or "one process"
         used = ", ".join(f"{axis} {size}" for axis, size in zip(AXES, self.sizes, strict=True) if size > 1)
         return f"{name} ({used})" if used else name
 
@@ -74,7 +78,7 @@ def choose_layout(
     if config.tensor is not None and model is not None:
         check_tensor(model, config.tensor)
     tensor = config.tensor or 1
-    if config.replicate is not None or config.shard is not None or processes % tensor:
+    if config.replicate is not None or config.shard is not None or config.pipeline > 1 or processes % tensor:
         return _given(config, processes), "as configured"
     rest = processes // tensor
     if config.layout != "auto" or rest == 1:
@@ -127,6 +131,46 @@ def keeps_whole_gradients(config: ParallelConfig, layout: Layout, passes: int, n
     return memory is None or sharded_bytes(needed, layout, whole_gradients=True) <= _USABLE * memory
 
 
+def check_pipeline(model: ModelConfig, layout: Layout) -> None:
+    """Raise a `UserError` if the layout has a pipeline that the model or the other axes do not allow."""
+    size, asked = layout.pipeline, f"parallel.pipeline = {layout.pipeline}"
+    if size == 1:
+        return
+    if model.architecture.tied:
+        remedy = "set --model.tied False, or leave parallel.pipeline out"
+        raise UserError(f"{asked}: the head is tied to the embedding, which is in another stage: {remedy}")
+    if model.value_embeddings:
+        shared = f"model.value_embeddings = {model.value_embeddings} belong to the first and the last stage"
+        raise UserError(f"{asked}: {shared}: set model.value_embeddings = 0, or leave parallel.pipeline out")
+    for axis in ("shard", "tensor"):
+        if (other := getattr(layout, axis)) > 1:
+            remedy = f"--parallel.{axis} 1 --parallel.replicate {layout.world_size // size}"
+            raise UserError(f"{asked} with {other} along {axis}: stages are not divided further: nearest possible: {remedy}")
+    if size > model.n_layer:
+        nearest = next(n for n in range(model.n_layer, 0, -1) if layout.world_size % n == 0)
+        copies = f"--parallel.pipeline {nearest} --parallel.replicate {layout.world_size // nearest}"
+        raise UserError(f"{asked} for model.n_layer = {model.n_layer}: nearest possible: {copies}")
+
+
+def idle_fraction(stages: int, passes: int) -> float:
+    """Fraction of a step in which a stage waits for others: the pipeline fills and drains (Huang et al. 2019, section 2)."""
+    return (stages - 1) / (passes + stages - 1)
+
+
+def stage_layers(layers: int, stages: int) -> list[range]:
+    """The layers of each stage of a pipeline, as even as possible: the first ones, which have no head, get the rest."""
+    sizes = [layers // stages + (stage < layers % stages) for stage in range(stages)]
+    return [range(sum(sizes[:stage]), sum(sizes[: stage + 1])) for stage in range(stages)]
+
+
+def stage_of(name: str, layers: int, stages: int) -> int:
+    """The stage that holds a parameter: embeddings belong to the first, the final norm and the head to the last."""
+    if name.startswith("transformer.h."):
+        layer = int(name.split(".")[2])
+        return next(stage for stage, own in enumerate(stage_layers(layers, stages)) if layer in own)
+    return stages - 1 if name.startswith(("transformer.ln_f.", "lm_head.")) else 0
+
+
 def _state(needed: MemoryPlan) -> int:
     return needed.total - needed.activations.total
 
@@ -155,14 +199,17 @@ def _among(tensor: int) -> str:
 
 
 def _given(config: ParallelConfig, processes: int) -> Layout:
-    """The layout with the sizes given; a size left open takes the remaining processes."""
+    """The layout with the sizes given; a size left open takes the remaining processes. Beside a pipeline, copies do."""
     sizes = {"replicate": config.replicate, "shard": config.shard, "tensor": config.tensor}
-    stated = {f"parallel.{axis}": size for axis, size in sizes.items() if size is not None}
+    asked = {**sizes, "pipeline": config.pipeline if config.pipeline > 1 else None}
+    stated = {f"parallel.{axis}": size for axis, size in asked.items() if size is not None}
+    if config.replicate is None and config.shard is None:
+        sizes["replicate" if config.layout == "fsdp" else "shard"] = 1
     product = math.prod(stated.values())
     open_axes = [axis for axis in ("replicate", "shard") if sizes[axis] is None]
     if processes % product == 0 and (open_axes or product == processes):
-        rest = dict.fromkeys(open_axes[:1], processes // product)
-        return Layout(**{axis: size or rest.get(axis, 1) for axis, size in sizes.items()})
+        rest = dict.fromkeys(open_axes, processes // product)
+        return Layout(**{axis: size or rest.get(axis, 1) for axis, size in sizes.items()}, pipeline=config.pipeline)
     listed = " and ".join(f"{key} = {size}" for key, size in stated.items())
     need = f"a multiple of {product} processes" if open_axes else f"{product} processes"
     key, size = next(reversed(stated.items()))

@@ -6,7 +6,7 @@ device before the optimizer is created, and is wrapped (compiled, distributed) l
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -15,7 +15,8 @@ from bardling.config import ModelConfig, OptimConfig, TuneConfig
 from bardling.distributed.context import Context
 from bardling.distributed.device import Precision
 from bardling.distributed.matrices import ShardedMatrices
-from bardling.distributed.sharding import Shards, initialize, load_weights, shard
+from bardling.distributed.pipeline import Pipeline, Stage, StageParameters, build_stage
+from bardling.distributed.sharding import MODEL_AXES, Shards, initialize, load_weights, shard
 from bardling.distributed.wrap import wrap
 from bardling.model.gpt import GPT
 from bardling.model.layers import use_fp8
@@ -38,6 +39,7 @@ class Execution:
     reshard: bool = True  # with shards: free gathered weights between a block's forward and backward pass
     whole_gradients: bool = False  # with shards: reduce gradients only after the last pass of a step
     offload: bool = False  # with shards: keep them in host memory
+    schedule: Literal["1f1b", "gpipe"] = "1f1b"  # of a pipeline
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def build(
     if isinstance(model, GPT):
         network = model
         network.recompute = network.recompute or execution.recompute
-    elif context.sharded:
+    elif any(context.size(axis) > 1 for axis in MODEL_AXES):
         network, shards = build_sharded(model, execution, context, seed=seed if weights is None else None, weights=weights)
     else:
         network = build_model(model, execution, context.device, seed=seed if weights is None else None)
@@ -90,13 +92,15 @@ def build(
             world_size=context.data_size,
             process_group=context.group(),
             compiled=execution.compiled,
-            exchange=None if shards is None else ShardedMatrices(shards),
+            exchange=None if shards is None or isinstance(shards, StageParameters) else ShardedMatrices(shards),
         )
     state = TrainState(network, optimizer, shards=shards)
     if execution.precision.needs_scaler:
         state.scaler = torch.amp.GradScaler(context.device.type) if shards is None else shards.gradient_scaler(context.device)
     if optim.ema_decay:
         state.ema = Ema(trained, optim.ema_decay)
+    if isinstance(network, Stage):
+        return Assembly(state, cast(Forward, Pipeline(network, execution.schedule)))
     if shards is not None:
         return Assembly(state, cast(Forward, network))
     forward = wrap(network, compiled=execution.compiled, cuda_graphs=execution.cuda_graphs, context=context)
@@ -111,21 +115,26 @@ def build_sharded(
     seed: int | None,
     weights: Mapping[str, Tensor] | None = None,
 ) -> tuple[GPT, Shards]:
-    """A model of which each process holds a shard; with the given weights, those of `seed`, or undefined ones."""
+    """A model of which each process holds a part; with the given weights, those of `seed`, or undefined ones."""
+    network: GPT
+    shards: Shards
 
     def empty() -> GPT:
         network = GPT(model, seed=None)
         network.recompute = execution.recompute
         return network
 
-    network, shards = shard(
-        empty,
-        context,
-        precision=execution.precision.name,
-        compiled=execution.compiled,
-        reshard=execution.reshard,
-        offload=execution.offload,
-    )
+    if context.size("pipeline") > 1:
+        network, shards = build_stage(model, context, recompute=execution.recompute, compiled=execution.compiled)
+    else:
+        network, shards = shard(
+            empty,
+            context,
+            precision=execution.precision.name,
+            compiled=execution.compiled,
+            reshard=execution.reshard,
+            offload=execution.offload,
+        )
     if weights is not None:
         load_weights(shards, weights)
     elif seed is not None:

@@ -3,6 +3,7 @@
 Each fact is looked up once, when it is first needed. The primary process measures for all, so that all processes decide alike.
 """
 
+import os
 import time
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from bardling.data.tokens.dataset import open_data, open_recorded
 from bardling.data.tokens.shards import TokenDataset
 from bardling.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from bardling.distributed.context import Context
-from bardling.distributed.device import bfloat16_speedup, compiler_problem, matmul_flops
+from bardling.distributed.device import bfloat16_speedup, compiler_problem, free_memory, matmul_flops
 from bardling.distributed.heartbeat import LONG_PATIENCE, UNLIMITED_PATIENCE
 from bardling.planning.layout import Layout
 from bardling.training.environment import continued_checkpoint
@@ -100,6 +101,24 @@ class Facts:
     @cached_property
     def own_tokenizer(self) -> Tokenizer | None:
         return load_tokenizer(self.folder.path) if self.resumed and (self.folder.path / "tokenizer.json").is_file() else None
+
+    @cached_property
+    def processes_per_node(self) -> int:
+        """How many processes share a machine, as torchrun says."""
+        stated = os.environ.get("LOCAL_WORLD_SIZE", "")
+        return int(stated) if stated.isdecimal() and int(stated) else self.context.world_size
+
+    @cached_property
+    def device_memory(self) -> int | None:
+        """Memory of the smallest device of all (bytes); of a CPU, a process's share of what is free. None: unknown."""
+        device = self.context.device
+        if device.type == "cuda":
+            size: int | None = torch.cuda.get_device_properties(device).total_memory
+        else:
+            free = free_memory(device)
+            size = None if free is None else free // self.processes_per_node
+        smallest = -self.context.largest(-(0 if size is None else size >> 20))  # megabytes
+        return (smallest << 20) or None
 
     def bfloat16_speedup(self, device: torch.device) -> float:
         return self.context.on_primary(lambda: bfloat16_speedup(device))

@@ -35,7 +35,7 @@ from bardling.planning.parameter_shapes import adapted_parts
 from bardling.training.build import Execution
 from bardling.training.compile_choice import choose_compile, run_flops, without_compiler
 from bardling.training.facts import Facts
-from bardling.training.parallel_choice import decide_layout, with_layout
+from bardling.training.parallel_choice import decide_layout, idle_stages, with_layout
 from bardling.training.recovery.memory import choose_micro_batch
 from bardling.training.schedule_report import check_schedule
 
@@ -112,7 +112,7 @@ def resolve(config: RunConfig, facts: Facts) -> ResolvedRun:
     peak = _peak_flops(config, model, precision.name, facts)
 
     shaped = replace(config, model=model, optim=optim)
-    layout, why = decide_layout(shaped, precision.name, facts.context)
+    layout, why = decide_layout(shaped, precision.name, facts)
     if layout.world_size > 1:
         log.add("parallel.layout", str(layout), why)
     plan = make_plan(train, model.block_size, layout.data_size)
@@ -124,7 +124,7 @@ def resolve(config: RunConfig, facts: Facts) -> ResolvedRun:
     compiles, why = choose_compile(config.compile, config.cuda_graphs, device, flops, peak, plan.shapes, deadline=deadline)
     if (problem := facts.compiler_problem(device, compiles=compiles)) is not None:
         compiles, why = False, without_compiler(problem, config.compile, config.cuda_graphs)
-    execution = with_layout(replace(execution, compiled=compiles), shaped, layout, plan, facts.context)
+    execution = with_layout(replace(execution, compiled=compiles), shaped, layout, plan, facts)
     compiled: Literal["on", "off"] = "on" if compiles else "off"
     log.add("compile", compiled, why)
 
@@ -141,6 +141,7 @@ def resolve(config: RunConfig, facts: Facts) -> ResolvedRun:
         log.add("train.micro_batch", micro, why)
         log.changes.append(f"train.micro_batch: {train.micro_batch} -> {micro}, {why}")
         run = run.with_micro_batch(micro)
+    log.warnings += idle_stages(layout, run.plan)
     return replace(run, reasons=tuple(log.reasons), changes=tuple(log.changes), warnings=tuple(log.warnings))
 
 

@@ -162,7 +162,7 @@ class Session:
             self.facts = replace(self.facts)  # forgets it
             self.start = self._weights_to_start_from()
         execution = replace(self.run.execution, compiled=False, cuda_graphs=False)
-        return self._build(execution, self.context if self.run.layout.sharded else SINGLE).state
+        return self._build(execution, self.context if self.run.layout.divided else SINGLE).state
 
     def _weights_to_start_from(self) -> Loaded | None:
         """What `model.init` names, for the run's context and tokens, unless a checkpoint replaces it; with LoRA, the run's own

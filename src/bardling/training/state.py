@@ -76,7 +76,9 @@ class TrainState:
         if shards is None:
             return content
         model, optimizer = (dict(shards.owned(found)) for found in (content.model_state, content.optimizer_tensors))
-        return replace(content, model_state=model, optimizer_tensors=optimizer, owners=shards.owners, writers=shards.count)
+        meta = shards.merged(content.optimizer_meta)
+        content = replace(content, model_state=model, optimizer_tensors=optimizer, optimizer_meta=meta)
+        return replace(content, owners=shards.owners, writers=shards.count)
 
     def _held(self) -> Checkpoint:
         """What this process holds of the contents of a checkpoint."""
@@ -143,6 +145,10 @@ class TrainState:
     def _load_weights(self, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         """Load the model, its EMA and its optimizer from what `saved` gives."""
         names, shards = self.parameters, self.shards
+        if shards is not None:
+            optimizer = Computed({key: partial(optimizer.__getitem__, key) for key in optimizer if shards.holds(key)})
+            if isinstance(scalars := meta.get("scalars"), Mapping):
+                meta = {**meta, "scalars": {key: value for key, value in scalars.items() if shards.holds(str(key))}}
         for name in (name.removeprefix(RAW) for name in optimizer if name.startswith(RAW)):
             tensor = optimizer[RAW + name] if name in names else None
             tensor = tensor if tensor is None or shards is None else shards.take(name, tensor)
@@ -177,10 +183,12 @@ class TrainState:
 
     def checkpoint_bytes(self) -> int:
         """Approximate size of a checkpoint: weights, two moments of each (one of Muon's matrices), small files."""
-        weights: int = sum(tensor.numel() * 4 for tensor in trained_state(self.model).values())
-        muon = {id(p) for group in self.optimizer.param_groups if group.get("muon") for p in group["params"]}
-        whole = {name: p.numel() for name, p in self.parameters.items()}
+        whole = {name: tensor.numel() for name, tensor in trained_state(self.model).items()}
         if self.shards is not None:
-            whole = {name: math.prod(self.shards.shapes[name]) for name in whole}
-        moments = sum(size * (4 if id(self.parameters[name]) in muon else 8) for name, size in whole.items())
+            whole = {name: math.prod(shape) for name, shape in self.shards.shapes.items()}
+        weights, parameters = 4 * sum(whole.values()), self.parameters
+        muon = {id(p) for group in self.optimizer.param_groups if group.get("muon") for p in group["params"]}
+        bytes_of = {name: whole[name] * (4 if id(p) in muon else 8) for name, p in parameters.items()}
+        # Other stages of a pipeline hold about the same kinds of parameters as this one.
+        moments = round(sum(bytes_of.values()) * sum(whole.values()) / sum(whole[name] for name in parameters))
         return weights * (1 if self.ema is None else 2) + moments + 100_000

@@ -24,11 +24,13 @@ from torch import Tensor, nn
 from bardling.data.batches.loader import Batch
 from bardling.distributed.context import Context
 from bardling.distributed.device import Precision
-from bardling.distributed.sharding import SHARD_AXES
+from bardling.distributed.pipeline import Pipeline
+from bardling.distributed.sharding import MODEL_AXES
 from bardling.distributed.wrap import gradient_sync
 from bardling.errors import Terminated
 from bardling.optim.build import set_learning_rate
-from bardling.training.objective import Forward, Objective
+from bardling.planning.layout import AXES
+from bardling.training.objective import Forward, Objective, Sums
 from bardling.training.recovery.signals import Stopped
 from bardling.training.recovery.spikes import Limits
 from bardling.training.state import TrainState
@@ -89,30 +91,51 @@ def train_step(
                 parameter.grad = torch.zeros_like(parameter)
     tokens = context.sum(torch.stack([objective.denominator(batch) for batch in batches]).sum())
     reduce_all = state.shards is not None and not settings.whole_gradients
-    totals: Tensor | None = None  # loss sum, then the objective's further sums
-    names: tuple[str, ...] = ()
-    for number, batch in enumerate(batches):
+    totals = _Totals()
+
+    def loss(forward: Forward, batch: Batch) -> Tensor:
+        with settings.precision.autocast():
+            sums = objective(forward, batch)
+        totals.add(sums)
+        # DDP averages gradients over data-parallel processes; the factor turns that into the sum over all tokens' mean.
+        scaled = sums.loss * (context.data_size / tokens)
+        return scaled if state.scaler is None else state.scaler.scale(scaled)
+
+    pipeline = forward if isinstance(forward, Pipeline) else None
+    for number, batch in enumerate(batches[:1] if pipeline else batches):
         # A vote waits for all processes, so several hold one per step.
         if (number == 0 or context.world_size == 1) and context.any(settings.stop_requested()):
             state.zero_gradients()
             raise Stopped
-        context.activity(f"pass {number + 1} of {len(batches)} of step {state.step + 1}", shared=True)
+        which = f"the {len(batches)} passes" if pipeline else f"pass {number + 1} of {len(batches)}"
+        context.activity(f"{which} of step {state.step + 1}", shared=True)
         try:
             with settings.interruptible(), gradient_sync(forward, on=reduce_all or number == len(batches) - 1):
-                with settings.precision.autocast():
-                    sums = objective(forward, batch)
-                # DDP averages gradients over data-parallel processes; the factor turns that into the sum over all tokens' mean.
-                scaled = sums.loss * (context.data_size / tokens)
-                (scaled if state.scaler is None else state.scaler.scale(scaled)).backward()  # type: ignore[no-untyped-call]
+                if pipeline is not None:
+                    pipeline.run(batches, loss, settings.precision.autocast)
+                else:
+                    loss(forward, batch).backward()  # type: ignore[no-untyped-call]
         except Terminated:
             state.zero_gradients()
             raise Stopped from None
-        found = torch.stack([sums.loss.detach(), *(value.to(sums.loss.dtype) for value in sums.others.values())])
-        totals, names = found if totals is None else totals + found, tuple(sums.others)
-    assert totals is not None
-    loss_sum, *others = context.sum(totals)
+    if pipeline is not None:
+        totals.sums, totals.names = pipeline.share(totals.sums, totals.names)
+    assert totals.sums is not None
+    loss_sum, *others = context.sum(totals.sums)
     norm, bad = _update(state, settings, loss_sum / tokens, lr, limits)
-    return StepResult(loss_sum / tokens, loss_sum, tokens, dict(zip(names, others, strict=True)), norm, lr, bad)
+    return StepResult(loss_sum / tokens, loss_sum, tokens, dict(zip(totals.names, others, strict=True)), norm, lr, bad)
+
+
+@dataclass
+class _Totals:
+    """What the passes of a step have added up to."""
+
+    sums: Tensor | None = None  # loss sum, then the objective's further sums
+    names: tuple[str, ...] = ()  # of the further sums
+
+    def add(self, sums: Sums) -> None:
+        found = torch.stack([sums.loss.detach(), *(value.to(sums.loss.dtype) for value in sums.others.values())])
+        self.sums, self.names = found if self.sums is None else self.sums + found, tuple(sums.others)
 
 
 def _update(
@@ -128,13 +151,13 @@ def _update(
     counted = [p.grad for name, p in named if p.grad is not None and (shards is None or shards.counts(name))]
     norm = nn.utils.get_total_norm(counted)
     if shards is not None:
-        norm = settings.context.sum(norm.square(), SHARD_AXES).sqrt()
+        norm = settings.context.sum(norm.square(), MODEL_AXES).sqrt()
     set_learning_rate(state.optimizer, lr)
     bad, on_device = None, False
     if limits is not None:
         # NaN is below no limit. The sum is a vote: processes must not disagree because of rounding.
         within = (loss <= limits.loss) & (norm <= limits.grad_norm)
-        bad = (settings.context.sum((~within).float()) > 0).float()
+        bad = (settings.context.sum((~within).float(), AXES) > 0).float()
         on_device = bad.is_cuda if settings.skip_on_device is None else settings.skip_on_device
         on_device = on_device and getattr(state.optimizer, "_step_supports_amp_scaling", False)
     if bad is None or on_device or not bad.item():

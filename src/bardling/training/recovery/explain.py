@@ -25,6 +25,7 @@ from bardling.data.tokens.documents import Document
 from bardling.data.tokens.shards import TokenDataset
 from bardling.distributed.context import Context
 from bardling.distributed.device import Precision
+from bardling.distributed.pipeline import Pipeline, Stage
 from bardling.distributed.sharding import SHARD_AXES
 from bardling.errors import UserError
 from bardling.model.gpt import evaluation_mode
@@ -125,20 +126,28 @@ class Explainer:
             if weights_nonfinite:
                 entry["weight_nonfinite"] = int(weights_nonfinite)
             entries.append(entry)
+        if state.shards is not None:
+            entries = state.shards.merged({"entries": entries})["entries"]
         entries.sort(key=lambda entry: (not entry["nonfinite"], 0.0 if entry["nonfinite"] else -entry["grad_norm"]))
         return entries[:_TENSORS]
 
     def _gradients_of(self, state: TrainState, sample: int, context: int) -> list[Tensor | None]:
         """The gradients of one sequence, the same in all processes."""
-        with self.precision.autocast():
-            sums = self.objective(cast(Forward, state.model), self._batch(sample, 1, context))
-            loss = sums.loss / self.order.block_size
+        batch = self._batch(sample, 1, context)
         if state.shards is None:  # not `backward`, which would start DDP's gradient exchange
+            loss = self._mean_loss(cast(Forward, state.model), batch)
             return list(torch.autograd.grad(loss, list(state.parameters.values()), allow_unused=True))
         state.zero_gradients()
-        loss.backward()  # type: ignore[no-untyped-call]
+        if isinstance(state.model, Stage):
+            Pipeline(state.model, "gpipe").run([batch], self._mean_loss, self.precision.autocast)
+        else:
+            self._mean_loss(cast(Forward, state.model), batch).backward()  # type: ignore[no-untyped-call]
         state.shards.collect_gradients()
         return [parameter.grad for parameter in state.parameters.values()]
+
+    def _mean_loss(self, forward: Forward, batch: Batch) -> Tensor:
+        with self.precision.autocast():
+            return self.objective(forward, batch).loss / self.order.block_size
 
 
 def _sums(tensor: Tensor) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,7 @@ from bardling.data.tokens.tokenizer import Tokenizer
 from bardling.distributed.context import Context
 from bardling.distributed.device import free_memory, synchronize
 from bardling.distributed.heartbeat import LONG_PATIENCE
+from bardling.distributed.pipeline import Pipeline, Stage
 from bardling.errors import UserError, out_of_memory
 from bardling.files.paths import shell_path
 from bardling.model.gpt import GPT
@@ -33,6 +34,7 @@ from bardling.model.lora import add_adapters
 from bardling.planning.activations import activation_bytes
 from bardling.planning.batching import TrainPlan
 from bardling.planning.costs import float32_bytes, weight_bytes
+from bardling.planning.layout import idle_fraction
 from bardling.planning.memory import optimizer_bytes
 from bardling.planning.parameter_shapes import trained_shapes
 from bardling.training.build import Execution, build_model, build_sharded
@@ -78,8 +80,8 @@ def choose_micro_batch(
     if train.micro_batch != "auto" and not several_gpus:
         return None
     objective = build_objective(train, tokenizer, context.device)
-    trial = TrialPasses(model, optim, execution, context, document_mask, objective, tune)
     sequences = plan.micro_batch * plan.accumulation
+    trial = TrialPasses(model, optim, execution, context, document_mask, objective, tune, sequences)
     if train.micro_batch == "auto":
         return trial.choose(sequences)
     micro_batch = trial.largest([size for size in divisors(sequences) if size <= plan.micro_batch])
@@ -99,6 +101,7 @@ class TrialPasses:
     document_mask: bool
     objective: Objective
     tune: TuneConfig = field(default_factory=TuneConfig)
+    sequences: int = 1  # of a process's step, which decide how many passes a stage of a pipeline has at a time
     _model: GPT | None = None
 
     def attempt(self, micro_batch: int) -> float | None:
@@ -122,13 +125,18 @@ class TrialPasses:
             self._model = self._build().train()
         if device.type == "cuda":  # what the optimizer, the EMA and CUDA graphs will hold beside a pass, and a margin
             margin = torch.cuda.get_device_properties(device).total_memory // 33
-            shapes, shards = trained_shapes(self.config, self.tune), self.context.size("shard")
+            shapes, shards = trained_shapes(self.config, self.tune), self._parts
             weights = float32_bytes(shapes) // shards
             copies = [weights for needed in (self.optim.ema_decay, self.execution.cuda_graphs) if needed]
             state = optimizer_bytes(shapes, self.optim) // shards
             reserved += [torch.empty(size, dtype=torch.uint8, device=device) for size in (state, margin, *copies)]
         batch = self._batch(micro_batch)
         begin = time.perf_counter()
+        if isinstance(self._model, Stage):
+            passes, autocast = self.sequences // micro_batch, self.execution.precision.autocast
+            flying = Pipeline(self._model, self.execution.schedule).rehearse(batch, passes, self._loss, autocast)
+            synchronize(device)
+            return (time.perf_counter() - begin) / flying / (1 - idle_fraction(self._model.count, passes))
         with self.execution.precision.autocast():
             loss = self.objective(cast(Forward, self._model), batch).loss
         loss.backward()  # type: ignore[no-untyped-call]
@@ -136,12 +144,20 @@ class TrialPasses:
         return time.perf_counter() - begin
 
     def _build(self) -> GPT:
-        if self.context.size("shard") > 1:
+        if self._parts > 1:
             return build_sharded(self.config, self.execution, self.context, seed=0)[0]
         model = build_model(self.config, self.execution, self.context.device, seed=0)
         if self.tune.lora_rank:
             add_adapters(model, self.tune, seed=0)
         return model
+
+    @property
+    def _parts(self) -> int:
+        """Number of processes among which the model is divided."""
+        return self.context.size("shard") * self.context.size("pipeline")
+
+    def _loss(self, forward: Forward, batch: Batch) -> torch.Tensor:
+        return self.objective(forward, batch).loss
 
     def _batch(self, micro_batch: int) -> Batch:
         device, length = self.context.device, self.config.block_size
@@ -172,7 +188,7 @@ class TrialPasses:
         free = free_memory(device)
         if free is not None:
             average = float32_bytes(trained_shapes(self.config, self.tune)) if self.optim.ema_decay else 0
-            held = (weight_bytes(self.config) + average) // context.size("shard")  # neither exists yet
+            held = (weight_bytes(self.config) + average) // self._parts  # neither exists yet
             budget = free - held if device.type == "cuda" else _FRACTION_OF_FREE * (free / context.world_size - held)
             sizes = [size for size in sizes if self.required_bytes(size) <= budget] or sizes[-1:]
         # All processes must try the same sizes, those that fit everywhere.
