@@ -171,13 +171,13 @@ class Transformer(nn.Module):
         table: Tensor | None = None,  # a view of `wte.weight` to look tokens up in: see `tied_views`
     ) -> Tensor:
         x = self.wte(tokens, table)  # [B, T, C]
-        places, positions = self.locate(x, cache, documents)
+        places, positions = self.locate(x, tokens, cache, documents)
         hidden: Tensor = self.ln_f(self.layers(self.enter(x, places), positions, tokens))
         return hidden
 
-    def locate(self, x: Tensor, cache: KVCache | None, documents: Tensor | None) -> tuple[Tensor, Positions]:
-        """Where the tokens of hidden states x [B, T, C] are: numbers [T] or [B, T] for `enter`, and what every layer needs."""
-        batch, time, _ = x.shape
+    def locate(self, x: Tensor, tokens: Tensor, cache: KVCache | None, documents: Tensor | None) -> tuple[Tensor, Positions]:
+        """Where the tokens [B, T] of hidden states x are: numbers [T] or [B, T] for `enter`, and what every layer needs."""
+        batch, time = tokens.shape  # a process may have the hidden states of some of them only
         arch, p = self.architecture, self.dropout if self.training else 0.0
         step = None if cache is None else cache.next_step(batch, time, x.device)
         packed = None if documents is None else make_documents(documents, batch, time, arch, product_dtype(x), dropout=p)
@@ -204,7 +204,7 @@ class Transformer(nn.Module):
             # The RNG state matters only for drawing the same dropout masks again.
             x = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=p > 0) if recompute else block(*inputs)
         if positions.cache is not None:
-            positions.cache.advance(x.size(1))
+            positions.cache.advance(tokens.size(1))
         return x
 
 
