@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bardling.config import ModelConfig, OptimConfig
 from bardling.data.batches.loader import Batch
@@ -74,8 +74,9 @@ def live_bytes() -> int:
         local = getattr(tensor, "_local_tensor", tensor)
         if local.is_meta:
             continue
-        storage = local.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
+        if type(local) in (Tensor, nn.Parameter):  # the compiler's own have no memory
+            storage = local.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
 
 
@@ -96,7 +97,7 @@ def train(case: dict, context: Context) -> dict:
         )  # of few ids, which is learnt fast
         own = tokens.chunk(context.data_size)[context.data_rank]
         passes = [Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous()) for rows in own.chunk(2)]
-        seed_dropout(SEED, step, context.data_rank)
+        seed_dropout(SEED, step, context.dropout_rank)
         found = train_step(state, passes, settings, forward=assembly.forward, lr=1e-2)
         assert state.ema is not None
         state.ema.update(step)

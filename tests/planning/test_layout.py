@@ -104,12 +104,12 @@ def test_a_pipeline_fills_and_drains():
 
 def test_gathered_weights_are_freed_between_passes_if_they_do_not_fit():
     needed = MemoryPlan(weights=400, gradients=400, optimizer=800, activations=ActivationBytes(100, 0, 0, 0), trained=400)
-    assert sharded_bytes(needed, 4) == 500
-    assert sharded_bytes(needed, 4, whole_weights=True) == 800
-    assert sharded_bytes(needed, 4, whole_weights=True, whole_gradients=True) == 1100
+    assert sharded_bytes(needed, Layout(shard=4)) == 500
+    assert sharded_bytes(needed, Layout(shard=4), whole_weights=True) == 800
+    assert sharded_bytes(needed, Layout(shard=4), whole_weights=True, whole_gradients=True) == 1100
 
     def frees(memory, whole_gradients=False, **settings):
-        return frees_weights(ParallelConfig(**settings), 4, needed, memory, whole_gradients=whole_gradients)
+        return frees_weights(ParallelConfig(**settings), Layout(shard=4), needed, memory, whole_gradients=whole_gradients)
 
     assert [frees(memory) for memory in (880, 900, None)] == [True, False, True]
     assert frees(900, whole_gradients=True)

@@ -10,8 +10,10 @@ from bardling.cli import verify as command
 from bardling.config import ModelConfig, RunConfig
 from bardling.config.recipes import config_to_toml, load_recipe
 from bardling.distributed.device import Precision
+from bardling.tools import small_recipe
 from bardling.tools import verify as module
-from bardling.tools.verify import shrink, verify
+from bardling.tools.small_recipe import STEPS, shrink
+from bardling.tools.verify import verify
 
 
 def checks(result):
@@ -76,17 +78,17 @@ def test_losses_that_are_missing_or_not_finite_fail_a_check(losses):
 
 @pytest.mark.parametrize("recipe", ["gpt2-124m", "gpt2-xl", "quickstart"])
 def test_large_recipes_shrink_to_valid_recipes_of_the_same_kind(recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "matmul_flops", lambda device, dtype: 3e10)
+    monkeypatch.setattr(small_recipe, "matmul_flops", lambda device, dtype: 3e10)
     config = load_recipe(recipe)
     small, notes = shrink(config, tmp_path, torch.device("cpu"), Precision("float32", "", "cpu"), 60)
     assert small.model.n_layer <= config.model.n_layer
     assert small.model.bias == config.model.bias
-    assert small.train.steps == module.STEPS
+    assert small.train.steps == STEPS
     assert recipe == "quickstart" or any("n_layer" in note for note in notes)
 
 
 def test_options_of_modern_models_survive_shrinking(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "matmul_flops", lambda device, dtype: 1e9)
+    monkeypatch.setattr(small_recipe, "matmul_flops", lambda device, dtype: 1e9)
     model = ModelConfig(n_layer=24, n_head=16, n_kv_head=8, n_embd=2048, block_size=2048, family="qwen3", value_embeddings=6)
     small, _ = shrink(RunConfig(model=model), tmp_path, torch.device("cpu"), Precision("float32", "", "cpu"), 60)
     assert small.model.architecture.n_kv_head <= small.model.n_head <= 2

@@ -67,16 +67,19 @@ def test_shards_train_save_and_continue_as_one_process(config, change, tmp_path,
 @pytest.mark.slow
 def test_a_run_moves_from_layout_to_layout(config, change, tmp_path, torchrun):
     whole, run, recipe = tmp_path / "whole", tmp_path / "run", tmp_path / "recipe.toml"
+    config = change(config, model={"n_kv_head": 2})
     train(change(config, optim={"decay_steps": 20}), whole, quiet=True)
-    recipe.write_text(config_to_toml(change(config, train={"steps": 4}, optim={"decay_steps": 20})))
+    recipe.write_text(config_to_toml(change(config, train={"steps": 3}, optim={"decay_steps": 20})))
     moves = [
         (4, "--parallel.shard", "4"),
-        (4, "--parallel.shard", "2"),
+        (2, "--parallel.shard", "1", "--parallel.tensor", "2"),
+        (4, "--parallel.shard", "2", "--parallel.tensor", "2"),
+        (4, "--parallel.shard", "2", "--parallel.tensor", "1"),
         (2, "--parallel.shard", "1"),
         (3, "--parallel.shard", "3"),
     ]
     for number, (processes, *layout) in enumerate(moves):
-        what = ("train", recipe, "--out", run) if number == 0 else ("resume", run, "--train.steps", 4 * (number + 1))
+        what = ("train", recipe, "--out", run) if number == 0 else ("resume", run, "--train.steps", 3 * (number + 1))
         if processes == 3:
             layout += ["--train.batch_size", "8"]  # which does not divide among 3
         done = torchrun(processes, *what, *layout)

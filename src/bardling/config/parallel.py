@@ -16,6 +16,9 @@ class ParallelConfig:
     """Copies of the model that train on different samples (DDP; with shard, HSDP); unset: as layout says."""
     shard: int | None = None
     """Processes that share weights, gradients and optimizer state, and train on different samples (FSDP2); unset: as above."""
+    tensor: int | None = None
+    """Processes that each compute a fraction of every layer, for the same samples (tensor and sequence parallelism; best among
+    the GPUs of one machine); unset: 1, or more where a single layer is too large for a device."""
     pipeline: int = 1
     """Stages of a pipeline: each process holds some of the layers. The passes of a step are in it together; use several."""
     schedule: Literal["1f1b", "gpipe"] = "1f1b"
@@ -29,4 +32,4 @@ class ParallelConfig:
     """With shard, on CUDA: keep weights, gradients and optimizer state in host memory."""
 
     def __post_init__(self) -> None:
-        require_at_least(1, self, "parallel", "replicate", "shard", "pipeline")
+        require_at_least(1, self, "parallel", "replicate", "shard", "tensor", "pipeline")

@@ -65,8 +65,10 @@ class Context:
 
     @property
     def dropout_rank(self) -> int:
-        """Which dropout masks this process draws: 0 to n - 1. Stages of a pipeline drop different activations."""
-        return self.data_rank * self.size("pipeline") + self.stage
+        """Which dropout masks this process draws: 0 to n - 1. Processes that compute other layers, or other parts of a layer,
+        drop different activations."""
+        part = 0 if self.mesh is None else self.mesh.get_local_rank("tensor")
+        return (self.data_rank * self.size("tensor") + part) * self.size("pipeline") + self.stage
 
     def size(self, axis: str) -> int:
         """Number of processes along an axis of the mesh."""

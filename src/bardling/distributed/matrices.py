@@ -1,11 +1,12 @@
 """Matrices of a sharded model: each process holds rows of all of them, and gets a share of them whole for a while.
 
 Muon needs whole matrices. Of k matrices, n processes get ceil(k / n) each, in order; one exchange between all processes moves
-the rows of all of them.
+the rows of all of them. With tensor parallelism, a process holds some columns only of the rows of some matrices.
 """
 
 import itertools
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from bardling.distributed.sharding import Shards
 
+T = TypeVar("T")
 Matrix = tuple[nn.Parameter, int, int]
 """Rows of a parameter: from, to."""
 
@@ -28,52 +30,44 @@ class ShardedMatrices:
         return self._shards.shapes[self._names[parameter]]
 
     def held(self, parameter: nn.Parameter, first: int, last: int) -> slice:
-        begin, end = self._overlap((parameter, first, last), self._shards.rank)
-        offset = first - self._shards.rows(self._names[parameter], self._shards.rank)[0]
-        return slice(begin + offset, end + offset)
+        return self._region((parameter, first, last), self._shards.rank)[2]
 
     def whole(self, matrices: Sequence[Matrix], rows: Sequence[Tensor]) -> Tensor:
-        per, count = self._share(matrices), self._shards.count
-        columns, height = rows[0].size(1), matrices[0][2] - matrices[0][1]
-        own = matrices[self._shards.rank * per : (self._shards.rank + 1) * per]
-        sent = [[piece.flatten() for piece in rows[rank * per : (rank + 1) * per]] for rank in range(count)]
-        sizes = [[columns * self._height(matrix, rank) for matrix in own] for rank in range(count)]
-        stack = rows[0].new_zeros(per, height, columns)
-        for rank, pieces in enumerate(self._exchange(sent, sizes, rows[0])):
-            for number, (matrix, piece) in enumerate(zip(own, pieces, strict=True)):
-                stack[number, slice(*self._overlap(matrix, rank))] = piece.view(-1, columns)
+        height, width = matrices[0][2] - matrices[0][1], self.shape(matrices[0][0])[1]
+        shares = self._shares(range(len(matrices)))
+        own = [matrices[number] for number in shares[self._shards.rank]]
+        stack = rows[0].new_zeros(len(shares[0]), height, width)
+        places = [self._places(own, stack, rank) for rank in range(self._shards.count)]
+        for place, piece in self._exchange(stack, [[rows[number] for number in share] for share in shares], places):
+            place.copy_(piece)
         return stack
 
     def rows(self, matrices: Sequence[Matrix], whole: Tensor) -> list[Tensor]:
-        per, (rank, count) = self._share(matrices), (self._shards.rank, self._shards.count)
-        columns, own = whole.size(2), matrices[rank * per : (rank + 1) * per]
-        sent = [
-            [matrix[slice(*self._overlap(place, other))].flatten() for place, matrix in zip(own, whole, strict=False)]
-            for other in range(count)
-        ]
-        shares = [matrices[other * per : (other + 1) * per] for other in range(count)]
-        sizes = [[columns * self._height(matrix, rank) for matrix in share] for share in shares]
-        return [piece.view(-1, columns) for pieces in self._exchange(sent, sizes, whole) for piece in pieces]
+        shares = self._shares(matrices)
+        sent = [self._places(shares[self._shards.rank], whole, rank) for rank in range(self._shards.count)]
+        like = whole[:1].expand(len(shares[0]), -1, -1)
+        places = [self._places(share, like, self._shards.rank) for share in shares]
+        return [piece for _, piece in self._exchange(whole, sent, places)]
 
-    def _share(self, matrices: Sequence[Matrix]) -> int:
-        return -(-len(matrices) // self._shards.count)
+    def _shares(self, matrices: Sequence[T]) -> list[Sequence[T]]:
+        """What each process gets of the matrices."""
+        per = -(-len(matrices) // self._shards.count)
+        return [matrices[rank * per : (rank + 1) * per] for rank in range(self._shards.count)]
 
-    def _overlap(self, matrix: Matrix, rank: int) -> tuple[int, int]:
-        """The rows of a matrix, counted from its own first one, that a rank holds: from, to."""
+    def _places(self, matrices: Sequence[Matrix], stack: Tensor, rank: int) -> list[Tensor]:
+        """Of each matrix, which is in `stack`, what a rank holds, as a view."""
+        return [whole[self._region(matrix, rank)[:2]] for matrix, whole in zip(matrices, stack, strict=False)]
+
+    def _region(self, matrix: Matrix, rank: int) -> tuple[slice, slice, slice]:
         parameter, first, last = matrix
-        begin, end = self._shards.rows(self._names[parameter], rank)
-        begin, end = max(begin, first), min(end, last)
-        return begin - first, max(begin, end) - first
+        return self._shards.region(self._names[parameter], rank, first, last)
 
-    def _height(self, matrix: Matrix, rank: int) -> int:
-        begin, end = self._overlap(matrix, rank)
-        return end - begin
-
-    def _exchange(self, sent: list[list[Tensor]], sizes: list[list[int]], like: Tensor) -> list[list[Tensor]]:
-        """Send the pieces `sent[r]` to rank r; the pieces of the given sizes from each rank."""
-        flat = torch.cat([like.new_empty(0), *itertools.chain.from_iterable(sent)])
-        received = like.new_empty(sum(map(sum, sizes)))
-        into, out = [sum(each) for each in sizes], [sum(piece.numel() for piece in pieces) for pieces in sent]
+    def _exchange(self, stack: Tensor, sent: list[list[Tensor]], like: list[list[Tensor]]) -> list[tuple[Tensor, Tensor]]:
+        """Send the pieces `sent[r]` to rank r; each piece of `like[r]`, and one of its shape from rank r, typed as `stack`."""
+        flat = torch.cat([stack.new_empty(0), *(piece.flatten() for pieces in sent for piece in pieces)])
+        expected = list(itertools.chain.from_iterable(like))
+        received = flat.new_empty(sum(piece.numel() for piece in expected))
+        into, out = ([sum(piece.numel() for piece in pieces) for pieces in each] for each in (like, sent))
         dist.all_to_all_single(received, flat, into, out, group=self._shards.group)
-        parts = torch.split(received, into)
-        return [list(torch.split(part, each)) for part, each in zip(parts, sizes, strict=True)]
+        found = torch.split(received, [piece.numel() for piece in expected])
+        return [(place, piece.view(place.shape)) for place, piece in zip(expected, found, strict=True)]

@@ -85,7 +85,7 @@ class Stage(GPT):
         """
         transformer = self.transformer
         x = transformer.wte(tokens) if self.is_first else x
-        places, positions = transformer.locate(x, cache, documents)
+        places, positions = transformer.locate(x, tokens, cache, documents)
         x = transformer.enter(x, places) if self.is_first else x
         x = transformer.layers(x, positions, tokens)
         return transformer.ln_f(x) if self.is_last else x

@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from bardling.config import ModelConfig
 from bardling.distributed.context import Context
 from bardling.distributed.device import DTYPES
+from bardling.distributed.tensor import divide
+from bardling.model.divided import Split, tensor_splits
 from bardling.model.gpt import GPT
 from bardling.model.init import initial_value
 
-SHARD_AXES = ("shard",)
+SHARD_AXES = ("shard", "tensor")
 """Axes of the mesh along which processes hold different parts of a parameter."""
 
 MODEL_AXES = (*SHARD_AXES, "pipeline")
@@ -46,25 +48,56 @@ class SharedScaler(torch.amp.GradScaler):
 class Shards:
     """The part of a sharded model that this process holds."""
 
+    _splits: Mapping[str, Split] = {}  # what tensor parallelism divides
+    _tensor = 1  # among how many processes
+
     def __init__(self, model: GPT, context: Context) -> None:
         self._sharded: dict[str, Any] = dict(model.named_parameters())  # DTensors
+        self._tensor = context.size("tensor")
+        if self._tensor > 1:
+            self._splits = tensor_splits(model.config)
+        self._tensor_group = context.group(("tensor",))
         self.group = context.group(SHARD_AXES)
         self.rank, self.count = dist.get_rank(self.group), dist.get_world_size(self.group)
         self.copy = 0 if context.mesh is None else context.mesh.get_local_rank("replicate")  # which copy of the shards
-        self.shapes = {name: tuple(parameter.shape) for name, parameter in self._sharded.items()}  # of the whole parameters
+        self.shapes = {name: self._whole_shape(name) for name in self._sharded}
         self.parameters = {name: nn.Parameter(_local(p), requires_grad=p.requires_grad) for name, p in self._sharded.items()}
         self.owners = _balanced(self.shapes, self.count)
 
+    def counts(self, name: str) -> bool:
+        """Whether sums over shards include this process's part of a parameter: of equal parts, that of one process only."""
+        return name in self._splits or self.rank % self._tensor == 0
+
     def rows(self, name: str, rank: int) -> tuple[int, int]:
-        """The rows of a parameter that a rank holds: from, to."""
-        total = self.shapes[name][0]
-        size = -(-total // self.count)
-        return min(rank * size, total), min((rank + 1) * size, total)
+        """The rows that a rank holds: from, to; with tensor parallelism, those of its fraction of the parameter."""
+        total, shards = self._sharded[name].shape[0], self.count // self._tensor
+        size, number = -(-total // shards), rank // self._tensor
+        return min(number * size, total), min((number + 1) * size, total)
+
+    def region(self, name: str, rank: int, first: int, last: int) -> tuple[slice, slice, slice]:
+        """What a rank holds of the matrix of rows `first` to before `last`, one of the parts of a parameter: the matrix's rows
+        and columns, and which of the rank's rows these are."""
+        split, number = self._splits.get(name), rank % self._tensor
+        begin, end = self.rows(name, rank)
+        offset, columns = 0, slice(None)
+        if split is not None and split.dim == 0:
+            height = (last - first) // self._tensor
+            first, offset = first // self._tensor, number * height
+            last = first + height
+        elif split is not None:
+            width = self._sharded[name].shape[1]
+            columns = slice(number * width, (number + 1) * width)
+        low = min(max(begin, first), last)
+        high = max(low, min(end, last))
+        return slice(low - first + offset, high - first + offset), columns, slice(low - begin, high - begin)
 
     def take(self, name: str, whole: Tensor) -> Tensor:
-        """This process's rows of `whole`, a tensor with the shape of a parameter; those rows themselves stay as they are."""
+        """This process's part of `whole`, a tensor with the shape of a parameter; others, such as parts, stay as they are."""
+        if tuple(whole.shape) != self.shapes[name]:
+            return whole
         first, last = self.rows(name, self.rank)
-        return whole if whole.shape == self.parameters[name].shape else whole[first:last]
+        split = self._splits.get(name)
+        return (whole if split is None else split.fraction(whole, self.rank % self._tensor, self._tensor))[first:last]
 
     def parameter_of(self, key: str) -> str:
         """The parameter that a tensor belongs to: named by it, possibly with a prefix and an entry such as `.exp_avg`."""
@@ -99,13 +132,17 @@ class Shards:
 
     @torch.no_grad()
     def gather(self, name: str, local: Tensor) -> Tensor:
-        """The whole of which every process holds the rows `local`, in all processes. Collective over the shards."""
-        shape, size = self.shapes[name], -(-self.shapes[name][0] // self.count)
+        """The whole of which every process holds the part `local`, in all processes. Collective over the shards."""
+        shape, split = self._sharded[name].shape, self._splits.get(name)
+        size = -(-shape[0] // (self.count // self._tensor))
         padded = local.new_zeros(size, *shape[1:])
         padded[: len(local)] = local
-        whole = local.new_empty(size * self.count, *shape[1:])
-        all_gather(whole, padded, self.group)
-        return whole[: shape[0]]
+        parts = local.new_empty(size * self.count, *shape[1:])
+        all_gather(parts, padded, self.group)
+        parts = parts.view(-1, self._tensor, size, *shape[1:])
+        if split is None:
+            return parts[:, 0].flatten(0, 1)[: shape[0]]
+        return split.join([part.flatten(0, 1)[: shape[0]] for part in parts.unbind(1)])
 
     @torch.no_grad()
     def load(self, whole: Callable[[str], Tensor]) -> None:
@@ -119,9 +156,21 @@ class Shards:
             sharded = self._sharded[name]
             parameter.data = _local(sharded)
             parameter.grad = None if sharded.grad is None else _local(sharded.grad)
+        if self._tensor > 1:  # each process has seen some of the tokens or heads
+            partial = [p.grad for name, p in self.parameters.items() if p.grad is not None and name not in self._splits]
+            flat = torch.cat([gradient.flatten() for gradient in partial])
+            dist.all_reduce(flat, group=self._tensor_group)
+            for gradient, total in zip(partial, torch.split(flat, [g.numel() for g in partial]), strict=True):
+                gradient.copy_(total.view_as(gradient))
 
     def gradient_scaler(self, device: torch.device) -> torch.amp.GradScaler:
         return SharedScaler(device.type, self.group)
+
+    def _whole_shape(self, name: str) -> tuple[int, ...]:
+        shape, split = list(self._sharded[name].shape), self._splits.get(name)
+        if split is not None:
+            shape[split.dim] = sum(split.parts)
+        return tuple(shape)
 
     def zero_gradients(self) -> None:
         for sharded, parameter in zip(self._sharded.values(), self.parameters.values(), strict=True):
@@ -149,6 +198,8 @@ def shard(
     with torch.device("meta"):
         model = build()
     assert context.mesh is not None
+    if context.size("tensor") > 1:
+        divide(model, context, tensor_splits(model.config))
     axes = ("replicate", "shard") if context.size("replicate") > 1 else ("shard",)
     options: dict[str, Any] = {"mesh": context.mesh[axes]}
     options["offload_policy"] = CPUOffloadPolicy() if offload else OffloadPolicy()

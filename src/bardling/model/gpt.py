@@ -42,7 +42,7 @@ from bardling.model.document_masks import make_documents
 from bardling.model.init import init_weights
 from bardling.model.kernels.attention import Documents, attention
 from bardling.model.kernels.elementwise import rms_norm
-from bardling.model.kernels.head_loss import head_logits, head_loss
+from bardling.model.kernels.head_loss import VocabularyShard, head_logits, head_loss
 from bardling.model.kernels.linear import tied_views
 from bardling.model.kernels.select import product_dtype
 from bardling.model.layers import Embedding, Int8Linear, Linear, RMSNorm, adapted, dropout, make_norm
@@ -171,13 +171,13 @@ class Transformer(nn.Module):
         table: Tensor | None = None,  # a view of `wte.weight` to look tokens up in: see `tied_views`
     ) -> Tensor:
         x = self.wte(tokens, table)  # [B, T, C]
-        places, positions = self.locate(x, cache, documents)
+        places, positions = self.locate(x, tokens, cache, documents)
         hidden: Tensor = self.ln_f(self.layers(self.enter(x, places), positions, tokens))
         return hidden
 
-    def locate(self, x: Tensor, cache: KVCache | None, documents: Tensor | None) -> tuple[Tensor, Positions]:
-        """Where the tokens of hidden states x [B, T, C] are: numbers [T] or [B, T] for `enter`, and what every layer needs."""
-        batch, time, _ = x.shape
+    def locate(self, x: Tensor, tokens: Tensor, cache: KVCache | None, documents: Tensor | None) -> tuple[Tensor, Positions]:
+        """Where the tokens [B, T] of hidden states x are: numbers [T] or [B, T] for `enter`, and what every layer needs."""
+        batch, time = tokens.shape  # a process may have the hidden states of some of them only
         arch, p = self.architecture, self.dropout if self.training else 0.0
         step = None if cache is None else cache.next_step(batch, time, x.device)
         packed = None if documents is None else make_documents(documents, batch, time, arch, product_dtype(x), dropout=p)
@@ -204,7 +204,7 @@ class Transformer(nn.Module):
             # The RNG state matters only for drawing the same dropout masks again.
             x = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=p > 0) if recompute else block(*inputs)
         if positions.cache is not None:
-            positions.cache.advance(x.size(1))
+            positions.cache.advance(tokens.size(1))
         return x
 
 
@@ -224,6 +224,7 @@ class GPT(nn.Module):
         if not self.transformer.architecture.tied:
             self.lm_head = Linear(config.n_embd, config.padded_vocab_size, bias=False)
         self.lora: TuneConfig | None = None  # of a model with adapters (`model/lora.py`)
+        self.vocabulary: VocabularyShard | None = None  # of a model whose head has only a range of the ids
         self.int8_head: Int8Linear | None = None  # of a model converted for inference (`generation/weights.py`)
         if seed is not None and not self.transformer.wte.weight.is_meta:
             init_weights(self, seed)
@@ -302,14 +303,14 @@ class GPT(nn.Module):
             return self.head(hidden)
         size, softcap = self.config.vocab_size, self.config.logit_softcap
         weight = head if self.int8_head is None else self.int8_head.weight
-        if output == "scores":
-            return head_loss(hidden, weight, targets, vocab_size=size, reduction="none", softcap=softcap, greedy=True)
-        return head_loss(hidden, weight, targets, vocab_size=size, reduction=reduction, softcap=softcap, tally=tally)
+        loss = partial(head_loss, hidden, weight, targets, vocab_size=size, softcap=softcap, shard=self.vocabulary)
+        return loss(reduction="none", greedy=True) if output == "scores" else loss(reduction=reduction, tally=tally)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of hidden states [..., C], at least float32, without those of padding."""
         weight = self.head_weight if self.int8_head is None else self.int8_head.weight
-        return head_logits(hidden, weight, vocab_size=self.config.vocab_size, softcap=self.config.logit_softcap)
+        size, softcap = self.config.vocab_size, self.config.logit_softcap
+        return head_logits(hidden, weight, vocab_size=size, softcap=softcap, shard=self.vocabulary)
 
 
 @contextmanager

@@ -43,7 +43,8 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 
 
 class MatrixExchange(Protocol):
-    """Moves matrices between processes that hold rows of all of them and processes that hold some of them whole."""
+    """Moves matrices between processes that hold rows of all of them and processes that hold some of them whole. With tensor
+    parallelism, rows may be those of some columns only."""
 
     def whole(self, matrices: Sequence[tuple[nn.Parameter, int, int]], rows: Sequence[Tensor]) -> Tensor:
         """This process's share of k matrices, whole: [ceil(k / processes), m, n], zero beyond the last. Collective.
@@ -173,7 +174,8 @@ class Muon(torch.optim.Optimizer):
 
     def _parts(self, parameter: nn.Parameter, gradient: Tensor, momentum: Tensor) -> Iterator[tuple[tuple[int, int], "_Part"]]:
         """The shape of each part of a weight, and what this process holds of it."""
-        columns, first = parameter.size(1), 0
+        shape = parameter.shape if self._exchange is None else self._exchange.shape(parameter)
+        columns, first = shape[1], 0
         for rows in self._splits[parameter]:
             held = slice(first, first + rows)
             if self._exchange is not None:

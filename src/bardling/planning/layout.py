@@ -1,7 +1,7 @@
 """Layout of a run's processes: the sizes of the device mesh axes, given or chosen by memory."""
 
 import math
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 from bardling.config import ModelConfig, ParallelConfig
 from bardling.errors import UserError
@@ -18,7 +18,7 @@ _USABLE = 0.9  # of a device's memory; the rest goes to fragmentation and librar
 
 @dataclass(frozen=True)
 class Layout:
-    """Processes along each axis of the mesh; an unused axis has size 1. So far, runs do not use `tensor`."""
+    """Processes along each axis of the mesh; an unused axis has size 1."""
 
     replicate: int = 1  # each holds all parameters (DDP)
     shard: int = 1  # each holds a shard of every parameter (FSDP2)
@@ -45,16 +45,24 @@ class Layout:
         return self.data_size // self.replicate * self.tensor * self.pipeline > 1
 
     def __str__(self) -> str:
-        kinds = {(False, False): "one process", (True, False): "DDP", (False, True): "FSDP2", (True, True): "HSDP"}
+        kinds = {(False, False): "", (True, False): "DDP", (False, True): "FSDP2", (True, True): "HSDP"}
         name = kinds[self.replicate > 1, self.shard > 1]
         if self.pipeline > 1:
-            name = f"{name} of pipelines" if self.data_size > 1 else "pipeline"
+            name = f"{name} of pipelines" if name else "pipeline"
+        if self.tensor > 1:
+            name = f"{name} with tensor parallelism" if name else "tensor parallelism"
+        name = name or "one process"
         used = ", ".join(f"{axis} {size}" for axis, size in zip(AXES, self.sizes, strict=True) if size > 1)
         return f"{name} ({used})" if used else name
 
 
 def choose_layout(
-    config: ParallelConfig, processes: int, per_node: int, needed: MemoryPlan, memory: int | None
+    config: ParallelConfig,
+    processes: int,
+    per_node: int,
+    needed: MemoryPlan,
+    memory: int | None,
+    model: ModelConfig | None = None,
 ) -> tuple[Layout, str]:
     """The layout of all processes, and why.
 
@@ -62,49 +70,74 @@ def choose_layout(
         per_node: processes on each machine.
         needed: memory of one process that holds the whole model.
         memory: that of a process's device (bytes); None if unknown.
+        model: None if its layers cannot be divided (no tensor parallelism).
 
     Raises:
-        UserError: the sizes given do not fit the number of processes.
+        UserError: the sizes given do not fit the number of processes or the model.
     """
-    if config.replicate is not None or config.shard is not None or config.pipeline > 1:
+    if config.tensor is not None and model is not None:
+        check_tensor(model, config.tensor)
+    tensor = config.tensor or 1
+    if config.replicate is not None or config.shard is not None or config.pipeline > 1 or processes % tensor:
         return _given(config, processes), "as configured"
-    if config.layout != "auto" or processes == 1:
+    rest = processes // tensor
+    if config.layout != "auto" or rest == 1:
         whole = config.layout != "fsdp"
-        return Layout(replicate=processes) if whole else Layout(shard=processes), "as configured"
+        return replace(Layout(replicate=rest) if whole else Layout(shard=rest), tensor=tensor), "as configured"
     if memory is None:
-        return Layout(replicate=processes), "the memory of the device is unknown"
-    state, limit = _state(needed), _USABLE * memory
-    sizes = f"{_gb(state)} of weights, gradients and optimizer state and {_gb(needed.activations.total)} of activations"
-    if state + needed.activations.total <= limit:
-        return Layout(replicate=processes), f"{sizes} fit in {_gb(memory)}"
-    nodes = processes // per_node if processes % per_node == 0 else 1
-    within = Layout(replicate=nodes, shard=processes // nodes)
-    fits = sharded_bytes(needed, within.shard) <= limit
-    chosen = within if nodes > 1 and fits else Layout(shard=processes)
-    share = f"{_gb(sharded_bytes(needed, chosen.shard))} on each of {chosen.shard} processes"
-    return chosen, f"{sizes} do not fit in {_gb(memory)}, sharded {share}"
+        return Layout(replicate=rest, tensor=tensor), "the memory of the device is unknown"
+    limit, divided = _USABLE * memory, ""
+    if config.tensor is None and model is not None and sharded_bytes(needed, Layout(shard=processes)) > limit:
+        tensor, divided = _fitting_tensor(model, processes, per_node, needed, limit)
+    rest, activations = processes // tensor, needed.activations.total
+    sizes = f"{_gb(_state(needed))} of weights, gradients and optimizer state and {_gb(activations)} of activations"
+    if sharded_bytes(needed, Layout(tensor=tensor)) <= limit:
+        return Layout(replicate=rest, tensor=tensor), f"{sizes}{divided or _among(tensor)} fit in {_gb(memory)}"
+    nodes = processes // per_node if processes % per_node == 0 and per_node % tensor == 0 else 1
+    within = Layout(replicate=nodes, shard=rest // nodes, tensor=tensor)
+    fits = sharded_bytes(needed, within) <= limit
+    chosen = within if nodes > 1 and fits else Layout(shard=rest, tensor=tensor)
+    share = f"{_gb(sharded_bytes(needed, chosen))} on each of {chosen.shard * tensor} processes"
+    return chosen, f"{sizes} do not fit in {_gb(memory)}, sharded{divided or _among(tensor)} {share}"
 
 
-def sharded_bytes(needed: MemoryPlan, shards: int, *, whole_gradients: bool = False, whole_weights: bool = False) -> int:
-    """Memory of one process if the state is divided among `shards`; the activations include what is gathered for a pass."""
-    whole = needed.gradients * whole_gradients + needed.weights * whole_weights
-    return int(_state(needed) / shards + whole * (1 - 1 / shards) + needed.activations.total)
+def check_tensor(model: ModelConfig, size: int) -> None:
+    """Check that tensor parallelism can divide a model among `size` processes.
+
+    Raises:
+        UserError: it cannot; the message names the nearest size that can.
+    """
+    sizes = _divided_sizes(model)
+    key = next((key for key, value in sizes.items() if value % size), None)
+    if key is not None:
+        possible = [n for n in range(1, size + max(sizes.values())) if not any(value % n for value in sizes.values())]
+        nearest = min(possible, key=lambda n: abs(n - size))
+        raise UserError(
+            f"parallel.tensor = {size} does not divide {key} = {sizes[key]}: nearest possible: --parallel.tensor {nearest}"
+        )
 
 
-def keeps_whole_gradients(config: ParallelConfig, shards: int, passes: int, needed: MemoryPlan, memory: int | None) -> bool:
+def sharded_bytes(needed: MemoryPlan, layout: Layout, *, whole_gradients: bool = False, whole_weights: bool = False) -> int:
+    """Memory of one process in a layout; the activations include what is gathered for a pass. Tensor parallelism divides
+    activations, too."""
+    whole = (needed.gradients * whole_gradients + needed.weights * whole_weights) * (1 - 1 / layout.shard)
+    return int((_state(needed) / layout.shard + whole + needed.activations.total) / layout.tensor)
+
+
+def keeps_whole_gradients(config: ParallelConfig, layout: Layout, passes: int, needed: MemoryPlan, memory: int | None) -> bool:
     """Whether gradients stay whole between the passes of a step, so that they are reduced only once."""
     if config.accumulate != "auto" or passes == 1:
         return config.accumulate == "whole" and passes > 1
-    return memory is None or sharded_bytes(needed, shards, whole_gradients=True) <= _USABLE * memory
+    return memory is None or sharded_bytes(needed, layout, whole_gradients=True) <= _USABLE * memory
 
 
 def frees_weights(
-    config: ParallelConfig, shards: int, needed: MemoryPlan, memory: int | None, *, whole_gradients: bool
+    config: ParallelConfig, layout: Layout, needed: MemoryPlan, memory: int | None, *, whole_gradients: bool
 ) -> bool:
     """Whether the gathered weights of a block are freed between its passes, and gathered again."""
     if config.reshard is not None or config.offload or memory is None:
         return config.reshard is not False
-    return sharded_bytes(needed, shards, whole_gradients=whole_gradients, whole_weights=True) > _USABLE * memory
+    return sharded_bytes(needed, layout, whole_gradients=whole_gradients, whole_weights=True) > _USABLE * memory
 
 
 def check_pipeline(model: ModelConfig, layout: Layout) -> None:
@@ -151,25 +184,48 @@ def _state(needed: MemoryPlan) -> int:
     return needed.total - needed.activations.total
 
 
+def _divided_sizes(model: ModelConfig) -> dict[str, int]:
+    """What the processes of a tensor group must divide evenly."""
+    arch = model.architecture
+    sizes = {"model.n_head": arch.n_head, "model.n_kv_head": arch.n_kv_head, "model.mlp_hidden": arch.mlp_hidden}
+    vocabulary = {"model.vocab_size, padded to model.vocab_multiple,": model.padded_vocab_size} if model.vocab_size else {}
+    return sizes | vocabulary
+
+
+def _fitting_tensor(model: ModelConfig, processes: int, per_node: int, needed: MemoryPlan, limit: float) -> tuple[int, str]:
+    """The smallest size of tensor parallelism, within a machine, with which the sharded model fits; 1 if there is none."""
+    values = [*_divided_sizes(model).values(), processes, per_node]
+    for size in range(2, per_node + 1):
+        layout = Layout(shard=processes // size, tensor=size)
+        if not any(value % size for value in values) and sharded_bytes(needed, layout) <= limit:
+            alone = _gb(sharded_bytes(needed, Layout(shard=processes)))
+            return size, f" ({alone} on each process even then), with layers divided among {size}"
+    return 1, ""
+
+
+def _among(tensor: int) -> str:
+    return f", with layers divided among {tensor}," if tensor > 1 else ""
+
+
 def _given(config: ParallelConfig, processes: int) -> Layout:
     """The layout with the sizes given; a size left open takes the remaining processes. Beside a pipeline, copies do."""
-    sizes = {"replicate": config.replicate, "shard": config.shard}
+    sizes = {"replicate": config.replicate, "shard": config.shard, "tensor": config.tensor}
     asked = {**sizes, "pipeline": config.pipeline if config.pipeline > 1 else None}
     stated = {f"parallel.{axis}": size for axis, size in asked.items() if size is not None}
     if config.replicate is None and config.shard is None:
         sizes["replicate" if config.layout == "fsdp" else "shard"] = 1
     product = math.prod(stated.values())
-    open_axes = [axis for axis, size in sizes.items() if size is None]
+    open_axes = [axis for axis in ("replicate", "shard") if sizes[axis] is None]
     if processes % product == 0 and (open_axes or product == processes):
-        rest = processes // product
-        return Layout(**{axis: size or rest for axis, size in sizes.items()}, pipeline=config.pipeline)
+        rest = dict.fromkeys(open_axes, processes // product)
+        return Layout(**{axis: size or rest.get(axis, 1) for axis, size in sizes.items()}, pipeline=config.pipeline)
     listed = " and ".join(f"{key} = {size}" for key, size in stated.items())
     need = f"a multiple of {product} processes" if open_axes else f"{product} processes"
     key, size = next(reversed(stated.items()))
-    rest = product // size
-    divisors = [n for n in range(1, processes + 1) if processes % n == 0 and (not rest or processes % (n * rest) == 0)]
+    others_size = product // size
+    divisors = [n for n in range(1, processes + 1) if processes % n == 0 and processes % (n * others_size) == 0]
     nearest = min(divisors or [1], key=lambda n: abs(n - size))
-    others = "" if open_axes or rest * nearest == processes else f" --parallel.replicate {processes // nearest}"
+    others = "" if open_axes or others_size * nearest == processes else f" --parallel.replicate {processes // nearest}"
     raise UserError(f"{listed}: needs {need}, but there are {processes}: nearest possible: --{key} {nearest}{others}")
 
 

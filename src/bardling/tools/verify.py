@@ -1,4 +1,4 @@
-"""Check that a recipe keeps its promises on this machine: seven comparisons, each of two ways to the same numbers.
+"""Check that a recipe keeps its promises on this machine: eight comparisons, each of two ways to the same numbers.
 
 The recipe is shrunk to take about a minute: a few steps, a small batch and, if necessary, a shorter context and a smaller model
 of the same kind. The comparisons:
@@ -8,6 +8,7 @@ checkpoint round trip         the saved model, loaded again, has the validation 
 micro-batches agree           steps with micro-batches of 1, 2 and 4 sequences
 1 process = 2                 the same steps by two processes under torchrun
 1 process = 2 with shards     the same, where each process holds half of the model (FSDP2)
+1 process = 2 halves          the same, where each process computes half of every layer (tensor parallelism)
 compiled = eager              loss and gradients of one batch
 cached = full generation      greedy generation with and without a KV cache
 
@@ -18,9 +19,7 @@ Limits: this finds faults of the software and the machine, not of a cluster; the
 """
 
 import dataclasses
-import json
 import os
-import random
 import shutil
 import subprocess
 import sys
@@ -38,44 +37,32 @@ from safetensors.torch import load_file
 from bardling.checkpoint.load import load
 from bardling.checkpoint.run_folder import RunFolder
 from bardling.config import (
-    CheckpointConfig,
-    DataConfig,
-    EvalConfig,
     ModelConfig,
-    MonitorConfig,
     ParallelConfig,
     RunConfig,
-    SampleConfig,
 )
 from bardling.config.recipes import config_to_toml
 from bardling.data.batches.loader import Batch, EvalSequences
 from bardling.data.batches.packing import document_bounds, document_start
-from bardling.data.text.named_datasets import is_source_name
 from bardling.data.tokens.dataset import open_data
-from bardling.data.tokens.tokenizer import is_tokenizer_path
 from bardling.distributed.context import SINGLE
 from bardling.distributed.device import (
-    DTYPES,
     Precision,
     choose_device,
     choose_precision,
     compiler_problem,
     device_name,
-    matmul_flops,
 )
 from bardling.errors import UserError
 from bardling.evaluate.loss import evaluate_loss
 from bardling.generation.generate import generate
 from bardling.monitor.jsonl import metrics, read_jsonl
-from bardling.planning.costs import flops_per_token
 from bardling.planning.depth import apply_depth
+from bardling.planning.layout import check_tensor
+from bardling.tools.small_recipe import STEPS, shallower, shrink
 from bardling.training.build import Execution, build
 from bardling.training.objective import NextToken
 from bardling.training.run import resume, train
-
-STEPS, BATCH = 6, 4
-_ALL_STEPS = 9 * STEPS  # of all runs together, including the overhead of two processes and set-up
-_SMALL_FILE = 50 << 20  # bytes of text that can be prepared in seconds
 
 
 @dataclass(frozen=True)
@@ -123,101 +110,6 @@ def verify(
         return VerifyResult(checks, notes, device_name(device), precision.name)
 
 
-def shrink(
-    config: RunConfig, folder: Path, device: torch.device, precision: Precision, seconds: float
-) -> tuple[RunConfig, list[str]]:
-    """A copy of `config` that trains in seconds, and what was changed in its model and data."""
-    data, notes = _small_data(config.data, folder)
-    # Most of the time goes into starting processes, and small models are far from the peak.
-    budget = seconds / 6 * matmul_flops(device, DTYPES[precision.name]) * 0.2  # FLOPs
-    model, changes = _small_model(config.model, budget)
-    context_grows = config.train.context_doublings(config.model.block_size) > 0 and model.block_size % 2 == 0
-    small = dataclasses.replace(
-        config,
-        device=str(device),
-        precision=precision.name,
-        compile="off",
-        deterministic=True,
-        model=model,
-        data=data,
-        optim=dataclasses.replace(config.optim, warmup_steps=2, decay_steps=None),
-        train=dataclasses.replace(
-            config.train,
-            steps=STEPS,
-            batch_size=BATCH,
-            micro_batch=2,
-            log_every=1,
-            deadline=None,
-            rank_timeout=30.0,
-            # One doubling, before the step at which the resumed run starts.
-            batch_start=BATCH // 2 if config.train.batch_doublings else None,
-            context_start=model.block_size // 2 if context_grows else None,
-            ramp=0.75,
-        ),
-        eval=EvalConfig(every=STEPS // 2, windows=4),
-        sample=SampleConfig(every=0),
-        checkpoint=CheckpointConfig(every=STEPS // 2, keep_last=3),
-        monitor=MonitorConfig(),
-        parallel=ParallelConfig(),
-    )
-    return small, notes + changes
-
-
-def _small_data(data: DataConfig, folder: Path) -> tuple[DataConfig, list[str]]:
-    """Data that can be prepared in seconds: the recipe's own, if possible."""
-    path = Path(data.source)
-    named = is_source_name(data.source)
-    prepared = not named and (path / "manifest.json").is_file()
-    if not prepared and not (not named and path.is_file() and path.stat().st_size <= _SMALL_FILE):
-        text = folder / "text.jsonl"
-        text.write_text("".join(json.dumps({"text": document}) + "\n" for document in _documents()), encoding="utf-8")
-        data = dataclasses.replace(data, source=str(text), tokenizer="byte", cache=str(folder / "cache"))
-        return data, ["synthetic text, because the recipe's data would take long to prepare"]
-    data = dataclasses.replace(data, cache=data.cache or str(folder / "cache"))
-    if prepared or data.tokenizer in ("byte", "char") or is_tokenizer_path(data.tokenizer):
-        return data, []
-    return dataclasses.replace(data, tokenizer="byte"), [f"tokenizer 'byte' instead of {data.tokenizer!r}"]
-
-
-def _small_model(model: ModelConfig, budget: float) -> tuple[ModelConfig, list[str]]:
-    """A model of the same kind, with new weights, that all runs can train within `budget` FLOPs."""
-    notes = [f"new weights instead of {model.init}"] if model.init else []
-    model = dataclasses.replace(model, init="")
-    names = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
-    for smaller in (_shorter, _shallower, _narrower, _shorter, _narrower):
-        sized = dataclasses.replace(model, vocab_size=model.vocab_size or 256)
-        if flops_per_token(sized, model.block_size) * BATCH * model.block_size * _ALL_STEPS > budget:
-            before, model = model, smaller(model)
-            changes = [(name, getattr(before, name), getattr(model, name)) for name in names]
-            notes += [f"model.{name} {old} -> {new}" for name, old, new in changes if old != new]
-    return model, notes
-
-
-def _shorter(model: ModelConfig) -> ModelConfig:
-    return dataclasses.replace(model, block_size=max(32, min(model.block_size, 256) // 2))
-
-
-def _shallower(model: ModelConfig) -> ModelConfig:
-    return dataclasses.replace(model, n_layer=min(model.n_layer, 2), value_embeddings=min(model.value_embeddings, 1))
-
-
-def _narrower(model: ModelConfig) -> ModelConfig:
-    """Fewer heads of the same width, with as many key-value heads as divide them; a vocabulary of bytes."""
-    heads, width = min(model.n_head, 4) // 2 or 1, model.n_embd // model.n_head
-    kv = None if model.n_kv_head is None else max(n for n in range(1, heads + 1) if heads % n == 0 and n <= model.n_kv_head)
-    hidden = None if model.mlp_hidden is None else max(8, model.mlp_hidden * heads // model.n_head)
-    return dataclasses.replace(model, n_head=heads, n_embd=heads * width, n_kv_head=kv, mlp_hidden=hidden, vocab_size=0)
-
-
-def _documents() -> list[str]:
-    """About 200 kB of text with some structure in 225 documents, always the same."""
-    chance = random.Random(0)
-    syllables = [a + b for a in "bdfgklmnprst" for b in "aeiou"]
-    words = ["".join(chance.choices(syllables, k=chance.randint(1, 4))) for _ in range(400)]
-    lines = [" ".join(chance.choices(words, k=chance.randint(4, 12))).capitalize() + ".\n" for _ in range(4500)]
-    return ["".join(lines[first : first + 20]) for first in range(0, len(lines), 20)]
-
-
 _Outcome = tuple[bool | None, str, str]  # passed, difference, tolerance
 
 
@@ -262,6 +154,7 @@ class _Verification:
             "cached = full generation": self.generation,
             "1 process = 2": partial(self.processes, "ddp"),
             "1 process = 2 with shards": partial(self.processes, "fsdp"),
+            "1 process = 2 halves": partial(self.processes, "tensor"),
             "compiled = eager": self.compiled,
         }
         for done, (name, check) in enumerate(order.items()):
@@ -306,12 +199,17 @@ class _Verification:
             losses += _losses(run)
         return _compare(losses, 2 * _losses(self.base), _tolerance(self.split.precision))
 
-    def processes(self, layout: Literal["ddp", "fsdp"]) -> _Outcome:
+    def processes(self, layout: Literal["ddp", "fsdp", "tensor"]) -> _Outcome:
         self._skip_if_late()
-        if layout == "fsdp" and (self.config.tune.lora_rank or self.config.fp8 or self.config.cuda_graphs):
-            raise _Skip("adapters, fp8 and CUDA graphs do not go with shards")
+        if layout != "ddp" and (self.config.tune.lora_rank or self.config.fp8 or self.config.cuda_graphs):
+            raise _Skip("adapters, fp8 and CUDA graphs do not go with a divided model")
+        parallel = ParallelConfig(tensor=2) if layout == "tensor" else ParallelConfig(layout=layout)
+        try:
+            check_tensor(RunFolder(self.base).config().model, parallel.tensor or 1)
+        except UserError as reason:
+            raise _Skip(str(reason)) from None
         recipe, run = self.folder / f"{layout}.toml", self.folder / layout
-        config = dataclasses.replace(self.split, parallel=ParallelConfig(layout=layout))
+        config = dataclasses.replace(self.split, parallel=parallel)
         recipe.write_text(config_to_toml(config), encoding="utf-8")
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
         done = subprocess.run(
@@ -333,7 +231,7 @@ class _Verification:
         self._skip_if_late()
         if (problem := compiler_problem(self.device)) is not None:
             raise _Skip(f"torch.compile does not work here, because {problem}")
-        config = dataclasses.replace(_shallower(RunFolder(self.uninterrupted).config().model), dropout=0.0)
+        config = dataclasses.replace(shallower(RunFolder(self.uninterrupted).config().model), dropout=0.0)
         tokens = torch.randint(config.vocab_size, (2, config.block_size + 1), generator=torch.Generator().manual_seed(0))
         inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
         documents = document_bounds(inputs == int(tokens[0, 5])) if self.config.data.document_mask else None

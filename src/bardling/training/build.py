@@ -16,7 +16,7 @@ from bardling.distributed.context import Context
 from bardling.distributed.device import Precision
 from bardling.distributed.matrices import ShardedMatrices
 from bardling.distributed.pipeline import Pipeline, Stage, StageParameters, build_stage
-from bardling.distributed.sharding import Shards, initialize, load_weights, shard
+from bardling.distributed.sharding import MODEL_AXES, Shards, initialize, load_weights, shard
 from bardling.distributed.wrap import wrap
 from bardling.model.gpt import GPT
 from bardling.model.layers import use_fp8
@@ -73,7 +73,7 @@ def build(
     if isinstance(model, GPT):
         network = model
         network.recompute = network.recompute or execution.recompute
-    elif context.size("shard") > 1 or context.size("pipeline") > 1:
+    elif any(context.size(axis) > 1 for axis in MODEL_AXES):
         network, shards = build_sharded(model, execution, context, seed=seed if weights is None else None, weights=weights)
     else:
         network = build_model(model, execution, context.device, seed=seed if weights is None else None)

@@ -20,9 +20,9 @@ def decide_layout(config: RunConfig, precision: str, facts: Facts) -> tuple[Layo
     Raises:
         UserError: the layout asked for is impossible, or a setting does not go with it.
     """
-    needed = _needed(config, precision, facts)
+    needed, context = _needed(config, precision, facts), facts.context
     layout, why = choose_layout(
-        config.parallel, facts.context.world_size, facts.processes_per_node, needed, facts.device_memory
+        config.parallel, context.world_size, facts.processes_per_node, needed, facts.device_memory, config.model
     )
     check_pipeline(config.model, layout)
     if layout.divided:
@@ -36,12 +36,12 @@ def decide_layout(config: RunConfig, precision: str, facts: Facts) -> tuple[Layo
 def with_layout(execution: Execution, config: RunConfig, layout: Layout, plan: TrainPlan, facts: Facts) -> Execution:
     """The execution with what a divided model needs to know."""
     execution = replace(execution, schedule=config.parallel.schedule)
-    if layout.shard == 1:
+    if layout.shard == layout.tensor == 1:
         return execution
     needed = _needed(config, execution.precision.name, facts)
     passes = max(stage.accumulation for stage in plan.stages)
-    whole = keeps_whole_gradients(config.parallel, layout.shard, passes, needed, facts.device_memory)
-    frees = frees_weights(config.parallel, layout.shard, needed, facts.device_memory, whole_gradients=whole)
+    whole = keeps_whole_gradients(config.parallel, layout, passes, needed, facts.device_memory)
+    frees = frees_weights(config.parallel, layout, needed, facts.device_memory, whole_gradients=whole)
     offload = config.parallel.offload and facts.context.device.type == "cuda"
     return replace(execution, reshard=frees, whole_gradients=whole, offload=offload)
 

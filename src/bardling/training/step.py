@@ -147,8 +147,10 @@ def _update(
     if state.scaler is not None:
         state.scaler.unscale_(state.optimizer)
     parameters = [parameter for parameter in state.parameters.values() if parameter.grad is not None]
-    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-    if state.shards is not None:
+    shards, named = state.shards, state.parameters.items()
+    counted = [p.grad for name, p in named if p.grad is not None and (shards is None or shards.counts(name))]
+    norm = nn.utils.get_total_norm(counted)
+    if shards is not None:
         norm = settings.context.sum(norm.square(), MODEL_AXES).sqrt()
     set_learning_rate(state.optimizer, lr)
     bad, on_device = None, False

@@ -114,6 +114,8 @@ class Explainer:
             weight = parameter.detach()
             known = [*_sums(weight.new_zeros(1) if gradient is None else gradient), *_sums(weight)]
             sums = torch.stack([*known, torch.full_like(known[0], weight.numel())])
+            if state.shards is not None and not state.shards.counts(name):
+                sums = torch.zeros_like(sums)  # not multiplied, since there may be NaN
             norm, nonfinite, weights, weights_nonfinite, size = self.context.sum(sums, SHARD_AXES).tolist()
             entry: dict[str, Any] = {
                 "name": name,
