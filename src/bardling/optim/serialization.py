@@ -69,7 +69,7 @@ def load_optimizer_tensors(
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     state: dict[str, dict[str, Any]] = {name: {} for name in expected}
     sources: list[Mapping[str, Any]] = [tensors, scalars]
-    for source, full_name in [(source, name) for source in sources for name in source]:
+    for source, full_name in [(values, name) for values in sources for name in values]:
         name, _, key = str(full_name).rpartition(".")
         if name not in expected:
             raise UserError(f"the optimizer state has {full_name!r}, which belongs to no parameter of this model")
