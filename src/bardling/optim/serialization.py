@@ -68,11 +68,12 @@ def load_optimizer_tensors(
     expected = _named(optimizer, names)
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     state: dict[str, dict[str, Any]] = {name: {} for name in expected}
-    for full_name in [*tensors, *scalars]:
+    sources: list[Mapping[str, Any]] = [tensors, scalars]
+    for source, full_name in [(values, name) for values in sources for name in values]:
         name, _, key = str(full_name).rpartition(".")
         if name not in expected:
             raise UserError(f"the optimizer state has {full_name!r}, which belongs to no parameter of this model")
-        value = tensors[full_name] if full_name in tensors else scalars[full_name]
+        value = source[full_name]
         if isinstance(value, Tensor):
             value = value if key == "step" else take(name, value)
             value = _copy_for(expected[name], key, value, full_name, groups[id(expected[name])])

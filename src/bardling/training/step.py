@@ -151,14 +151,15 @@ def _update(
     counted = [p.grad for name, p in named if p.grad is not None and (shards is None or shards.counts(name))]
     norm = nn.utils.get_total_norm(counted)
     if shards is not None:
-        norm = settings.context.sum(norm.square(), MODEL_AXES).sqrt()
+        norm = settings.context.sum(norm.square(), MODEL_AXES).sqrt().to(loss.device)  # from host memory, if it is offloaded
     set_learning_rate(state.optimizer, lr)
     bad, on_device = None, False
     if limits is not None:
         # NaN is below no limit. The sum is a vote: processes must not disagree because of rounding.
         within = (loss <= limits.loss) & (norm <= limits.grad_norm)
         bad = (settings.context.sum((~within).float(), AXES) > 0).float()
-        on_device = bad.is_cuda if settings.skip_on_device is None else settings.skip_on_device
+        updates_there = all(parameter.device == bad.device for parameter in parameters)
+        on_device = bad.is_cuda and updates_there if settings.skip_on_device is None else settings.skip_on_device
         on_device = on_device and getattr(state.optimizer, "_step_supports_amp_scaling", False)
     if bad is None or on_device or not bad.item():
         if settings.grad_clip:
