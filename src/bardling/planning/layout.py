@@ -79,7 +79,7 @@ def choose_layout(
         check_tensor(model, config.tensor)
     tensor = config.tensor or 1
     if config.replicate is not None or config.shard is not None or config.pipeline > 1 or processes % tensor:
-        return _given(config, processes), "as configured"
+        return given_layout(config, processes), "as configured"
     rest = processes // tensor
     if config.layout != "auto" or rest == 1:
         whole = config.layout != "fsdp"
@@ -207,7 +207,7 @@ def _among(tensor: int) -> str:
     return f", with layers divided among {tensor}," if tensor > 1 else ""
 
 
-def _given(config: ParallelConfig, processes: int) -> Layout:
+def given_layout(config: ParallelConfig, processes: int) -> Layout:
     """The layout with the sizes given; a size left open takes the remaining processes. Beside a pipeline, copies do."""
     sizes = {"replicate": config.replicate, "shard": config.shard, "tensor": config.tensor}
     asked = {**sizes, "pipeline": config.pipeline if config.pipeline > 1 else None}

@@ -5,7 +5,15 @@ from dataclasses import replace
 from bardling.config import RunConfig
 from bardling.errors import UserError
 from bardling.planning.batching import TrainPlan
-from bardling.planning.layout import Layout, check_pipeline, choose_layout, frees_weights, idle_fraction, keeps_whole_gradients
+from bardling.planning.layout import (
+    Layout,
+    check_pipeline,
+    choose_layout,
+    frees_weights,
+    given_layout,
+    idle_fraction,
+    keeps_whole_gradients,
+)
 from bardling.planning.memory import MemoryPlan, memory_plan
 from bardling.training.build import Execution
 from bardling.training.facts import Facts
@@ -20,7 +28,10 @@ def decide_layout(config: RunConfig, precision: str, facts: Facts) -> tuple[Layo
     Raises:
         UserError: the layout asked for is impossible, or a setting does not go with it.
     """
-    needed, context = _needed(config, precision, facts), facts.context
+    context = facts.context
+    if context.world_size == 1:
+        return given_layout(config.parallel, 1), "one process"
+    needed = _needed(config, precision, facts)
     layout, why = choose_layout(
         config.parallel, context.world_size, facts.processes_per_node, needed, facts.device_memory, config.model
     )

@@ -109,7 +109,7 @@ def resolve(config: RunConfig, facts: Facts) -> ResolvedRun:
     precision = choose_precision(config.precision, device, fp8_excluded=left_out, measure=facts.bfloat16_speedup)
     log.add("precision", precision.name, precision.why)
     optim = resolve_muon_precision(optim, precision.name)
-    peak = _peak_flops(config, model, precision.name, facts)
+    peak = _peak_flops(model, precision.name, facts, fp8=config.fp8, tf32=not config.deterministic)
 
     shaped = replace(config, model=model, optim=optim)
     layout, why = decide_layout(shaped, precision.name, facts)
@@ -145,12 +145,12 @@ def resolve(config: RunConfig, facts: Facts) -> ResolvedRun:
     return replace(run, reasons=tuple(log.reasons), changes=tuple(log.changes), warnings=tuple(log.warnings))
 
 
-def _peak_flops(config: RunConfig, model: ModelConfig, precision: str, facts: Facts) -> float | None:
+def _peak_flops(model: ModelConfig, precision: str, facts: Facts, *, fp8: bool, tf32: bool) -> float | None:
     """The peak of one process's device (FLOP/s); None when unknown."""
     device = facts.context.device
     if device.type == "cpu":
         return facts.matmul_flops(device, DTYPES[precision])
-    return peak_flops(device_name(device), precision, tf32=not config.deterministic, fp8=model if config.fp8 else None)
+    return peak_flops(device_name(device), precision, tf32=tf32, fp8=model if fp8 else None)
 
 
 def _absolute_paths(config: RunConfig) -> RunConfig:
