@@ -166,15 +166,15 @@ class Shards:
     def gradient_scaler(self, device: torch.device) -> torch.amp.GradScaler:
         return SharedScaler(device.type, self.group)
 
+    def zero_gradients(self) -> None:
+        for sharded, parameter in zip(self._sharded.values(), self.parameters.values(), strict=True):
+            sharded.grad = parameter.grad = None
+
     def _whole_shape(self, name: str) -> tuple[int, ...]:
         shape, split = list(self._sharded[name].shape), self._splits.get(name)
         if split is not None:
             shape[split.dim] = sum(split.parts)
         return tuple(shape)
-
-    def zero_gradients(self) -> None:
-        for sharded, parameter in zip(self._sharded.values(), self.parameters.values(), strict=True):
-            sharded.grad = parameter.grad = None
 
 
 def shard(
@@ -251,10 +251,3 @@ def _balanced(shapes: Mapping[str, tuple[int, ...]], count: int) -> dict[str, in
         owners[name] = loads.index(min(loads))
         loads[owners[name]] += torch.Size(shapes[name]).numel()
     return owners
-
-
-def fsdp_modules(model: nn.Module) -> Iterator[Any]:
-    """The modules of a model that gather their own weights."""
-    from torch.distributed.fsdp import FSDPModule
-
-    return (module for module in model.modules() if isinstance(module, FSDPModule))

@@ -101,6 +101,28 @@ def choose_layout(
     return chosen, f"{sizes} do not fit in {_gb(memory)}, sharded{divided or _among(tensor)} {share}"
 
 
+def given_layout(config: ParallelConfig, processes: int) -> Layout:
+    """The layout with the sizes given; a size left open takes the remaining processes. Beside a pipeline, copies do."""
+    sizes = {"replicate": config.replicate, "shard": config.shard, "tensor": config.tensor}
+    asked = {**sizes, "pipeline": config.pipeline if config.pipeline > 1 else None}
+    stated = {f"parallel.{axis}": size for axis, size in asked.items() if size is not None}
+    if config.replicate is None and config.shard is None:
+        sizes["replicate" if config.layout == "fsdp" else "shard"] = 1
+    product = math.prod(stated.values())
+    open_axes = [axis for axis in ("replicate", "shard") if sizes[axis] is None]
+    if processes % product == 0 and (open_axes or product == processes):
+        rest = dict.fromkeys(open_axes, processes // product)
+        return Layout(**{axis: size or rest.get(axis, 1) for axis, size in sizes.items()}, pipeline=config.pipeline)
+    listed = " and ".join(f"{key} = {size}" for key, size in stated.items())
+    need = f"a multiple of {product} processes" if open_axes else f"{product} processes"
+    key, size = next(reversed(stated.items()))
+    others_size = product // size
+    divisors = [n for n in range(1, processes + 1) if processes % n == 0 and processes % (n * others_size) == 0]
+    nearest = min(divisors or [1], key=lambda n: abs(n - size))
+    others = "" if open_axes or others_size * nearest == processes else f" --parallel.replicate {processes // nearest}"
+    raise UserError(f"{listed}: needs {need}, but there are {processes}: nearest possible: --{key} {nearest}{others}")
+
+
 def check_tensor(model: ModelConfig, size: int) -> None:
     """Check that tensor parallelism can divide a model among `size` processes.
 
@@ -205,28 +227,6 @@ def _fitting_tensor(model: ModelConfig, processes: int, per_node: int, needed: M
 
 def _among(tensor: int) -> str:
     return f", with layers divided among {tensor}," if tensor > 1 else ""
-
-
-def given_layout(config: ParallelConfig, processes: int) -> Layout:
-    """The layout with the sizes given; a size left open takes the remaining processes. Beside a pipeline, copies do."""
-    sizes = {"replicate": config.replicate, "shard": config.shard, "tensor": config.tensor}
-    asked = {**sizes, "pipeline": config.pipeline if config.pipeline > 1 else None}
-    stated = {f"parallel.{axis}": size for axis, size in asked.items() if size is not None}
-    if config.replicate is None and config.shard is None:
-        sizes["replicate" if config.layout == "fsdp" else "shard"] = 1
-    product = math.prod(stated.values())
-    open_axes = [axis for axis in ("replicate", "shard") if sizes[axis] is None]
-    if processes % product == 0 and (open_axes or product == processes):
-        rest = dict.fromkeys(open_axes, processes // product)
-        return Layout(**{axis: size or rest.get(axis, 1) for axis, size in sizes.items()}, pipeline=config.pipeline)
-    listed = " and ".join(f"{key} = {size}" for key, size in stated.items())
-    need = f"a multiple of {product} processes" if open_axes else f"{product} processes"
-    key, size = next(reversed(stated.items()))
-    others_size = product // size
-    divisors = [n for n in range(1, processes + 1) if processes % n == 0 and processes % (n * others_size) == 0]
-    nearest = min(divisors or [1], key=lambda n: abs(n - size))
-    others = "" if open_axes or others_size * nearest == processes else f" --parallel.replicate {processes // nearest}"
-    raise UserError(f"{listed}: needs {need}, but there are {processes}: nearest possible: --{key} {nearest}{others}")
 
 
 def _gb(size: float) -> str:
