@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from bardling.config import ModelConfig, ParallelConfig
+from bardling.config.recipes import load_recipe
 from bardling.errors import UserError
 from bardling.planning.activations import ActivationBytes
 from bardling.planning.layout import (
@@ -21,6 +22,7 @@ from bardling.planning.layout import (
     stage_of,
 )
 from bardling.planning.memory import MemoryPlan
+from bardling.planning.plan import plan
 
 
 def test_sizes_are_in_the_order_of_the_axes():
@@ -116,3 +118,14 @@ def test_gathered_weights_are_freed_between_passes_if_they_do_not_fit():
     assert frees(10_000, offload=True)
     assert frees(10_000, reshard=True)
     assert not frees(10, reshard=False)
+
+
+def test_a_plan_shards_what_does_not_fit_on_a_device():
+    config = load_recipe("gpt2-xl")
+    one = plan(config, device_name="RTX-4090")
+    eight = plan(config, world_size=8, device_name="RTX-4090")
+    assert any("does not fit" in note for note in one.notes)
+    assert str(eight.layout) == "FSDP2 (shard 8)"
+    assert not any("does not fit" in note for note in eight.notes)
+    assert eight.batch.data_size == 8
+    assert eight.flops_per_second == pytest.approx(8 * one.flops_per_second)

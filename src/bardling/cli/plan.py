@@ -16,6 +16,7 @@ from bardling.errors import UserError, closest
 from bardling.monitor.format import count, duration, si, size_bytes
 from bardling.planning.costs import forward_table
 from bardling.planning.devices import ACCELERATORS, TERA, find_accelerator
+from bardling.planning.layout import sharded_bytes
 from bardling.planning.plan import Plan, plan
 from bardling.planning.scaling_laws import chinchilla_optimal
 
@@ -196,11 +197,11 @@ def _add_work(table: Rows, result: Plan) -> None:
 
 def _add_memory(table: Rows, result: Plan) -> None:
     batch, memory = result.batch, result.memory
-    activations = memory.activations
+    activations, total = memory.activations, sharded_bytes(memory, result.layout)
     muon = "Muon: one float32 moment per matrix, two for the rest" if result.config.optim.name == "muon" else ""
     sequences = f"{batch.micro_batch} sequence{'s' if batch.micro_batch > 1 else ''}"
     rows = (
-        ("weights", memory.weights, "float32; replicated in every process"),
+        ("weights", memory.weights, f"float32; {'a part' if result.layout.divided else 'replicated'} in every process"),
         ("gradients", memory.gradients, "float32"),
         ("optimizer", memory.optimizer, muon or "AdamW: two float32 moments"),
         ("EMA", memory.ema, "of the weights, float32"),
@@ -209,14 +210,18 @@ def _add_memory(table: Rows, result: Plan) -> None:
         ("recompute buffer", activations.recompute_buffer, "in backward; not at the same time as copies and head"),
         ("head", activations.head, "logits, one chunk at a time"),
     )
+    if result.layout.world_size > 1:
+        table.add_row("layout", str(result.layout), result.layout_why)
+    layout, held = result.layout, ("weights", "gradients", "optimizer", "EMA")
     for name, size, note in rows:
+        parts = layout.tensor * (layout.shard * layout.pipeline if name in held else 1)
         if size:
-            table.add_row(name, size_bytes(size), note)
+            table.add_row(name, size_bytes(size // parts), note)
     fraction: str | Text = "device memory unknown"
     if result.device_memory is not None:
-        fraction = f"{memory.total / result.device_memory:.0%} of {size_bytes(result.device_memory)}"
-        fraction = styled(f"{fraction}: does not fit", "red") if memory.total > result.device_memory else fraction
-    table.add_row(styled("total memory"), styled(size_bytes(memory.total)), fraction)
+        fraction = f"{total / result.device_memory:.0%} of {size_bytes(result.device_memory)}"
+        fraction = styled(f"{fraction}: does not fit", "red") if total > result.device_memory else fraction
+    table.add_row(styled("total memory"), styled(size_bytes(total)), fraction)
 
 
 def _add_time(table: Rows, result: Plan, device: _Device) -> None:
@@ -225,7 +230,7 @@ def _add_time(table: Rows, result: Plan, device: _Device) -> None:
     if result.seconds is None or result.tokens_per_second is None or result.peak_flops is None:
         table.add_row(styled("time"), styled("unknown"), f"peak of {name or 'the device'} unknown: give --peak_tflops")
         return
-    world_size = result.batch.data_size
+    world_size = result.layout.world_size
     table.add_row("device", f"{world_size} x", name or "as given")
     table.add_row("peak per device", si(result.peak_flops, "FLOP/s"), f"{result.precision}, dense; {device.source}")
     at = f"at {result.mfu:.0%} MFU"

@@ -143,7 +143,7 @@ def sharded_bytes(needed: MemoryPlan, layout: Layout, *, whole_gradients: bool =
     """Memory of one process in a layout; the activations include what is gathered for a pass. Tensor parallelism divides
     activations, too."""
     whole = (needed.gradients * whole_gradients + needed.weights * whole_weights) * (1 - 1 / layout.shard)
-    return int((_state(needed) / layout.shard + whole + needed.activations.total) / layout.tensor)
+    return int((_state(needed) / layout.shard / layout.pipeline + whole + needed.activations.total) / layout.tensor)
 
 
 def keeps_whole_gradients(config: ParallelConfig, layout: Layout, passes: int, needed: MemoryPlan, memory: int | None) -> bool:

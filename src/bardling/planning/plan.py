@@ -32,6 +32,7 @@ from bardling.planning.costs import (
 from bardling.planning.depth import apply_depth, expected_vocab_size
 from bardling.planning.devices import device_memory as known_memory
 from bardling.planning.devices import peak_flops as known_peak
+from bardling.planning.layout import Layout, check_pipeline, choose_layout, sharded_bytes
 from bardling.planning.memory import MemoryPlan, memory_plan
 from bardling.planning.parameter_shapes import adapter_shapes
 from bardling.planning.scaling_laws import FITTED_FLOPS, Comparison, compare
@@ -39,6 +40,7 @@ from bardling.planning.scaling_laws import FITTED_FLOPS, Comparison, compare
 if TYPE_CHECKING:
     from bardling.data.tokens.manifest import Manifest
 
+_PER_NODE = 8  # devices of a machine
 MAX_USEFUL_EPOCHS = 4  # Muennighoff et al. 2023 (arXiv:2305.16264): up to four epochs are nearly as good as new data
 
 
@@ -52,7 +54,9 @@ class Plan:
     dataset_tokens: int | None  # in the training split; None if unknown
     flops_training: int  # forward and backward passes of the whole run
     flops_recomputed: int  # by `train.recompute` in the whole run; these do not count as the model's FLOPs
-    memory: MemoryPlan
+    layout: Layout  # of the processes
+    layout_why: str
+    memory: MemoryPlan  # of a process that holds the whole model
     precision: str
     device_name: str
     device_type: str
@@ -133,7 +137,7 @@ class Plan:
     @property
     def flops_per_second(self) -> float | None:
         """Expected speed of all devices together (FLOP/s); None if the peak is unknown."""
-        return None if self.peak_flops is None else self.peak_flops * self.mfu * self.batch.data_size
+        return None if self.peak_flops is None else self.peak_flops * self.mfu * self.layout.world_size
 
     @property
     def seconds(self) -> float | None:
@@ -184,11 +188,11 @@ def plan(
     _check(world_size, mfu, peak_flops, dataset_tokens, budget_flops, budget_seconds)
     config = apply_depth(config)
     model, notes = resolve_vocabulary(config)
-    batch = make_plan(config.train, model.block_size, world_size)
     precision = precision or ("bfloat16" if config.precision == "auto" else config.precision)
     device_memory = known_memory(device_name) if device_memory is None else device_memory
     if peak_flops is None:
         peak_flops = known_peak(device_name, precision, tf32=not config.deterministic, fp8=model if config.fp8 else None)
+    layout, batch, memory, why = _layout(config, model, world_size, precision, device_type, device_memory)
     manifest, total_tokens = _manifest(config), batch.tokens_before(batch.steps)
     flops = batch.cost(partial(flops_per_token, model, tune=config.tune))
     recomputed = _recomputed_flops(config, model, batch, precision, device_type)
@@ -201,7 +205,9 @@ def plan(
         dataset_tokens=dataset_tokens or (manifest.train.tokens if manifest else None),
         flops_training=flops,
         flops_recomputed=recomputed,
-        memory=memory_plan(config, model, batch.micro_batch, precision, device_type),
+        layout=layout,
+        layout_why=why,
+        memory=memory,
         precision=precision,
         device_name=device_name,
         device_type=device_type,
@@ -211,6 +217,19 @@ def plan(
         comparison=compare(parameters(model, positions=False), total_tokens, flops / batch.steps, budget_flops),
     )
     return dataclasses.replace(result, notes=(*notes, *_notes(result)))
+
+
+def _layout(
+    config: RunConfig, model: ModelConfig, processes: int, precision: str, device_type: str, device_memory: int | None
+) -> tuple[Layout, TrainPlan, MemoryPlan, str]:
+    """The layout that a run would choose on machines of eight devices, its batches and memory, and why."""
+    micro_batch = config.train.micro_batch if isinstance(config.train.micro_batch, int) else 1
+    needed = memory_plan(config, model, micro_batch, precision, device_type)
+    per_node = min(processes, _PER_NODE)
+    layout, why = choose_layout(config.parallel, processes, per_node, needed, device_memory, model)
+    check_pipeline(model, layout)
+    batch = make_plan(config.train, model.block_size, layout.data_size)
+    return layout, batch, memory_plan(config, model, batch.micro_batch, precision, device_type), why
 
 
 def _check(world_size: int, mfu: float, peak: float | None, tokens: float | None, *budgets: float | None) -> None:
@@ -258,7 +277,7 @@ def _notes(result: Plan) -> list[str]:
         notes.append(
             f"{result.epochs:.1f} epochs: beyond about {MAX_USEFUL_EPOCHS}, repeated tokens improve the model less and less."
         )
-    if result.device_memory is not None and result.memory.total > result.device_memory:
+    if result.device_memory is not None and sharded_bytes(result.memory, result.layout) > result.device_memory:
         notes.append(f"The run does not fit into the device's memory: {_remedy(result, result.device_memory)}")
     low, high = FITTED_FLOPS
     if not low <= result.comparison.flops <= high:
@@ -275,7 +294,8 @@ def _remedy(result: Plan, device_memory: int) -> str:
     divisors = [size for size in range(batch.micro_batch, 0, -1) if per_process % size == 0]
 
     def fits(size: int, recompute: str) -> bool:
-        return memory_plan(config, result.model, size, result.precision, result.device_type, recompute).total <= device_memory
+        needed = memory_plan(config, result.model, size, result.precision, result.device_type, recompute)
+        return sharded_bytes(needed, result.layout) <= device_memory
 
     kept = next((size for size in divisors if fits(size, config.train.recompute)), None)
     recomputed = next((size for size in divisors if config.train.recompute != "blocks" and fits(size, "blocks")), None)
