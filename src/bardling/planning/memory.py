@@ -1,6 +1,6 @@
 """Memory of one process during training: weights, gradients, optimizer state, EMA and activations.
 
-Limits: plain data parallelism, where each process holds the whole model.
+A process is taken to hold the whole model; `planning/layout.py` divides it among several.
 """
 
 import math
