@@ -28,7 +28,7 @@ def ranks():
 @pytest.fixture(scope="module")
 def recipe(ranks, corpus, tmp_path_factory):
     path = tmp_path_factory.mktemp("ranks") / "recipe.toml"
-    path.write_text(ranks.RECIPE.format(text=corpus, steps=STEPS, timeout=10))
+    path.write_text(ranks.RECIPE.format(text=corpus, steps=STEPS, timeout=10, layout="ddp"))
     return path
 
 

@@ -331,7 +331,7 @@ def test_the_loss_of_a_text_under_several_checkpoints(page, site):
         scores = [score for score in answer(site, body)["logprobs"]["token_logprobs"] if score is not None]
         assert shown == f"{-sum(scores) / len(scores):.2f}"
     page.check("#compare-change")
-    assert page.locator(".column").nth(1).locator(".better1, .better2, .worse1, .worse2").count() > 0
+    page.locator(".column").nth(1).locator(".better1, .better2, .worse1, .worse2").first.wait_for()
 
 
 def test_loss_per_token_of_a_text_longer_than_the_context(page, site):
