@@ -173,8 +173,7 @@ def plan(
 
     Args:
         world_size: processes, one per device.
-        device_name: as reported by the driver, or a short name in `planning/devices.py`; empty if unknown.
-        device_type: 'cpu', 'cuda' or 'mps'.
+        device_name: the driver's, or a short name in `planning/devices.py`; empty if unknown. device_type: cpu, cuda or mps.
         device_memory, peak_flops: of one device (bytes, FLOP/s); None for the table's.
         precision: dtype of matmuls; None for the recipe's, with 'auto' as bfloat16.
         mfu: expected fraction of the peak, including recomputation.
@@ -193,7 +192,6 @@ def plan(
     if peak_flops is None:
         peak_flops = known_peak(device_name, precision, tf32=not config.deterministic, fp8=model if config.fp8 else None)
     layout, batch, memory, why = _layout(config, model, world_size, precision, device_type, device_memory)
-    manifest, total_tokens = _manifest(config), batch.tokens_before(batch.steps)
     flops = batch.cost(partial(flops_per_token, model, tune=config.tune))
     recomputed = _recomputed_flops(config, model, batch, precision, device_type)
     if budget_seconds is not None:
@@ -202,7 +200,7 @@ def plan(
         config=config,
         model=model,
         batch=batch,
-        dataset_tokens=dataset_tokens or (manifest.train.tokens if manifest else None),
+        dataset_tokens=dataset_tokens or _train_tokens(config),
         flops_training=flops,
         flops_recomputed=recomputed,
         layout=layout,
@@ -214,9 +212,20 @@ def plan(
         device_memory=device_memory,
         peak_flops=peak_flops,
         mfu=mfu,
-        comparison=compare(parameters(model, positions=False), total_tokens, flops / batch.steps, budget_flops),
+        comparison=_comparison(model, batch, flops, budget_flops),
     )
     return dataclasses.replace(result, notes=(*notes, *_notes(result)))
+
+
+def _comparison(model: ModelConfig, batch: TrainPlan, flops: int, budget_flops: float | None) -> Comparison:
+    tokens = batch.tokens_before(batch.steps)
+    return compare(parameters(model, positions=False), tokens, flops / batch.steps, budget_flops)
+
+
+def _train_tokens(config: RunConfig) -> int | None:
+    """Tokens in the training split of a prepared folder; None if there is none."""
+    manifest = _manifest(config)
+    return manifest.train.tokens if manifest else None
 
 
 def _layout(
