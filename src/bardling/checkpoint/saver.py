@@ -156,7 +156,6 @@ class Saver:
 
     def finish(self, state: Savable) -> None:
         """Wait for the last save, and try a failed one once more; raises a `UserError` in all processes if that fails too."""
-
         self._context.activity(f"saving step {state.step}", LONG_PATIENCE)
         self.wait()
         if self._context.broadcast(self._training is None):

@@ -228,10 +228,6 @@ def initialize(shards: Shards, config: ModelConfig, seed: int) -> None:
     shards.load(lambda name: initial_value(name, torch.Size(shards.shapes[name]), config, seed))
 
 
-def load_weights(shards: Shards, weights: Mapping[str, Tensor]) -> None:
-    shards.load(weights.__getitem__)
-
-
 def all_gather(whole: Tensor, part: Tensor, group: dist.ProcessGroup | None) -> None:
     """Gather equal parts into `whole`, in the order of the ranks."""
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

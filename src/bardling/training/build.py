@@ -16,7 +16,7 @@ from bardling.distributed.context import Context
 from bardling.distributed.device import Precision
 from bardling.distributed.matrices import ShardedMatrices
 from bardling.distributed.pipeline import Pipeline, Stage, StageParameters, build_stage
-from bardling.distributed.sharding import MODEL_AXES, Shards, initialize, load_weights, shard
+from bardling.distributed.sharding import MODEL_AXES, Shards, initialize, shard
 from bardling.distributed.wrap import wrap
 from bardling.model.gpt import GPT
 from bardling.model.layers import use_fp8
@@ -136,7 +136,7 @@ def build_sharded(
             offload=execution.offload,
         )
     if weights is not None:
-        load_weights(shards, weights)
+        shards.load(weights.__getitem__)
     elif seed is not None:
         initialize(shards, model, seed)
     return network, shards

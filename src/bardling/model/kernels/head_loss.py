@@ -234,7 +234,7 @@ class _SummedLoss(torch.autograd.Function):
                     if squashed is not None:
                         slope.mul_(squashed.square_().neg_().add_(1))  # 1 - tanh^2
                     if counted is not None:
-                        slope = slope * counted[part]
+                        slope.mul_(counted[part])  # in place, so that a chunk needs no third tensor of its size
                     if slopes is None:
                         slopes = slope.to(dtype)
                     else:
