@@ -168,7 +168,7 @@ def _run(argv: Sequence[str] | None) -> None:
             # Threads of libraries may still be running, and some crash during normal interpreter shutdown.
             with contextlib.suppress(OSError):
                 sys.stdout.flush()
-            print("bardling: interrupted", file=sys.stderr, flush=True)
+            tell("interrupted")
             os._exit(status)
         _fail("interrupted", status)
     except Exception as error:
@@ -220,3 +220,7 @@ def _describe(error: Exception) -> tuple[str, int]:
     if out_of_memory(error):
         return "out of memory: lower the sizes of the model or the batch; `bardling plan RECIPE` shows what they need", 2
     return f"internal error: {type(error).__name__}: {error} (rerun with --debug for the traceback)", 1
+
+
+if __name__ == "__main__":
+    main()
