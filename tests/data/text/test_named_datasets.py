@@ -238,7 +238,7 @@ def test_wrong_names_fields_and_kinds(fake_hub):
         texts(source_for("hf:me/set:::txt"))
     with pytest.raises(UserError, match=r"field 'number' contains int64, not text"):
         texts(source_for("hf:me/set:::number"))
-    with pytest.raises(UserError, match="cannot be read as Parquet"):
+    with pytest.raises(UserError, match="is damaged Parquet data"):
         texts(source_for("hf:me/set::test"))
     with pytest.raises(UserError, match="no configuration or split 'default:valid'"):
         texts(source_for("hf:me/set::valid"))
