@@ -10,14 +10,12 @@ JSON documents and tables would otherwise be trained on as raw syntax.
 import csv
 import json
 import re
-from collections.abc import Callable
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import Any, NamedTuple
 
 from bardling.data.text.fields import RowText
-from bardling.data.text.opening import COMPRESSED, Stream, opened
+from bardling.data.text.opening import COMPRESSED, Stream
 from bardling.data.text.rows import LONGEST_ROW
-from bardling.errors import UserError
 from bardling.files.decoding import HEAD, MARK, byte_order_mark, known_format, wide_encoding
 
 _ROWS = (".jsonl", ".ndjson", ".jsonlines", ".ldjson")
@@ -31,6 +29,9 @@ _MAGIC = (
     (0, b"PK\x03\x04", "zip"),
     (0, b"PK\x05\x06", "zip"),
 )
+
+NOT_ALWAYS_READ = (*COMPRESSED, *_TABLES, ".json", ".parquet", ".arrow", ".feather", ".tar", ".zip")
+"""Suffixes of files that earlier versions left out of folders, at least some of them."""
 
 
 class Contents(NamedTuple):
@@ -66,20 +67,6 @@ def examine(stream: Stream, name: str, label: str, wanted: RowText, encoding: st
     if suffix in _TABLES:
         return _table(_first_line(stream, encoding), suffix, encoding, wanted, named=named)
     return _json(stream, head, suffix, PurePath(name).name, encoding, wanted, named=named) or Contents()
-
-
-def newly_read(path: Path, contents: Callable[[Path], Contents]) -> bool:
-    """Whether earlier versions left such a file of a folder out, so that a dataset that they prepared lacks its text."""
-    if not path.name.lower().endswith((*COMPRESSED, *_TABLES, ".json", ".parquet", ".arrow", ".feather", ".tar", ".zip")):
-        return False
-    with opened(path) as (_, codec):
-        pass
-    try:
-        found = contents(path)
-    except UserError:
-        return False
-    rows, text = found.kind == "JSON Lines" and codec in ("", "gzip"), found.kind == "text" and not codec
-    return not (rows or text or found.fault)
 
 
 def expected_bytes(name: str, size: int) -> int:

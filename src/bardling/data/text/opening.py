@@ -48,9 +48,9 @@ class Damaged(UserError):  # noqa: N818  it describes the data
 class Stream(io.RawIOBase):
     """Bytes that can be looked at before they are read. It counts what has been read, and is closed with what it reads."""
 
-    def __init__(self, raw: BinaryIO) -> None:
+    def __init__(self, raw: BinaryIO, *, from_any_place: bool = False) -> None:
         super().__init__()
-        self.raw, self.count = raw, 0
+        self.raw, self.count, self.from_any_place = raw, 0, from_any_place
         self._head = b""
 
     def peek(self, size: int) -> bytes:
@@ -226,7 +226,8 @@ def decompressed(raw: Stream, label: str) -> tuple[Stream, str]:
 @contextmanager
 def opened(place: Path | Remote) -> Iterator[tuple[Stream, str]]:
     """Open a file for reading: its decompressed content, and the name of the codec."""
-    raw = Stream(open_bytes(place))
+    file = open_bytes(place)
+    raw = Stream(file, from_any_place=file.seekable())
     try:
         with reading(place):
             yield decompressed(raw, str(place))
@@ -359,10 +360,9 @@ def _remote(url: str, info: dict[str, Any]) -> Remote:
 @contextmanager
 def seekable(stream: Stream, label: str) -> Iterator[BinaryIO]:
     """The stream itself if it can be read from any place, else a temporary copy on disk without a name."""
-    raw = stream.raw
-    if not isinstance(raw, Expanded | Stream) and raw.seekable():
-        raw.seek(0)
-        yield raw
+    if stream.from_any_place:
+        stream.raw.seek(0)
+        yield stream.raw
         return
     with tempfile.TemporaryFile(prefix="bardling-") as copy:
         while piece := stream.read(1 << 20):

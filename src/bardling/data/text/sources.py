@@ -34,7 +34,7 @@ from bardling.data.text.archives import ARCHIVES
 from bardling.data.text.fields import DEFAULT_FIELD, RowText, unescaped
 from bardling.data.text.findings import Findings, describe_findings
 from bardling.data.text.folders import Left, files_below, refuse_made_folder, without_made_folders
-from bardling.data.text.formats import Contents, examine, expected_bytes, newly_read
+from bardling.data.text.formats import NOT_ALWAYS_READ, Contents, examine, expected_bytes
 from bardling.data.text.opening import Damaged, Remote, Stream, decompressed, is_url, opened, remote_files, without_secrets
 from bardling.data.text.plain import is_binary, is_utf8, separated, text_pieces
 from bardling.data.text.rows import READERS, Table, TooLong
@@ -234,12 +234,25 @@ class FileSource:
                 with os_error_as_user_error(file, "read"):
                     status = file.stat()
                 entry += [status.st_size, status.st_mtime_ns]
-                if self.lenient and newly_read(file, self.contents):
+                if self.lenient and self._newly_read(file):
                     entry.append("read")
             else:
                 entry += [file.size, file.version]
             digest.update(json.dumps(entry).encode())
         return digest.hexdigest()
+
+    def _newly_read(self, file: Path) -> bool:
+        """Whether earlier versions left a file of a folder out, so that a dataset that they prepared lacks its text."""
+        if not file.name.lower().endswith(NOT_ALWAYS_READ):
+            return False
+        try:
+            with opened(file) as (stream, codec):
+                kind = self._examine(stream, file.name, str(file)).kind
+        except UserError:
+            return False
+        if (kind == "JSON Lines" and codec in ("", "gzip")) or (kind == "text" and not codec):
+            return False
+        return any(document.text for document in replace(self, findings=Findings())._read(file))
 
     def size(self) -> int:
         with os_error_as_user_error(Path(self.root), "read"):
