@@ -45,7 +45,7 @@ def tar_members(stream: Stream, label: str, kept: Callable[[str], None]) -> Iter
                 continue
             reason = "not a regular file" if not info.isreg() or info.issparse() else _name_fault(info.name)
             file = None if reason else archive.extractfile(info)
-            yield Member(info.name, None if file is None else Stream(cast(BinaryIO, file)), reason)
+            yield Member(info.name, None if file is None else _guarded(file, f"{label}!{info.name}", "tar", 1 << 62), reason)
     if not ended:
         kept("tar archive without the mark of its end, perhaps truncated")
 
@@ -59,11 +59,15 @@ def zip_members(stream: Stream, label: str, kept: Callable[[str], None]) -> Iter
                 continue
             reason = "encrypted member" if info.flag_bits & 1 else _name_fault(info.filename)
             inner = None if reason else archive.open(info)
-            name = f"{label}!{info.filename}"
-            opened = None if inner is None else Stream(cast(BinaryIO, Expanded(cast(Any, inner), name, "zip", lambda: size)))
+            opened = None if inner is None else _guarded(inner, f"{label}!{info.filename}", "zip", size)
             yield Member(info.filename, opened, reason)
             if opened is not None:
                 opened.close()
+
+
+def _guarded(file: Any, label: str, kind: str, size: int) -> Stream:
+    """A member whose damage is reported with its name; `size` is that of the archive, or as large as no archive is."""
+    return Stream(cast(BinaryIO, Expanded(file, label, kind, lambda: size)))
 
 
 def _name_fault(name: str) -> str:

@@ -108,8 +108,8 @@ class FileSource:
         if not found:
             why = "; ".join(describe_findings(self.findings.facts())) or "empty"
             if len(self.files) == 1 and not self.lenient:
-                fault = "is empty" if set(self.findings.facts().get("left_out", {})) <= {"empty file or row"} else "has no text"
-                raise UserError(f"{self.files[0]}: {fault} ({why}): choose a source that contains text")
+                fault = "is empty" if self.findings.total < 2 and "empty file" in f"{why} file" else f"has no text ({why})"
+                raise UserError(f"{self.files[0]}: {fault}: choose a source that contains text")
             fault = f"none of its {len(self.files)} files contains UTF-8 text"
             raise UserError(f"{self.root}: {fault} ({why}): choose a source that does")
 
@@ -130,8 +130,10 @@ class FileSource:
         self, stream: Stream, name: str, label: str, shown: str, lenient: bool, inside: bool = False
     ) -> Iterator[Document]:
         """The documents of a file with this `name`, which documents call `label` and messages `shown`."""
-        contents = Contents()
+        contents, known = Contents(), self.findings.total
         try:
+            if inside:
+                stream, _ = decompressed(stream, shown)
             contents = self._examine(stream, name, shown)
             if contents.kind in ARCHIVES and inside:
                 contents = contents._replace(fault="an archive inside an archive", remedy="extract it and name the folder")
@@ -147,7 +149,7 @@ class FileSource:
                 documents = self._whole(stream, label, shown, lenient)
             first = next(documents, None)
         except UserError as error:
-            if not lenient or isinstance(error.__cause__, OSError):
+            if not lenient or isinstance(error.__cause__, OSError | ImportError):
                 raise
             without = f"{contents.kind} without text in the field {self.field!r}"
             reason = without if contents.kind in READERS else f"file that is not {self.encoding or 'UTF-8'}"
@@ -156,7 +158,7 @@ class FileSource:
             return
         if first is not None:
             yield from chain([first], documents)
-        elif contents.kind in READERS:
+        elif contents.kind in READERS and self.findings.total == known:
             yield Document(label, "")
 
     def _members(self, stream: Stream, kind: str, label: str, shown: str) -> Iterator[Document]:
@@ -166,8 +168,7 @@ class FileSource:
             if member is None:
                 self.findings.left_out(reason, inner)
             else:
-                content, _ = decompressed(member, f"{shown}!{name}")
-                yield from self._parts(content, name, inner, f"{shown}!{name}", True, inside=True)
+                yield from self._parts(member, name, inner, f"{shown}!{name}", True, inside=True)
 
     def _whole(self, stream: Stream, label: str, shown: str, lenient: bool) -> Iterator[Document]:
         data = stream.read()
