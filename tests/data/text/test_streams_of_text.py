@@ -3,7 +3,6 @@
 import gzip
 import hashlib
 import http.server
-import json
 import os
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import pytest
 from test_formats import FORMATS, TEXTS, lines, packed, tar
 
 from bardling.config import DataConfig
-from bardling.data.text from bardling.data.text.opening import without_secrets
+from bardling.data.text.opening import without_secrets
 from bardling.data.text.sources import open_source
 from bardling.data.tokens.dataset import open_data
 from bardling.data.tokens.prepare import prepare
