@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from bardling.config import ModelConfig
 from bardling.distributed.context import Context
 from bardling.distributed.device import DTYPES
+from bardling.distributed.overlap import Reductions
 from bardling.distributed.tensor import divide
 from bardling.model.divided import Split, tensor_splits
 from bardling.model.gpt import GPT
@@ -50,6 +51,7 @@ class Shards:
 
     _splits: Mapping[str, Split] = {}  # what tensor parallelism divides
     _tensor = 1  # among how many processes
+    reductions: Reductions | None = None  # that may not be complete
 
     def __init__(self, model: GPT, context: Context) -> None:
         self._sharded: dict[str, Any] = dict(model.named_parameters())  # DTensors
@@ -152,6 +154,8 @@ class Shards:
 
     def collect_gradients(self) -> None:
         """Make the gradients of `parameters` those of the passes. The first pass may have moved the shards."""
+        if self.reductions is not None:
+            self.reductions.finish()
         for name, parameter in self.parameters.items():
             sharded = self._sharded[name]
             parameter.data = _local(sharded)
@@ -167,6 +171,8 @@ class Shards:
         return SharedScaler(device.type, self.group)
 
     def zero_gradients(self) -> None:
+        if self.reductions is not None:
+            self.reductions.finish()
         for sharded, parameter in zip(self._sharded.values(), self.parameters.values(), strict=True):
             sharded.grad = parameter.grad = None
 
@@ -215,7 +221,10 @@ def shard(
     # The root is always resharded: evaluation must not leave weights behind that the next update makes stale.
     fully_shard(model, reshard_after_forward=True, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False), **options)
     model.to_empty(device="cpu" if offload else context.device)
-    return model, Shards(model, context)
+    shards = Shards(model, context)
+    if context.device.type == "cpu" and axes == ("shard",):
+        shards.reductions = Reductions([model, *model.transformer.h])
+    return model, shards
 
 
 def _keep_for_backward(block: Any, _: object) -> None:
