@@ -81,7 +81,8 @@ def test_a_run_moves_from_layout_to_layout(config, change, tmp_path, torchrun):
         (2, "--parallel.shard", "1", "--parallel.tensor", "2"),
         (4, "--parallel.shard", "2", "--parallel.tensor", "2"),
         (4, "--parallel.shard", "2", "--parallel.tensor", "1"),
-        (2, "--parallel.shard", "1"),
+        (4, "--parallel.context", "2"),
+        (2, "--parallel.context", "1", "--parallel.shard", "1"),
         (3, "--parallel.shard", "3"),
     ]
     for number, (processes, *layout) in enumerate(moves):

@@ -28,7 +28,9 @@ class Reductions:
             def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
                 return torch.empty(size, dtype=dtype, device=device)
 
-            def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False) -> None:
+            def __call__(
+                self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False
+            ) -> None:
                 outer.begin(self, output_tensor, input_tensor, group, average=op == dist.ReduceOp.AVG)
 
         self._open: deque[tuple[Any, Tensor, Tensor, bool]] = deque()
