@@ -18,7 +18,7 @@ from bardling.errors import UserError
 
 EXTRA = "pip install 'bardling[datasets]'"
 MOST_EXPANSION = 200
-EXPANSION_FREE = 64 << 20
+EXPANSION_FREE = 256 << 20
 SPOOL_LIMIT = 64 << 30
 """Bytes of one stream that are copied to a temporary file, where a format has to be read from its end."""
 

@@ -311,7 +311,7 @@ def _open(spec: str) -> tuple[FileSource, str]:
             raise UserError(f"{path}: this folder has no files: choose one that contains text files")
         return FileSource(slug(root.stem), root, tuple(files), lenient=True, unread=tuple(left)), field
     if path.exists():
-        raise UserError(f"{path}: is neither a file nor a folder")
+        raise UserError(f"{path}: is neither a file nor a folder: pipe its text into `bardling prepare - --out DIR`")
     if glob.has_magic(spec):
         files, left = without_made_folders(sorted({Path(match).resolve() for match in _matches(spec)}), _base(spec))
         if not files:
