@@ -24,9 +24,9 @@ from bardling.data.text.fields import RowText
 from bardling.errors import UserError, closest
 from bardling.files.decoding import MARK
 
-LONGEST_ROW = 256 << 20  # bytes
+LONGEST_ROW = 64 << 20  # bytes; JSON takes up to twenty times as much when it is parsed
 _CHUNK = 1 << 18
-_BATCH = 1024  # rows of a table converted at once
+_BATCH = 128  # rows of a table converted at once
 _TEXT = ("string", "large_string", "string_view")  # types of Arrow
 _NUMBERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "halffloat", "float", "double")
 
