@@ -11,6 +11,7 @@ from bardling.errors import UserError, closest
 DATA_COMMANDS = {
     "check": "find duplicates, leaks, secrets and damaged text, and describe a source or dataset",
     "show": "print sequences exactly as the model sees them",
+    "tokenizer": "train a tokenizer on a sample, or measure one",
 }
 
 
