@@ -10,9 +10,9 @@ from typing import Annotated, Any
 import tyro
 
 from bardling.cli.parse import parse
+from bardling.cli.paths import refuse_existing_file
 from bardling.cli.tables import print_rows, show, styled
 from bardling.config import DataConfig
-from bardling.errors import UserError
 from bardling.monitor.format import count, percent, size_bytes
 
 _SHOWN = 5  # examples of a finding
@@ -58,7 +58,12 @@ def run(argv: Sequence[str]) -> None:
         check_dedup_path(options.dedup)
     if options.tokenizer:
         check_tokenizer_spec(options.tokenizer)
-    config = DataConfig(source=options.source, val_fraction=options.val_fraction, encoding=options.encoding)
+    source = options.source
+    if (Path(source) / "config.toml").is_file():
+        from bardling.checkpoint.run_folder import open_run
+
+        source = str(open_run(Path(source)).dataset_record().get("path"))
+    config = DataConfig(source=source, val_fraction=options.val_fraction, encoding=options.encoding)
     started = time.monotonic()
     with ProgressBar(unit="bytes") as bar:
         check = start_check(config, options.tasks, bar.update)
@@ -74,19 +79,6 @@ def run(argv: Sequence[str]) -> None:
         write_atomically(options.page, data_page(report).encode())
         show(f"page: {options.page}")
     show(_next_step(report, options))
-
-
-def refuse_existing_file(path: Path | None) -> None:
-    """Raise a `UserError` if a file cannot be created, before anything slow."""
-    from bardling.files.atomic import check_place
-
-    if path is None:
-        return
-    check_place(path)
-    if path.exists():
-        raise UserError(f"{path}: already exists: remove it, or choose another file")
-    if not path.parent.is_dir():
-        raise UserError(f"{path}: the folder {path.parent} does not exist: create it, or choose another file")
 
 
 def show_report(report: dict[str, Any]) -> None:

@@ -9,8 +9,9 @@ from typing import Annotated
 
 import tyro
 
-from bardling.cli.data_check import refuse_existing_file, token_rows
+from bardling.cli.data_check import token_rows
 from bardling.cli.parse import parse
+from bardling.cli.paths import refuse_existing_file
 from bardling.cli.tables import print_rows, show
 from bardling.config import DataConfig
 from bardling.errors import UserError

@@ -31,7 +31,8 @@ _LONGEST_PIECE = 512  # characters
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 _UNIGRAM, _BPE = 1, 2
 _SPACE = "\u2581"  # stands for a space
-_GAP = "\ufdd0"  # not a character
+_GAP = "\ufdd0"  # the first of 32 code points that are no characters
+_MOST_KEPT = 31
 _ASSIGNED = 0x30000  # code points from here on are never normalized
 _MOST_EXCEPTIONS = 256  # texts; the table of nmt_nfkc in SentencePiece 0.2 has 138
 _BYTE_NAME = "<(?=0x[0-9A-F]{2}>)"
@@ -65,10 +66,10 @@ def sentencepiece_content(path: Path) -> tuple[dict[str, Any], str, str | None]:
         model = _read(data)
     except (ValueError, struct.error, UnicodeDecodeError) as error:
         raise UserError(f"{path}: is not a readable SentencePiece model ({error}): fetch it again") from None
-    if fault := _fault(model):
-        remedy = "convert it with transformers, AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
-        raise UserError(f"{path}: {fault}: {remedy}, and use the tokenizer.json")
     with library_errors(f"{path}: cannot be converted"):
+        if fault := _fault(model):
+            remedy = "convert it with transformers, AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+            raise UserError(f"{path}: {fault}: {remedy}, and use the tokenizer.json")
         library = _unigram(model) if model.kind == _UNIGRAM else _bpe(model, path)
         _surround(library, model)
         return cast(dict[str, Any], json.loads(library.to_str())), str(path), model.eos
@@ -126,8 +127,8 @@ def _read(data: bytes) -> _Model:
                 raise ValueError(f"it has more than {_MAX_PIECES:,} pieces")
         elif number in (2, 3):
             (trainer if number == 2 else normalizer).update(_fields(_message(value)))
-    if not pieces:
-        raise ValueError("it has no pieces")
+    if not pieces or not trainer or not normalizer:
+        raise ValueError("it has no pieces or no settings, as if truncated")
     if any(longest := [piece for piece in pieces if len(piece.text) > _LONGEST_PIECE]):
         raise ValueError(f"a piece has {len(longest[0].text):,} characters; the limit is {_LONGEST_PIECE}")
     if normalizer.get(5, 1) == 0 or trainer.get(24):
@@ -170,11 +171,17 @@ def _normalizer(model: _Model, *, prefix: bool = True) -> Any:
 
     steps: list[Any] = []
     if model.table:
+        composed, kept = normalizers.NFKC(), dict[str, str]()
         for text, characters in _exceptions(model.table):
+            if composed.normalize_str(text) != text:  # NFKC would change it again
+                place = chr(ord(_GAP) + 1 + len(kept))
+                kept[place], text = text, place
             escaped = "".join(f"\\x{{{ord(character):x}}}" for character in characters)
             # A single text is found faster than a pattern.
             steps.append(normalizers.Replace(characters if len(characters) == 1 else Regex(f"[{escaped}]"), text))
-        steps.append(normalizers.NFKC())
+        if len(kept) > _MOST_KEPT:
+            raise UserError("the normalization leaves too many characters that NFKC changes")
+        steps += [composed, *(normalizers.Replace(place, text) for place, text in kept.items())]
     if model.collapses_spaces:
         steps += [normalizers.Replace(Regex(rf"\A +|[ {_SPACE}]+\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
     if prefix and model.adds_space:
