@@ -34,6 +34,7 @@ class Position:
     characters: int  # total characters in them
     splits: Mapping[SplitName, dict[str, Any]]  # as returned by `ShardWriter.sync` and `DocumentWriter.sync`
     names: Mapping[str, int] = field(default_factory=dict)  # how often each control token was written in the text
+    only_library: bool = False  # because a faster encoder gave other ids
 
 
 class Journal:

@@ -37,10 +37,11 @@ from bardling.data.text.named_datasets import documents_after, source_for
 from bardling.data.text.sources import Document, Source
 from bardling.data.tokens.conversations import Rows
 from bardling.data.tokens.documents import DocumentWriter
+from bardling.data.tokens.fast_encoding import EncodersDiffer, has_fast
 from bardling.data.tokens.journal import JOURNAL, Journal, Position, refuse_existing, working_on
 from bardling.data.tokens.manifest import Manifest, token_dtype, write_manifest
 from bardling.data.tokens.packed_rows import write_rows
-from bardling.data.tokens.parallel import SPLITS, Encoders, Piece, TextBatch, default_workers
+from bardling.data.tokens.parallel import MOST_WORKERS, SPLITS, Encoders, Piece, TextBatch, default_workers
 from bardling.data.tokens.shards import SHARD_TOKENS, ShardWriter, TokenDataset, open_dataset
 from bardling.data.tokens.tokenizer import Tokenizer, build_tokenizer, check_tokenizer_spec, load_tokenizer
 from bardling.errors import UserError
@@ -149,8 +150,8 @@ def prepare(
     out = Path(out)
     if not 0.0 < val_fraction < 1.0:
         raise UserError(f"data.val_fraction = {val_fraction!r}: must be between 0 and 1")
-    if workers is not None and workers < 1:
-        raise UserError(f"workers = {workers}: must be at least 1")
+    if workers is not None and not 1 <= workers <= MOST_WORKERS:
+        raise UserError(f"workers = {workers}: must be at least 1 and at most {MOST_WORKERS}")
     refuse_existing(out)
     check_tokenizer_spec(tokenizer_spec)
     source = source_for(source_spec, encoding) if rows is None else open_conversations(source_spec)
@@ -193,10 +194,17 @@ def _build(job: _Job, out: Path, work: Path) -> None:
             tokenizer = _tokenizer(job, splitter)
             tokenizer.save(work)
             position = Position(made_of, documents=0, last="", characters=0, splits={})
-        if job.rows is None:
-            manifest = _write(job, splitter, tokenizer, work, journal, position)
-        else:
+        if job.rows is not None:
             manifest = _write_conversations(job, job.rows, splitter, tokenizer, work)
+        else:
+            try:
+                manifest = _write(job, splitter, tokenizer, work, journal, position)
+            except EncodersDiffer as difference:  # what is written may be wrong
+                tell(f"gigatoken gives other tokens than tokenizers at {str(difference)[:60]!r}: starting again without it")
+                _empty(work)
+                tokenizer.save(work)
+                position = Position(made_of, documents=0, last="", characters=0, splits={}, only_library=True)
+                manifest = _write(job, splitter, tokenizer, work, journal, position)
         write_manifest(work, manifest)
         sync_folder(work)
         work.rename(out)  # fails if another program has created a folder with files there in the meantime
@@ -240,12 +248,13 @@ def _write(job: _Job, splitter: _Splitter, tokenizer: Tokenizer, work: Path, jou
     source, total, vocab_size = job.source, job.source.size(), tokenizer.vocab_size
     origin: dict[str, Any] = {"spec": job.source_spec, "name": source.name, "identity": source.identity()}
     origin |= {"held_out": splitter.description, "split_rule": job.split_rule}
-    workers = job.workers or default_workers(total, tokenizer.kind)
+    fast = not position.only_library and has_fast(tokenizer)
+    workers = job.workers or default_workers(total, tokenizer.kind, fast=fast)
     documents, done, started, names = position.documents, position.characters, time.monotonic(), Counter(position.names)
     with contextlib.ExitStack() as stack:
         shards = {name: stack.enter_context(ShardWriter(work, name, vocab_size, job.shard_tokens)) for name in SPLITS}
         indexes = {name: stack.enter_context(DocumentWriter(work, name)) for name in SPLITS}
-        encoders = stack.enter_context(Encoders(tokenizer, work, end, workers))
+        encoders = stack.enter_context(Encoders(tokenizer, work, end, workers, allow_fast=fast))
         for split, state in position.splits.items():
             shards[split].restore(state)
             indexes[split].restore(state["index"])
@@ -254,12 +263,15 @@ def _write(job: _Job, splitter: _Splitter, tokenizer: Tokenizer, work: Path, jou
             for split, part in zip(SPLITS, encoded, strict=True):
                 shards[split].add(part.ids, documents=len(part.lengths), text_bytes=part.bytes)
                 indexes[split].add(part.lengths, batch.names_of(split))
+                names.update(part.names)
             documents, done = documents + batch.documents, done + batch.characters
-            for _, text in batch.pieces:
-                names.update(tokenizer.control_tokens_in(text))
             if journal.due:
                 states = {split: {**shards[split].sync(), "index": indexes[split].sync()} for split in SPLITS}
-                journal.write(Position(position.made_of, documents, batch.names[-1], done, states, dict(names)))
+                journal.write(
+                    replace(
+                        position, documents=documents, last=batch.names[-1], characters=done, splits=states, names=dict(names)
+                    )
+                )
             speed = (documents - position.documents) / max(time.monotonic() - started, 1e-9)
             job.bar.note = f"{speed:,.0f} documents/s"
             job.progress("tokenizing", done, total)

@@ -119,6 +119,11 @@ class Tokenizer:
         """The content of its `tokenizer.json`."""
         return self._stored
 
+    @property
+    def text_content(self) -> Mapping[str, Any]:
+        """The content of the tokenizer that encodes text: no text becomes its control tokens."""
+        return self._content if self._library is self._decoding else with_unwritable_names(self._content)
+
     def extends(self, other: "Tokenizer") -> bool:
         """Whether all ids of another tokenizer are the same tokens here."""
         return self._tokens[: other.vocab_size] == other._tokens
@@ -151,6 +156,10 @@ class Tokenizer:
             return [self._encode_characters(text) for text in texts]
         if sum(map(len, texts)) >= _FAST_MIN_CHARACTERS and self._fast is not None:
             return self._fast(texts)
+        return self.encode_with_library(texts)
+
+    def encode_with_library(self, texts: Sequence[str]) -> list[Ids]:
+        """The same by the `tokenizers` library, which defines the ids; the texts have no lone surrogates."""
         split = [list(pieces(text)) if self._splits_like_gpt2 else [text] for text in texts]
         with library_errors(f"{self.name}: cannot encode the text"):
             encoded = self._library.encode_batch_fast([piece for parts in split for piece in parts], add_special_tokens=False)
@@ -195,10 +204,14 @@ class Tokenizer:
         """How often each control token is written in a text, where it is encoded as ordinary characters."""
         return Counter(self._control_names.findall(text))
 
+    @property
+    def control_names(self) -> list[str]:
+        """Control tokens, as a text could contain them; the longest first."""
+        return sorted(self._control.values(), key=len, reverse=True)
+
     @cached_property
     def _control_names(self) -> re.Pattern[str]:
-        names = sorted(self._control.values(), key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, names)) if names else "(?!)")
+        return re.compile("|".join(map(re.escape, self.control_names)) if self._control else "(?!)")
 
     @cached_property
     def _character_ids(self) -> Ids:
