@@ -3,15 +3,21 @@
     python prepare_sides.py datasets_map|pool_imap TEXT.jsonl OUT TOKENIZER.json
 
 `datasets_map` is the method of nanoGPT's prepare.py: split at random, `datasets.map` with `tiktoken` in 2 processes, then copy
-the column of ids into a memory map in 1,024 batches. `pool_imap` is that of nano-gpt's fineweb.py: `Pool.imap` with `tiktoken` in
-2 processes, and a buffer of 100 million ids per file. Both are written anew from the methods' descriptions. They get the
-vocabulary from a file instead of the network, which is the same and costs less than a second.
+the column of ids into a memory map in 1,024 batches. `pool_imap` is that of nano-gpt's fineweb.py: `Pool.imap` with `tiktoken`
+in 2 processes, and a buffer of 100 million ids per file. Both are code written for this comparison. They get the vocabulary
+from a file instead of the network.
+
+    python prepare_sides.py raw TEXT.jsonl PROCESSES TOKENIZER.json
+
+`raw` prints the seconds that `gigatoken` alone takes to encode the documents from memory in that many processes, each with its
+share of the documents.
 """
 
 import json
 import multiprocessing
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +99,37 @@ def pool_imap(text: str, out: Path, tokenizer: str) -> None:
         np.save(out / f"{files:06d}.npy", buffer[:filled])
 
 
+def raw(text: str, processes: Path, tokenizer: str) -> None:
+    count = int(str(processes))
+    documents: list[list[bytes]] = [[] for _ in range(count)]
+    with open(text, "rb") as lines:  # noqa: PTH123
+        for number, line in enumerate(lines):
+            documents[number // 64 % count].append(json.loads(line)["text"].encode())
+    context = multiprocessing.get_context("fork")
+    barrier, ends = context.Barrier(count), context.SimpleQueue()
+
+    def encode(part: list[bytes]) -> None:
+        import gigatoken
+
+        content = json.loads(Path(tokenizer).read_text(encoding="utf-8"))
+        library = gigatoken.Tokenizer.from_json(json.dumps({**content, "added_tokens": []}))
+        barrier.wait()
+        begun = time.monotonic()
+        for document in part:
+            library.encode(document)
+        ends.put((begun, time.monotonic()))
+
+    workers = [context.Process(target=encode, args=(part,)) for part in documents]
+    for worker in workers:
+        worker.start()
+    times = [ends.get() for _ in workers]
+    for worker in workers:
+        worker.join()
+    print(max(end for _, end in times) - min(begun for begun, _ in times))
+
+
 if __name__ == "__main__":
     method, source, folder, vocabulary = sys.argv[1:]
-    Path(folder).mkdir(parents=True)
-    {"datasets_map": datasets_map, "pool_imap": pool_imap}[method](source, Path(folder), vocabulary)
+    if method != "raw":
+        Path(folder).mkdir(parents=True)
+    {"datasets_map": datasets_map, "pool_imap": pool_imap, "raw": raw}[method](source, Path(folder), vocabulary)

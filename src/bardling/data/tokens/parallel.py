@@ -6,7 +6,9 @@ nothing from the program that uses this library, so scripts need no `__main__` g
 owner is killed; its owner notices a worker's end immediately from the end of its output. Terminal signals do not reach it.
 
 Method: one thread reads the text ahead. One thread per worker sends it a batch and waits for the answer. Answers are consumed
-in the order of the batches, and only a few batches are in flight, which bounds memory. So reading, tokenizing and writing overlap.
+in the order of the batches, and only a few batches are in flight, which bounds memory. So reading, tokenizing and writing
+overlap.
+
 Limits: a batch is answered as a whole, so a document of one gigabyte occupies a single worker.
 """
 
