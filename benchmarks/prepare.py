@@ -10,9 +10,9 @@ it as JSON Lines with one document per row.
 
 Method. Each side is a whole command in a process of its own, from reading the rows to the last token on disk: `bardling
 prepare`, the same without `gigatoken` (as if it were not installed), nanoGPT's method (`datasets.map` with `tiktoken`, 2
-processes) and nano-gpt's (`Pool.imap` with `tiktoken`, 2 processes); see `prepare_sides.py`. They take turns, in rotating order;
-a ratio compares two commands of one round. CPU time is that of all processes of a command. Memory is the largest sum of the
-resident memory of its processes (pages that they share count several times), sampled ten times a second.
+processes) and nano-gpt's (`Pool.imap` with `tiktoken`, 2 processes); see `prepare_sides.py`. They take turns, in rotating
+order; a ratio compares two commands of one round. CPU time is that of all processes of a command. Memory is the largest sum of
+the resident memory of its processes (pages that they share count several times), sampled ten times a second.
 
 `raw` is `gigatoken` alone, in one or two processes, with all documents in memory and the ids thrown away.
 

@@ -27,13 +27,17 @@ class PrepareOptions:
     encoding: Annotated[str, tyro.conf.arg(aliases=["--data.encoding"])] = ""
     """Encoding of text files without a byte order mark, such as cp1252; default: UTF-8."""
     workers: int | None = None
-    """Tokenizer processes; default: one per core if the text is long enough. The result does not depend on it."""
+    """Tokenizer processes; default: one per core for long text, up to a limit. The result does not depend on it."""
+    shard: Annotated[str | None, tyro.conf.arg(metavar="I/N")] = None
+    """Prepare part I of N, with I from 1 to N, of the source, for example on another machine; `bardling data merge` joins the
+    parts."""
 
 
 def run(argv: Sequence[str]) -> None:
     options = parse(PrepareOptions, argv, prog="bardling prepare", description="Tokenize text into a dataset folder.")
     from bardling.cli.info import show_dataset
     from bardling.data.text.named_datasets import DEFAULTS
+    from bardling.data.text.parts import parse_shard
     from bardling.data.tokens.journal import work_folder
     from bardling.data.tokens.prepare import prepare
 
@@ -46,8 +50,10 @@ def run(argv: Sequence[str]) -> None:
     )
     try:
         fraction, encoding = config.val_fraction, config.encoding
-        out, workers = options.out, options.workers
-        dataset = prepare(config.source, out, config.tokenizer, val_fraction=fraction, encoding=encoding, workers=workers)
+        out, workers, shard = options.out, options.workers, None if options.shard is None else parse_shard(options.shard)
+        dataset = prepare(
+            config.source, out, config.tokenizer, val_fraction=fraction, encoding=encoding, workers=workers, shard=shard
+        )
     except KeyboardInterrupt:
         if work_folder(options.out).exists():
             tell(f"partial work is kept in {work_folder(options.out)}: run the same command to continue")

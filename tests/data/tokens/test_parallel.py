@@ -284,7 +284,7 @@ pathlib.Path.rename = lambda path, target: os.kill(os.getpid(), 9)
 
 
 def test_a_process_that_comes_at_the_very_end_finds_the_dataset(text, tmp_path, monkeypatch):
-    out, sync, found = tmp_path / "ds", prepare_module.sync_folder, []
+    out, sync, found = tmp_path / "ds", journal.sync_folder, []
 
     def comes() -> None:
         with pytest.raises(UserError, match="already exists"):
@@ -299,7 +299,7 @@ def test_a_process_that_comes_at_the_very_end_finds_the_dataset(text, tmp_path, 
             time.sleep(0.3)
         sync(folder)
 
-    monkeypatch.setattr(prepare_module, "sync_folder", slowly)
+    monkeypatch.setattr(journal, "sync_folder", slowly)
     prepare(str(text), out, "byte", val_fraction=0.2)
     other.join(300)
     assert found == [[]]

@@ -81,11 +81,13 @@ class HubSource:
     config: str = ""
     split: str = "train"
     field: str = "text"  # the column that contains the text
+    first: int = 0  # file to begin with
+    last: int | None = None  # file before which to end; None: to the end
     findings: Findings = dataclass_field(default_factory=Findings, compare=False)  # of the last pass over the documents
 
     def documents(self) -> Iterator[Document]:
         """All rows with text, named FILE:ROW with rows counted from 0; a `UserError` if one cannot be downloaded or read."""
-        return self._from(0, 0)
+        return self._from(self.first, 0)
 
     def after(self, name: str) -> Iterator[Document]:
         """The documents after the one with this name; earlier files are not opened."""
@@ -99,7 +101,7 @@ class HubSource:
     def _from(self, number: int, row: int) -> Iterator[Document]:
         found = self._listing()
         self.findings.clear()
-        for file in found.files[number:]:
+        for file in found.files[number : self.last]:
             path = hub.fetch(found, file)
             label = f"hf:{self.repository}/{file.path}"
             rows = _parquet_rows if file.path.endswith(".parquet") else _json_rows
@@ -119,14 +121,17 @@ class HubSource:
     def size(self) -> int:
         """Approximate bytes of text, extrapolated from the first file; 0 if unknown."""
         found = self._listing()
-        first = found.files[0]
+        files = found.files[self.first : self.last]
+        if not files:
+            return 0
+        first = files[0]
         if not first.path.endswith(".parquet"):
             return 0
         with _parquet(hub.fetch(found, first), self.field, f"hf:{self.repository}/{first.path}") as opened:
             column = opened.metadata.schema.names.index(self.field)
             groups = map(opened.metadata.row_group, range(opened.metadata.num_row_groups))
             text = sum(group.column(column).total_uncompressed_size for group in groups)
-        return int(text / max(1, first.size) * sum(file.size for file in found.files))
+        return int(text / max(1, first.size) * sum(file.size for file in files))
 
 
 def _parquet(path: Path, field: str, label: str) -> Any:

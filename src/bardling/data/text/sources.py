@@ -120,6 +120,7 @@ class FileSource:
     release: str = ""  # version of the software that the files belong to, if any
     encoding: str = ""  # of files without a byte order mark; empty: UTF-8
     unread: tuple[Left, ...] = ()  # what was found besides the files
+    is_part: bool = False  # of a source with more files, so that there may be no text in these
     findings: Findings = dataclass_field(default_factory=Findings, compare=False)  # of the last pass over the documents
 
     def documents(self) -> Iterator[Document]:
@@ -138,6 +139,8 @@ class FileSource:
                 self.findings.kept("NUL character", document.name, document.text.count("\0"))
                 self.findings.kept("U+FEFF inside a text", document.name, document.text.count(MARK))
                 yield document
+        if self.is_part:
+            return
         if not found and len(self.files) == 1 and not self.lenient:
             raise UserError(f"{self.files[0]}: is empty: choose a source that contains text")
         if not found:

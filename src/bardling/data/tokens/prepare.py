@@ -27,25 +27,26 @@ import hashlib
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from bardling.data.text.conversations import open_conversations
 from bardling.data.text.findings import Findings
 from bardling.data.text.named_datasets import documents_after, source_for
+from bardling.data.text.parts import Shard, part_of
 from bardling.data.text.sources import Document, Source
 from bardling.data.tokens.conversations import Rows
 from bardling.data.tokens.documents import DocumentWriter
 from bardling.data.tokens.fast_encoding import EncodersDiffer, has_fast
-from bardling.data.tokens.journal import JOURNAL, Journal, Position, refuse_existing, working_on
+from bardling.data.tokens.journal import Journal, Position, becoming, empty, refuse_existing, working_on
 from bardling.data.tokens.manifest import Manifest, token_dtype, write_manifest
 from bardling.data.tokens.packed_rows import write_rows
 from bardling.data.tokens.parallel import MOST_WORKERS, SPLITS, Encoders, Piece, TextBatch, default_workers
 from bardling.data.tokens.shards import SHARD_TOKENS, ShardWriter, TokenDataset, open_dataset
 from bardling.data.tokens.tokenizer import Tokenizer, build_tokenizer, check_tokenizer_spec, load_tokenizer
 from bardling.errors import UserError
-from bardling.files.atomic import os_error_as_user_error, sync_folder
+from bardling.files.atomic import os_error_as_user_error
 from bardling.files.digests import json_sha256
 from bardling.files.streams import tell
 from bardling.monitor.progress import ProgressBar
@@ -138,6 +139,7 @@ def prepare(
     shard_tokens: int = SHARD_TOKENS,
     workers: int | None = None,
     rows: Rows | None = None,
+    shard: Shard | None = None,
 ) -> TokenDataset:
     """Create the dataset folder `out`, which must not exist, resuming an earlier attempt that was interrupted.
 
@@ -145,7 +147,7 @@ def prepare(
     for validation, chosen by `split_rule`. `encoding` is that of files without a byte order mark. A file has at most
     `shard_tokens` tokens. Without `progress`, standard error shows it after a few seconds. The result does not depend on the
     number of processes that tokenize, `workers`; None chooses. With `rows`, the source holds conversations
-    (`conversations.py`).
+    (`conversations.py`). With `shard`, only that part of the source is prepared, for `merge.py`.
     """
     out = Path(out)
     if not 0.0 < val_fraction < 1.0:
@@ -154,10 +156,14 @@ def prepare(
         raise UserError(f"workers = {workers}: must be at least 1 and at most {MOST_WORKERS}")
     refuse_existing(out)
     check_tokenizer_spec(tokenizer_spec)
+    if shard is not None and (tokenizer_spec == "char" or tokenizer_spec.startswith("bpe:")):
+        fault = "each part would get a vocabulary of its own"
+        remedy = "use byte, gpt2 or a tokenizer.json, such as that of a dataset that was prepared from some of the text"
+        raise UserError(f"--shard {shard} --tokenizer {tokenizer_spec}: {fault}: {remedy}")
     source = source_for(source_spec, encoding) if rows is None else open_conversations(source_spec)
     with ProgressBar(unit="bytes") as bar:
         told = progress or bar.update
-        job = _Job(source, source_spec, tokenizer_spec, val_fraction, split_rule, shard_tokens, workers, told, bar, rows)
+        job = _Job(source, source_spec, tokenizer_spec, val_fraction, split_rule, shard_tokens, workers, told, bar, rows, shard)
         with os_error_as_user_error(out, "prepare the dataset"):
             out.parent.mkdir(parents=True, exist_ok=True)
             with working_on(out) as work:
@@ -177,20 +183,21 @@ class _Job:
     progress: Progress
     bar: ProgressBar
     rows: Rows | None
+    shard: Shard | None
 
 
 def _build(job: _Job, out: Path, work: Path) -> None:
     """Write the dataset into the work folder and rename it."""
     journal = Journal(work)
-    try:
+    with becoming(out, work):
         splitter = _Splitter(job.source, job.val_fraction, job.split_rule, job.source_spec)
         method = (METHOD, "indexed")  # attempts of versions that wrote no index are not resumed
         settings = (job.tokenizer_spec, job.val_fraction, job.split_rule, job.shard_tokens, splitter.description)
-        made_of = json_sha256([method, job.source.identity(), *settings])
+        made_of = json_sha256([method, job.source.identity(), *settings, *((str(job.shard),) if job.shard else ())])
         if position := journal.read(made_of):
             tokenizer = load_tokenizer(work)
         else:
-            _empty(work)
+            empty(work)
             tokenizer = _tokenizer(job, splitter)
             tokenizer.save(work)
             position = Position(made_of, documents=0, last="", characters=0, splits={})
@@ -201,30 +208,11 @@ def _build(job: _Job, out: Path, work: Path) -> None:
                 manifest = _write(job, splitter, tokenizer, work, journal, position)
             except EncodersDiffer as difference:  # what is written may be wrong
                 tell(f"gigatoken gives other tokens than tokenizers at {str(difference)[:60]!r}: starting again without it")
-                _empty(work)
+                empty(work)
                 tokenizer.save(work)
                 position = Position(made_of, documents=0, last="", characters=0, splits={}, only_library=True)
                 manifest = _write(job, splitter, tokenizer, work, journal, position)
         write_manifest(work, manifest)
-        sync_folder(work)
-        work.rename(out)  # fails if another program has created a folder with files there in the meantime
-    except BaseException:
-        if not journal.kept and work.exists():
-            _empty(work)
-            (work / "lock").unlink(missing_ok=True)  # last, because another process may start from here on
-            with contextlib.suppress(OSError):
-                work.rmdir()
-        raise
-    sync_folder(out.parent)
-    (out / JOURNAL).unlink(missing_ok=True)  # not earlier: until the folder has its name, a kill must not lose the tokens
-    (out / "lock").unlink(missing_ok=True)  # held until here, so that a waiting process finds the dataset
-
-
-def _empty(work: Path) -> None:
-    """Remove everything except the lock from a work folder."""
-    for path in work.iterdir():
-        if path.name != "lock":
-            path.unlink(missing_ok=True)
 
 
 def _tokenizer(job: _Job, splitter: _Splitter) -> Tokenizer:
@@ -245,9 +233,12 @@ def _tokenizer(job: _Job, splitter: _Splitter) -> Tokenizer:
 def _write(job: _Job, splitter: _Splitter, tokenizer: Tokenizer, work: Path, journal: Journal, position: Position) -> Manifest:
     """Tokenize the documents after `position`."""
     end = [tokenizer.eot_id] if splitter.several and tokenizer.eot_id is not None else []
-    source, total, vocab_size = job.source, job.source.size(), tokenizer.vocab_size
-    origin: dict[str, Any] = {"spec": job.source_spec, "name": source.name, "identity": source.identity()}
+    origin: dict[str, Any] = {"spec": job.source_spec, "name": job.source.name, "identity": job.source.identity()}
     origin |= {"held_out": splitter.description, "split_rule": job.split_rule}
+    if job.shard is not None and not splitter.several:
+        raise UserError(f"data.source = {job.source_spec!r}: is a single document, which has no parts: omit --shard")
+    source = job.source if job.shard is None else part_of(job.source, job.shard)
+    total, vocab_size = source.size(), tokenizer.vocab_size
     fast = not position.only_library and has_fast(tokenizer)
     workers = job.workers or default_workers(total, tokenizer.kind, fast=fast)
     documents, done, started, names = position.documents, position.characters, time.monotonic(), Counter(position.names)
@@ -276,6 +267,8 @@ def _write(job: _Job, splitter: _Splitter, tokenizer: Tokenizer, work: Path, jou
             job.bar.note = f"{speed:,.0f} documents/s"
             job.progress("tokenizing", done, total)
         origin |= getattr(source, "findings", Findings()).facts()
+        if job.shard is not None:
+            origin["part"] = {**asdict(job.shard), "shard_tokens": job.shard_tokens, "tokenizer": tokenizer.data_key}
         for message in _notes(tokenizer, names, separated=bool(end) or not splitter.several):
             tell(message)
         train, val = (replace(shards[split].finish(), index=indexes[split].finish()) for split in SPLITS)

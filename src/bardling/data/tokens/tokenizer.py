@@ -14,7 +14,6 @@ The fingerprint is a digest of the file's content, stored as it was read, so it 
 Limits: files of up to 256 MiB and ids below 2^24. Lone surrogates, which UTF-8 cannot encode, become U+FFFD.
 """
 
-import codecs
 import contextlib
 import json
 import re
@@ -266,6 +265,10 @@ class Tokenizer:
             return token[len(prefix) :].encode()
         return token.replace("\u2581", " ").encode()  # SentencePiece's mark for a space
 
+    def is_byte(self, index: int) -> bool:
+        """Whether a token is a byte of SentencePiece's byte fallback."""
+        return _BYTE_TOKEN.fullmatch(self._tokens[self._checked(index)] or "") is not None
+
     def bytes_per_token(self) -> Ids:
         """UTF-8 bytes of each token: int64 [vocab_size], 0 for control tokens and those that the tokenizer puts around a text.
 
@@ -293,44 +296,6 @@ class Tokenizer:
             text = (json.dumps(self._stored) + "\n").encode()
         write_atomically(folder / "tokenizer.json", text)
         about.write(folder, names)
-
-
-class StreamDecoder:
-    """Decodes ids one at a time, holding back the bytes of a character until it is complete.
-
-    The results of `push` followed by that of `finish` equal `Tokenizer.decode` of all ids. For tokenizers of kind 'other',
-    whose decoding depends on context, the most recent tokens are decoded again with each new one. There, a run of byte tokens
-    is held back until it ends, since a single invalid one among them changes the text of all.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._ids: list[int] = []  # kind 'other': the tokens returned last, as context, then those held back
-        self._returned = 0  # how many of them have been returned
-        self._bytes_wait = '"ByteFallback"' in json.dumps(tokenizer._content.get("decoder"))
-
-    def push(self, token: int) -> str:
-        """Text completed by this token; may be empty."""
-        if self._tokenizer.kind != "other":
-            return self._utf8.decode(self._tokenizer.token_bytes(token))
-        self._ids.append(token)
-        if self._bytes_wait and _BYTE_TOKEN.fullmatch(self._tokenizer._tokens[self._tokenizer._checked(token)] or ""):
-            return ""
-        return self._new_text(final=False)
-
-    def finish(self) -> str:
-        """The text held back; an incomplete character becomes U+FFFD."""
-        if self._tokenizer.kind != "other":
-            return self._utf8.decode(b"", final=True)
-        return self._new_text(final=True)
-
-    def _new_text(self, *, final: bool) -> str:
-        text, before = self._tokenizer.decode(self._ids), self._tokenizer.decode(self._ids[: self._returned])
-        if not final and (len(text) <= len(before) or text.endswith("\ufffd")):
-            return ""
-        self._ids, self._returned = self._ids[self._returned :], len(self._ids) - self._returned
-        return text[len(before) :]
 
 
 def _has_byte_level(part: Any) -> bool:
