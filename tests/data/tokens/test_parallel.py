@@ -221,6 +221,27 @@ prepare.prepare(sys.argv[1], sys.argv[2], "bpe:400", val_fraction=0.2, shard_tok
 """
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_killed_at_ten_random_moments_it_ends_with_the_same_bytes(text, tmp_path, small_batches, workers):
+    pytest.importorskip("gigatoken")
+    prepare(str(text), tmp_path / "whole", "bpe:400", val_fraction=0.2, shard_tokens=10_000, workers=1)
+    out, draw, killed = tmp_path / "ds", random.Random(workers), 0
+    for _ in range(10):
+        child = subprocess.Popen([sys.executable, "-c", PREPARE, str(text), str(out), str(workers)], stderr=subprocess.DEVNULL)
+        try:
+            child.wait(draw.uniform(0.2, 3))  # anywhere from its first import to its last batch
+            break
+        except subprocess.TimeoutExpired:
+            child.kill()
+            killed += child.wait(120) == -signal.SIGKILL
+            assert not out.exists()
+    assert killed > 2
+    if not out.exists():
+        prepare(str(text), out, "bpe:400", val_fraction=0.2, shard_tokens=10_000, workers=workers)
+    assert content(out) == content(tmp_path / "whole")
+
+
 @pytest.mark.parametrize(("how", "workers"), [(signal.SIGKILL, 1), (signal.SIGKILL, 2), (signal.SIGINT, 1), (signal.SIGINT, 2)])
 def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(text, tmp_path, monkeypatch, small_batches, how, workers):
     prepare(str(text), tmp_path / "whole", "bpe:400", val_fraction=0.2, shard_tokens=10_000, workers=1)
