@@ -13,6 +13,7 @@ class Findings:
     """Counts by reason; `kept` tells what stays in the text, `left_out` what does not."""
 
     def __init__(self) -> None:
+        self.total = 0
         self._tables: dict[str, dict[str, dict[str, Any]]] = {"left_out": {}, "kept": {}}
 
     def left_out(self, reason: str, name: str) -> None:
@@ -25,10 +26,12 @@ class Findings:
     def _add(self, table: str, reason: str, name: str, count: int) -> None:
         entry = self._tables[table].setdefault(reason, {"count": 0, "names": []})
         entry["count"] += count
+        self.total += count
         if len(entry["names"]) < _NAMES:
             entry["names"].append(name)
 
     def clear(self) -> None:
+        self.total = 0
         for table in self._tables.values():
             table.clear()
 

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 from bardling.data.text import hub
 from bardling.data.text.findings import Findings
@@ -44,7 +45,7 @@ def parse_shard(text: str) -> Shard:
 def part_of(source: Source, shard: Shard) -> Source:
     """A source with the documents of one part; its identity is its own. A part of files may have no documents."""
     if isinstance(source, FileSource) and len(source.files) >= shard.count:
-        sizes = [path.stat().st_size for path in source.files]
+        sizes = [file.stat().st_size if isinstance(file, Path) else file.size for file in source.files]
         first, last = _range(sizes, shard)
         unread = source.unread if shard.number == 1 else ()
         return replace(source, files=source.files[first:last], unread=unread, findings=Findings(), is_part=True)

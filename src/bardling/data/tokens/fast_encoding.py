@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bardling.data.text.sources import valid_text
+from bardling.data.text.fields import valid_text
 from bardling.data.tokens.library import is_control, library_errors
 from bardling.data.tokens.tokenizer import Tokenizer
 from bardling.errors import UserError

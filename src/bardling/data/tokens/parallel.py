@@ -28,7 +28,7 @@ from typing import IO, Any, NamedTuple, cast
 import numpy as np
 import numpy.typing as npt
 
-from bardling.data.text.sources import valid_text
+from bardling.data.text.fields import valid_text
 from bardling.data.tokens.fast_encoding import BulkEncoder, EncodersDiffer
 from bardling.data.tokens.manifest import SplitName, token_dtype
 from bardling.data.tokens.read_ahead import read_ahead

@@ -34,6 +34,7 @@ from typing import Any
 from bardling.data.text.conversations import open_conversations
 from bardling.data.text.findings import Findings
 from bardling.data.text.named_datasets import documents_after, source_for
+from bardling.data.text.opening import without_secrets
 from bardling.data.text.parts import Shard, part_of
 from bardling.data.text.sources import Document, Source
 from bardling.data.tokens.conversations import Rows
@@ -134,6 +135,9 @@ def prepare(
     *,
     val_fraction: float = 0.05,
     encoding: str = "",
+    field: str = "",
+    separator: str = "",
+    stream: bool = False,
     split_rule: int = SPLIT_RULE,
     progress: Progress | None = None,
     shard_tokens: int = SHARD_TOKENS,
@@ -144,9 +148,9 @@ def prepare(
     """Create the dataset folder `out`, which must not exist, resuming an earlier attempt that was interrupted.
 
     For the specs, see `named_datasets.source_for` and `tokenizer.build_tokenizer`. A fraction of the text, between 0 and 1, is
-    for validation, chosen by `split_rule`. `encoding` is that of files without a byte order mark. A file has at most
-    `shard_tokens` tokens. Without `progress`, standard error shows it after a few seconds. The result does not depend on the
-    number of processes that tokenize, `workers`; None chooses. With `rows`, the source holds conversations
+    for validation, chosen by `split_rule`. `encoding`, `field`, `separator` and `stream` are those of `source_for`. A file
+    has at most `shard_tokens` tokens. Without `progress`, standard error shows it after a few seconds. The result does not
+    depend on the number of processes that tokenize, `workers`; None chooses. With `rows`, the source holds conversations
     (`conversations.py`). With `shard`, only that part of the source is prepared, for `merge.py`.
     """
     out = Path(out)
@@ -160,7 +164,11 @@ def prepare(
         fault = "each part would get a vocabulary of its own"
         remedy = "use byte, gpt2 or a tokenizer.json, such as that of a dataset that was prepared from some of the text"
         raise UserError(f"--shard {shard} --tokenizer {tokenizer_spec}: {fault}: {remedy}")
-    source = source_for(source_spec, encoding) if rows is None else open_conversations(source_spec)
+    if rows is None:
+        source = source_for(source_spec, encoding, field, separator, stream=stream)
+    else:
+        source = open_conversations(source_spec, encoding)
+    source_spec = without_secrets(source_spec)
     with ProgressBar(unit="bytes") as bar:
         told = progress or bar.update
         job = _Job(source, source_spec, tokenizer_spec, val_fraction, split_rule, shard_tokens, workers, told, bar, rows, shard)

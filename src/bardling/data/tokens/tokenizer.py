@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bardling.config.architecture import GPT2_VOCAB_SIZE
-from bardling.data.text.sources import valid_text
+from bardling.data.text.fields import valid_text
 from bardling.data.tokens.bpe_files import pair_content, refuse_other_format
 from bardling.data.tokens.gpt2_bpe import Encode, fast_encoder, gpt2_tokenizer_file
 from bardling.data.tokens.library import (
