@@ -113,6 +113,12 @@ class _Splitter:
         return [("train", text[:cut]), ("val", text[cut:])]
 
 
+def text_splitter(source: Source, val_fraction: float, spec: str) -> tuple[bool, Callable[[str], list[Piece]]]:
+    """Whether a source has several documents, and the function that divides each into pieces of the splits, as `prepare`."""
+    splitter = _Splitter(source, val_fraction, SPLIT_RULE, spec)
+    return splitter.several, splitter.split
+
+
 def _some(characters: Mapping[int, int], val_fraction: float) -> set[int]:
     """Which of a few texts to hold out, by rule 2: numbers of texts, given the characters of each."""
     total = sum(characters.values())

@@ -41,6 +41,7 @@ class TracedSequence:
 class TracedStep:
     step: int
     dataset: TokenDataset
+    order: SequenceOrder  # of which `TracedSequence.sample` is a number
     named: bool  # whether documents have names
     sequences: tuple[TracedSequence, ...]
     rollbacks: tuple[Rollback, ...]  # caused by this step before it succeeded
@@ -91,7 +92,7 @@ def trace_step(folder: RunFolder, step: int) -> TracedStep:
     tracer = Tracer(dataset, order)
     sequences = tracer.sequences(order_after(order, rollbacks).places(first, count))
     caused = tuple(rollback for rollback in rollbacks if rollback.event.step == step)
-    return TracedStep(step, dataset, tracer.documents.named, tuple(sequences), caused)
+    return TracedStep(step, dataset, order, tracer.documents.named, tuple(sequences), caused)
 
 
 def order_after(order: SequenceOrder, rollbacks: tuple[Rollback, ...]) -> SkippingOrder:
