@@ -132,6 +132,8 @@ def _joined(parts: Sequence[TokenDataset], name: SplitName, work: Path, told: Pr
 def _documents(part: TokenDataset, name: SplitName) -> Iterator[tuple[Any, list[str]]]:
     """Lengths and names of the documents of a split, some at a time."""
     rows, lines = (part.path / file.name for file in part.manifest.split(name).index)
+    if rows.stat().st_size % 16:
+        raise UserError(f"{rows}: is damaged, because it has half a row: prepare this part again")
     begins = np.fromfile(rows, "<u8").reshape(-1, 2)[:, 0].astype(np.int64)
     lengths = np.diff(begins, append=len(part.split(name)))
     if begins.size and (begins[0] != 0 or (lengths < 0).any()):
