@@ -10,6 +10,7 @@ from bardling.errors import UserError, closest
 
 DATA_COMMANDS = {
     "check": "find duplicates, leaks, secrets and damaged text, and describe a source or dataset",
+    "merge": "join the parts that `prepare --shard` has made",
     "show": "print sequences exactly as the model sees them",
     "tokenizer": "train a tokenizer on a sample, or measure one",
 }
