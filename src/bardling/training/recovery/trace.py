@@ -41,7 +41,7 @@ class TracedSequence:
 class TracedStep:
     step: int
     dataset: TokenDataset
-    order: SequenceOrder  # of which `TracedSequence.sample` is a number
+    order: DataOrder  # of which `TracedSequence.sample` is a number
     named: bool  # whether documents have names
     sequences: tuple[TracedSequence, ...]
     rollbacks: tuple[Rollback, ...]  # caused by this step before it succeeded
