@@ -32,12 +32,13 @@ def run(argv: Sequence[str]) -> None:
     marks = {}
     if options.compressors:
         from bardling.checkpoint.run_folder import open_run
-        from bardling.data.tokens.dataset import open_recorded
+        from bardling.data.tokens.corpus import reopen_corpus
         from bardling.report.compression import compressor_bits_per_byte
 
         run = open_run(options.runs[0])
-        data = run.trained_config().data
-        marks = compressor_bits_per_byte(open_recorded(data, run.dataset_record(), run.path, "omit --compressors"))
+        trained = run.trained_config()
+        record, context = run.dataset_record(), trained.model.block_size
+        marks = compressor_bits_per_byte(reopen_corpus(trained.data, record, run.path, "omit --compressors", context))
     draw_curves(options.runs, out, marks=marks)
     for path in options.runs:
         _show_samples(path)
