@@ -16,8 +16,8 @@ from bardling.checkpoint.load import Loaded, tokenizer_file
 from bardling.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig, TuneConfig
 from bardling.config.recipes import changed_settings
 from bardling.data.tokens.chatml import with_chatml
-from bardling.data.tokens.corpus import holds_conversations, source_configs
-from bardling.data.tokens.dataset import is_tokenized, recorded_tokens
+from bardling.data.tokens.corpus import holds_conversations, recorded_corpus, source_configs
+from bardling.data.tokens.dataset import is_tokenized
 from bardling.data.tokens.shards import TokenDataset
 from bardling.data.tokens.tokenizer import Tokenizer, build_tokenizer, is_tokenizer_path, load_tokenizer
 from bardling.distributed.device import DTYPES, choose_precision, device_name
@@ -165,7 +165,7 @@ def _continued(config: RunConfig, previous: RunConfig, facts: Facts, log: _Log) 
     now = replace(config, data=data, model=model, optim=optim, train=train, **kept)
     # Tokens may have moved, and text too if it is needed to prepare them again; both must have the recorded digest.
     moved = bool(data.source) and data.source != before.data.source
-    moved = moved and (is_tokenized(data.source) or recorded_tokens(data, facts.folder.dataset_record()) is None)
+    moved = moved and (is_tokenized(data.source) or recorded_corpus(data, facts.folder.dataset_record()) is None)
     log.changes += _checked_changes(changed_settings(before, now), moved=moved)
     return now
 
