@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import lru_cache
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
@@ -205,10 +206,10 @@ def _ours(name: str, config: ModelConfig) -> Run:
     model = random_model(config)
     if name == "nanogpt":
         return lambda prompts, count: _without_cache(model, prompts, count)
-    model = convert_weights(model, name)  # type: ignore[arg-type]
+    converted = lru_cache(maxsize=1)(lambda rows: convert_weights(model, name, rows))  # type: ignore[arg-type]
 
     def run(prompts: Tensor, count: int) -> list[list[int]]:
-        steps = list(generate(model, prompts, max_new_tokens=count, temperature=0))
+        steps = list(generate(converted(len(prompts)), prompts, max_new_tokens=count, temperature=0))
         return [[int(step[row] or 0) for step in steps] for row in range(len(prompts))]
 
     return run

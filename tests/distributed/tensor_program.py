@@ -1,6 +1,6 @@
-"""The program of one process: parts of tensor parallelism beside one process's, with the largest differences as JSON.
+"""The program of one process: tensor or context parallelism beside one process, with the largest differences as JSON.
 
-torchrun --nproc-per-node 2 tensor_program.py RESULTS.json
+torchrun --nproc-per-node 2 tensor_program.py RESULTS.json [tensor|context]
 """
 
 import itertools
@@ -124,11 +124,14 @@ def passes(context: Context, options: dict) -> dict[str, float]:
     return results
 
 
-def main(results: Path) -> None:
+def main(results: Path, axis: str = "tensor") -> None:
     torch.set_num_threads(1)
+    if axis == "context":
+        del MODELS["llama"]["value_embeddings"]
     with distributed("cpu") as context:
-        context = context.arranged(Layout(tensor=context.world_size))
-        found = {"passes": {name: passes(context, options) for name, options in MODELS.items()}, "losses": losses(context)}
+        context = context.arranged(Layout(**{axis: context.world_size}))
+        found = {"passes": {name: passes(context, options) for name, options in MODELS.items()}}
+        found["losses"] = losses(context) if axis == "tensor" else {}
         found["dropout_rank"] = context.dropout_rank
         ranks: list[dict | None] = [None] * context.world_size
         dist.all_gather_object(ranks, found)
@@ -137,4 +140,4 @@ def main(results: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

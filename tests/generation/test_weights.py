@@ -15,7 +15,7 @@ from bardling.generation.sampling import Sampling
 from bardling.generation.weights import choose_weights, convert_weights
 from bardling.model.gpt import GPT
 from bardling.model.kernels import int8
-from bardling.model.kernels.select import has_int8_kernel
+from bardling.model.kernels.select import has_int8_kernel, packs_rows
 from bardling.training.run import train
 
 GPT2 = ModelConfig(n_layer=2, n_head=2, n_embd=64, block_size=32, vocab_size=75)
@@ -60,6 +60,19 @@ def test_logits_and_losses_are_close(model, weights, error, kernel, monkeypatch)
 
 def test_float32_is_the_model_itself(model):
     assert convert_weights(model, "float32") is model
+    assert convert_weights(model, "float32", rows=100) is model
+
+
+@pytest.mark.skipif(not packs_rows(8, torch.device("cpu")), reason="this CPU gains nothing by packed matrices")
+@pytest.mark.parametrize("rows", [3, 8, 16])
+def test_packed_matrices_generate_the_same_texts(model, rows):
+    packed = convert_weights(model, "float32", rows)
+    assert packed is not model
+    with torch.no_grad():
+        torch.testing.assert_close(packed(TOKENS), model(TOKENS), rtol=1e-4, atol=1e-4)
+    prompts = [[1, 2, row + 3] for row in range(rows)]
+    texts = [list(generate(each, prompts, max_new_tokens=12, temperature=0)) for each in (packed, model)]
+    assert texts[0] == texts[1]
 
 
 @pytest.mark.parametrize("weights", ["bfloat16", "int8"])

@@ -214,7 +214,7 @@ def _add_memory(table: Rows, result: Plan) -> None:
         table.add_row("layout", str(result.layout), result.layout_why)
     layout, held = result.layout, ("weights", "gradients", "optimizer", "EMA")
     for name, size, note in rows:
-        parts = layout.tensor * (layout.shard * layout.pipeline if name in held else 1)
+        parts = layout.tensor * layout.context * (layout.shard * layout.pipeline if name in held else 1)
         if size:
             table.add_row(name, size_bytes(size // parts), note)
     fraction: str | Text = "device memory unknown"

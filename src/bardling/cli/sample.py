@@ -95,7 +95,8 @@ def run(argv: Sequence[str]) -> None:
     weights, why = choose_weights(options.weights, device)
     if options.weights == "auto":
         note(f"--weights {weights}: {why}")
-    model = convert_weights(loaded.build().to(device), weights)
+    slots = min(options.num_samples, _MOST_SLOTS)
+    model = convert_weights(loaded.build().to(device), weights, slots if precision.name == "float32" else 1)
     run_folder = run_of(options.model)
     single_document = run_folder is not None and run_folder.dataset_record().get("train_documents") == 1
     # A model trained on one document has never seen an end-of-text token, so it cannot start from one.
@@ -110,7 +111,7 @@ def run(argv: Sequence[str]) -> None:
         note(f"the text will exceed the model's context of {context} tokens; the model then sees only the most recent ones")
     if options.seed is None:
         note(f"--seed {seed}")
-    engine = Engine(model, tokenizer, slots=min(options.num_samples, _MOST_SLOTS), autocast=precision.autocast)
+    engine = Engine(model, tokenizer, slots=slots, autocast=precision.autocast)
     numbers = [engine.submit(Request(tuple(prompt), sampling, index)) for index in range(options.num_samples)]
     shown = tokenizer.decode(prompt[len(tokenizer.interface.start) :]) if text else ""
     _Printer(tokenizer, shown, numbers).print_all(engine)

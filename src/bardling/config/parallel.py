@@ -19,6 +19,9 @@ class ParallelConfig:
     tensor: int | None = None
     """Processes that each compute a fraction of every layer, for the same samples (tensor and sequence parallelism; best among
     the GPUs of one machine); unset: 1, or more where a single layer is too large for a device."""
+    context: int = 1
+    """Processes that each compute a part of every sequence, for contexts that one device cannot hold; weights are sharded among
+    them, too."""
     pipeline: int = 1
     """Stages of a pipeline: each process holds some of the layers. The passes of a step are in it together; use several."""
     schedule: Literal["1f1b", "gpipe"] = "1f1b"
@@ -32,4 +35,4 @@ class ParallelConfig:
     """With shard, on CUDA: keep weights, gradients and optimizer state in host memory."""
 
     def __post_init__(self) -> None:
-        require_at_least(1, self, "parallel", "replicate", "shard", "tensor", "pipeline")
+        require_at_least(1, self, "parallel", "replicate", "shard", "tensor", "context", "pipeline")

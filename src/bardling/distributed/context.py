@@ -67,8 +67,10 @@ class Context:
     def dropout_rank(self) -> int:
         """Which dropout masks this process draws: 0 to n - 1. Processes that compute other layers, or other parts of a layer,
         drop different activations."""
-        part = 0 if self.mesh is None else self.mesh.get_local_rank("tensor")
-        return (self.data_rank * self.size("tensor") + part) * self.size("pipeline") + self.stage
+        rank = self.data_rank
+        for axis in ("tensor", "context", "pipeline"):
+            rank = rank * self.size(axis) + (0 if self.mesh is None else self.mesh.get_local_rank(axis))
+        return rank
 
     def size(self, axis: str) -> int:
         """Number of processes along an axis of the mesh."""

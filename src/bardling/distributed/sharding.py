@@ -19,15 +19,17 @@ from torch import Tensor, nn
 from bardling.config import ModelConfig
 from bardling.distributed.context import Context
 from bardling.distributed.device import DTYPES
+from bardling.distributed.overlap import Reductions
+from bardling.distributed.sequence import divide_tokens
 from bardling.distributed.tensor import divide
 from bardling.model.divided import Split, tensor_splits
 from bardling.model.gpt import GPT
 from bardling.model.init import initial_value
 
-SHARD_AXES = ("shard", "tensor")
+SHARD_AXES = ("shard", "tensor", "context")
 """Axes of the mesh along which processes hold different parts of a parameter."""
 
-MODEL_AXES = (*SHARD_AXES, "pipeline")
+MODEL_AXES = ("shard", "tensor", "pipeline", "context")
 """Axes of the mesh along which processes hold different parts of the model."""
 
 
@@ -50,6 +52,7 @@ class Shards:
 
     _splits: Mapping[str, Split] = {}  # what tensor parallelism divides
     _tensor = 1  # among how many processes
+    reductions: Reductions | None = None  # that may not be complete
 
     def __init__(self, model: GPT, context: Context) -> None:
         self._sharded: dict[str, Any] = dict(model.named_parameters())  # DTensors
@@ -152,6 +155,8 @@ class Shards:
 
     def collect_gradients(self) -> None:
         """Make the gradients of `parameters` those of the passes. The first pass may have moved the shards."""
+        if self.reductions is not None:
+            self.reductions.finish()
         for name, parameter in self.parameters.items():
             sharded = self._sharded[name]
             parameter.data = _local(sharded)
@@ -167,6 +172,8 @@ class Shards:
         return SharedScaler(device.type, self.group)
 
     def zero_gradients(self) -> None:
+        if self.reductions is not None:
+            self.reductions.finish()
         for sharded, parameter in zip(self._sharded.values(), self.parameters.values(), strict=True):
             sharded.grad = parameter.grad = None
 
@@ -200,8 +207,10 @@ def shard(
     assert context.mesh is not None
     if context.size("tensor") > 1:
         divide(model, context, tensor_splits(model.config))
-    axes = ("replicate", "shard") if context.size("replicate") > 1 else ("shard",)
-    options: dict[str, Any] = {"mesh": context.mesh[axes]}
+    if context.size("context") > 1:
+        divide_tokens(model, context, model.config)
+    mesh, copies = _mesh(context), context.size("replicate") > 1
+    options: dict[str, Any] = {"mesh": mesh}
     options["offload_policy"] = CPUOffloadPolicy() if offload else OffloadPolicy()
     # The residual stream stays float32, so inputs are not cast; embeddings, norm and head are computed as without sharding.
     low = MixedPrecisionPolicy(param_dtype=DTYPES[precision], reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -215,7 +224,20 @@ def shard(
     # The root is always resharded: evaluation must not leave weights behind that the next update makes stale.
     fully_shard(model, reshard_after_forward=True, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False), **options)
     model.to_empty(device="cpu" if offload else context.device)
-    return model, Shards(model, context)
+    shards = Shards(model, context)
+    if context.device.type == "cpu" and not copies:
+        shards.reductions = Reductions([model, *model.transformer.h])
+    return model, shards
+
+
+def _mesh(context: Context) -> Any:
+    """The processes that share shards, and the copies of these, if there are any."""
+    assert context.mesh is not None
+    shards = "shard" if context.size("context") == 1 else "context"
+    if context.size("shard") > 1 and shards == "context":
+        shards = "shard_context"
+        context.mesh["shard", "context"]._flatten(shards)
+    return context.mesh["replicate", shards] if context.size("replicate") > 1 else context.mesh[shards]
 
 
 def _keep_for_backward(block: Any, _: object) -> None:

@@ -77,7 +77,7 @@ def _reduce_scatter(x: Tensor, count: int, group: str) -> Tensor:
     return result
 
 
-class _Tokens:
+class Tokens:
     """The tokens of the pass being computed, and which of them are this process's."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -95,37 +95,38 @@ class _Tokens:
 
     def gather(self, x: Tensor) -> Tensor:
         """[B, t, C] -> [B, T, C]; the gradients of all processes are added up."""
-        whole: Tensor = _Gather.apply(_padded(x, self.per_process), self.count, self.group)  # type: ignore[no-untyped-call]
+        whole: Tensor = _Gather.apply(padded(x, self.per_process), self.count, self.group)  # type: ignore[no-untyped-call]
         return whole[:, : self.time]
 
     def scatter(self, x: Tensor) -> Tensor:
         """The sum over the processes of x [B, T, C], of which each gets its share [B, t, C]."""
-        padded = _padded(x, self.per_process * self.count)
-        summed: Tensor = _Scatter.apply(padded, self.count, self.group)  # type: ignore[no-untyped-call]
+        whole = padded(x, self.per_process * self.count)
+        summed: Tensor = _Scatter.apply(whole, self.count, self.group)  # type: ignore[no-untyped-call]
         return summed[:, : self.own()[1]]
 
 
-def _padded(x: Tensor, time: int) -> Tensor:
+def padded(x: Tensor, time: int) -> Tensor:
     return x if x.size(1) == time else F.pad(x, (0, 0, 0, time - x.size(1)))
 
 
-class _Gathered(torch.autograd.Function):
-    """All tokens, for computations that are the same in all processes: the gradient is the own share, not a sum."""
+class Gathered(torch.autograd.Function):
+    """All tokens, for computations that are the same in all processes: the gradient is the own share, not a sum, times
+    `factor`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, tokens: _Tokens) -> Tensor:
-        ctx.own = tokens.own()
+    def forward(ctx: Any, x: Tensor, tokens: Tokens, factor: int) -> Tensor:
+        ctx.own, ctx.factor = tokens.own(), factor
         return tokens.gather(x).contiguous()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0].narrow(1, *ctx.own), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0].narrow(1, *ctx.own) * ctx.factor, None, None
 
 
 class _Wide(Linear):
     """A fraction of the outputs of a linear layer, for all tokens: [B, t, C] -> [B, T, outputs]."""
 
-    tokens: _Tokens
+    tokens: Tokens
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(self.tokens.gather(x.to(product_dtype(x))))
@@ -134,7 +135,7 @@ class _Wide(Linear):
 class _Summed(Linear):
     """A linear layer with a fraction of the inputs: [B, T, inputs] -> [B, t, C]."""
 
-    tokens: _Tokens
+    tokens: Tokens
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.tokens.scatter(linear(x, self.weight))
@@ -144,7 +145,7 @@ class _Summed(Linear):
 class _Words(Embedding):
     """An embedding with a fraction of the ids: [B, T] -> [B, t, C]."""
 
-    tokens: _Tokens
+    tokens: Tokens
 
     def forward(self, ids: Tensor, table: Tensor | None = None) -> Tensor:
         self.tokens.time = ids.size(1)
@@ -155,10 +156,10 @@ class _Words(Embedding):
         return self.tokens.scatter(found.masked_fill(elsewhere.unsqueeze(-1), 0))
 
 
-class _Places(Embedding):
+class Places(Embedding):
     """Learned positions of this process's tokens: [T] or [B, T] -> [t, C] or [B, t, C]."""
 
-    tokens: _Tokens
+    tokens: Tokens
 
     def forward(self, ids: Tensor, table: Tensor | None = None) -> Tensor:
         return super().forward(ids.narrow(-1, *self.tokens.own()), table)
@@ -168,7 +169,7 @@ def divide(model: GPT, context: Context, splits: dict[str, Split]) -> None:
     """Turn a model on the meta device into this process's fraction of it, in place."""
     group = context.group(("tensor",)) or dist.group.WORLD
     assert group is not None
-    tokens = _Tokens(group)
+    tokens = Tokens(group)
     for name, split in splits.items():
         path, _, attribute = name.rpartition(".")
         module = model.get_submodule(path)
@@ -180,7 +181,8 @@ def divide(model: GPT, context: Context, splits: dict[str, Split]) -> None:
     for block in model.transformer.h.children():
         attention: Any = block.attn
         attention.heads = [heads // tokens.count for heads in attention.heads]
-    model.transformer.ln_f.register_forward_hook(lambda module, inputs, output: _apply(_Gathered, tokens, output))
+    gathered: Any = Gathered.apply
+    model.transformer.ln_f.register_forward_hook(lambda module, inputs, output: gathered(output, tokens, 1))
     model.vocabulary = vocabulary_shard(group, model.head_weight.size(0))
 
 
@@ -195,7 +197,7 @@ def _borders(model: GPT, splits: dict[str, Split]) -> Iterator[tuple[Any, type[n
         elif split.dim == 0:
             yield module, _Words
     if hasattr(model.transformer, "wpe"):
-        yield model.transformer.wpe, _Places
+        yield model.transformer.wpe, Places
 
 
 class _Entered(torch.autograd.Function):
@@ -242,6 +244,6 @@ def vocabulary_shard(group: dist.ProcessGroup, rows: int) -> VocabularyShard:
     )
 
 
-def _apply(function: Any, how: dist.ProcessGroup | _Tokens, tensor: Tensor) -> Tensor:
+def _apply(function: Any, how: dist.ProcessGroup, tensor: Tensor) -> Tensor:
     result: Tensor = function.apply(tensor, how)
     return result

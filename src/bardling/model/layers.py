@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bardling.config.architecture import Architecture
 from bardling.model.kernels.elementwise import rms_norm
 from bardling.model.kernels.int8 import Int8Weight, int8_linear
-from bardling.model.kernels.linear import linear
+from bardling.model.kernels.linear import linear, pack, packed_linear
 from bardling.planning.costs import FP8_MULTIPLE
 
 
@@ -51,6 +51,17 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return int8_linear(x, self.weight, self.bias)
+
+
+class PackedLinear(nn.Module):
+    """A float32 linear layer for inference of `rows` rows with one token each on a CPU; only the packed matrix is kept."""
+
+    def __init__(self, layer: Linear, rows: int) -> None:
+        super().__init__()
+        self.weight, self.bias = pack(layer.weight, rows), layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return packed_linear(x, self.weight, self.bias)
 
 
 class Embedding(nn.Embedding):

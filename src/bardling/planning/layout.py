@@ -7,7 +7,7 @@ from bardling.config import ModelConfig, ParallelConfig
 from bardling.errors import UserError
 from bardling.planning.memory import MemoryPlan
 
-AXES = ("replicate", "shard", "tensor", "pipeline")
+AXES = ("replicate", "shard", "tensor", "pipeline", "context")
 """Mesh axes, outermost first: neighbouring ranks, which have the fastest links, differ along the innermost axes."""
 
 DATA_AXES = ("replicate", "shard")
@@ -24,6 +24,7 @@ class Layout:
     shard: int = 1  # each holds a shard of every parameter (FSDP2)
     tensor: int = 1  # each computes a fraction of every layer
     pipeline: int = 1  # each computes some of the layers
+    context: int = 1  # each computes some tokens of every sequence, and holds a shard of every parameter
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -42,15 +43,17 @@ class Layout:
     @property
     def divided(self) -> bool:
         """Whether a process holds only a part of the model."""
-        return self.data_size // self.replicate * self.tensor * self.pipeline > 1
+        return self.world_size > self.replicate
 
     def __str__(self) -> str:
         kinds = {(False, False): "", (True, False): "DDP", (False, True): "FSDP2", (True, True): "HSDP"}
-        name = kinds[self.replicate > 1, self.shard > 1]
+        name = kinds[self.replicate > 1, self.shard * self.context > 1]
         if self.pipeline > 1:
             name = f"{name} of pipelines" if name else "pipeline"
         if self.tensor > 1:
             name = f"{name} with tensor parallelism" if name else "tensor parallelism"
+        if self.context > 1:
+            name = f"{name} with context parallelism"
         name = name or "one process"
         used = ", ".join(f"{axis} {size}" for axis, size in zip(AXES, self.sizes, strict=True) if size > 1)
         return f"{name} ({used})" if used else name
@@ -78,7 +81,8 @@ def choose_layout(
     if config.tensor is not None and model is not None:
         check_tensor(model, config.tensor)
     tensor = config.tensor or 1
-    if config.replicate is not None or config.shard is not None or config.pipeline > 1 or processes % tensor:
+    given = config.replicate, config.shard, *(size if size > 1 else None for size in (config.pipeline, config.context))
+    if any(size is not None for size in given) or processes % tensor:
         return given_layout(config, processes), "as configured"
     rest = processes // tensor
     if config.layout != "auto" or rest == 1:
@@ -104,7 +108,7 @@ def choose_layout(
 def given_layout(config: ParallelConfig, processes: int) -> Layout:
     """The layout with the sizes given; a size left open takes the remaining processes. Beside a pipeline, copies do."""
     sizes = {"replicate": config.replicate, "shard": config.shard, "tensor": config.tensor}
-    asked = {**sizes, "pipeline": config.pipeline if config.pipeline > 1 else None}
+    asked = {**sizes, **{axis: size for axis in ("pipeline", "context") if (size := getattr(config, axis)) > 1}}
     stated = {f"parallel.{axis}": size for axis, size in asked.items() if size is not None}
     if config.replicate is None and config.shard is None:
         sizes["replicate" if config.layout == "fsdp" else "shard"] = 1
@@ -112,7 +116,8 @@ def given_layout(config: ParallelConfig, processes: int) -> Layout:
     open_axes = [axis for axis in ("replicate", "shard") if sizes[axis] is None]
     if processes % product == 0 and (open_axes or product == processes):
         rest = dict.fromkeys(open_axes, processes // product)
-        return Layout(**{axis: size or rest.get(axis, 1) for axis, size in sizes.items()}, pipeline=config.pipeline)
+        found = {axis: size or rest.get(axis, 1) for axis, size in sizes.items()}
+        return Layout(**found, pipeline=config.pipeline, context=config.context)
     listed = " and ".join(f"{key} = {size}" for key, size in stated.items())
     need = f"a multiple of {product} processes" if open_axes else f"{product} processes"
     key, size = next(reversed(stated.items()))
@@ -139,11 +144,32 @@ def check_tensor(model: ModelConfig, size: int) -> None:
         )
 
 
+def check_context(model: ModelConfig, layout: Layout) -> None:
+    """Raise a `UserError` if the layout has context parallelism that the model or the other axes do not allow."""
+    size, asked = layout.context, f"parallel.context = {layout.context}"
+    if size == 1:
+        return
+    if layout.tensor > 1:
+        remedy = f"nearest possible: --parallel.tensor 1 --parallel.shard {layout.shard * layout.tensor}"
+        raise UserError(f"{asked} with parallel.tensor = {layout.tensor}: either divides the heads: {remedy}")
+    if model.value_embeddings:
+        remedy = "set model.value_embeddings = 0, or leave parallel.context out"
+        raise UserError(f"{asked}: value embeddings are not divided among processes: {remedy}")
+    heads = {"model.n_head": model.architecture.n_head, "model.n_kv_head": model.architecture.n_kv_head}
+    key = next((key for key, count in heads.items() if count % size), None)
+    if key is not None:
+        common = math.gcd(layout.world_size, *heads.values())
+        nearest = min((n for n in range(1, common + 1) if common % n == 0), key=lambda n: abs(n - size))
+        raise UserError(f"{asked} does not divide {key} = {heads[key]}: nearest possible: --parallel.context {nearest}")
+
+
 def sharded_bytes(needed: MemoryPlan, layout: Layout, *, whole_gradients: bool = False, whole_weights: bool = False) -> int:
     """Memory of one process in a layout; the activations include what is gathered for a pass. Tensor parallelism divides
     activations, too."""
-    whole = (needed.gradients * whole_gradients + needed.weights * whole_weights) * (1 - 1 / layout.shard)
-    return int((_state(needed) / layout.shard / layout.pipeline + whole + needed.activations.total) / layout.tensor)
+    shards = layout.shard * layout.context
+    whole = (needed.gradients * whole_gradients + needed.weights * whole_weights) * (1 - 1 / shards)
+    activations = needed.activations.total / layout.context
+    return int((_state(needed) / shards / layout.pipeline + whole + activations) / layout.tensor)
 
 
 def keeps_whole_gradients(config: ParallelConfig, layout: Layout, passes: int, needed: MemoryPlan, memory: int | None) -> bool:
@@ -173,7 +199,7 @@ def check_pipeline(model: ModelConfig, layout: Layout) -> None:
     if model.value_embeddings:
         shared = f"model.value_embeddings = {model.value_embeddings} belong to the first and the last stage"
         raise UserError(f"{asked}: {shared}: set model.value_embeddings = 0, or leave parallel.pipeline out")
-    for axis in ("shard", "tensor"):
+    for axis in ("shard", "tensor", "context"):
         if (other := getattr(layout, axis)) > 1:
             remedy = f"--parallel.{axis} 1 --parallel.replicate {layout.world_size // size}"
             raise UserError(f"{asked} with {other} along {axis}: stages are not divided further: nearest possible: {remedy}")

@@ -32,7 +32,7 @@ from bardling.planning.costs import (
 from bardling.planning.depth import apply_depth, expected_vocab_size
 from bardling.planning.devices import device_memory as known_memory
 from bardling.planning.devices import peak_flops as known_peak
-from bardling.planning.layout import Layout, check_pipeline, choose_layout, sharded_bytes
+from bardling.planning.layout import Layout, check_context, check_pipeline, choose_layout, sharded_bytes
 from bardling.planning.memory import MemoryPlan, memory_plan
 from bardling.planning.parameter_shapes import adapter_shapes
 from bardling.planning.scaling_laws import FITTED_FLOPS, Comparison, compare
@@ -237,6 +237,7 @@ def _layout(
     per_node = min(processes, _PER_NODE)
     layout, why = choose_layout(config.parallel, processes, per_node, needed, device_memory, model)
     check_pipeline(model, layout)
+    check_context(model, layout)
     batch = make_plan(config.train, model.block_size, layout.data_size)
     return layout, batch, memory_plan(config, model, batch.micro_batch, precision, device_type), why
 

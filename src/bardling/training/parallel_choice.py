@@ -7,6 +7,7 @@ from bardling.errors import UserError
 from bardling.planning.batching import TrainPlan
 from bardling.planning.layout import (
     Layout,
+    check_context,
     check_pipeline,
     choose_layout,
     frees_weights,
@@ -36,6 +37,7 @@ def decide_layout(config: RunConfig, precision: str, facts: Facts) -> tuple[Layo
         config.parallel, context.world_size, facts.processes_per_node, needed, facts.device_memory, config.model
     )
     check_pipeline(config.model, layout)
+    check_context(config.model, layout)
     if layout.divided:
         for key, used in (("tune.lora_rank", config.tune.lora_rank), ("fp8", config.fp8), ("cuda_graphs", config.cuda_graphs)):
             if used:
@@ -47,7 +49,7 @@ def decide_layout(config: RunConfig, precision: str, facts: Facts) -> tuple[Layo
 def with_layout(execution: Execution, config: RunConfig, layout: Layout, plan: TrainPlan, facts: Facts) -> Execution:
     """The execution with what a divided model needs to know."""
     execution = replace(execution, schedule=config.parallel.schedule)
-    if layout.shard == layout.tensor == 1:
+    if layout.shard == layout.tensor == layout.context == 1:
         return execution
     needed = _needed(config, execution.precision.name, facts)
     passes = max(stage.accumulation for stage in plan.stages)

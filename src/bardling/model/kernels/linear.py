@@ -1,6 +1,6 @@
 """Linear layers: `linear` selects an implementation of `F.linear`, which is the reference for all of them.
 
-- few rows: inference of a few rows with one token each on a CPU;
+- few rows: inference of a few rows with one token each on a CPU, also with a matrix packed for them in advance;
 - recast: large matrices under autocast on a CPU, without keeping their 16-bit copy for the backward pass;
 - float8: see `fp8.py`.
 
@@ -37,6 +37,18 @@ def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     y = torch.ops.mkldnn._linear_pointwise(weight, rows, None, "none", [], "") if onednn else weight @ rows.t()  # [out, B]
     y = y.t().contiguous()  # the layout that fused attention needs
     return (y if bias is None else y.add_(bias))[:, None]  # [B, 1, out]
+
+
+def pack(weight: Tensor, rows: int) -> Tensor:
+    """A float32 matrix [out, in] on a CPU in the layout that oneDNN reads fastest for products with `rows` rows."""
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+    return packed
+
+
+def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear` of float32 x [..., in] with a matrix made by `pack`; any number of rows."""
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    return y
 
 
 def recast_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -17,6 +17,7 @@ _FEW_ROWS = {  # batch sizes for which `few_rows_linear` is faster, by what mult
     "onednn": range(4, 33),
     "bfloat16": range(1, 33),
 }
+_PACKED_ROWS = range(3, 17)
 _INT8_ROWS = 28  # up to which the fused kernel for int8 weights is faster
 
 
@@ -59,6 +60,11 @@ def few_rows_kernel(x: Tensor) -> Literal["mkl", "onednn", "bfloat16", "none"]:
         return "none"
     has_onednn = _has_onednn() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     return "onednn" if has_onednn and torch.backends.cpu.get_cpu_capability() == "AVX512" else "mkl"
+
+
+def packs_rows(rows: int, device: torch.device) -> bool:
+    """Whether matrices packed in advance make steps of this many rows faster."""
+    return device.type == "cpu" and rows in _PACKED_ROWS and few_rows_kernel(torch.empty(0)) == "onednn"
 
 
 def int8_kernel(x: Tensor) -> Literal["fused", "dequantized"]:
