@@ -89,7 +89,7 @@ class SequenceOrder:
         if self.block_size < 1:
             raise UserError(f"model.block_size = {self.block_size}: must be at least 1")
         if self.row and self.row != self.block_size + 1:
-            remedy = "prepare the conversations again, or leave out model.block_size"
+            remedy = f"set it to {self.row - 1}, or prepare the data again for this context"
             raise UserError(f"model.block_size = {self.block_size}: the data has rows for {self.row - 1} tokens: {remedy}")
         if self.n_tokens < self.block_size + 1:
             need = f"one sequence needs model.block_size + 1 = {self.block_size + 1:,}"
