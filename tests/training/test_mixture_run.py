@@ -3,6 +3,8 @@
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,11 +12,18 @@ import time
 
 import pytest
 
+from bardling.checkpoint.load import load
+from bardling.checkpoint.model_card import model_card
 from bardling.checkpoint.run_folder import RunFolder
+from bardling.cli import eval as eval_command
+from bardling.cli import info
 from bardling.config import SourceConfig
-from bardling.config.recipes import config_to_toml, load_recipe
+from bardling.config.recipes import config_to_toml, load_recipe, parse_recipe
+from bardling.distributed.context import SINGLE
+from bardling.distributed.device import choose_precision
 from bardling.errors import UserError
 from bardling.monitor.records import TIMING_FIELDS
+from bardling.tools.scores import Wanted, measure
 from bardling.training.recovery.trace import trace_step
 from bardling.training.run import resume, train
 
@@ -99,10 +108,6 @@ def test_a_started_mixture_keeps_its_sources_and_weights(mixture, change, tmp_pa
 
 
 def test_a_validation_text_of_its_own(mixture, change, tmp_path, texts):
-    from bardling.distributed.context import SINGLE
-    from bardling.distributed.device import choose_precision
-    from bardling.tools.scores import Wanted, measure
-
     config = change(mixture, data={"val_source": str(texts / "books.jsonl")}, train={"steps": 4}, eval={"windows": 10_000})
     train(config, tmp_path / "run", quiet=True)
     record = RunFolder(tmp_path / "run").dataset_record()
@@ -126,6 +131,47 @@ def test_one_source_in_a_list_is_that_source(mixture, change, tmp_path):
     train(listed, tmp_path / "listed", quiet=True)
     for kind in ("train", "val"):
         assert metrics(tmp_path / "listed", kind) == metrics(tmp_path / "alone", kind)
+
+
+def test_packed_documents_resume_even_if_the_rows_are_gone(mixture, change, tmp_path, stopped_at, weights):
+    data = {"packing": "documents", "cache": str(tmp_path / "cache"), "stages": (100,)}
+    config = change(mixture, data=data, train={"steps": 16}, eval={"every": 8, "windows": 10_000}, checkpoint={"every": 8})
+    run = tmp_path / "run"
+    train(config, run, quiet=True)
+    seen = trace_step(RunFolder(run), 16)
+    assert {sequence.length for sequence in seen.sequences} == {17}
+    assert all(document.name.startswith(each.source) for each in seen.sequences for document in each.documents)
+    measured = measure(str(run), Wanted(batch_size=8), choose_precision("float32", SINGLE.device), SINGLE)
+    assert measured.loss.loss == pytest.approx(metrics(run, "val")[-1]["loss"], rel=1e-6)
+    for name, result in measured.loss.sources.items():
+        assert result.loss == pytest.approx(metrics(run, "val")[-1][f"loss/{name}"], rel=1e-6)
+    copy = stopped_at(8, run, tmp_path / "copy")
+    shutil.rmtree(tmp_path / "cache")
+    resume(copy, quiet=True)
+    assert metrics(copy) == metrics(run)
+    assert weights(copy, 16) == weights(run, 16)
+    with pytest.raises(UserError, match=r"data.packing = 'concat': a run that has started keeps 'documents'"):
+        resume(run, change(config, data={"packing": "concat"}), quiet=True)
+    with pytest.raises(UserError, match=r"train.context_start: the rows of data.packing"):
+        train(change(config, train={"context_start": 8}), tmp_path / "other", quiet=True)
+
+
+def test_every_command_names_the_sources(mixture, change, tmp_path, capsys):
+    run = tmp_path / "run"
+    train(change(mixture, train={"steps": 4}, eval={"every": 4}), run, quiet=True)
+    capsys.readouterr()
+    info.run([str(run)])
+    about = " ".join(capsys.readouterr().out.split())
+    assert "mixture of 3 sources, tokenizer byte, weights change at sample 48" in about
+    assert re.search(r"web\.jsonl, weight 0\.8 -> 0\.2, \d\.\d\d epochs, validation loss \d\.\d{4}", about)
+    eval_command.run([str(run), "--device", "cpu", "--precision", "float32"])
+    evaluated = capsys.readouterr().out
+    assert re.search(r"code +\d\.\d{4} nats per token", evaluated)
+    assert "of the mixture of web, code, books" in evaluated
+    card = model_card(str(run), load(run), best=False, name="mixed", dtype="float32")
+    assert "`web.jsonl` (weight 0.8 then 0.2), `code.jsonl` (weight 0.15 then 0.6)" in card
+    recipe = re.search(r"```toml\n(.*?)```", card, re.DOTALL)[1]
+    assert parse_recipe(recipe, "card").data.sources[0] == SourceConfig("web.jsonl", (0.8, 0.2))
 
 
 @pytest.mark.slow

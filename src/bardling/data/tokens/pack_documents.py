@@ -57,18 +57,27 @@ def pack_documents(dataset: TokenDataset, out: Path, block_size: int) -> TokenDa
         with os_error_as_user_error(out, "pack the documents"):
             out.parent.mkdir(parents=True, exist_ok=True)
             with working_on(out) as work:
-                for path in work.iterdir():
-                    if path.name != "lock":  # left by an attempt that was killed
-                        path.unlink(missing_ok=True)
-                write_manifest(work, packer.write(work))
-                tokenizer.save(work)
-                sync_folder(work)
-                work.rename(out)
+                try:
+                    _empty(work)  # of what a killed attempt has left
+                    manifest = packer.write(work)
+                    tokenizer.save(work)
+                    write_manifest(work, manifest)
+                    sync_folder(work)
+                    work.rename(out)
+                except BaseException:
+                    _empty(work)
+                    raise
                 (out / "lock").unlink(missing_ok=True)
     except UserError:
         if not (out / "manifest.json").is_file():  # else another process has just made it
             raise
     return open_dataset(out)
+
+
+def _empty(work: Path) -> None:
+    for path in work.iterdir():
+        if path.name != "lock":
+            path.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
