@@ -13,6 +13,7 @@ from bardling.config import DataConfig
 from bardling.data.text.sources import open_source
 from bardling.data.tokens.prepare import held_out, prepare
 from bardling.data.tokens.shards import open_dataset
+from bardling.data.tokens.split_text import open_split_text
 from bardling.tools.data_check import dataset_report, describe, start_check
 
 PARTS, CHARACTERS = 160, 3000
@@ -148,7 +149,7 @@ def test_the_clean_copy_is_a_source_without_copies(planted, report):
     assert 0.8 <= near["similarity"] < 1
     documents = list(open_source(str(clean / "documents.jsonl")).documents())
     assert len(documents) == len(list(folder.iterdir())) - len(removed)
-    check = start_check(DataConfig(source=str(clean / "documents.jsonl")), (), lambda *_: None)
+    check = start_check(open_split_text(DataConfig(source=str(clean / "documents.jsonl"))), (), lambda *_: None)
     assert not check.groups
     kept = {text for _, text in documents}
     for path in folder.iterdir():  # what is held out stays, where it has no copy that is held out
@@ -170,7 +171,7 @@ def test_nothing_is_overwritten(planted, report, tmp_path, capsys):
 def test_a_prepared_dataset_gives_the_same_findings(planted, tmp_path):
     folder, items, names = planted
     dataset = prepare(str(folder), tmp_path / "set", "byte")
-    check = start_check(DataConfig(source=str(dataset.path)), (str(items),), lambda *_: None)
+    check = start_check(open_split_text(DataConfig(source=str(dataset.path))), (str(items),), lambda *_: None)
     report = describe(check, "", 0)
     assert finding(report, "exact copies")["count"] == 1
     leaks = {example["document"]: example["twin"] for example in finding(report, "validation documents")["examples"]}
@@ -186,7 +187,7 @@ def test_random_text_has_no_findings(tmp_path):
     for number in range(120):
         words = [f"w{draw.randrange(10**5)}" for _ in range(200)]
         (tmp_path / f"{number}.txt").write_text(" ".join(words))
-    check = start_check(DataConfig(source=str(tmp_path)), (), lambda *_: None)
+    check = start_check(open_split_text(DataConfig(source=str(tmp_path))), (), lambda *_: None)
     assert describe(check, "", 0)["findings"] == []
 
 
@@ -195,6 +196,6 @@ def test_a_single_text_is_checked_against_its_own_end(tmp_path):
     words = [f"w{draw.randrange(10**5)}" for _ in range(4000)]
     words[-100:] = words[1000:1100]
     (tmp_path / "one.txt").write_text(" ".join(words))
-    check = start_check(DataConfig(source=str(tmp_path / "one.txt")), (), lambda *_: None)
+    check = start_check(open_split_text(DataConfig(source=str(tmp_path / "one.txt"))), (), lambda *_: None)
     found = finding(describe(check, "", 0), "validation documents")
     assert "passage has 100 words" in found["examples"][0]["text"]

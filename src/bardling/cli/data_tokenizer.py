@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -31,6 +31,10 @@ class TokenizerOptions:
     """The most text to train on, such as 50MB; it is chosen by hashes of the documents of the training split."""
     encoding: Annotated[str, tyro.conf.arg(aliases=["--data.encoding"])] = ""
     """Encoding of text files without a byte order mark, such as cp1252; default: UTF-8."""
+    field: Annotated[str, tyro.conf.arg(aliases=["--data.field"])] = ""
+    """Field of rows (JSON, CSV, Parquet, Arrow) with the text, or a template such as '{title}\\n\\n{body}'; default: text."""
+    separator: Annotated[str, tyro.conf.arg(aliases=["--data.separator"])] = ""
+    """What separates the documents of a text file, such as '<|endoftext|>' or '\\n\\n'; default: each file is one document."""
     compare: str = ""
     """Another tokenizer, whose bytes per token are shown too; default: GPT-2's, if this machine has it."""
 
@@ -48,7 +52,8 @@ def run(argv: Sequence[str]) -> None:
     for spec in filter(None, (options.tokenizer, options.compare)):
         check_tokenizer_spec(spec)
     with ProgressBar(unit="bytes") as bar:
-        sample = Sample(DataConfig(source=options.source, encoding=options.encoding), _bytes(options.sample), bar.update)
+        reading = DataConfig(encoding=options.encoding, field=options.field, separator=options.separator)
+        sample = Sample(replace(reading, source=options.source), _bytes(options.sample), bar.update)
         tokenizer = build_tokenizer(options.tokenizer, sample.texts())
         other = build_tokenizer(options.compare, sample.texts()) if options.compare else local_gpt2()
         report = compare(tokenizer, other, sample.measured())

@@ -41,7 +41,13 @@ def shadow_notes(options: object) -> Iterator[str]:
     specs += [("tokenizer", getattr(options, "tokenizer", None)), ("model", getattr(options, "model", None))]
     specs += [("model", model) for model in getattr(options, "models", ())]
     if isinstance(config, RunConfig):
-        specs += [("dataset", config.data.source), ("tokenizer", config.data.tokenizer), ("model", config.model.init)]
+        specs += [
+            ("dataset", config.data.source),
+            ("dataset", config.data.val_source),
+            ("tokenizer", config.data.tokenizer),
+            ("model", config.model.init),
+        ]
+        specs += [("dataset", source) for source in (config.data.val_source, *(each.source for each in config.data.sources))]
     for kind, spec in specs:
         if isinstance(spec, str) and os.path.lexists(spec) and spec in _names(kind):
             what = "folder" if Path(spec).is_dir() else "file"

@@ -36,12 +36,13 @@ def run(argv: Sequence[str]) -> None:
     marks = {}
     if options.compressors:
         from bardling.checkpoint.run_folder import open_run
-        from bardling.data.tokens.dataset import open_recorded
+        from bardling.data.tokens.corpus import reopen_corpus
         from bardling.report.compression import compressor_bits_per_byte
 
         run = open_run(options.runs[0])
-        data = run.trained_config().data
-        marks = compressor_bits_per_byte(open_recorded(data, run.dataset_record(), run.path, "omit --compressors"))
+        trained = run.trained_config()
+        record, context = run.dataset_record(), trained.model.block_size
+        marks = compressor_bits_per_byte(reopen_corpus(trained.data, record, run.path, "omit --compressors", context))
     draw_curves(options.runs, out, marks=marks)
     for path in options.runs:
         _show_samples(path)
@@ -54,13 +55,14 @@ def run(argv: Sequence[str]) -> None:
 def _draw_data(path: Path, out: Path) -> None:
     """Write a page about the data of a run."""
     from bardling.checkpoint.run_folder import open_run
-    from bardling.data.tokens.dataset import open_recorded
+    from bardling.data.tokens.corpus import reopen_corpus
     from bardling.files.atomic import write_atomically
     from bardling.report.data_page import data_page
     from bardling.tools.data_check import dataset_report
 
     run = open_run(path)
-    dataset = open_recorded(run.trained_config().data, run.dataset_record(), run.path, "omit --data")
+    config = run.trained_config()
+    dataset = reopen_corpus(config.data, run.dataset_record(), run.path, "omit --data", config.model.block_size)
     write_atomically(out, data_page(dataset_report(dataset, seed=0)).encode())
 
 

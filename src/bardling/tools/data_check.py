@@ -13,22 +13,23 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 
-from bardling.config import DataConfig
 from bardling.data.text.duplicates import EXTRA, MOST_DOCUMENTS, SHINGLE, THRESHOLD, Duplicates, Group
 from bardling.data.text.findings import describe_findings
 from bardling.data.text.overlaps import MANY_DOCUMENTS, RUN, SHORTEST, Overlaps, Passage
 from bardling.data.text.secrets import find_secrets, hide_secrets
 from bardling.data.text.statistics import Histogram, TextStatistics
 from bardling.data.text.words import Words, code_points, find_words
+from bardling.data.tokens.corpus import locate, parts_of
 from bardling.data.tokens.documents import Documents
 from bardling.data.tokens.manifest import SplitName
 from bardling.data.tokens.parallel import SPLITS
 from bardling.data.tokens.shards import TokenDataset
-from bardling.data.tokens.split_text import SplitText, open_split_text
+from bardling.data.tokens.split_text import SplitText
 from bardling.data.tokens.token_report import count_report, shown, token_report
 from bardling.data.tokens.tokenizer import Tokenizer, build_tokenizer
 from bardling.errors import UserError
@@ -237,9 +238,9 @@ def _printable(value: Any) -> Any:
     return escape_unprintable(hide_secrets(value)) if isinstance(value, str) else value
 
 
-def start_check(config: DataConfig, tasks: Sequence[str], progress: Progress) -> DataCheck:
+def start_check(text: SplitText, tasks: Sequence[str], progress: Progress) -> DataCheck:
     """Read a source or a dataset, and find what there is to find."""
-    check = DataCheck(open_split_text(config), tasks, progress)
+    check = DataCheck(text, tasks, progress)
     check.run()
     return check
 
@@ -317,11 +318,14 @@ def dataset_tokens(dataset: TokenDataset, seed: int) -> Report:
     if tokenizer is None:
         return report
     split = dataset.split("train")
-    documents = Documents(dataset, "train")
+    parts = parts_of(dataset, "train")
+    bounds = list(accumulate((len(part.dataset.split("train")) for part in parts), initial=0))
     for _ in range(_SEQUENCES if len(split) else 0):
         start = chooser.randrange(max(1, len(split) - _SEQUENCE))
         ids = split.read(start, min(_SEQUENCE, len(split) - start))
-        place = f"train, token {start:,}: {documents.at(start, 1)[0]}"
+        number, local = locate(bounds, start)
+        found = Documents(parts[number].dataset, "train").at(local, 1)[0]
+        place = f"training split{' of ' * bool(parts[number].name)}{parts[number].name}, token {local:,}: {found}"
         sequences.append(_sequence(tokenizer, place, ids.tolist()))
     facts = count_report(tokenizer, counts[: tokenizer.vocab_size])
     manifest = dataset.manifest
@@ -337,6 +341,7 @@ def dataset_report(dataset: TokenDataset, seed: int) -> Report:
     """`dataset_tokens`, with the lengths of the documents where the dataset has an index."""
     lengths = Histogram()
     for name in SPLITS:
-        lengths.add(Documents(dataset, name).lengths())
+        for part in parts_of(dataset, name):
+            lengths.add(Documents(part.dataset, name).lengths())
     found = {"lengths": lengths.facts("tokens")} if lengths.total else {}
-    return {"source": str(dataset.path), **found, **dataset_tokens(dataset, seed)}
+    return {"source": dataset.title, **found, **dataset_tokens(dataset, seed)}

@@ -25,6 +25,7 @@ import numpy.typing as npt
 from bardling.data.tokens.journal import cut_back
 from bardling.data.tokens.manifest import IndexFile, SplitName
 from bardling.data.tokens.shards import TokenDataset
+from bardling.data.tokens.tokenizer import Tokenizer
 from bardling.errors import UserError
 from bardling.files.atomic import os_error_as_user_error
 from bardling.files.digests import file_sha256
@@ -156,3 +157,12 @@ class Documents:
                 break  # with bounds on both sides of the range, `low` and `high` do not matter
         bounds = [low, *(end + 1 for end in ends), high]
         return [Document(a, b) for a, b in itertools.pairwise(bounds) if a < b and a < stop and b > start]
+
+
+def begins_documents(dataset: TokenDataset, tokenizer: Tokenizer) -> int | None:
+    """The token before the text of each document: the one that the tokenizer puts there, or else the end-of-text token.
+
+    Datasets of versions that left out the former are recognized by their first token.
+    """
+    first = [split.read(0, 1)[0] for split in (dataset.split("train"), dataset.split("val")) if len(split)][:1]
+    return next((token for token in tokenizer.interface.start[:1] if token in first), tokenizer.eot_id)
