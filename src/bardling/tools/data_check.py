@@ -142,9 +142,11 @@ class DataCheck:
         chosen = sorted(leaked | {found.owner for found in passages}, key=lambda owner: (-shares[owner], owner))
         examples = []
         for owner in chosen[:_EXAMPLES]:
-            best = by_owner.get(owner, [Passage(owner, "", 0, "", False)])[0]
-            what = f"{100 * shares[owner]:.0f}% of it; the longest passage has {best.words:,} words"
-            examples.append({"document": self._val_names[owner], "twin": best.document, "text": f"{what}: {best.excerpt}"})
+            text, best = f"{100 * shares[owner]:.0f}% of it", next(iter(by_owner.get(owner, ())), None)
+            if best is not None:  # else another validation document has the same passages
+                text += f"; the longest passage has {best.words:,} words: {best.excerpt}"
+            twin = {"twin": best.document} if best is not None else {}
+            examples.append({"document": self._val_names[owner], "text": text, **twin})
         return _finding(
             "serious",
             f"validation documents that are also in the training text: {len(chosen):,} of {len(self._val_names):,}",
@@ -185,35 +187,32 @@ class DataCheck:
         return _finding("serious", title, advice, self.secrets.total(), self.secret_examples)
 
     def _copies(self) -> list[Report]:
-        equal, alike = list[Report](), list[Report]()
-        counts = [0, 0, 0]
-        for group in self.groups:
-            twin = self.names[group.members[0]]
-            for number, same in list(zip(*group, strict=True))[1:]:
-                across = self.splits[number] != self.splits[group.members[0]]
-                counts[not same] += 1
-                counts[2] += across
-                text = "equal" if same else f"similarity {self.duplicates.compare(group.members[0], number)[0]:.2f}"
-                text += " (one in training, one in validation)" * across
-                (equal if same else alike).append({"document": self.names[number], "twin": twin, "text": text})
+        equal, alike, across = list[Report](), list[Report](), 0
+        for number, twin in (pair for group in self.groups for pair in zip(group.members, group.twins, strict=True)):
+            if number == twin:
+                continue
+            similarity, same = self.duplicates.compare(twin, number)
+            text = "equal" if same else f"similarity {similarity:.2f}"
+            text += " (linked through other copies)" * (similarity < THRESHOLD)
+            if self.splits[number] != self.splits[twin]:
+                across, text = across + 1, f"{text}, one in training and one in validation"
+            (equal if same else alike).append({"document": self.names[number], "twin": self.names[twin], "text": text})
         alike.sort(key=lambda one: "validation" not in one["text"])
-        pairs = f"Pairs with one in each split: {counts[2]:,}. " * bool(counts[2])
+        pairs = f"Pairs with one in each split: {across:,}. " * bool(across)
         checked = f"only the first {MOST_DOCUMENTS:,} documents are compared. " * (self.duplicates.count > MOST_DOCUMENTS)
         near = f"estimated Jaccard similarity of at least {THRESHOLD} over runs of {SHINGLE} words. {pairs}{checked}"
         remedy = "`--dedup OUT` writes a clean copy of the data."
-        share = len(self.names)
+        rows = (("exact copies", remedy, equal), ("near-duplicates", near + remedy, alike))
         return [
-            _finding("check", f"exact copies of other documents: {counts[0]:,} of {share:,}", remedy, counts[0], equal),
-            _finding(
-                "check", f"near-duplicates of other documents: {counts[1]:,} of {share:,}", near + remedy, counts[1], alike
-            ),
+            _finding("check", f"{name} of other documents: {len(found):,} of {len(self.names):,}", advice, len(found), found)
+            for name, advice, found in rows
         ]
 
     def _invalid(self) -> Report:
         bad = {kind: self.statistics.characters_of(kind) for kind in ("U+FFFD", "control characters")}
         share = sum(bad.values()) / max(1, self.statistics.characters)
         told = ", ".join(f"{count:,} {kind}" for kind, count in bad.items() if count)
-        advice = f"{share:.2%} of all characters: text in another encoding, or binary data."
+        advice = f"{100 * share:.2g}% of all characters: text in another encoding, or binary data."
         title = f"characters that are hardly text: {told}"
         return _finding("check" if share > 1e-4 else "note", title, advice, sum(bad.values()), []) if told else {}
 
