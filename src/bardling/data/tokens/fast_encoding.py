@@ -5,7 +5,7 @@ with `tiktoken` and 2 MB/s with `tokenizers`, which is the reference. `gigatoken
 
 - It is used only for a byte-level BPE without dropout whose added tokens all control the model. They are removed before it
   loads the tokenizer, because it would parse them in a text, where they are ordinary characters.
-- It first encodes a text of hostile parts: every 37th code point, scripts of many kinds, whitespace, long words, names of
+- It first encodes a text of hostile parts: every 97th code point, scripts of many kinds, whitespace, long words, names of
   control tokens.
 - Of each corpus, the first 64 KiB that an encoder gets and 1 KiB of each batch are encoded by both, and in every 16th batch,
   the bytes of all tokens must add up to those of the text. A difference raises `EncodersDiffer`: the preparation starts again
@@ -142,7 +142,7 @@ def _resident() -> int:
 
 def hostile_text(tokenizer: Tokenizer) -> str:
     """Text on which encoders have differed, or might."""
-    code_points = "".join(chr(code) for code in range(0, 0x110000, 37) if not 0xD800 <= code < 0xE000)
+    code_points = "".join(chr(code) for code in range(0, 0x110000, 97) if not 0xD800 <= code < 0xE000)
     words = "it's I'LL we'Ve ''s 'S can't 1234567890 ½²٣४ x_y a.b,c;d!!! ---- ==>"
     spaces = " \t\ttab \r\n\r\n\n \n  x\u00a0\u2003\u3000y\x1c\x85z"
     scripts = (
