@@ -151,7 +151,7 @@ TEXTS: dict[str, Run] = {
     "`.txt.xz`": lambda f: text(f, "a.txt.xz", lzma.compress(b"text"), "text"),
     "`.jsonl.zst`": lambda f: text(f, "a.jsonl.zst", zstd(lines()), *ROWS),
     "a truncated `.jsonl.zst`": lambda f: text(f, "a.jsonl.zst", zstd(lines() * 99)[:-9]),
-    "a decompression bomb": lambda f: text(f, "a.txt.gz", gzip.compress(bytes(65 << 20))),
+    "a decompression bomb": lambda f: text(f, "a.txt.gz", gzip.compress(bytes(8 << 20)) * 33),
     "`.zip`": lambda f: text(f, "a.zip", archive("zip"), "text"),
     "`.tar`": lambda f: text(f, "a.tar", archive("tar"), "text"),
     "`.tar.gz`": lambda f: text(f, "a.tar.gz", gzip.compress(archive("tar")), "text"),

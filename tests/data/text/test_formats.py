@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from bardling.config import DataConfig
 from bardling.data.text.sources import open_source
+from bardling.data.tokens.dataset import changed_text, open_data
 from bardling.data.tokens.prepare import prepare
 from bardling.errors import UserError
 
@@ -235,3 +237,30 @@ def test_templates_and_fields_that_cannot_be(tmp_path: Path) -> None:
         (tmp_path / "a.txt").write_text("text")
         with pytest.raises(UserError, match=message):
             texts(tmp_path / spec if spec not in ("stdlib", "-") else spec, **options)
+
+
+def test_settings_of_reading_are_part_of_a_cached_dataset(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(lines([{"text": f"text {n}", "title": f"title {n}"} for n in range(9)]))
+    (tmp_path / "b.txt").write_text("one|two|three")
+    rows, text = {"source": str(tmp_path / "a.jsonl")}, {"source": str(tmp_path / "b.txt")}
+    found = {}
+    for settings in (rows, {**rows, "field": "title"}, {**rows, "field": "{title}"}, text, {**text, "separator": "|"}):
+        config = DataConfig(**settings, cache=str(tmp_path / "cache"))
+        dataset = open_data(config)
+        assert open_data(config).path == dataset.path
+        assert changed_text(config, dataset) == ""
+        found[dataset.path] = dataset.fingerprint
+    assert len(found) == 5
+    assert open_data(DataConfig(f"{tmp_path / 'a.jsonl'}:title", cache=str(tmp_path / "cache"))).path in found
+    assert "has changed" in changed_text(DataConfig(**text), open_data(DataConfig(**text, separator="|", cache=config.cache)))
+
+
+def test_a_text_is_evaluated_with_the_settings_of_reading(tmp_path: Path, bardling) -> None:
+    (tmp_path / "a.csv").write_text("review,stars\n" + "".join(f"a review of {n} words,{n}\n" for n in range(40)))
+    model = ["--model.n_layer", "1", "--model.n_embd", "16", "--model.n_head", "1", "--model.block_size", "16"]
+    data = ["--data.source", tmp_path / "a.csv", "--data.field", "{review}: {stars}", "--data.cache", tmp_path / "cache"]
+    bardling("train", "quickstart", *data, *model, "--train.steps", "1", "--train.batch_size", "2", "--out", tmp_path / "run")
+    shown = bardling("eval", tmp_path / "run", "--data", tmp_path / "a.csv", "--field", "review").stdout
+    assert "bits per byte" in shown
+    failed = bardling("eval", tmp_path / "run", "--data", tmp_path / "a.csv", check=2).stderr
+    assert "has no column 'text'; it has 'review', 'stars'" in failed

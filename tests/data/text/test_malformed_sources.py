@@ -22,7 +22,7 @@ import pytest
 from test_formats import FORMATS as VALID
 from test_formats import ROWS, csv, lines, packed, table, tar, texts, zstd
 
-from bardling.data.text import opening, rows
+from bardling.data.text import compression, rows
 from bardling.data.text.findings import describe_findings
 from bardling.data.text.sources import open_source
 from bardling.data.tokens.prepare import prepare
@@ -108,7 +108,7 @@ def parquet(*rows: dict, schema: dict[str, str] | None = None) -> Callable[[], b
 
 
 def bomb(compress: Callable[[bytes], bytes]) -> Callable[[], bytes]:
-    return lambda: compress(bytes(opening.EXPANSION_FREE + (1 << 20)))
+    return lambda: compress(bytes(compression.EXPANSION_FREE + (1 << 20)))
 
 
 CASES = {
@@ -194,7 +194,7 @@ CASES = {
 @pytest.fixture
 def _small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of at most 200 KB, so that files need not be large."""
-    monkeypatch.setattr(opening, "EXPANSION_FREE", 2 << 20)
+    monkeypatch.setattr(compression, "EXPANSION_FREE", 2 << 20)
     monkeypatch.setattr(rows.Table, "longest", 200_000)
     defaults = rows.Table.__init__.__defaults__
     assert defaults is not None

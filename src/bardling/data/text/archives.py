@@ -13,9 +13,9 @@ import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import PurePosixPath
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, NamedTuple
 
-from bardling.data.text.opening import Expanded, Stream, damage, seekable
+from bardling.data.text.compression import Expanded, Stream, damage, seekable
 
 
 class Member(NamedTuple):
@@ -67,7 +67,7 @@ def zip_members(stream: Stream, label: str, kept: Callable[[str], None]) -> Iter
 
 def _guarded(file: Any, label: str, kind: str, size: int) -> Stream:
     """A member whose damage is reported with its name; `size` is that of the archive, or as large as no archive is."""
-    return Stream(cast(BinaryIO, Expanded(file, label, kind, lambda: size)))
+    return Stream(Expanded(file, label, kind, lambda: size))
 
 
 def _name_fault(name: str) -> str:

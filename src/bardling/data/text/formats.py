@@ -13,8 +13,8 @@ import re
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
+from bardling.data.text.compression import COMPRESSED, Stream
 from bardling.data.text.fields import RowText
-from bardling.data.text.opening import COMPRESSED, Stream
 from bardling.data.text.rows import LONGEST_ROW
 from bardling.files.decoding import HEAD, MARK, byte_order_mark, known_format, wide_encoding
 

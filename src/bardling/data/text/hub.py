@@ -20,8 +20,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
+from bardling.data.text.compression import EXTRA
 from bardling.data.text.download import cache_root
-from bardling.data.text.opening import EXTRA, Remote
+from bardling.data.text.opening import Remote
 from bardling.errors import UserError, closest
 from bardling.files.atomic import os_error_as_user_error, write_atomically
 from bardling.files.digests import file_sha256, json_sha256

@@ -4,7 +4,7 @@ import codecs
 import re
 from collections.abc import Iterator
 
-from bardling.data.text.opening import Stream
+from bardling.data.text.compression import Stream
 from bardling.errors import UserError
 from bardling.files.decoding import MARK
 

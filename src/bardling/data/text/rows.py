@@ -19,8 +19,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from bardling.data.text.compression import EXTRA, Stream, damage, seekable
 from bardling.data.text.fields import RowText
-from bardling.data.text.opening import EXTRA, Stream, damage, seekable
 from bardling.errors import UserError, closest
 from bardling.files.decoding import MARK
 

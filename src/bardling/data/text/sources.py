@@ -31,11 +31,12 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple, Protocol
 
 from bardling.data.text.archives import ARCHIVES
+from bardling.data.text.compression import Damaged, Stream, decompressed
 from bardling.data.text.fields import DEFAULT_FIELD, RowText, unescaped
 from bardling.data.text.findings import Findings, describe_findings
 from bardling.data.text.folders import Left, files_below, refuse_made_folder, without_made_folders
 from bardling.data.text.formats import NOT_ALWAYS_READ, Contents, examine, expected_bytes
-from bardling.data.text.opening import Damaged, Remote, Stream, decompressed, is_url, opened, remote_files, without_secrets
+from bardling.data.text.opening import Remote, is_url, opened, remote_files, without_secrets
 from bardling.data.text.plain import is_binary, is_utf8, separated, text_pieces
 from bardling.data.text.rows import READERS, Table, TooLong
 from bardling.errors import UserError
@@ -314,7 +315,7 @@ def _open(spec: str) -> tuple[FileSource, str]:
             raise UserError(f"{path}: this folder has no files: choose one that contains text files")
         return FileSource(slug(root.stem), root, tuple(files), lenient=True, unread=tuple(left)), field
     if path.exists():
-        raise UserError(f"{path}: is neither a file nor a folder")
+        raise UserError(f"{path}: is neither a file nor a folder: pipe its text into `bardling prepare - --out DIR`")
     if glob.has_magic(spec):
         files, left = without_made_folders(sorted({Path(match).resolve() for match in _matches(spec)}), _base(spec))
         if not files:

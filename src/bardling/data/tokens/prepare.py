@@ -332,7 +332,8 @@ def _notes(tokenizer: Tokenizer, names: Counter[str], *, separated: bool) -> Ite
     """What the user should know about the text and its tokens, one sentence each."""
     if names:
         found = ", ".join(f"{name} ({count:,})" for name, count in names.most_common(5))
-        yield f"the text contains names of control tokens, which stay ordinary text: {found}"
+        kept = "stay ordinary text (data.separator divides text files at one)"
+        yield f"the text contains names of control tokens, which {kept}: {found}"
     if not separated:
         fault = "has no end-of-text token, so documents follow each other without a separator"
         remedy = "to separate them, name one of its tokens as eos_token in a tokenizer_config.json beside it"
