@@ -12,6 +12,7 @@ DATA_COMMANDS = {
     "check": "find duplicates, leaks, secrets and damaged text, and describe a source or dataset",
     "merge": "join the parts that `prepare --shard` has made",
     "show": "print sequences exactly as the model sees them",
+    "tokenizer": "train a tokenizer on a sample, or measure one",
 }
 
 

@@ -3,17 +3,20 @@
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from bardling.cli.parse import parse
+from bardling.cli.paths import refuse_existing_file
 from bardling.cli.tables import print_rows, show, styled
 from bardling.config import DataConfig
-from bardling.errors import UserError
 from bardling.monitor.format import count, percent, size_bytes
+
+if TYPE_CHECKING:
+    from bardling.data.tokens.split_text import SplitText
 
 _SHOWN = 5  # examples of a finding
 _STYLES = {"serious": "bold red", "check": "bold yellow", "note": "bold"}
@@ -32,6 +35,10 @@ class CheckOptions:
     """Fraction of a text that is for validation."""
     encoding: Annotated[str, tyro.conf.arg(aliases=["--data.encoding"])] = ""
     """Encoding of text files without a byte order mark, such as cp1252; default: UTF-8."""
+    field: Annotated[str, tyro.conf.arg(aliases=["--data.field"])] = ""
+    """Field of rows (JSON, CSV, Parquet, Arrow) with the text, or a template such as '{title}\\n\\n{body}'; default: text."""
+    separator: Annotated[str, tyro.conf.arg(aliases=["--data.separator"])] = ""
+    """What separates the documents of a text file, such as '<|endoftext|>' or '\\n\\n'; default: each file is one document."""
     dedup: Path | None = None
     """Folder to create with the documents that are no copies of others (documents.jsonl), and a list of those removed."""
     json: Path | None = None
@@ -45,6 +52,7 @@ class CheckOptions:
 def run(argv: Sequence[str]) -> None:
     description = "Describe training data, and list what should not be in it."
     options = parse(CheckOptions, argv, prog="bardling data check", description=description)
+    from bardling.data.text.standard_input import standard_input
     from bardling.data.tokens.tokenizer import check_tokenizer_spec
     from bardling.files.atomic import write_atomically
     from bardling.monitor.progress import ProgressBar
@@ -58,16 +66,15 @@ def run(argv: Sequence[str]) -> None:
         check_dedup_path(options.dedup)
     if options.tokenizer:
         check_tokenizer_spec(options.tokenizer)
-    config = DataConfig(source=options.source, val_fraction=options.val_fraction, encoding=options.encoding)
     started = time.monotonic()
-    with ProgressBar(unit="bytes") as bar:
-        check = start_check(config, options.tasks, bar.update)
-    report = {"source": options.source, **describe(check, options.tokenizer, options.seed)}
-    report["seconds"] = round(time.monotonic() - started, 2)
-    show_report(report)
-    if options.dedup is not None:
-        kept, removed = write_clean(check, options.dedup)
-        show(f"{options.dedup}: {kept:,} documents, without {removed:,} copies (removed.jsonl lists them)")
+    with ProgressBar(unit="bytes") as bar, standard_input(options.source) as source:
+        check = start_check(_open(options, source), options.tasks, bar.update)
+        report: dict[str, Any] = {"source": options.source, **describe(check, options.tokenizer, options.seed)}
+        report["seconds"] = round(time.monotonic() - started, 2)
+        show_report(report)
+        if options.dedup is not None:
+            kept, removed = write_clean(check, options.dedup)
+            show(f"{options.dedup}: {kept:,} documents, without {removed:,} copies (removed.jsonl lists them)")
     if options.json is not None:
         write_atomically(options.json, json.dumps(report, indent=1, ensure_ascii=False).encode() + b"\n")
     if options.page is not None:
@@ -76,17 +83,20 @@ def run(argv: Sequence[str]) -> None:
     show(_next_step(report, options))
 
 
-def refuse_existing_file(path: Path | None) -> None:
-    """Raise a `UserError` if a file cannot be created, before anything slow."""
-    from bardling.files.atomic import check_place
+def _open(options: CheckOptions, source: str) -> "SplitText":
+    """The text of a source, a dataset or a run."""
+    from bardling.data.tokens.split_text import decoded_text, open_split_text
 
-    if path is None:
-        return
-    check_place(path)
-    if path.exists():
-        raise UserError(f"{path}: already exists: remove it, or choose another file")
-    if not path.parent.is_dir():
-        raise UserError(f"{path}: the folder {path.parent} does not exist: create it, or choose another file")
+    if (Path(source) / "config.toml").is_file():
+        from bardling.checkpoint.run_folder import open_run
+        from bardling.data.tokens.corpus import reopen_corpus
+
+        run = open_run(Path(source))
+        config = run.trained_config()
+        remedy = "check the text itself"
+        return decoded_text(reopen_corpus(config.data, run.dataset_record(), run.path, remedy, config.model.block_size))
+    reading = DataConfig(encoding=options.encoding, field=options.field, separator=options.separator)
+    return open_split_text(replace(reading, source=source, val_fraction=options.val_fraction))
 
 
 def show_report(report: dict[str, Any]) -> None:

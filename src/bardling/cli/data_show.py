@@ -13,7 +13,7 @@ from bardling.cli.tables import printable
 from bardling.errors import UserError
 
 if TYPE_CHECKING:
-    from bardling.data.batches.order import SequenceOrder
+    from bardling.data.batches.order import DataOrder
     from bardling.data.tokens.shards import TokenDataset
     from bardling.data.tokens.tokenizer import Tokenizer
     from bardling.tools.data_show import ShownSequence
@@ -58,7 +58,7 @@ def run(argv: Sequence[str]) -> None:
         _print(sequence, dataset.tokenizer)
 
 
-def _of_run(path: Path, options: ShowOptions) -> "tuple[TokenDataset, SequenceOrder, list[int], bool]":
+def _of_run(path: Path, options: ShowOptions) -> "tuple[TokenDataset, DataOrder, list[int], bool]":
     from bardling.checkpoint.run_folder import open_run
     from bardling.training.recovery.trace import trace_step
 
@@ -72,7 +72,7 @@ def _of_run(path: Path, options: ShowOptions) -> "tuple[TokenDataset, SequenceOr
     )
 
 
-def _of_dataset(options: ShowOptions) -> "tuple[TokenDataset, SequenceOrder, list[int], bool]":
+def _of_dataset(options: ShowOptions) -> "tuple[TokenDataset, DataOrder, list[int], bool]":
     from bardling.config import DataConfig
     from bardling.data.batches.order import SequenceOrder
     from bardling.data.tokens.dataset import is_tokenized, open_data

@@ -13,24 +13,25 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 
-from bardling.config import DataConfig
 from bardling.data.text.duplicates import EXTRA, MOST_DOCUMENTS, SHINGLE, THRESHOLD, Duplicates, Group
 from bardling.data.text.findings import describe_findings
 from bardling.data.text.overlaps import MANY_DOCUMENTS, RUN, SHORTEST, Overlaps, Passage
 from bardling.data.text.secrets import find_secrets, hide_secrets
-from bardling.data.text.statistics import TextStatistics
+from bardling.data.text.statistics import Histogram, TextStatistics
 from bardling.data.text.words import Words, code_points, find_words
+from bardling.data.tokens.corpus import locate, parts_of
 from bardling.data.tokens.documents import Documents
 from bardling.data.tokens.manifest import SplitName
 from bardling.data.tokens.parallel import SPLITS
 from bardling.data.tokens.shards import TokenDataset
-from bardling.data.tokens.split_text import SplitText, open_split_text
+from bardling.data.tokens.split_text import SplitText
 from bardling.data.tokens.token_report import count_report, shown, token_report
-from bardling.data.tokens.tokenizer import build_tokenizer
+from bardling.data.tokens.tokenizer import Tokenizer, build_tokenizer
 from bardling.errors import UserError
 from bardling.evaluate.tasks import load_items
 from bardling.files.streams import escape_unprintable
@@ -237,9 +238,9 @@ def _printable(value: Any) -> Any:
     return escape_unprintable(hide_secrets(value)) if isinstance(value, str) else value
 
 
-def start_check(config: DataConfig, tasks: Sequence[str], progress: Progress) -> DataCheck:
+def start_check(text: SplitText, tasks: Sequence[str], progress: Progress) -> DataCheck:
     """Read a source or a dataset, and find what there is to find."""
-    check = DataCheck(open_split_text(config), tasks, progress)
+    check = DataCheck(text, tasks, progress)
     check.run()
     return check
 
@@ -257,12 +258,7 @@ def describe(check: DataCheck, tokenizer_spec: str, seed: int) -> Report:
         found.append(_finding("note", "the source left something out, or kept it", "; ".join(notes), 1, []))
     report: Report = {
         "sizes": {split: asdict(sizes) for split, sizes in statistics.sizes.items()},
-        "lengths": {
-            "bars": statistics.lengths.bars(),
-            "median": statistics.lengths.quantile(0.5),
-            "p95": statistics.lengths.quantile(0.95),
-            "longest": statistics.lengths.longest,
-        },
+        "lengths": statistics.lengths.facts("characters"),
         "kinds": [
             {"name": name, "share": count / max(1, statistics.characters)} for name, count in statistics.characters_by_kind()
         ],
@@ -295,8 +291,15 @@ def _sample_tokens(spec: str, excerpts: list[tuple[str, str]], seed: int) -> Rep
     for name, text in chosen:
         with contextlib.suppress(UserError):  # characters outside the vocabulary are counted by the report
             ids = tokenizer.encode(text[:_EXCERPT])[:_SEQUENCE].tolist()
-            sequences.append({"place": name, "tokens": [shown(tokenizer, index) for index in ids]})
+            sequences.append(_sequence(tokenizer, name, ids))
     return {"tokens": token_report(tokenizer, texts) | {"sample": True}, "sequences": sequences}
+
+
+def _sequence(tokenizer: Tokenizer, place: str, ids: list[int]) -> Report:
+    """A sequence token by token; one that contains a secret is a single masked text."""
+    tokens = [shown(tokenizer, index) for index in ids]
+    masked = hide_secrets("".join(tokens))
+    return {"place": place, "tokens": tokens if masked == "".join(tokens) else [masked]}
 
 
 def dataset_tokens(dataset: TokenDataset, seed: int) -> Report:
@@ -315,12 +318,15 @@ def dataset_tokens(dataset: TokenDataset, seed: int) -> Report:
     if tokenizer is None:
         return report
     split = dataset.split("train")
-    documents = Documents(dataset, "train")
+    parts = parts_of(dataset, "train")
+    bounds = list(accumulate((len(part.dataset.split("train")) for part in parts), initial=0))
     for _ in range(_SEQUENCES if len(split) else 0):
         start = chooser.randrange(max(1, len(split) - _SEQUENCE))
         ids = split.read(start, min(_SEQUENCE, len(split) - start))
-        place = f"train, token {start:,}: {documents.at(start, 1)[0]}"
-        sequences.append({"place": place, "tokens": [shown(tokenizer, index) for index in ids.tolist()]})
+        number, local = locate(bounds, start)
+        found = Documents(parts[number].dataset, "train").at(local, 1)[0]
+        place = f"training split{' of ' * bool(parts[number].name)}{parts[number].name}, token {local:,}: {found}"
+        sequences.append(_sequence(tokenizer, place, ids.tolist()))
     facts = count_report(tokenizer, counts[: tokenizer.vocab_size])
     manifest = dataset.manifest
     size, tokens = manifest.train.bytes + manifest.val.bytes, manifest.train.tokens + manifest.val.tokens
@@ -329,3 +335,13 @@ def dataset_tokens(dataset: TokenDataset, seed: int) -> Report:
         "sample": read < sum(report["token_sizes"].values()),
     }
     return report | {"tokens": facts, "sequences": sequences}
+
+
+def dataset_report(dataset: TokenDataset, seed: int) -> Report:
+    """`dataset_tokens`, with the lengths of the documents where the dataset has an index."""
+    lengths = Histogram()
+    for name in SPLITS:
+        for part in parts_of(dataset, name):
+            lengths.add(Documents(part.dataset, name).lengths())
+    found = {"lengths": lengths.facts("tokens")} if lengths.total else {}
+    return {"source": dataset.title, **found, **dataset_tokens(dataset, seed)}

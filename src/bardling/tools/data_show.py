@@ -12,11 +12,12 @@ import numpy as np
 
 from bardling.data.batches import IGNORE
 from bardling.data.batches.loader import TrainSequences
-from bardling.data.batches.order import SequenceOrder
+from bardling.data.batches.order import DataOrder
 from bardling.data.batches.packing import document_start
-from bardling.data.tokens.documents import Document, Documents
+from bardling.data.tokens.documents import Document
 from bardling.data.tokens.shards import TokenDataset
 from bardling.data.tokens.tokenizer import Ids
+from bardling.training.recovery.trace import Tracer
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Span:
 @dataclass(frozen=True)
 class ShownSequence:
     sample: int  # its number in the data order
-    start: int  # position of its first token in the training split
+    start: int  # position of its first token in the training split of its source
     place: str  # file, and position in it
     spans: tuple[Span, ...]
 
@@ -42,22 +43,22 @@ class ShownSequence:
         return sum(len(span.ids) for span in self.spans if span.learned)
 
 
-def show_samples(dataset: TokenDataset, order: SequenceOrder, samples: list[int], *, masked: bool) -> Iterator[ShownSequence]:
+def show_samples(dataset: TokenDataset, order: DataOrder, samples: list[int], *, masked: bool) -> Iterator[ShownSequence]:
     """Samples of the data order; `masked` tells that attention does not cross documents (`data.document_mask`)."""
-    split, documents = dataset.split("train"), Documents(dataset, "train")
+    split, tracer = dataset.split("train"), Tracer(dataset, order)
     source = TrainSequences(split, order, document_start(masked, dataset, dataset.tokenizer))
     for sample in samples:
         batch = source.batch(sample, 1)
-        start = int(order.starts(sample, 1)[0])
-        ids = split.read(start, order.block_size + 1)
+        (traced,) = tracer.sequences([(sample, 1)])
+        ids = split.read(int(order.starts(sample, 1)[0]), order.block_size + 1)
         learned = np.concatenate([[False], batch.targets[0].numpy() != IGNORE])
         bounds = [] if batch.documents is None else batch.documents.tolist()
         begun = {place for place in bounds if 0 < place < order.block_size}  # the last token is only a target
-        names = {max(found.begin - start, 0): found for found in documents.at(start, len(ids))}
+        names = {max(found.begin - traced.start, 0): found for found in traced.documents}
         changes = {0, *names, *begun, *(np.flatnonzero(np.diff(learned)) + 1).tolist()}
         cuts = [*sorted(changes), len(ids)]
         spans = tuple(
             Span(ids[begin:end], bool(learned[begin]), names.get(begin), begin in begun) for begin, end in pairwise(cuts)
         )
-        file, offset = split.place(start)
-        yield ShownSequence(sample, start, f"{file} from token {offset:,}", spans)
+        place = f"{traced.file} from token {traced.offset:,}{' of ' * bool(traced.source)}{traced.source}"
+        yield ShownSequence(sample, traced.start, place, spans)

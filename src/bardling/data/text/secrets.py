@@ -49,19 +49,19 @@ _PATTERNS: tuple[tuple[str, tuple[str, ...], re.Pattern[str]], ...] = (
 
 def find_secrets(text: str) -> Iterator[Secret]:
     """The strings of a text that look like secrets, kind by kind."""
-    for kind, begin, end in _spans(text):
-        yield Secret(kind, text.count("\n", 0, begin) + 1, mask(text[begin:end]))
+    for kind, place, begin, end in _spans(text):
+        yield Secret(kind, text.count("\n", 0, place) + 1, mask(text[begin:end]))
 
 
 def hide_secrets(text: str) -> str:
     """The text with each of these strings masked."""
-    for _, begin, end in sorted(_spans(text), key=lambda span: -span[1]):
+    for _, _, begin, end in sorted(_spans(text), key=lambda span: -span[2]):
         text = text[:begin] + mask(text[begin:end]) + text[end:]
     return text
 
 
-def _spans(text: str) -> Iterator[tuple[str, int, int]]:
-    """Kind, and where the value begins and ends."""
+def _spans(text: str) -> Iterator[tuple[str, int, int, int]]:
+    """Kind, where the string begins, and where its value begins and ends."""
     lower = text.lower()
     for kind, anchors, pattern in _PATTERNS:
         assigned, done = kind == "assigned secret", 0
@@ -72,7 +72,7 @@ def _spans(text: str) -> Iterator[tuple[str, int, int]]:
             done, value = match.end(), match[1]
             mixed = re.search("[0-9]", value) and re.search("[A-Za-z]", value)
             if len(set(value)) >= _LEAST_DISTINCT and (mixed or not assigned):
-                yield kind, *match.span(1)
+                yield kind, place, *match.span(1)
 
 
 def _places(text: str, anchors: tuple[str, ...]) -> Iterator[int]:

@@ -8,6 +8,7 @@ import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -38,10 +39,13 @@ class Histogram:
         self.counts = np.zeros(_BINS, np.int64)
         self.total, self.shortest, self.longest = 0, 0, 0
 
-    def add(self, length: int) -> None:
-        self.counts[min(int(np.log2(max(length, 1)) * _PER_OCTAVE), _BINS - 1)] += 1
-        self.shortest = length if self.total == 0 else min(self.shortest, length)
-        self.longest, self.total = max(self.longest, length), self.total + 1
+    def add(self, lengths: npt.NDArray[np.int64]) -> None:
+        """Count documents of these lengths, [documents]."""
+        if lengths.size:
+            bins = (np.log2(np.maximum(lengths, 1)) * _PER_OCTAVE).astype(np.int64)
+            self.counts += np.bincount(np.minimum(bins, _BINS - 1), minlength=_BINS)
+            self.shortest = min(int(lengths.min()), self.shortest if self.total else int(lengths.min()))
+            self.longest, self.total = max(self.longest, int(lengths.max())), self.total + len(lengths)
 
     def quantile(self, fraction: float) -> int:
         """A length that about this fraction of the documents does not exceed: within 19%."""
@@ -53,6 +57,11 @@ class Histogram:
         counts = self.counts.reshape(-1, _PER_OCTAVE).sum(1)
         used = np.flatnonzero(counts)
         return [(1 << number, int(counts[number])) for number in range(used[0], used[-1] + 1)] if used.size else []
+
+    def facts(self, unit: str) -> dict[str, Any]:
+        """What a report shows, as plain values."""
+        found = {"median": self.quantile(0.5), "p95": self.quantile(0.95), "longest": self.longest}
+        return {"unit": unit, "bars": self.bars(), **found}
 
 
 class LineCounter:
@@ -105,7 +114,7 @@ class TextStatistics:
         sizes.characters += len(text)
         sizes.bytes += len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
         sizes.words += words
-        self.lengths.add(len(text))
+        self.lengths.add(np.array([len(text)]))
         self.lines.add(text)
         self._kinds += np.bincount(_kind_table()[points], minlength=len(self._kinds))
 
@@ -161,4 +170,4 @@ def _kind_of_other(character: str, category: str) -> str:
     if character == "\ufffd":
         return "U+FFFD"
     kinds_by_category = {"N": "digits", "P": "punctuation and symbols", "S": "punctuation and symbols"}
-    return kinds_by_category.get(category[0], "control characters" if category in ("Cc", "Cf") else "other code points")
+    return kinds_by_category.get(category[0], "control characters" if category == "Cc" else "other code points")

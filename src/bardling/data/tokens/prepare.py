@@ -12,7 +12,7 @@ Which text is for validation is decided by rule 2 (`SPLIT_RULE`), and the manife
 Rule 1, which is kept for runs that started with it, differs for fewer than 100 documents: the last part of each is held out,
 from a nearby line break before the cut, if any.
 
-Rule 0 holds out everything, for a text that is only evaluated.
+Rule 0 holds out everything, for a text that is only evaluated; rule -1 nothing, if validation has a text of its own.
 
 Several documents are each followed by the end-of-text token; a single one has nothing to separate and gets none. What the
 tokenizer's post-processor puts before a text (often a beginning token) begins each document in each split.
@@ -55,6 +55,7 @@ from bardling.monitor.progress import ProgressBar
 METHOD = 2  # raise it if the same source starts to give other tokens, so that cached datasets are prepared again
 SPLIT_RULE = 2
 EVALUATION_ONLY = 0
+TRAINING_ONLY = -1
 _MANY = 100  # number of documents from which whole documents are held out
 _BATCH = 4 << 20  # characters tokenized at once
 _BATCH_OF_WORKER = 1 << 20  # the same for one of several processes
@@ -84,7 +85,7 @@ class _Splitter:
         limit, low, high = val_fraction * 2.0**64, 1 << 64, -1
         count, characters = 0, dict[int, int]()  # of each distinct text, while there are few
         for count, document in enumerate(source.documents(), 1):
-            if rule == EVALUATION_ONLY and count > 1:
+            if rule in (EVALUATION_ONLY, TRAINING_ONLY) and count > 1:
                 break
             number = _number(document.text)
             low, high = min(low, number), max(high, number)
@@ -97,6 +98,8 @@ class _Splitter:
         self._held_out: Callable[[int], bool] | None = None  # of several documents, by their numbers; None: cut each
         if rule == EVALUATION_ONLY:
             self._held_out, self.description = lambda number: True, "everything, for evaluation"
+        elif rule == TRAINING_ONLY:
+            self._held_out, self.description = lambda number: False, "nothing: validation uses another text"
         elif count >= _MANY and (low < limit <= high or (rule > 1 and low < high)):
             between = min(max(limit, low + 1), high)
             self._held_out, self.description = lambda number: number < between, "whole documents by hash"

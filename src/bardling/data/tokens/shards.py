@@ -213,6 +213,15 @@ class TokenDataset:
         marks = TokenSplit(self.path, f"marks-{name}", info.marks, token_dtype(MARKS), MARKS) if manifest.row else None
         return TokenSplit(self.path, name, info.files, manifest.dtype, self.vocab_size, row=manifest.row, marks=marks)
 
+    @property
+    def title(self) -> str:
+        """What the dataset is called in results."""
+        return str(self.path)
+
+    def splits(self, name: SplitName) -> list[tuple[str, TokenSplit]]:
+        """The split of each source, with its name, which is empty if there is only one (`corpus.py`)."""
+        return [("", self.split(name))]
+
     def verify(self) -> list[str]:
         """Read every byte and compare with the checksums; one line per problem."""
         train, val = self.manifest.train, self.manifest.val

@@ -19,9 +19,11 @@ from bardling.data.text.findings import Findings
 from bardling.data.text.named_datasets import source_for
 from bardling.data.text.sources import Source
 from bardling.data.tokens.conversations import messages_of
-from bardling.data.tokens.dataset import has_rows, is_tokenized, open_data
-from bardling.data.tokens.documents import Documents
+from bardling.data.tokens.corpus import parts_of
+from bardling.data.tokens.dataset import has_rows, is_tokenized, open_data, reading
+from bardling.data.tokens.documents import Document, Documents
 from bardling.data.tokens.manifest import SplitName
+from bardling.data.tokens.parallel import SPLITS
 from bardling.data.tokens.prepare import text_splitter
 from bardling.data.tokens.shards import TokenDataset
 from bardling.data.tokens.tokenizer import Ids, Tokenizer
@@ -58,9 +60,11 @@ class SplitText:
 def open_split_text(config: DataConfig) -> SplitText:
     """The documents of `data.source`, without reading all of them; a `UserError` if there are none."""
     if is_tokenized(config.source):
-        return _decoded(open_data(config))
+        return decoded_text(open_data(config))
     chat = has_rows(config)
-    source: Source = open_conversations(config.source) if chat else source_for(config.source, config.encoding)
+    source: Source = (
+        open_conversations(config.source, config.encoding) if chat else source_for(config.source, **reading(config))
+    )
     several, split = text_splitter(source, config.val_fraction, config.source)
 
     def documents() -> Iterator[SplitDocument]:
@@ -76,29 +80,33 @@ def _said(conversation: str) -> str:
     return "\n\n".join(message["content"] for message in messages_of(conversation))
 
 
-def _decoded(dataset: TokenDataset) -> SplitText:
+def decoded_text(dataset: TokenDataset) -> SplitText:
+    """The text of a dataset, which may be a mixture; a `UserError` if it has no tokenizer."""
     tokenizer, manifest = dataset.tokenizer, dataset.manifest
     if tokenizer is None:
         fault = "has token files without a tokenizer, so its text cannot be read"
         raise UserError(f"{dataset.path}: {fault}: check the text that it was made from")
-    splits: tuple[SplitName, SplitName] = ("train", "val")
     skipped = tokenizer.bytes_per_token() == 0
 
     def documents() -> Iterator[SplitDocument]:
-        for name in splits:
-            split, index, position = dataset.split(name), Documents(dataset, name), 0
-            while position < len(split):
-                for found in index.at(position, min(_WINDOW, len(split) - position)):
-                    ids = split.read(position, found.end - position)
-                    position = found.end
-                    if text := decode_text(tokenizer, ids[~skipped[ids]]):
-                        number = "" if found.number is None else f"{found.number:,}"
-                        yield SplitDocument(
-                            found.name or f"{name} document {number or f'at token {found.begin:,}'}", name, text
-                        )
+        for name in SPLITS:
+            for part in parts_of(dataset, name):
+                split, index, position = part.dataset.split(name), Documents(part.dataset, name), 0
+                while position < len(split):
+                    for found in index.at(position, min(_WINDOW, len(split) - position)):
+                        ids = split.read(position, found.end - position)
+                        position = found.end
+                        if text := decode_text(tokenizer, ids[~skipped[ids]]):
+                            yield SplitDocument(_label(part.name, name, found), name, text)
 
-    size = sum(manifest.split(name).bytes or 2 * manifest.split(name).tokens for name in splits)
+    size = sum(manifest.split(name).bytes or 2 * manifest.split(name).tokens for name in SPLITS)
     return SplitText(documents, size, manifest.train.documents == 1, Findings(), dataset)
+
+
+def _label(source: str, split: SplitName, found: Document) -> str:
+    number = f"at token {found.begin:,}" if found.number is None else f"{found.number:,}"
+    name = found.name or f"{split} document {number}"
+    return f"{source}: {name}" if source else name
 
 
 def decode_text(tokenizer: Tokenizer, ids: Ids) -> str:

@@ -38,7 +38,7 @@ def count_report(tokenizer: Tokenizer, counts: npt.NDArray[np.int64]) -> dict[st
     """What the counts of the tokens, int64 [vocab_size], say by themselves."""
     total = max(1, int(counts.sum()))
     sizes = tokenizer.bytes_per_token()
-    unknown = tokenizer.interface.unk
+    unknown = _unknown(tokenizer)
     names = list(map(tokenizer.token_bytes, range(tokenizer.vocab_size)))
     bytes_only = np.array([len(name) == 1 and name >= b"\x80" for name in names])
     longest = sorted((index for index in range(len(names)) if sizes[index]), key=lambda index: (-sizes[index], index))
@@ -48,7 +48,7 @@ def count_report(tokenizer: Tokenizer, counts: npt.NDArray[np.int64]) -> dict[st
         "vocabulary": tokenizer.vocab_size,
         "tokens": int(counts.sum()),
         "used": int(np.count_nonzero(counts)),
-        "unknown": float(counts[unknown] / total) if unknown is not None and unknown < len(counts) else 0.0,
+        "unknown": 0.0 if unknown is None else float(counts[unknown] / total),
         "byte_tokens": float(counts[bytes_only].sum() / total) if tokenizer.kind != "byte" else 0.0,
         "frequent": [
             {"id": int(index), "text": shown(tokenizer, int(index)), "count": int(counts[index])}
@@ -58,6 +58,15 @@ def count_report(tokenizer: Tokenizer, counts: npt.NDArray[np.int64]) -> dict[st
         "longest": [{"id": index, "text": shown(tokenizer, index), "bytes": int(sizes[index])} for index in longest[:_LONGEST]],
         "numbers": {number: _parts(tokenizer, number) for number in NUMBERS},
     }
+
+
+def _unknown(tokenizer: Tokenizer) -> int | None:
+    """The token for text that the vocabulary lacks."""
+    model = tokenizer.content.get("model") or {}
+    vocab, name = model.get("vocab"), model.get("unk_token")
+    found = vocab.get(name) if isinstance(vocab, dict) and isinstance(name, str) else model.get("unk_id")
+    found = tokenizer.interface.unk if found is None else found
+    return found if isinstance(found, int) and found < tokenizer.vocab_size else None
 
 
 def shown(tokenizer: Tokenizer, index: int) -> str:

@@ -38,6 +38,7 @@ from bardling.data.tokens.library import (
     text_reaches_control_tokens,
     with_unwritable_names,
 )
+from bardling.data.tokens.sentencepiece_files import sentencepiece_content
 from bardling.data.tokens.text_interface import TextFiles, TextInterface, read_text_files, text_interface
 from bardling.data.tokens.vocabulary import ANY_CHARACTER, BYTE_OF, EOT, byte_content, char_content, pieces, train_bpe_content
 from bardling.errors import UserError, closest
@@ -318,9 +319,11 @@ def _end_of_text(ids: Mapping[str, int], vocab_size: int, eot: str | None, files
 def load_tokenizer(path: Path | str) -> Tokenizer:
     """Read a `tokenizer.json`, or the one in a folder, with the files beside it that describe the model's text.
 
-    A folder may have a `vocab.json` and a `merges.txt` instead.
+    A folder may have a `vocab.json` and a `merges.txt` instead; a file may also be a SentencePiece model.
     """
     path = Path(path)
+    if path.suffix == ".model" and path.is_file():
+        return Tokenizer(*sentencepiece_content(path))
     folder, path = path.is_dir(), path / "tokenizer.json" if path.is_dir() else path
     if not folder and not path.is_file():
         raise UserError(f"{path}: no such tokenizer file")
