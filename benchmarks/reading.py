@@ -114,6 +114,8 @@ def run(
     method: str, folder: Path, files: tuple[ShardFile, ...], options: Options, block: int
 ) -> tuple[list[float], list[tuple[float, float]]]:
     """Batches per second and (own, file) memory in MB of each block."""
+    if options.tiny:
+        return measure(method, folder, files, options, block)
     context = multiprocessing.get_context("spawn")
     with context.Pool(1) as pool:
         return pool.apply(measure, (method, folder, files, options, block))

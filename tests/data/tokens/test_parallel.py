@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bardling.data.tokens import journal
+from bardling.data.tokens import journal, parallel
 from bardling.data.tokens import prepare as prepare_module
 from bardling.data.tokens.journal import Journal, Position, work_folder
 from bardling.data.tokens.parallel import Encoders, PieceEncoder, default_workers, utf8
@@ -68,7 +68,7 @@ class Some:
     """A batch."""
 
     def __init__(self, *texts: str) -> None:
-        self.pieces = [("train", text) for text in texts]
+        self.pieces = [("train", utf8(text)) for text in texts]
 
 
 def test_workers_answer_in_order_also_for_broken_text(tmp_path):
@@ -80,7 +80,7 @@ def test_workers_answer_in_order_also_for_broken_text(tmp_path):
     assert [batch for batch, _ in results] == batches
     encoder = PieceEncoder(tokenizer, [0])
     for batch, parts in results:
-        expected = encoder.encode(utf8(batch.pieces))
+        expected = encoder.encode(batch.pieces)
         for got, want in zip(parts, expected, strict=True):
             assert np.array_equal(got.ids, want.ids)
             assert (got.lengths.tolist(), got.bytes) == (want.lengths.tolist(), want.bytes)
@@ -147,12 +147,15 @@ def test_workers_end_with_their_owner(tmp_path):
     pytest.fail("the worker outlived its owner")
 
 
-def test_default_workers():
-    cores = default_workers(0, "bpe")
-    assert cores == default_workers(1 << 40, "other") >= 1
-    assert 1 <= default_workers(1 << 40, "bpe", fast=True) <= min(cores, 3)  # more would wait for the process that reads
-    assert default_workers(1 << 40, "bpe") <= 16
-    assert default_workers(1000, "bpe") == default_workers(1 << 40, "byte") == default_workers(1 << 40, "char") == 1
+def test_default_workers(monkeypatch):
+    monkeypatch.setattr(parallel, "cpu_quota", lambda: None)
+    for cores, others, fast in ((1, 0, 0), (2, 2, 1), (4, 4, 3), (128, 16, 3)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)))
+        assert default_workers(0, "bpe") == default_workers(1 << 40, "other") == others
+        assert default_workers(1 << 40, "bpe", fast=True) == fast  # more would wait for the process that reads
+    monkeypatch.setattr(parallel, "cpu_quota", lambda: 2)
+    assert (default_workers(0, "bpe"), default_workers(0, "bpe", fast=True)) == (2, 1)
+    assert default_workers(1000, "bpe") == default_workers(1 << 40, "byte") == default_workers(1 << 40, "char") == 0
 
 
 def test_writer_goes_on_where_it_was(tmp_path):
@@ -207,7 +210,7 @@ def test_journal_of_something_else_or_damaged_is_not_taken(tmp_path):
 
 PREPARE = """
 import signal, sys, time
-from bardling.data.tokens import journal
+from bardling.data.tokens import journal, parallel
 from bardling.data.tokens import prepare
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
 journal.EVERY = 0.0

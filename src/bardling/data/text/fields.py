@@ -27,6 +27,8 @@ def unescaped(text: str) -> str:
 
 def valid_text(text: str) -> str:
     """The text, with lone surrogates, which UTF-8 cannot encode, replaced by U+FFFD."""
+    if text.isascii():  # known without looking at the characters
+        return text
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -104,7 +104,8 @@ class FileSource:
                         self.findings.left_out("empty file or row", document.name)
                     continue
                 found = True
-                self.findings.kept("NUL character", document.name, document.text.count("\0"))
+                if "\0" in document.text:  # finds it faster than it counts
+                    self.findings.kept("NUL character", document.name, document.text.count("\0"))
                 self.findings.kept("U+FEFF inside a text", document.name, document.text.count(MARK))
                 yield document
         if self.is_part:

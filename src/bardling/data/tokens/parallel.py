@@ -37,9 +37,9 @@ from bardling.errors import UserError
 from bardling.files.cpu_quota import cpu_quota
 
 SPLITS: tuple[SplitName, ...] = ("train", "val")
-Piece = tuple[SplitName, str]  # some text and its split
+Piece = tuple[SplitName, bytes]  # some text in UTF-8 and its split
 MOST_WORKERS = 64
-_MOST_FAST, _MOST_OTHERS = 3, 16  # processes by default; more fast ones would wait for the one that reads
+_MOST_FAST, _MOST_OTHERS = 3, 16  # processes by default; more fast ones would wait for the text
 _SMALL, _SMALL_IF_FAST = 16 << 20, 64 << 20  # bytes of text below which starting processes takes longer than it saves
 _PIPE = 1 << 20  # bytes that a pipe holds; the system's 64 KiB mean many switches between processes
 _START = "import sys; sys.path.append(sys.argv[1]); from bardling.data.tokens.parallel import serve; serve(*sys.argv[2:])"
@@ -80,7 +80,7 @@ class PieceEncoder:
         names = [re.escape(valid_text(name).encode()) for name in tokenizer.control_names]
         self._names = re.compile(b"|".join(names) if names else b"(?!)")
 
-    def encode(self, pieces: Sequence[tuple[SplitName, bytes]]) -> list[Encoded]:
+    def encode(self, pieces: Sequence[Piece]) -> list[Encoded]:
         rows = self._bulk.encode([text for _, text in pieces])
         results = []
         for split in SPLITS:
@@ -95,43 +95,47 @@ class PieceEncoder:
         return results
 
 
-def utf8(pieces: Iterable[Piece]) -> list[tuple[SplitName, bytes]]:
-    """Pieces in UTF-8, with lone surrogates replaced by U+FFFD."""
-    return [(split, valid_text(text).encode()) for split, text in pieces]
+def utf8(text: str) -> bytes:
+    """A text in UTF-8, with lone surrogates replaced by U+FFFD."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        return valid_text(text).encode()
 
 
 def default_workers(size: int, kind: str, *, fast: bool = False) -> int:
-    """Number of processes for a source of `size` bytes (0: unknown) and a kind of tokenizer, `fast` with `gigatoken`.
+    """Number of other processes for a source of `size` bytes (0: unknown) and a kind of tokenizer, `fast` with `gigatoken`.
 
-    All cores that this process may use, up to a limit, or 1 if more would not help: for little text, and for bytes and
-    characters, whose table lookup takes no longer than sending the text to another process.
+    All cores that this process may use, up to a limit; if they are fast, one of the cores is for reading. 0 if they would not
+    help: for little text, and for bytes and characters, whose table lookup takes no longer than sending the text.
     """
     if kind in ("byte", "char") or 0 < size < (_SMALL_IF_FAST if fast else _SMALL):
-        return 1
+        return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, cpu_quota() or cores, _MOST_FAST if fast else _MOST_OTHERS)
+    cores = min(cores, cpu_quota() or cores)
+    return min(cores - 1, _MOST_FAST) if fast else min(cores, _MOST_OTHERS) if cores > 1 else 0
 
 
 class Encoders(contextlib.AbstractContextManager["Encoders"]):
     """Tokenizes batches in order, appending `end` to each piece; a context manager that ends its processes.
 
-    Several workers read the tokenizer from `folder`, where it is already saved; with one, this process does the work. An
+    The `processes` read the tokenizer from `folder`, where it is already saved; with 0, this process does the work. An
     `EncodersDiffer` may come from here or any batch, unless `allow_fast` is False (`fast_encoding.py`).
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, folder: Path, end: Sequence[int], workers: int, *, allow_fast: bool = True
+        self, tokenizer: Tokenizer, folder: Path, end: Sequence[int], processes: int, *, allow_fast: bool = True
     ) -> None:
-        self._encoder = PieceEncoder(tokenizer, end, allow_fast=allow_fast) if workers == 1 else None
-        self._count = workers
+        self._encoder = None if processes else PieceEncoder(tokenizer, end, allow_fast=allow_fast)
+        self._count = max(1, processes)
         self._workers: list[_Worker] = []
-        self._threads = ThreadPoolExecutor(workers)
+        self._threads = ThreadPoolExecutor(self._count)
         try:
-            for _ in range(workers if workers > 1 else 0):
+            for _ in range(processes):
                 self._workers.append(_Worker(folder, end, allow_fast=allow_fast))
         except OSError as error:
             self.__exit__()
-            raise UserError(f"cannot start {workers} processes ({error.strerror}): use fewer workers") from error
+            raise UserError(f"cannot start {processes} processes ({error.strerror}): use fewer workers") from error
         self._idle = list(self._workers)
 
     def run(self, batches: Iterable[TextBatch]) -> Iterator[tuple[TextBatch, list[Encoded]]]:
@@ -148,7 +152,7 @@ class Encoders(contextlib.AbstractContextManager["Encoders"]):
 
     def _encode(self, pieces: Sequence[Piece]) -> list[Encoded]:
         if self._encoder is not None:
-            return self._encoder.encode(utf8(pieces))
+            return self._encoder.encode(pieces)
         worker = self._idle.pop()  # there are as many workers as threads
         try:
             return worker.encode(pieces)
@@ -177,11 +181,10 @@ class _Worker:
         self._requests, self._answers = cast(IO[bytes], self._process.stdin), cast(IO[bytes], self._process.stdout)
 
     def encode(self, pieces: Sequence[Piece]) -> list[Encoded]:
-        texts = utf8(pieces)
-        sizes = np.array([len(text) for _, text in texts], "<i8").tobytes()
-        splits = bytes(SPLITS.index(split) for split, _ in texts)
+        sizes = np.array([len(text) for _, text in pieces], "<i8").tobytes()
+        splits = bytes(SPLITS.index(split) for split, _ in pieces)
         try:
-            _send(self._requests, sizes, splits, b"".join(text for _, text in texts))
+            _send(self._requests, sizes, splits, b"".join(text for _, text in pieces))
             head, *parts = _receive(self._answers)
         except (OSError, EOFError, ValueError) as error:  # ValueError: `stop` has closed the pipe
             status = self._process.wait()

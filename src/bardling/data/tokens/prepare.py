@@ -41,9 +41,9 @@ from bardling.data.tokens.conversations import Rows
 from bardling.data.tokens.documents import DocumentWriter
 from bardling.data.tokens.fast_encoding import EncodersDiffer, has_fast
 from bardling.data.tokens.journal import Journal, Position, becoming, empty, refuse_existing, working_on
-from bardling.data.tokens.manifest import Manifest, token_dtype, write_manifest
+from bardling.data.tokens.manifest import Manifest, SplitName, token_dtype, write_manifest
 from bardling.data.tokens.packed_rows import write_rows
-from bardling.data.tokens.parallel import MOST_WORKERS, SPLITS, Encoders, Piece, TextBatch, default_workers
+from bardling.data.tokens.parallel import MOST_WORKERS, SPLITS, Encoders, Piece, TextBatch, default_workers, utf8
 from bardling.data.tokens.shards import SHARD_TOKENS, ShardWriter, TokenDataset, open_dataset
 from bardling.data.tokens.tokenizer import Tokenizer, build_tokenizer, check_tokenizer_spec, load_tokenizer
 from bardling.errors import UserError
@@ -65,7 +65,11 @@ Progress = Callable[[str, int, int], None]  # called with (current activity, cha
 
 def _number(text: str) -> int:
     """A uniform number below 2^64 that depends only on the text."""
-    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
+    return _number_of(text.encode("utf-8", "surrogatepass"))
+
+
+def _number_of(data: bytes) -> int:
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], "big")
 
 
 def held_out(text: str, val_fraction: float) -> bool:
@@ -106,7 +110,15 @@ class _Splitter:
             self._held_out = _some(characters, val_fraction).__contains__
             self.description = f"whole documents, of {count}, by hash and size"
 
-    def split(self, text: str) -> list[Piece]:
+    def pieces(self, text: str) -> list[Piece]:
+        """The pieces of `split` in UTF-8, with lone surrogates replaced by U+FFFD."""
+        if self._held_out is None:
+            return [(split, utf8(part)) for split, part in self.split(text)]
+        data = utf8(text)
+        same = len(data) == len(text) or b"\xef\xbf\xbd" not in data  # without a U+FFFD, no surrogate has been replaced
+        return [("val" if self._held_out(_number_of(data) if same else _number(text)) else "train", data)]
+
+    def split(self, text: str) -> list[tuple[SplitName, str]]:
         if self._held_out is not None:
             return [("val" if self._held_out(_number(text)) else "train", text)]
         cut = int(len(text) * (1 - self._val_fraction))
@@ -116,7 +128,7 @@ class _Splitter:
         return [("train", text[:cut]), ("val", text[cut:])]
 
 
-def text_splitter(source: Source, val_fraction: float, spec: str) -> tuple[bool, Callable[[str], list[Piece]]]:
+def text_splitter(source: Source, val_fraction: float, spec: str) -> tuple[bool, Callable[[str], list[tuple[SplitName, str]]]]:
     """Whether a source has several documents, and the function that divides each into pieces of the splits, as `prepare`."""
     splitter = _Splitter(source, val_fraction, SPLIT_RULE, spec)
     return splitter.several, splitter.split
@@ -260,17 +272,18 @@ def _write(job: _Job, splitter: _Splitter, tokenizer: Tokenizer, work: Path, jou
     source = job.source if job.shard is None else part_of(job.source, job.shard)
     total, vocab_size = source.size(), tokenizer.vocab_size
     fast = not position.only_library and has_fast(tokenizer)
-    workers = job.workers or default_workers(total, tokenizer.kind, fast=fast)
+    workers = default_workers(total, tokenizer.kind, fast=fast) if job.workers is None else job.workers
+    processes = workers if workers > 1 or job.workers is None else 0  # 1 asks for no other process
     documents, done, started, names = position.documents, position.characters, time.monotonic(), Counter(position.names)
     with contextlib.ExitStack() as stack:
         shards = {name: stack.enter_context(ShardWriter(work, name, vocab_size, job.shard_tokens)) for name in SPLITS}
         indexes = {name: stack.enter_context(DocumentWriter(work, name)) for name in SPLITS}
-        encoders = stack.enter_context(Encoders(tokenizer, work, end, workers, allow_fast=fast))
+        encoders = stack.enter_context(Encoders(tokenizer, work, end, processes, allow_fast=fast))
         for split, state in position.splits.items():
             shards[split].restore(state)
             indexes[split].restore(state["index"])
         rest = documents_after(source, documents, position.last) if documents else source.documents()
-        for batch, encoded in encoders.run(_batches(splitter, rest, _BATCH if workers == 1 else _BATCH_OF_WORKER)):
+        for batch, encoded in encoders.run(_batches(splitter, rest, _BATCH_OF_WORKER if processes else _BATCH)):
             for split, part in zip(SPLITS, encoded, strict=True):
                 shards[split].add(part.ids, documents=len(part.lengths), text_bytes=part.bytes)
                 indexes[split].add(part.lengths, batch.names_of(split))
@@ -335,7 +348,7 @@ def _batches(splitter: _Splitter, documents: Iterable[Document], batch_size: int
     names: list[str] = []
     count = size = 0
     for name, text in documents:
-        pieces += splitter.split(text)
+        pieces += splitter.pieces(text)
         names += [name] * (len(pieces) - len(names))
         count, size = count + 1, size + len(text)
         if size >= batch_size:
