@@ -14,6 +14,7 @@ from bardling.data.text.sources import open_source
 from bardling.data.tokens.prepare import held_out, prepare
 from bardling.data.tokens.shards import open_dataset
 from bardling.data.tokens.split_text import open_split_text
+from bardling.tools import data_check
 from bardling.tools.data_check import dataset_report, describe, start_check
 
 PARTS, CHARACTERS = 160, 3000
@@ -180,6 +181,20 @@ def test_a_prepared_dataset_gives_the_same_findings(planted, tmp_path):
     assert report["token_sizes"] == {"train": dataset.manifest.train.tokens, "val": dataset.manifest.val.tokens}
     short = dataset_report(open_dataset(dataset.path), 0)
     assert sum(count for _, count in short["lengths"]["bars"]) == len(list(folder.iterdir()))
+
+
+def test_long_documents_are_looked_at_in_parts(planted, report, monkeypatch):
+    monkeypatch.setattr(data_check, "_PART", 700)
+    folder, items, _ = planted
+    check = start_check(open_split_text(DataConfig(source=str(folder))), (str(items),), lambda *_: None)
+    found = json.loads(json.dumps(describe(check, "", 0)))
+    for start in ("exact copies", "validation documents", "task items", "strings that look"):
+        assert {example["document"] for example in finding(found, start)["examples"]} == {
+            example["document"] for example in finding(report[0], start)["examples"]
+        }
+    assert finding(found, "strings that look")["examples"] == finding(report[0], "strings that look")["examples"]
+    assert found["sizes"] == report[0]["sizes"]
+    assert found["lengths"] == report[0]["lengths"]
 
 
 def test_random_text_has_no_findings(tmp_path):

@@ -23,7 +23,7 @@ from bardling.data.text.findings import describe_findings
 from bardling.data.text.overlaps import MANY_DOCUMENTS, RUN, SHORTEST, Overlaps, Passage
 from bardling.data.text.secrets import find_secrets, hide_secrets
 from bardling.data.text.statistics import Histogram, TextStatistics
-from bardling.data.text.words import Words, code_points, find_words
+from bardling.data.text.words import Hashes, code_points, find_words
 from bardling.data.tokens.corpus import locate, parts_of
 from bardling.data.tokens.documents import Documents
 from bardling.data.tokens.manifest import SplitName
@@ -41,6 +41,7 @@ _EXCERPT, _EXCERPTS = 2000, 2000  # characters of an excerpt of the sample, and 
 _SEQUENCES, _SEQUENCE = 8, 96  # random decoded sequences, and tokens of each
 _COUNTED = 1 << 24  # tokens of a dataset whose frequencies are counted
 _WINDOW = 1 << 14  # of them, read at once
+_PART = 1 << 23  # characters of a document that are looked at at once
 _LEAK = 0.5  # of the word runs of a validation document
 _LONG = 50  # words of a passage that counts as copied
 _LANGUAGES, _RARE = 12, 0.005  # the most languages that are listed, and the fraction of the rarest
@@ -87,41 +88,45 @@ class DataCheck:
         self.tasks = Overlaps(find_words(code_points(text)).hashes for text in item_texts)
         self.groups: list[Group] = []
 
-    def _validation_words(self) -> Iterator[Any]:
+    def _validation_words(self) -> Iterator[Hashes]:
         done = 0
         for name, split, text in self.text.documents():
             done += len(text)
             self._progress("reading the validation text", done, self.text.size)
             if split == "val":
                 self._val_names.append(name)
-                yield find_words(code_points(text)).hashes
+                yield np.concatenate([find_words(code_points(part)).hashes for _, part in _parts(text)])
 
     def run(self) -> None:
         done = 0
         for name, split, text in self.text.documents():
-            points = code_points(text)
-            words = find_words(points)
             self.names.append(name)
             self.splits.append(split)
-            self.statistics.add(split, text, points, len(words.hashes))
-            self.duplicates.add(text, words.hashes)
+            self.statistics.begin(split, len(text))
+            hashes = [self._look(name, split, *part) for part in _parts(text)]
+            self.duplicates.add(text, np.concatenate(hashes))
             self.sample.add(name, text)
-            self._look(name, split, text, words)
             done += len(text)
             self._progress("checking", done, self.text.size)
         if not self.names:
             raise UserError("data check: the source has no text")
         self.groups = self.duplicates.groups()
 
-    def _look(self, name: str, split: SplitName, text: str, words: Words) -> None:
+    def _look(self, name: str, split: SplitName, line: int, text: str) -> Hashes:
+        """Look at a part of a document that begins after `line` lines; returns the hashes of its words."""
+        points = code_points(text)
+        words = find_words(points)
+        self.statistics.add(split, text, points, len(words.hashes))
         if split == "train":
             self.held_out.look(name, text, words)
             if self._items:
                 self.tasks.look(name, text, words)
-        for kind, line, masked in find_secrets(text):
-            self.secrets[kind] += 1
+        for secret in find_secrets(text):
+            self.secrets[secret.kind] += 1
             if len(self.secret_examples) < _EXAMPLES:
-                self.secret_examples.append({"document": name, "line": line, "text": f"{kind} {masked}"})
+                shown = f"{secret.kind} {secret.masked}"
+                self.secret_examples.append({"document": name, "line": line + secret.line, "text": shown})
+        return words.hashes
 
     def findings(self) -> list[Report]:
         """All findings, the most serious first."""
@@ -224,6 +229,17 @@ class DataCheck:
         examples = [{"text": f"{count:,} x {line.strip()}"} for line, count in lines[:_EXAMPLES]]
         title = f"repeated lines are {'' if self.statistics.lines.exact else 'at least '}{share:.1%} of the text"
         return _finding("note", title, "all but the first occurrence of lines of 20 characters or more.", len(lines), examples)
+
+
+def _parts(text: str) -> Iterator[tuple[int, str]]:
+    """A text in parts, which end with a line where lines are short, and how many lines come before each."""
+    begin = line = 0
+    while len(text) - begin > _PART:
+        end = text.rfind("\n", begin, begin + _PART) + 1 or begin + _PART
+        part = text[begin:end]
+        yield line, part
+        begin, line = end, line + part.count("\n")
+    yield line, text[begin:]
 
 
 def _finding(severity: str, title: str, advice: str, count: int, examples: list[Report]) -> Report:
