@@ -1,7 +1,7 @@
 """Checks training data: describes it, and finds what should not be in it.
 
-One pass over the validation text and one over everything, in bounded memory: statistics, secrets, copies of documents, and
-validation text and task items in the training text. Languages and tokens are those of a sample, spread evenly over the text.
+One pass over the validation text and one over everything: statistics, secrets, copies of documents, and validation text and
+task items in the training text. Languages and tokens are those of a sample, spread evenly over the text.
 What is found is a list of findings, the most serious first, each with examples that name documents.
 
 The result is a dictionary of plain values (`check_data`), which the command prints, stores and draws. Writing a clean copy is
