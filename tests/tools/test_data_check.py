@@ -214,3 +214,14 @@ def test_a_single_text_is_checked_against_its_own_end(tmp_path):
     check = start_check(open_split_text(DataConfig(source=str(tmp_path / "one.txt"))), (), lambda *_: None)
     found = finding(describe(check, "", 0), "validation documents")
     assert "passage has 100 words" in found["examples"][0]["text"]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_conversations_are_read_without_their_template(count, tmp_path):
+    rows = [
+        {"messages": [{"role": "user", "content": f"Question {n}?"}, {"role": "assistant", "content": "Yes."}]}
+        for n in range(count)
+    ]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = open_split_text(DataConfig(source=str(tmp_path / "chat.jsonl")))
+    assert sorted(document.text for document in text.documents()) == [f"Question {n}?\n\nYes." for n in range(count)]

@@ -69,7 +69,7 @@ def open_split_text(config: DataConfig) -> SplitText:
 
     def documents() -> Iterator[SplitDocument]:
         for name, text in source.documents():
-            for where, part in split(text):
+            for where, part in split(text) if several or not chat else [("train", text)]:  # a conversation is never cut
                 if part:
                     yield SplitDocument(name, where, _said(part) if chat else part)
 
