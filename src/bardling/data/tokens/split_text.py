@@ -23,7 +23,7 @@ from bardling.data.tokens.corpus import parts_of
 from bardling.data.tokens.dataset import has_rows, is_tokenized, open_data, reading
 from bardling.data.tokens.documents import Document, Documents
 from bardling.data.tokens.manifest import SplitName
-from bardling.data.tokens.parallel import SPLITS, Piece
+from bardling.data.tokens.parallel import SPLITS
 from bardling.data.tokens.prepare import text_splitter
 from bardling.data.tokens.shards import TokenDataset
 from bardling.data.tokens.tokenizer import Ids, Tokenizer
@@ -69,7 +69,9 @@ def open_split_text(config: DataConfig) -> SplitText:
 
     def documents() -> Iterator[SplitDocument]:
         for name, text in source.documents():
-            pieces: list[Piece] = split(text) if several or not chat else [("train", text)]  # a conversation is never cut
+            pieces: list[tuple[SplitName, str]] = (
+                split(text) if several or not chat else [("train", text)]
+            )  # a conversation is never cut
             yield from (SplitDocument(name, where, _said(part) if chat else part) for where, part in pieces if part)
 
     return SplitText(documents, source.size(), not several, getattr(source, "findings", Findings()))
