@@ -1,7 +1,7 @@
 """What is logged: one typed record per optimizer step, validation, task, event and set of samples; sinks get plain dicts."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 BITS_PER_BYTE_VERSION = 2
@@ -42,7 +42,13 @@ class TrainRecord(Record):
     seconds_left: float  # at this speed
     time: float  # Unix time (seconds)
 
+    epochs: Mapping[str, float] = field(default_factory=dict)  # epoch/NAME of each source of a mixture, fields of the record
     order_digest: str | None = None  # of the samples seen, 16 hexadecimal digits: reproducible, and equal for equal data order
+
+    def as_dict(self) -> dict[str, Any]:
+        values = super().as_dict()
+        epochs: Mapping[str, float] = values.pop("epochs")
+        return {**values, **epochs}
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,12 @@ class ValRecord(Record):
     perplexity: float
     best: bool  # the lowest loss so far
     tokens: int | None = None  # seen since the run began
+    sources: Mapping[str, float] = field(default_factory=dict)  # loss/NAME of each source of a mixture, fields of the record
+
+    def as_dict(self) -> dict[str, Any]:
+        values = super().as_dict()
+        sources: Mapping[str, float] = values.pop("sources")
+        return {**values, **sources}
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ does not grow as with the pages of a map. Every id is checked when it is read, s
 """
 
 import bisect
+import hashlib
 import itertools
 import os
 from contextlib import AbstractContextManager
@@ -45,6 +46,7 @@ class ShardWriter(AbstractContextManager["ShardWriter"]):
         self._dtype = np.dtype(token_dtype(vocab_size)).newbyteorder("<")
         self._files: list[ShardFile] = []
         self._open: Any = None
+        self._digest = hashlib.sha256()  # of the open file
         self._tokens = self._documents = self._bytes = 0  # tokens: of the open file
 
     def add(self, ids: npt.NDArray[Any], *, documents: int = 1, text_bytes: int = 0) -> None:
@@ -58,7 +60,9 @@ class ShardWriter(AbstractContextManager["ShardWriter"]):
             if self._open is None:
                 self._open = self._path().open("xb")
             part, ids = ids[: self._shard_tokens - self._tokens], ids[self._shard_tokens - self._tokens :]
-            self._open.write(part.astype(self._dtype).tobytes())
+            data = np.ascontiguousarray(part, self._dtype).data
+            self._open.write(data)
+            self._digest.update(data)
             self._tokens += part.size
             if self._tokens == self._shard_tokens:
                 self._finish_file()
@@ -71,8 +75,8 @@ class ShardWriter(AbstractContextManager["ShardWriter"]):
         self.sync()
         self._open.close()
         path, size = self._path(), self._tokens * self._dtype.itemsize
-        self._files.append(ShardFile(path.name, self._tokens, size, file_sha256(path)))
-        self._open, self._tokens = None, 0
+        self._files.append(ShardFile(path.name, self._tokens, size, self._digest.hexdigest()))
+        self._open, self._tokens, self._digest = None, 0, hashlib.sha256()
 
     def sync(self) -> dict[str, Any]:
         """Make everything written so far survive a power failure; return the state from which `restore` can continue."""
@@ -95,6 +99,8 @@ class ShardWriter(AbstractContextManager["ShardWriter"]):
         for path, size in sizes.items():
             cut_back(path, size)
         if self._tokens:
+            with self._path().open("rb") as file:
+                self._digest = hashlib.file_digest(file, "sha256")
             self._open = self._path().open("ab")
 
     def finish(self) -> SplitInfo:
@@ -206,6 +212,15 @@ class TokenDataset:
         manifest, info = self.manifest, self.manifest.split(name)
         marks = TokenSplit(self.path, f"marks-{name}", info.marks, token_dtype(MARKS), MARKS) if manifest.row else None
         return TokenSplit(self.path, name, info.files, manifest.dtype, self.vocab_size, row=manifest.row, marks=marks)
+
+    @property
+    def title(self) -> str:
+        """What the dataset is called in results."""
+        return str(self.path)
+
+    def splits(self, name: SplitName) -> list[tuple[str, TokenSplit]]:
+        """The split of each source, with its name, which is empty if there is only one (`corpus.py`)."""
+        return [("", self.split(name))]
 
     def verify(self) -> list[str]:
         """Read every byte and compare with the checksums; one line per problem."""
