@@ -157,17 +157,21 @@ def vocabulary(options: Options, text: Path, folder: Path) -> Path:
 def measure(options: Options, text: Path, tokenizer: Path, folder: Path) -> dict[str, Side]:
     """Run all sides in turn; the dataset of the last `bardling` stays in `folder`/last."""
     sides = {name: Side() for name in (*OURS, *(() if options.tiny else BASELINES))}
-    order = list(sides)
+    order, digests = list(sides), set[str]()
     for turn in range(options.rounds):
         for name in order:
             out = folder / f"{turn}-{order.index(name)}"
             run_side(sides[name], command(name, text, out, tokenizer))
+            if name in OURS:
+                digests.add(open_dataset(out).fingerprint)
             say(f"round {turn + 1}: {name}: {sides[name].seconds[-1]:.1f} s, CPU {sides[name].cpu[-1]:.1f} s")
             if name == OURS[0] and turn == options.rounds - 1:
                 out.rename(folder / "last")
             else:
                 subprocess.run(["rm", "-r", str(out)], check=True)
         order = [*order[1:], order[0]]
+    if len(digests) != 1:
+        raise UserError(f"the datasets of {' and '.join(OURS)} differ: {digests}")
     return sides
 
 

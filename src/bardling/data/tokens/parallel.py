@@ -144,7 +144,7 @@ class Encoders(contextlib.AbstractContextManager["Encoders"]):
         with read_ahead(batches, 2) as read:
             for batch in read:
                 in_flight.append((batch, self._threads.submit(self._encode, batch.pieces)))
-                if len(in_flight) > self._count + 1:
+                if len(in_flight) > self._count + 3:
                     first, result = in_flight.popleft()
                     yield first, result.result()
             for batch, result in in_flight:

@@ -14,6 +14,7 @@ import bisect
 import hashlib
 import itertools
 import os
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from functools import cached_property
@@ -32,6 +33,7 @@ from bardling.files.digests import file_sha256
 
 SHARD_TOKENS = 100_000_000  # default maximum of tokens per file: 200 MB at 16 bits
 MARKS = 4  # values of a token's mark
+_SYNC_AHEAD = 32 << 20  # bytes written between two syncs
 _CHECKED = 1 << 22  # tokens read at once where all are checked
 
 
@@ -47,6 +49,9 @@ class ShardWriter(AbstractContextManager["ShardWriter"]):
         self._files: list[ShardFile] = []
         self._open: Any = None
         self._digest = hashlib.sha256()  # of the open file
+        self._thread = ThreadPoolExecutor(1, "sync")
+        self._syncing: Future[None] | None = None
+        self._unsynced = 0  # bytes
         self._tokens = self._documents = self._bytes = 0  # tokens: of the open file
 
     def add(self, ids: npt.NDArray[Any], *, documents: int = 1, text_bytes: int = 0) -> None:
@@ -64,8 +69,22 @@ class ShardWriter(AbstractContextManager["ShardWriter"]):
             self._open.write(data)
             self._digest.update(data)
             self._tokens += part.size
+            self._sync_ahead(data.nbytes)
             if self._tokens == self._shard_tokens:
                 self._finish_file()
+
+    def _sync_ahead(self, written: int) -> None:
+        """Let the disk work while tokens are made, so that the sync at the end does not wait for all of them."""
+        self._unsynced += written
+        if self._unsynced >= _SYNC_AHEAD and (self._syncing is None or self._syncing.done()):
+            self._wait_for_sync()
+            self._open.flush()
+            self._syncing, self._unsynced = self._thread.submit(os.fsync, self._open.fileno()), 0
+
+    def _wait_for_sync(self) -> None:
+        if self._syncing is not None:
+            self._syncing.result()
+            self._syncing = None
 
     def _path(self) -> Path:
         """The file being written."""
@@ -80,6 +99,7 @@ class ShardWriter(AbstractContextManager["ShardWriter"]):
 
     def sync(self) -> dict[str, Any]:
         """Make everything written so far survive a power failure; return the state from which `restore` can continue."""
+        self._wait_for_sync()
         if self._open is not None:
             self._open.flush()
             os.fsync(self._open.fileno())
@@ -110,6 +130,7 @@ class ShardWriter(AbstractContextManager["ShardWriter"]):
         return SplitInfo(sum(file.tokens for file in self._files), self._documents, self._bytes, tuple(self._files))
 
     def __exit__(self, *_: object) -> None:
+        self._thread.shutdown()
         if self._open is not None:
             self._open.close()
 

@@ -155,7 +155,8 @@ class Tokenizer:
         if self.kind == "char":
             return [self._encode_characters(text) for text in texts]
         if sum(map(len, texts)) >= _FAST_MIN_CHARACTERS and self._fast is not None:
-            return self._fast(texts)
+            with contextlib.suppress(ValueError):  # its regular expressions give up on a run of a million spaces
+                return self._fast(texts)
         return self.encode_with_library(texts)
 
     def encode_with_library(self, texts: Sequence[str]) -> list[Ids]:
