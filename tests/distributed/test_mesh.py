@@ -21,7 +21,7 @@ from bardling.planning.layout import AXES, DATA_AXES, Layout
 from bardling.training.step import seed_dropout
 
 WORLD_SIZE = 4
-LAYOUTS = [(4, 1, 1, 1), (2, 2, 1, 1), (2, 1, 2, 1), (1, 1, 2, 2)]
+LAYOUTS = [(4, 1, 1, 1, 1), (2, 2, 1, 1, 1), (2, 1, 2, 1, 1), (1, 1, 2, 2, 1), (1, 2, 1, 1, 2)]
 MODEL = ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=20, vocab_multiple=4)
 MUON = OptimConfig(name="muon", lr=1e-3, weight_decay=0.1, muon_precision="float32")
 
@@ -136,7 +136,7 @@ def test_sums_and_groups_run_over_the_named_axes(observed, sizes):
 def test_dropout_differs_along_the_data_axes_only(observed, sizes):
     seen = dict(each_rank(observed, sizes))
     for one, two in itertools.combinations(range(WORLD_SIZE), 2):
-        same_samples = two in peers(one, sizes, ("tensor", "pipeline"))
+        same_samples = two in peers(one, sizes, ("tensor", "pipeline", "context"))
         assert (seen[one]["dropout"] == seen[two]["dropout"]) == same_samples
 
 
