@@ -152,7 +152,7 @@ def test_packed_documents_resume_even_if_the_rows_are_gone(mixture, change, tmp_
     assert weights(copy, 16) == weights(run, 16)
     with pytest.raises(UserError, match=r"data.packing = 'concat': a run that has started keeps 'documents'"):
         resume(run, change(config, data={"packing": "concat"}), quiet=True)
-    with pytest.raises(UserError, match=r"train.context_start: the rows of data.packing"):
+    with pytest.raises(UserError, match=r"train.context_start: rows are packed for the whole context"):
         train(change(config, train={"context_start": 8}), tmp_path / "other", quiet=True)
 
 
