@@ -95,6 +95,8 @@ def test_a_mixture_resumes_exactly_on_one_and_two_processes(mixture, change, tmp
 def test_a_started_mixture_keeps_its_sources_and_weights(mixture, change, tmp_path):
     config = change(mixture, train={"steps": 4}, eval={"every": 0})
     train(config, tmp_path / "run", quiet=True)
+    with pytest.raises(UserError, match=r"^data.sources: web has [\d,]+ training tokens, but one sequence needs .*: add text"):
+        train(change(config, model={"block_size": 50_000}), tmp_path / "long", quiet=True)
     web, code, books = load_recipe(str(tmp_path / "run" / "config.toml")).data.sources
     for values in (
         {"sources": (web, code)},
