@@ -12,7 +12,8 @@ from bardling.checkpoint.load import load
 from bardling.config import ModelConfig
 from bardling.config.recipes import load_recipe
 from bardling.data.text.named_datasets import source_for
-from bardling.data.tokens.tokenizer import StreamDecoder, load_tokenizer
+from bardling.data.tokens.stream_decoder import StreamDecoder
+from bardling.data.tokens.tokenizer import load_tokenizer
 from bardling.errors import UserError
 from bardling.evaluate.multiple_choice import check_items
 from bardling.evaluate.tasks import load_items

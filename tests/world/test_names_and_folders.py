@@ -15,7 +15,7 @@ from bardling.data.tokens.dataset import open_data
 from bardling.data.tokens.prepare import prepare
 from bardling.data.tokens.tokenizer import build_tokenizer, check_tokenizer_spec, is_tokenizer_path
 from bardling.interop.pretrained import is_hub_name
-from bardling.training.resolve import _absolute_paths
+from bardling.training.resolve_data import absolute_paths
 from bardling.training.run import resume, train
 
 DATASETS = ("stdlib", "shakespeare", "shakespeare-char", "openwebtext", "fineweb-edu")
@@ -43,7 +43,7 @@ def test_a_dataset_name_stays_a_name(here, name, kind):
     put(here, name.partition(":")[0], kind)
     assert is_source_name(name)
     assert not is_source_name(f"./{name}")
-    assert _absolute_paths(RunConfig(data=DataConfig(source=name))).data.source == name
+    assert absolute_paths(RunConfig(data=DataConfig(source=name))).data.source == name
     source = source_for(name)
     assert not str(getattr(source, "root", "")).startswith(str(here))
 
@@ -54,7 +54,7 @@ def test_a_dataset_folder_is_meant_by_its_path(here, name):
     for spec in (f"./{name}", f"{name}/", str(here / name)):
         (document,) = source_for(spec).documents()
         assert document.text == "a text of one's own\n"
-        assert _absolute_paths(RunConfig(data=DataConfig(source=spec))).data.source.rstrip("/") == str(here / name)
+        assert absolute_paths(RunConfig(data=DataConfig(source=spec))).data.source.rstrip("/") == str(here / name)
 
 
 @pytest.mark.parametrize("name", ["stdlib", "shakespeare-char"])
@@ -86,15 +86,15 @@ def test_a_tokenizer_name_stays_a_name(here, name, kind):
     check_tokenizer_spec(name)
     assert not is_tokenizer_path(name)
     assert is_tokenizer_path(f"./{name}")
-    assert _absolute_paths(RunConfig(data=DataConfig(tokenizer=name))).data.tokenizer == name
-    assert _absolute_paths(RunConfig(data=DataConfig(tokenizer=f"./{name}"))).data.tokenizer == str(here / name)
+    assert absolute_paths(RunConfig(data=DataConfig(tokenizer=name))).data.tokenizer == name
+    assert absolute_paths(RunConfig(data=DataConfig(tokenizer=f"./{name}"))).data.tokenizer == str(here / name)
 
 
 def test_a_size_of_bpe_stays_a_size(here):
     put(here, "bpe", "folder")
     put(here, "bpe:300", "file")
     assert check_tokenizer_spec("bpe:300") == 300
-    assert _absolute_paths(RunConfig(data=DataConfig(tokenizer="bpe:300"))).data.tokenizer == "bpe:300"
+    assert absolute_paths(RunConfig(data=DataConfig(tokenizer="bpe:300"))).data.tokenizer == "bpe:300"
 
 
 def test_text_is_encoded_by_the_named_tokenizer_and_not_by_the_folder(here):
@@ -119,8 +119,8 @@ def test_a_model_name_stays_a_name(here, name, kind, monkeypatch):
     assert is_hub_name(name)
     assert not is_hub_name(f"./{name}")
     assert loading.run_of(name) is None
-    assert _absolute_paths(RunConfig(model=ModelConfig(init=name))).model.init == name
-    assert _absolute_paths(RunConfig(model=ModelConfig(init=f"./{name}"))).model.init == str(here / name)
+    assert absolute_paths(RunConfig(model=ModelConfig(init=name))).model.init == name
+    assert absolute_paths(RunConfig(model=ModelConfig(init=f"./{name}"))).model.init == str(here / name)
     with pytest.raises(FetchedError, match=name):
         loading.load(name)
 

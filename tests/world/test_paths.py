@@ -18,7 +18,7 @@ from bardling.evaluate.tasks import load_items
 from bardling.files.paths import expand_home
 from bardling.files.prompt import read_prompt_file
 from bardling.monitor.jsonl import read_jsonl
-from bardling.training.resolve import _absolute_paths
+from bardling.training.resolve_data import absolute_paths
 from bardling.training.run import resume, train
 
 ITEM = '{"ctx": "The king", "endings": [" met", " rose"], "label": 0}\n'
@@ -131,7 +131,7 @@ def test_a_colon_in_a_path(home, tmp_path, name):
     for spec in (name, f"./{name}", str(path)):
         (document,) = source_for(spec).documents()
         assert document.text == "text with a colon in its name\n"
-        assert _absolute_paths(RunConfig(data=DataConfig(source=spec))).data.source == str(path)
+        assert absolute_paths(RunConfig(data=DataConfig(source=spec))).data.source == str(path)
 
 
 def test_a_colon_before_the_field(home, tmp_path):
@@ -139,7 +139,7 @@ def test_a_colon_before_the_field(home, tmp_path):
     path.write_text('{"body": "one", "text": "two"}\n')
     assert [document.text for document in source_for("10:00.jsonl").documents()] == ["two"]
     assert [document.text for document in source_for("10:00.jsonl:body").documents()] == ["one"]
-    assert _absolute_paths(RunConfig(data=DataConfig(source="10:00.jsonl:body"))).data.source == f"{path}:body"
+    assert absolute_paths(RunConfig(data=DataConfig(source="10:00.jsonl:body"))).data.source == f"{path}:body"
 
 
 def test_an_existing_path_wins_over_a_field(home, tmp_path):

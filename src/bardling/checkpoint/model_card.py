@@ -13,7 +13,7 @@ from typing import Any
 from bardling.checkpoint.contents import read_training
 from bardling.checkpoint.load import Loaded, find_checkpoint, run_of
 from bardling.checkpoint.run_folder import RunFolder
-from bardling.config import RunConfig
+from bardling.config import DataConfig, RunConfig
 from bardling.config.recipes import changed_settings
 from bardling.errors import UserError, closest
 from bardling.interop.pretrained import is_hub_name
@@ -32,7 +32,7 @@ h-research intel-research isc lgpl lgpl-2.1 lgpl-3.0 lgpl-lr llama2 llama3 llama
 mpl-2.0 ms-pl ncsa odbl odc-by ofl-1.1 openmdw-1.0 openrail openrail++ osl-3.0 other pddl postgresql unknown unlicense wtfpl
 zlib
 """  # identifiers that the hub knows
-_PATHS = ("data.source", "data.tokenizer", "model.init")
+_PATHS = ("data.source", "data.val_source", "data.tokenizer", "model.init")
 _LOCAL = (
     "data.cache",
     "device",
@@ -114,7 +114,7 @@ def _of_run(run: RunFolder, step: int) -> list[str]:
     if config.optim.name == "muon":
         rates = f"learning rates {config.optim.muon_lr:g} (matrices) and {config.optim.lr:g} (norms and biases)"
     rows = [
-        ("training data", f"`{_public(config.data.source)}`, {data.get('train_tokens', 0):,} tokens"),
+        ("training data", f"{_sources(config.data)}, {data.get('train_tokens', 0):,} tokens"),
         ("tokenizer", f"`{_public(config.data.tokenizer)}`, {config.model.vocab_size:,} tokens"),
         ("initial weights", f"`{_public(config.model.init)}`" if config.model.init else "random"),
         ("training", batch + (f"; {count(seen)} tokens seen" if seen else "")),
@@ -169,8 +169,21 @@ def _recipe(config: RunConfig) -> list[str]:
     for key, (_, value) in changed_settings(RunConfig(), config).items():
         if value is not None and not key.startswith(_LOCAL):
             shown = _public(value) if key in _PATHS and isinstance(value, str) else value
-            lines.append(f"{key} = {json.dumps(shown, ensure_ascii=False)}")
+            if key != "data.sources":
+                lines.append(f"{key} = {json.dumps(shown, ensure_ascii=False)}")
+    for source in config.data.sources:
+        lines += ["", "[[data.sources]]", f"source = {json.dumps(_public(source.source), ensure_ascii=False)}"]
+        lines.append(f"weight = {json.dumps(source.weight)}")
     return lines
+
+
+def _sources(data: DataConfig) -> str:
+    """What a model was trained on; of a mixture, each source with its weights."""
+    if not data.sources:
+        return f"`{_public(data.source)}`"
+    weights = [" then ".join(f"{weight:g}" for weight in source.weights(1)) for source in data.sources]
+    named = [f"`{_public(source.source)}` (weight {each})" for source, each in zip(data.sources, weights, strict=True)]
+    return ", ".join(named)
 
 
 def _public(value: str) -> str:

@@ -122,6 +122,9 @@ def _rows(measured: "Measured") -> Rows:
         rows += [("loss", f"{loss.loss:.4f} nats per token"), ("perplexity", f"{loss.perplexity:.2f}")]
         if loss.bits_per_byte is not None:
             rows.append(("bits per byte", f"{loss.bits_per_byte:.4f}"))
+        for name, one in loss.sources.items():
+            bits = "" if one.bits_per_byte is None else f", {one.bits_per_byte:.4f} bits per byte"
+            rows.append((f"  {name}", f"{one.loss:.4f} nats per token{bits}"))
     for scores in measured.scores:
         name = scores.task
         for metric in scores.metrics:
@@ -163,16 +166,16 @@ def _about_data(found: "Sequence[Measured]", wanted: "Wanted") -> Rows:
     from bardling.report.compression import compressor_bits_per_byte
 
     rows: Rows = []
-    datasets = {measured.dataset.path: measured for measured in found if measured.dataset is not None}
+    datasets = {measured.dataset.title: measured for measured in found if measured.dataset is not None}
     for number, measured in enumerate(datasets.values()):
         dataset, loss = measured.dataset, measured.loss
         assert dataset is not None
         assert loss is not None
-        whole = wanted.windows is None and not dataset.manifest.row  # conversations are measured in their answers only
+        whole = wanted.windows is None and not dataset.manifest.holds_conversations  # measured in their answers
         if whole and (number == 0 or wanted.data is None):  # else it is the same text in other tokens
             indent, baselines = "  " if len(found) == 1 else "", compressor_bits_per_byte(dataset).items()
             rows += [(f"{indent}{name}", f"{bits:.4f} bits per byte on the same text") for name, bits in baselines]
-        rows.append(("measured on", f"{loss.tokens:,} tokens of {dataset.path}"))
+        rows.append(("measured on", f"{loss.tokens:,} tokens of {dataset.title}"))
         if wanted.data is not None and measured.run is not None:
             rows.append(("overlap", _overlap(dataset, measured.run)))
     return rows
@@ -194,10 +197,10 @@ def _draw(out: Path, found: "Sequence[Measured]", steps: dict[str, int]) -> None
 
 def _overlap(dataset: "TokenDataset", run: "RunFolder") -> str:
     """How much of the text was also training text of the run that the model belongs to."""
-    from bardling.data.tokens.dataset import recorded_tokens
+    from bardling.data.tokens.corpus import recorded_corpus
     from bardling.evaluate.overlap import MOST_TOKENS, training_overlap
 
-    trained = recorded_tokens(run.trained_config().data, run.dataset_record())
+    trained = recorded_corpus(run.trained_config().data, run.dataset_record())
     if trained is None:
         return f"unknown, because the training tokens of {run.path} are gone"
     training = trained.split("train")

@@ -5,13 +5,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
 from bardling.cli.parse import parse
 from bardling.cli.tables import print_rows, shape
-from bardling.config import ModelConfig
+from bardling.config import DataConfig, ModelConfig
 from bardling.errors import UserError
 from bardling.files.paths import similar
 from bardling.files.streams import escape_unprintable
@@ -23,6 +23,8 @@ from bardling.planning.costs import parameters
 if TYPE_CHECKING:
     from bardling.checkpoint.run_folder import RunFolder
     from bardling.data.tokens.shards import TokenDataset
+
+Records = list[dict[str, Any]]
 
 _EXCERPT = 80  # characters (and tokens to decode) shown from the start of a sequence
 
@@ -81,6 +83,7 @@ def _report_damage(problems: list[str]) -> None:
 
 def show_dataset(dataset: "TokenDataset") -> None:
     from bardling.data.text.findings import describe_findings
+    from bardling.data.tokens.pack_documents import describe_packing
 
     tokenizer = dataset.tokenizer
     sizes = {split: len(dataset.split(split)) for split in ("train", "val")}
@@ -95,6 +98,8 @@ def show_dataset(dataset: "TokenDataset") -> None:
         (line.partition(":")[0], escape_unprintable(line.partition(": ")[2]))
         for line in describe_findings(dataset.manifest.source)
     ]
+    if packing := describe_packing(dataset.manifest):
+        rows.append(("packing", packing))
     rows.append(("size", size_bytes(sum(file.stat().st_size for file in Path(dataset.path).iterdir() if file.is_file()))))
     print_rows(rows, f"dataset {dataset.path}")
 
@@ -167,7 +172,7 @@ def _show_run(path: Path, verify: bool) -> None:
     trained, validated = metrics(records, "train"), metrics(records, "val")
     rows = [
         ("model", f"{shape(used.model)}, context {used.model.block_size}"),
-        ("data", f"{used.data.source}, tokenizer {used.data.tokenizer}"),
+        *_data_rows(used.data, trained, validated),
         ("precision", f"{used.precision}{', float8 blocks' if used.fp8 else ''}, compile {used.compile}"),
     ]
     if trained:
@@ -195,6 +200,25 @@ def _show_run(path: Path, verify: bool) -> None:
         _verify_run(run_folder)
 
 
+def _data_rows(data: DataConfig, trained: Records, validated: Records) -> list[tuple[str, str]]:
+    """The data of a run; of a mixture, each source with its weights, its epochs so far and its validation loss."""
+    if not data.sources:
+        rows = [("data", f"{data.source}, tokenizer {data.tokenizer}")]
+    else:
+        from bardling.data.tokens.corpus import source_names
+
+        stages = f", weights change at sample {', '.join(map(str, data.stages))}" if data.stages else ""
+        rows = [("data", f"mixture of {len(data.sources)} sources, tokenizer {data.tokenizer}{stages}")]
+        for source, name in zip(data.sources, source_names(data), strict=True):
+            facts = [f"weight {' -> '.join(f'{weight:g}' for weight in source.weights(1))}"]
+            if (epochs := (trained[-1] if trained else {}).get(f"epoch/{name}")) is not None:
+                facts.append(f"{epochs:.2f} epochs")
+            if (loss := (validated[-1] if validated else {}).get(f"loss/{name}")) is not None:
+                facts.append(f"validation loss {loss:.4f}")
+            rows.append((f"  {escape_unprintable(name)}", f"{escape_unprintable(source.source)}, {', '.join(facts)}"))
+    return [*rows, ("validation text", data.val_source)] if data.val_source else rows
+
+
 def _verify_run(run: "RunFolder") -> None:
     """Read every file, list the results, and fail if anything is damaged."""
     from bardling.checkpoint.integrity import check_run
@@ -218,7 +242,7 @@ def _show_step(path: Path, step: int) -> None:
     logged = [record for record in metrics(records, "train") if record["step"] == step]
     loss = f", loss {logged[-1]['loss']:.4f} nats per token" if logged else ""
     length = seen.sequences[0].length - 1 if seen.sequences else 0
-    print(f"run {path}, step {step:,}: {len(seen.sequences)} sequences of {length:,} tokens from {seen.dataset.path}{loss}")
+    print(f"run {path}, step {step:,}: {len(seen.sequences)} sequences of {length:,} tokens from {seen.dataset.title}{loss}")
     for rollback in seen.rollbacks:
         try:
             description = describe_event(rollback.event)
@@ -231,7 +255,8 @@ def _show_step(path: Path, step: int) -> None:
             print(f"  {escape_unprintable(str(record.get('action')))}: {escape_unprintable(str(record.get('reason')))}")
     for sequence in seen.sequences:
         end = sequence.start + sequence.length - 1
-        place = f"{sequence.file} from token {sequence.offset:,}"
+        source = f"{sequence.source}, " if sequence.source else ""
+        place = f"{source}{sequence.file} from token {sequence.offset:,}"
         print(f"sample {sequence.sample:,}: tokens {sequence.start:,} to {end:,}; {place}")
         for document in sequence.documents:
             print(f"  {escape_unprintable(str(document))}")

@@ -19,11 +19,14 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 from bardling.cli.paths import expand_paths, shadow_notes
+from bardling.config import SourceConfig
 from bardling.config.checks import INF
 from bardling.errors import UserError, closest
 from bardling.files.streams import tell
 
 T = TypeVar("T")
+
+_REGISTRY = tyro.constructors.ConstructorRegistry()
 
 Model = tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
 """The argument that names a model."""
@@ -38,7 +41,33 @@ _BOOLEANS = {
     **dict.fromkeys(("false", "0", "no", "off"), "False"),
     "none": "None",
 }
-_REPEATED = {"--data.source": "give it once; to train on several files, name their folder or a glob pattern in quotes"}
+_REPEATED = {
+    "--data.source": "give it once; to train on several files, name their folder, a glob pattern in quotes, or --data.sources"
+}
+
+
+@_REGISTRY.primitive_rule
+def _source_rule(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
+    """How a source of a mixture is written as one word."""
+    if info.type is not SourceConfig:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="WEIGHT:SOURCE",
+        instance_from_str=lambda words: _source(words[0]),
+        is_instance=lambda value: isinstance(value, SourceConfig),
+        str_from_instance=lambda source: [source.source],
+    )
+
+
+def _source(word: str) -> SourceConfig:
+    """The source of `WEIGHT:SOURCE`, `WEIGHT,WEIGHT:SOURCE` (for two stages) or `SOURCE`."""
+    before, colon, source = word.partition(":")
+    try:
+        weights = tuple(map(float, before.split(",")))
+    except ValueError:
+        return SourceConfig(word)
+    return SourceConfig(source, weights if len(weights) > 1 else weights[0]) if colon else SourceConfig(word)
 
 
 def note(text: str) -> None:
@@ -61,6 +90,7 @@ def parse(cls: type[T], argv: Sequence[str], *, prog: str, description: str, def
                 description=description,
                 return_unknown_args=True,
                 use_underscores=True,
+                registry=_REGISTRY,
                 config=(tyro.conf.FlagConversionOff, tyro.conf.HelptextFromCommentsOff),
                 **options,
             )

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from bardling.config import RunConfig
+from bardling.errors import UserError
+from bardling.files.atomic import check_place
 from bardling.files.paths import expand_home
 
 T = TypeVar("T")
@@ -39,7 +41,13 @@ def shadow_notes(options: object) -> Iterator[str]:
     specs += [("tokenizer", getattr(options, "tokenizer", None)), ("model", getattr(options, "model", None))]
     specs += [("model", model) for model in getattr(options, "models", ())]
     if isinstance(config, RunConfig):
-        specs += [("dataset", config.data.source), ("tokenizer", config.data.tokenizer), ("model", config.model.init)]
+        specs += [
+            ("dataset", config.data.source),
+            ("dataset", config.data.val_source),
+            ("tokenizer", config.data.tokenizer),
+            ("model", config.model.init),
+        ]
+        specs += [("dataset", source) for source in (config.data.val_source, *(each.source for each in config.data.sources))]
     for kind, spec in specs:
         if isinstance(spec, str) and os.path.lexists(spec) and spec in _names(kind):
             what = "folder" if Path(spec).is_dir() else "file"
@@ -58,3 +66,14 @@ def _names(kind: str) -> tuple[str, ...]:
     from bardling.interop.pretrained import GPT2_NAMES
 
     return tuple(GPT2_NAMES)
+
+
+def refuse_existing_file(path: Path | None) -> None:
+    """Raise a `UserError` if a file cannot be created, before anything slow."""
+    if path is None:
+        return
+    check_place(path)
+    if path.exists():
+        raise UserError(f"{path}: already exists: remove it, or choose another file")
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: the folder {path.parent} does not exist: create it, or choose another file")

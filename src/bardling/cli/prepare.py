@@ -34,13 +34,17 @@ class PrepareOptions:
     stream: Annotated[bool, tyro.conf.arg(aliases=["--data.stream"])] = False
     """Read a dataset on the hub over the network each time, and keep no copy of its files on disk."""
     workers: int | None = None
-    """Tokenizer processes; default: one per core if the text is long enough. The result does not depend on it."""
+    """Tokenizer processes; default: one per core for long text, up to a limit. The result does not depend on it."""
+    shard: Annotated[str | None, tyro.conf.arg(metavar="I/N")] = None
+    """Prepare part I of N, with I from 1 to N, of the source, for example on another machine; `bardling data merge` joins the
+    parts."""
 
 
 def run(argv: Sequence[str]) -> None:
     options = parse(PrepareOptions, argv, prog="bardling prepare", description="Tokenize text into a dataset folder.")
     from bardling.cli.info import show_dataset
     from bardling.data.text.named_datasets import DEFAULTS
+    from bardling.data.text.parts import parse_shard
     from bardling.data.text.standard_input import standard_input
     from bardling.data.tokens.dataset import reading
     from bardling.data.tokens.journal import work_folder
@@ -57,6 +61,7 @@ def run(argv: Sequence[str]) -> None:
         stream=options.stream,
     )
     settings = {**reading(config), "val_fraction": config.val_fraction, "workers": options.workers}
+    settings["shard"] = None if options.shard is None else parse_shard(options.shard)
     try:
         with standard_input(config.source) as source:
             dataset = prepare(source, options.out, config.tokenizer, **settings)

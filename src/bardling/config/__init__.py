@@ -7,6 +7,7 @@ torch (see `training/resolve.py`). Importing this package imports nothing heavy,
 
 from bardling.config.checkpoint import CheckpointConfig as CheckpointConfig
 from bardling.config.data import DataConfig as DataConfig
+from bardling.config.data import SourceConfig as SourceConfig
 from bardling.config.eval import EvalConfig as EvalConfig
 from bardling.config.guard import GuardConfig as GuardConfig
 from bardling.config.model import ModelConfig as ModelConfig

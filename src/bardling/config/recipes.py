@@ -64,6 +64,9 @@ def parse_recipe(text: str, where: str, *, validate: bool = True) -> RunConfig:
         data = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # ValueError: also for integers with thousands of digits
         raise UserError(f"{where}: is not valid TOML: {error}") from None
+    section = data.get("data")
+    if isinstance(section, dict) and section.get("sources") and section.get("source"):  # also if it is the default
+        raise UserError(f"{where}: data.source = {section['source']!r}: data.sources name the text too; leave out one of them")
     return config_from_dict(RunConfig if validate else _Unvalidated, data, where)
 
 

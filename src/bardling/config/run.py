@@ -73,6 +73,11 @@ class RunConfig:
                 f"train.deadline = {self.train.deadline!r} leaves the number of steps open, but the stages of "
                 "train.batch_start and train.context_start depend on it: set train.steps instead, or leave these out"
             )
+        if self.train.deadline is not None and any(isinstance(start, float) for start in self.data.stages):
+            raise UserError(
+                f"data.stages = {list(self.data.stages)} with train.deadline = {self.train.deadline!r}: the number of steps is "
+                "open, so give the stages as numbers of samples"
+            )
         end = self.optim.decay_steps
         fixed = self.train.deadline is None and not self.model.depth  # a deadline sets the steps once their speed is known
         if fixed and end is not None and self.optim.schedule != "constant" and self.optim.warmup_steps >= end:

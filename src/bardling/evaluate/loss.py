@@ -9,27 +9,17 @@ ignored.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from bardling.data.batches import IGNORE
-from bardling.data.batches.loader import Batch
+from bardling.data.batches.loader import Batch, SequenceSet
 from bardling.distributed.context import SINGLE, Context
 from bardling.distributed.device import Precision
 from bardling.model.gpt import GPT, evaluation_mode
-
-
-class SequenceSet(Protocol):
-    """A fixed set of `n` sequences, such as `EvalSequences`."""
-
-    n: int
-
-    def batch(self, first_sample: int, size: int) -> Batch:
-        """Inputs and targets [size, time] of `size` sequences."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +30,32 @@ class LossResult:
     bits_per_byte: float | None  # None if the tokenizer, and so the bytes of each token, is unknown
     tokens: int
     bytes: int | None
+    sources: Mapping[str, "LossResult"] = field(default_factory=dict)  # of a mixture
 
     @property
     def perplexity(self) -> float:
         """exp(loss), or infinity where that exceeds a float."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+def weighted_mean(results: Sequence[LossResult], weights: Sequence[float], names: Sequence[str]) -> LossResult:
+    """The result on a mixture whose tokens come from the sources in proportion to `weights`, which add up to 1."""
+    if len(results) == 1:
+        return results[0]
+    parts = list(zip(results, weights, strict=True))
+    bits_per_byte = None
+    if all(result.bits_per_byte is not None for result in results):
+        # Bits and bytes for each token of the mixture.
+        sizes = [weight * (result.bytes or 0) / result.tokens for result, weight in parts]
+        bits = sum(size * (result.bits_per_byte or 0.0) for size, result in zip(sizes, results, strict=True))
+        bits_per_byte = bits / sum(sizes) if sum(sizes) else None
+    return LossResult(
+        sum(weight * result.loss for result, weight in parts if weight),  # a source without weight may have an infinite loss
+        bits_per_byte,
+        sum(result.tokens for result in results),
+        sum(result.bytes or 0 for result in results) or None,
+        dict(zip(names, results, strict=True)),
+    )
 
 
 class Interrupted(Exception):  # noqa: N818  not an error: the caller asked for it

@@ -184,6 +184,8 @@ def format_metrics(record: Mapping[str, object]) -> dict[str, str]:
         known = ("step", "items", "stderr", *(name for name, _ in _FORMATS))
         others = [name for name in record if name not in known and not name.endswith("_stderr")]
         values += [(name, f"{name} {{:.4g}}".format, record[name]) for name in others]
+    else:  # of the sources of a mixture
+        values += [(name, f"{name.partition('/')[2]} {{:.4f}}".format, record[name]) for name in record if "loss/" in name]
     return {
         name: write(value) for name, write, value in values if isinstance(value, int | float) and not isinstance(value, bool)
     }

@@ -59,7 +59,7 @@ def memory_plan(
             precision=precision,
             device_type=device_type,
             recompute=recompute or config.train.recompute,
-            document_mask=config.data.document_mask,
+            document_mask=config.data.document_mask or config.data.packing == "documents",
             fp8=config.fp8,
         ),
     )

@@ -223,9 +223,9 @@ def _comparison(model: ModelConfig, batch: TrainPlan, flops: int, budget_flops: 
 
 
 def _train_tokens(config: RunConfig) -> int | None:
-    """Tokens in the training split of a prepared folder; None if there is none."""
-    manifest = _manifest(config)
-    return manifest.train.tokens if manifest else None
+    """Tokens in the training splits of prepared folders; None if a source is none."""
+    found = _manifests(config)
+    return None if None in found else sum(manifest.train.tokens for manifest in found if manifest is not None)
 
 
 def _layout(
@@ -331,7 +331,7 @@ def resolve_vocabulary(config: RunConfig) -> tuple[ModelConfig, list[str]]:
     """
     if config.model.vocab_size:
         return config.model, []
-    manifest, spec, notes = _manifest(config), config.data.tokenizer, []
+    manifest, spec, notes = _manifests(config)[0], config.data.tokenizer, []
     if manifest is not None:
         size = manifest.vocab_size
     elif spec in ("byte", "char", "gpt2"):
@@ -347,13 +347,12 @@ def resolve_vocabulary(config: RunConfig) -> tuple[ModelConfig, list[str]]:
     return dataclasses.replace(config.model, vocab_size=size), notes
 
 
-def _manifest(config: RunConfig) -> "Manifest | None":
-    """The manifest if `data.source` is a prepared folder."""
+def _manifests(config: RunConfig) -> "list[Manifest | None]":
+    """The manifest of each source that is a prepared folder; None for another."""
     from bardling.data.text.named_datasets import is_source_name
-
-    path = Path(config.data.source) / "manifest.json"
-    if is_source_name(config.data.source) or not path.is_file():
-        return None
     from bardling.data.tokens.manifest import read_manifest
 
-    return read_manifest(path)
+    sources = [source.source for source in config.data.sources] or [config.data.source]
+    paths = [Path(source) / "manifest.json" for source in sources]
+    prepared = [not is_source_name(source) and path.is_file() for source, path in zip(sources, paths, strict=True)]
+    return [read_manifest(path) if found else None for path, found in zip(paths, prepared, strict=True)]

@@ -3,6 +3,7 @@
 import gzip
 import lzma
 
+from bardling.data.tokens.conversations import ANSWER
 from bardling.data.tokens.shards import TokenDataset
 
 # Longer texts take minutes to compress and are skipped.
@@ -15,6 +16,8 @@ def compressor_bits_per_byte(dataset: TokenDataset) -> dict[str, float]:
     if tokenizer is None or not 0 < len(split) <= MAX_TEXT:
         return {}
     ids = split.read(0, len(split))
+    if split.marks is not None:  # of rows, what is learned: each document once, without padding
+        ids = ids[split.marks.read(0, len(split)) & ANSWER > 0]
     sizes = tokenizer.bytes_per_token()
     if ids.max() >= len(sizes):
         return {}  # tokens that the tokenizer cannot decode

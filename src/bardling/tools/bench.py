@@ -26,8 +26,8 @@ import torch
 
 from bardling.checkpoint.run_folder import RunFolder
 from bardling.config import DataConfig, ModelConfig, RunConfig
+from bardling.data.batches.assemble import data_order
 from bardling.data.batches.loader import Batch, BatchSource, Prefetcher, TrainSequences
-from bardling.data.batches.order import SequenceOrder
 from bardling.data.batches.packing import document_start
 from bardling.data.tokens.shards import TokenDataset
 from bardling.distributed.context import Context, distributed
@@ -352,7 +352,7 @@ def _prepare(config: RunConfig, context: Context, data: str) -> tuple[ResolvedRu
         run = resolve(config, facts)
         dataset = facts.dataset(run.config.data)
         split = dataset.split("train")
-        order = SequenceOrder(config.seed, len(split), run.config.model.block_size, split.row)
+        order = data_order(dataset, run.config.data, config.seed, run.config.model.block_size)
         source = TrainSequences(split, order, document_start(config.data.document_mask, dataset, run.tokenizer))
     if len(run.plan.stages) > 1:
         notes.append(f"measured with the final batch size and context; the run starts with {run.plan.describe_stages()}")

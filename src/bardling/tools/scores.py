@@ -11,17 +11,19 @@ import torch
 from bardling.checkpoint.load import Loaded, load, run_of, tokenizer_file
 from bardling.checkpoint.run_folder import RunFolder
 from bardling.config import DataConfig
-from bardling.data.batches.loader import EvalSequences, SlidingSequences
-from bardling.data.batches.packing import begins_documents
+from bardling.data.batches.assemble import validation_sets
+from bardling.data.batches.loader import SlidingSequences
 from bardling.data.text.named_datasets import DEFAULTS, is_source_name
-from bardling.data.tokens.dataset import is_tokenized, open_data, open_recorded
+from bardling.data.tokens.corpus import reopen_corpus
+from bardling.data.tokens.dataset import is_tokenized, open_data
+from bardling.data.tokens.documents import begins_documents
 from bardling.data.tokens.prepare import EVALUATION_ONLY, SPLIT_RULE
 from bardling.data.tokens.shards import TokenDataset
 from bardling.distributed.context import Context
 from bardling.distributed.device import Precision
 from bardling.errors import UserError
 from bardling.evaluate.benchmarks import Scores, Subject, open_task
-from bardling.evaluate.loss import LossResult, evaluate_loss
+from bardling.evaluate.loss import LossResult, evaluate_loss, weighted_mean
 from bardling.generation.weights import Weights, convert_weights
 from bardling.model.gpt import GPT
 from bardling.monitor.progress import ProgressBar
@@ -98,25 +100,32 @@ def _loss(
     dataset.vocab_size = min(dataset.vocab_size, model.config.vocab_size)  # reading refuses ids that the model lacks
     # A run trains on sequences that may be shorter than the model's context.
     length = model.config.block_size if trained is None else min(model.config.block_size, trained.model.block_size)
-    split = dataset.split("val")
-    sequences: EvalSequences | SlidingSequences = EvalSequences(split, length, wanted.windows, start)
-    if wanted.stride is not None and split.row:
-        raise UserError(f"--stride {wanted.stride}: {dataset.path} holds conversations, which are evaluated whole: omit it")
+    sets = validation_sets(dataset, DataConfig() if trained is None else trained.data, length, wanted.windows, start)
+    if wanted.stride is not None and dataset.manifest.row:
+        raise UserError(f"--stride {wanted.stride}: {dataset.path} holds packed rows, which are evaluated whole: omit it")
     if wanted.stride is not None:
-        sequences = SlidingSequences(split, length, wanted.stride, start)
+        splits = dataset.splits("val")
+        sets = [
+            replace(each, sequences=SlidingSequences(split, length, wanted.stride, start))
+            for each, (_, split) in zip(sets, splits, strict=True)
+        ]
     table = None
     if dataset.tokenizer is not None:
         table = torch.from_numpy(dataset.tokenizer.bytes_per_token()).to(context.device)
-    with ProgressBar("evaluating", unit="sequences", show=context.is_primary) as progress:
-        return evaluate_loss(
-            model,
-            sequences,
-            batch_size=wanted.batch_size,
-            precision=precision,
-            context=context,
-            bytes_per_token=table,
-            progress=progress,
-        )
+    results = []
+    for each in sets:
+        with ProgressBar(f"evaluating {each.name}".strip(), unit="sequences", show=context.is_primary) as progress:
+            result = evaluate_loss(
+                model,
+                each.sequences,
+                batch_size=wanted.batch_size,
+                precision=precision,
+                context=context,
+                bytes_per_token=table,
+                progress=progress,
+            )
+        results.append(result)
+    return weighted_mean(results, [each.weight for each in sets], [each.name for each in sets])
 
 
 def _dataset(wanted: Wanted, loaded: Loaded, run: RunFolder | None) -> TokenDataset:
@@ -124,8 +133,8 @@ def _dataset(wanted: Wanted, loaded: Loaded, run: RunFolder | None) -> TokenData
     tokenizer = loaded.tokenizer
     if run is not None and wanted.data is None:
         remedy = "name the text to evaluate on with --data"
-        config = run.trained_config().data
-        dataset = open_recorded(config, run.dataset_record(), run.path, remedy)
+        config = run.trained_config()
+        dataset = reopen_corpus(config.data, run.dataset_record(), run.path, remedy, config.model.block_size)
     else:
         source, spec, rule = wanted.data or "", DataConfig.tokenizer, SPLIT_RULE
         _, val_fraction = DEFAULTS.get(source, ("", DataConfig.val_fraction))
@@ -134,8 +143,8 @@ def _dataset(wanted: Wanted, loaded: Loaded, run: RunFolder | None) -> TokenData
             spec = tokenizer_file(tokenizer)
             rule = SPLIT_RULE if is_source_name(source) else EVALUATION_ONLY
         cache = "" if run is None else run.trained_config().data.cache
-        config = replace(wanted.reading, source=source, tokenizer=spec, val_fraction=val_fraction, cache=cache)
-        dataset = open_data(config, rule, loaded.config.block_size)
+        text = replace(wanted.reading, source=source, tokenizer=spec, val_fraction=val_fraction, cache=cache)
+        dataset = open_data(text, rule, loaded.config.block_size)
     if tokenizer is not None and dataset.tokenizer is not None and tokenizer.fingerprint != dataset.tokenizer.fingerprint:
         raise UserError(
             f"{dataset.path}: was prepared with another tokenizer ({dataset.tokenizer.fingerprint}) than the model's "

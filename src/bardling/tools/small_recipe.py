@@ -6,6 +6,7 @@ import dataclasses
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -73,11 +74,12 @@ def _small_data(data: DataConfig, folder: Path) -> tuple[DataConfig, list[str]]:
     """Data that can be prepared in seconds: the recipe's own, if possible."""
     path = Path(data.source)
     named = is_source_name(data.source)
-    prepared = not named and (path / "manifest.json").is_file()
-    if not prepared and not (not named and path.is_file() and path.stat().st_size <= _SMALL_FILE):
+    prepared = not named and bool(data.source) and (path / "manifest.json").is_file()
+    if data.val_source or (not prepared and not (not named and path.is_file() and path.stat().st_size <= _SMALL_FILE)):
         text = folder / "text.jsonl"
         text.write_text("".join(json.dumps({"text": document}) + "\n" for document in _documents()), encoding="utf-8")
-        data = dataclasses.replace(data, source=str(text), tokenizer="byte", cache=str(folder / "cache"))
+        alone: dict[str, Any] = {"sources": (), "stages": (), "val_source": "", "encoding": ""}
+        data = dataclasses.replace(data, source=str(text), tokenizer="byte", cache=str(folder / "cache"), **alone)
         return data, ["synthetic text, because the recipe's data would take long to prepare"]
     data = dataclasses.replace(data, cache=data.cache or str(folder / "cache"))
     if prepared or data.tokenizer in ("byte", "char") or is_tokenizer_path(data.tokenizer):

@@ -44,7 +44,7 @@ from bardling.config import (
 from bardling.config.recipes import config_to_toml
 from bardling.data.batches.loader import Batch, EvalSequences
 from bardling.data.batches.packing import document_bounds, document_start
-from bardling.data.tokens.dataset import open_data
+from bardling.data.tokens.corpus import open_corpus
 from bardling.distributed.context import SINGLE
 from bardling.distributed.device import (
     Precision,
@@ -183,7 +183,7 @@ class _Verification:
         """The loaded checkpoint has the loss that was logged before it was saved."""
         model = load(_last_checkpoint(self.uninterrupted)).build().to(self.device)
         config = RunFolder(self.uninterrupted).config()
-        dataset = open_data(config.data)
+        dataset = open_corpus(config.data, config.model.block_size)
         start = document_start(config.data.document_mask, dataset, dataset.tokenizer)
         sequences = EvalSequences(dataset.split("val"), config.model.block_size, config.eval.windows, start)
         loss = evaluate_loss(model, sequences, batch_size=2, precision=self.precision, context=self.context).loss

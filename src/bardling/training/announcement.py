@@ -1,10 +1,13 @@
 """What a run says about itself before its first step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
-from bardling.data.batches.order import SequenceOrder
+from bardling.config import DataConfig
+from bardling.data.batches.order import DataOrder
 from bardling.data.text.findings import describe_findings
+from bardling.data.tokens.corpus import Corpus, Part, source_configs
 from bardling.data.tokens.dataset import changed_text
+from bardling.data.tokens.pack_documents import describe_packing
 from bardling.data.tokens.shards import TokenDataset
 from bardling.distributed.device import device_name
 from bardling.planning.costs import parameters
@@ -14,7 +17,7 @@ from bardling.training.state import TrainState
 
 
 def announce(
-    run: ResolvedRun, facts: Facts, dataset: TokenDataset, order: SequenceOrder, state: TrainState, note: Callable[[str], None]
+    run: ResolvedRun, facts: Facts, dataset: TokenDataset, order: DataOrder, state: TrainState, note: Callable[[str], None]
 ) -> None:
     """Print the model, steps, data and device, what `auto` chose, and what changed."""
     config, plan = run.config, run.plan
@@ -30,11 +33,16 @@ def announce(
         f"tokens ({plan.accumulation} forward {passes} of {plan.micro_batch}), {epochs:.2f} epochs of "
         f"{order.n_tokens:,} tokens"
     )
-    if not facts.resumed:
-        for line in describe_findings(dataset.manifest.source):
-            note(f"{config.data.source}: {line}")
-    elif change := changed_text(config.data, dataset):
-        note(change)
+    for line in _mixture(config.data, dataset, order, plan.samples_before(plan.steps)):
+        note(line)
+    parts = dataset.train if isinstance(dataset, Corpus) else [Part("", dataset)]
+    for text, part in zip(source_configs(config.data), parts, strict=True):
+        if not facts.resumed:
+            lines = [*describe_findings(part.dataset.manifest.source), describe_packing(part.dataset.manifest)]
+            for line in filter(None, lines):
+                note(f"{text.source}: {line}")
+        elif change := changed_text(text, part.dataset):
+            note(change)
     if len(plan.stages) > 1:
         note(f"batch and context grow: {plan.describe_stages()}")
     where = device_name(facts.context.device) + (f" x {run.layout.world_size}" if run.layout.world_size > 1 else "")
@@ -56,3 +64,17 @@ def announce(
         note(f"changed: {change}")
     for warning in run.warnings:
         note(f"WARNING: {warning}")
+
+
+def _mixture(config: DataConfig, dataset: TokenDataset, order: DataOrder, samples: int) -> Iterator[str]:
+    """The shares and epochs of the sources of a mixture, one line each."""
+    splits = dataset.splits("train")
+    if len(splits) == 1:
+        return
+    columns = [source.weights(len(config.stages) + 1) for source in config.sources]
+    totals = [sum(weights) for weights in zip(*columns, strict=True)]
+    for (name, split), weights, epochs in zip(splits, columns, order.epochs(samples), strict=True):
+        shares = " -> ".join(f"{weight / total:.1%}" for weight, total in zip(weights, totals, strict=True))
+        yield f"  {name}: {shares} of the samples, {epochs:.2f} epochs of {len(split):,} tokens"
+    if config.stages:
+        yield f"  the shares change at sample {', '.join(f'{start:,}' for start in config.stages)} of {samples:,}"

@@ -14,6 +14,7 @@ import torch
 
 from bardling.checkpoint.run_folder import RunFolder
 from bardling.config import RunConfig
+from bardling.data.tokens.corpus import Corpus
 from bardling.data.tokens.shards import TokenDataset
 from bardling.distributed.context import Context
 from bardling.distributed.device import device_name
@@ -22,7 +23,16 @@ from bardling.files.reading import read_json_object
 
 def dataset_record(dataset: TokenDataset) -> str:
     """JSON that lets a resumed run verify that it reads the same data."""
-    facts = {
+    facts = _dataset_facts(dataset)
+    if isinstance(dataset, Corpus):
+        facts["sources"] = [{"name": part.name, **_dataset_facts(part.dataset)} for part in dataset.train]
+        if dataset.val != dataset.train:
+            facts["validation"] = [_dataset_facts(part.dataset) for part in dataset.val]
+    return json.dumps(facts, indent=2) + "\n"
+
+
+def _dataset_facts(dataset: TokenDataset) -> dict[str, Any]:
+    return {
         "path": str(dataset.path),
         "fingerprint": dataset.fingerprint,
         "split_rule": dataset.manifest.source.get("split_rule", 1),
@@ -30,7 +40,6 @@ def dataset_record(dataset: TokenDataset) -> str:
         "train_tokens": len(dataset.split("train")),
         "val_tokens": len(dataset.split("val")),
     }
-    return json.dumps(facts, indent=2) + "\n"
 
 
 def environment_facts(context: Context, step: int, fingerprint: str, continues: str | None = None) -> dict[str, Any]:

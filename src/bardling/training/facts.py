@@ -16,7 +16,7 @@ from bardling.checkpoint.contents import Checkpoint
 from bardling.checkpoint.load import Loaded, latest_checkpoint, load
 from bardling.checkpoint.run_folder import RunFolder
 from bardling.config import DataConfig, RunConfig
-from bardling.data.tokens.dataset import open_data, open_recorded
+from bardling.data.tokens.corpus import open_corpus, reopen_corpus
 from bardling.data.tokens.shards import TokenDataset
 from bardling.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from bardling.distributed.context import Context
@@ -54,15 +54,16 @@ class Facts:
         Raises:
             UserError: the data does not exist, is damaged, or is not the data that the resumed run started with.
         """
+        data = data.without_weights()
         if data not in self._datasets:
             self.context.activity("preparing the data", UNLIMITED_PATIENCE)
             record = self.folder.dataset_record() if self.previous else {}
             if self.previous and data.source != self.previous.data.source:  # the user names a place where the data is now
                 record.pop("path", None)
             if self.previous:
-                found = open_recorded(data, record, self.folder.path, context=context)
+                found = reopen_corpus(data, record, self.folder.path, context=context)
             else:
-                found = open_data(data, context=context)
+                found = open_corpus(data, context=context)
             require_same_tokens(self.context, found)
             self._datasets[data] = found
             self.context.activity("setting up", LONG_PATIENCE)

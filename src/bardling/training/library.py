@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bardling.config import OptimConfig, TrainConfig
+from bardling.data.batches.assemble import ValidationSet
 from bardling.data.batches.loader import Batch
 from bardling.distributed.context import SINGLE, Context
 from bardling.distributed.device import Precision
@@ -85,7 +86,7 @@ def fit_batches(
         hooks: list[Hook] = [log]
         if val_batches is not None:
             validation = outside(_ValidationSet)(val_batches)
-            hooks.append(Validate(shared, validation, every=eval_every, batch_size=plan.micro_batch))
+            hooks.append(Validate(shared, [ValidationSet("", 1.0, validation)], every=eval_every, batch_size=plan.micro_batch))
         if after_step is not None:
             called = outside(after_step)
             hooks.append(lambda state, result: None if result is None else called(state))

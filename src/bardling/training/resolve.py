@@ -6,7 +6,6 @@ the size of forward passes. Each decision is recorded with its reason. Nothing a
 result is written to the run folder and is itself a recipe.
 """
 
-import glob
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,15 +15,13 @@ from typing import Any, Literal
 from bardling.checkpoint.load import Loaded, tokenizer_file
 from bardling.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig, TuneConfig
 from bardling.config.recipes import changed_settings
-from bardling.data.text.named_datasets import is_source_name
 from bardling.data.tokens.chatml import with_chatml
-from bardling.data.tokens.dataset import has_rows, is_tokenized, recorded_tokens
+from bardling.data.tokens.corpus import holds_conversations, recorded_corpus, source_configs
+from bardling.data.tokens.dataset import is_tokenized
 from bardling.data.tokens.shards import TokenDataset
 from bardling.data.tokens.tokenizer import Tokenizer, build_tokenizer, is_tokenizer_path, load_tokenizer
 from bardling.distributed.device import DTYPES, choose_precision, device_name
 from bardling.errors import UserError
-from bardling.evaluate.benchmarks import absolute_spec
-from bardling.interop.pretrained import is_hub_name
 from bardling.optim.build import resolve_muon_precision
 from bardling.planning.batching import TrainPlan, make_plan
 from bardling.planning.costs import fp8_layers, parameters
@@ -37,6 +34,7 @@ from bardling.training.compile_choice import choose_compile, run_flops, without_
 from bardling.training.facts import Facts
 from bardling.training.parallel_choice import decide_layout, idle_stages, with_layout
 from bardling.training.recovery.memory import choose_micro_batch
+from bardling.training.resolve_data import absolute_paths, with_stages
 from bardling.training.schedule_report import check_schedule
 
 
@@ -91,7 +89,7 @@ def resolve(config: RunConfig, facts: Facts) -> ResolvedRun:
         UserError: the configuration does not fit the data, the weights to start from, the machine, or the run that it resumes.
     """
     log, device = _Log(), facts.context.device
-    config = apply_depth(_absolute_paths(config), facts.given, record=partial(log.add, from_depth=True))
+    config = apply_depth(absolute_paths(config), facts.given, record=partial(log.add, from_depth=True))
     if facts.previous is not None:
         config = _continued(config, facts.previous, facts, log)
     data, asked, optim, train = config.data, config.model, config.optim, config.train
@@ -99,7 +97,7 @@ def resolve(config: RunConfig, facts: Facts) -> ResolvedRun:
     data = _with_chat_format(_with_models_tokenizer(data, optim, start, facts, log, lora=lora), start, facts, log)
     dataset = facts.dataset(data, asked.block_size if start is None else min(asked.block_size, start.config.context))
     if dataset.manifest.row and train.context_start:
-        raise UserError("train.context_start: conversations are packed for the whole context: leave this setting out")
+        raise UserError("train.context_start: rows are packed for the whole context: leave this setting out")
     schedule = check_schedule(optim, train, facts, start, log.changes, log.warnings)
     tokenizer, vocab_size = _vocabulary(dataset, asked.vocab_size if start is None else start.config.vocab_size, start, facts)
     model = _model(asked, vocab_size, start, dataset, tokenizer, log, facts.continued or asked.init)
@@ -119,6 +117,7 @@ def resolve(config: RunConfig, facts: Facts) -> ResolvedRun:
     if isinstance(train.micro_batch, int) and plan.micro_batch != train.micro_batch:
         share = f"each of {layout.data_size} processes has {plan.samples_per_step // layout.data_size} sequences per step"
         log.changes.append(f"train.micro_batch: {train.micro_batch} -> {plan.micro_batch}, because {share}")
+    data = with_stages(data, plan)
     execution = Execution(precision, False, config.cuda_graphs, config.fp8, train.recompute == "blocks")
     flops, deadline = run_flops(model, tune, plan, execution) / layout.world_size, train.deadline_seconds
     compiles, why = choose_compile(config.compile, config.cuda_graphs, device, flops, peak, plan.shapes, deadline=deadline)
@@ -153,36 +152,20 @@ def _peak_flops(model: ModelConfig, precision: str, facts: Facts, *, fp8: bool, 
     return peak_flops(device_name(device), precision, tf32=tf32, fp8=model if fp8 else None)
 
 
-def _absolute_paths(config: RunConfig) -> RunConfig:
-    """Make paths absolute, so that the run can be resumed from any folder."""
-
-    def absolute(spec: str, is_path: bool) -> str:
-        return str(Path.cwd() / spec) if is_path else spec
-
-    data, model, tasks = config.data, config.model, tuple(map(absolute_spec, config.eval.tasks))
-    file = data.source.rpartition(":")[0]  # of FILE:FIELD
-    found = Path(data.source).exists() or (file and Path(file).exists()) or glob.has_magic(data.source)
-    source = absolute(data.source, not is_source_name(data.source) and bool(found))
-    tokenizer = absolute(data.tokenizer, is_tokenizer_path(data.tokenizer))
-    init = absolute(model.init, bool(model.init) and not is_hub_name(model.init) and Path(model.init).exists())
-    cache = data.cache and str(Path(data.cache).absolute())
-    data = replace(data, source=source, tokenizer=tokenizer, cache=cache)
-    return replace(config, data=data, model=replace(model, init=init), eval=replace(config.eval, tasks=tasks))
-
-
 def _continued(config: RunConfig, previous: RunConfig, facts: Facts, log: _Log) -> RunConfig:
     """The configuration of a resumed run, which keeps what `previous` decided; the changes are checked and recorded."""
     model, optim, train = _keep(config.model, config.optim, config.train, previous.model, previous.train, previous.precision)
     kept: dict[str, Any] = {key: getattr(previous, key) for key in ("precision", "compile") if getattr(config, key) == "auto"}
-    before, data = _absolute_paths(previous), config.data
+    before, data = absolute_paths(previous), config.data
     if model.init and data.tokenizer == DataConfig.tokenizer:  # a run from initial weights recorded their tokenizer
         data = replace(data, tokenizer=before.data.tokenizer)
     if str(Path.cwd() / data.source) == before.data.source:  # the relative path of a file that is gone
         data = replace(data, source=before.data.source)
+    data = with_stages(data, make_plan(replace(previous.train, micro_batch=None), previous.model.block_size, 1))
     now = replace(config, data=data, model=model, optim=optim, train=train, **kept)
     # Tokens may have moved, and text too if it is needed to prepare them again; both must have the recorded digest.
-    moved = data.source != before.data.source
-    moved = moved and (is_tokenized(data.source) or recorded_tokens(data, facts.folder.dataset_record()) is None)
+    moved = bool(data.source) and data.source != before.data.source
+    moved = moved and (is_tokenized(data.source) or recorded_corpus(data, facts.folder.dataset_record()) is None)
     log.changes += _checked_changes(changed_settings(before, now), moved=moved)
     return now
 
@@ -205,7 +188,8 @@ def _keep(
 
 
 # A trained model, its optimizer and the data order depend on these. Other changes take effect and are reported.
-_FIXED = ("seed", "optim.name", *(f"data.{name}" for name in ("source", "tokenizer", "val_fraction", "format", "too_long")))
+_FIXED_DATA = ("source", "sources", "stages", "tokenizer", "val_fraction", "val_source", "packing", "format", "too_long")
+_FIXED = ("seed", "optim.name", *(f"data.{name}" for name in _FIXED_DATA))
 
 
 def _checked_changes(changed: Mapping[str, tuple[object, object]], *, moved: bool = False) -> list[str]:
@@ -232,11 +216,11 @@ def _with_models_tokenizer(
     if start is None or facts.resumed:
         return data
     if facts.continued is None and not lora:
-        learns_to_chat = has_rows(data) and parameters(start.config) < _SMALL
+        learns_to_chat = holds_conversations(data) and parameters(start.config) < _SMALL
         log.warnings += _finetuning_warnings(optim, 10.0 if learns_to_chat else 1.0)
     given = data.tokenizer != DataConfig.tokenizer if facts.given is None else "data.tokenizer" in facts.given
     unknown = start.tokenizer is None and start.find_tokenizer is None
-    if given or unknown or is_tokenized(data.source):
+    if given or unknown or all(is_tokenized(each.source) for each in source_configs(data)):
         return data
     tokenizer = start.needed_tokenizer()
     if data.tokenizer == "byte" and tokenizer.fingerprint == build_tokenizer("byte", ()).fingerprint:
@@ -248,7 +232,7 @@ def _with_models_tokenizer(
 
 def _with_chat_format(data: DataConfig, start: Loaded | None, facts: Facts, log: _Log) -> DataConfig:
     """Give a tokenizer without a chat template the one that `data.chat_template` names, with its tokens."""
-    if not data.chat_template or facts.resumed or not has_rows(data):
+    if not data.chat_template or facts.resumed or not holds_conversations(data):
         return data
     if is_tokenizer_path(data.tokenizer):
         tokenizer = load_tokenizer(data.tokenizer)

@@ -14,8 +14,9 @@ from bardling.checkpoint.load import Loaded, latest_checkpoint
 from bardling.checkpoint.run_folder import create_run, discard_run, run_lock
 from bardling.checkpoint.saver import Saver
 from bardling.config.recipes import config_to_dict, config_to_toml
-from bardling.data.batches.loader import EvalSequences, Prefetcher, TrainSequences
-from bardling.data.batches.order import SequenceOrder
+from bardling.data.batches.assemble import data_order, source_epochs, validation_sets
+from bardling.data.batches.loader import Prefetcher, TrainSequences
+from bardling.data.batches.order import DataOrder
 from bardling.data.batches.order_digest import OrderDigest
 from bardling.data.batches.packing import document_start
 from bardling.distributed.context import SINGLE, Context
@@ -78,8 +79,7 @@ class Session:
         self.dataset = facts.dataset(config.data)
         self.start = self._weights_to_start_from()
         self.document_start = document_start(config.data.document_mask, self.dataset, run.tokenizer)
-        split = self.dataset.split("train")
-        self.order = SequenceOrder(config.seed, len(split), config.model.block_size, split.row)
+        self.order = data_order(self.dataset, config.data, config.seed, config.model.block_size)
         self.objective = build_objective(config.train, run.tokenizer, self.context.device)
         self.context.activity("checking the sample prompt and the tasks", LONG_PATIENCE)
         self.created = False  # whether this process has created the run's folder
@@ -115,7 +115,7 @@ class Session:
                 self._fit_in_memory(assembly, monitor, signals)
                 self.saver.finish(state)
                 self._export(monitor, state)
-                if self.dataset.manifest.row:
+                if self.dataset.manifest.holds_conversations:
                     monitor.note(f"ask it something: bardling chat {shell_path(self.folder.path)}")
             except Stopped:
                 # All processes exit with the same status, including those that received no signal.
@@ -146,7 +146,7 @@ class Session:
         self._continue_digest(assembly.state, order_after(self.order, rollbacks))
         return assembly
 
-    def _continue_digest(self, state: TrainState, order: SequenceOrder) -> None:
+    def _continue_digest(self, state: TrainState, order: DataOrder) -> None:
         """Continue the digest with `order`. If a checkpoint of an earlier version lacks it, it begins with the first sample,
         unless there are too many or their length has changed."""
         digest = state.order_digest
@@ -360,14 +360,16 @@ class Session:
             bytes_per_token=bytes_per_token(tokenizer, context.device),
             stop_requested=stop_requested,
         )
-        split, size, remedy = self.dataset.split("val"), config.model.block_size, "add text, or raise data.val_fraction"
-        validation = EvalSequences(split, size, config.eval.windows, self.document_start, remedy=remedy)
+        remedy = "add text" if config.data.val_source else "add text, or raise data.val_fraction"
+        size, windows = config.model.block_size, config.eval.windows
+        validation = validation_sets(self.dataset, config.data, size, windows, self.document_start, remedy)
         hooks: list[Hook] = [
             NewShapes(plan, context, run.execution.compiled, monitor.note),
             Log(
                 shared,
                 every=config.train.log_every,
                 sequences_per_epoch=self.order.sequences_per_epoch,
+                epochs=partial(source_epochs, self.dataset, self.order),
                 flops_per_token=cache(partial(flops_per_token, config.model, tune=config.tune)),
                 peak_flops=run.peak_flops,
             ),

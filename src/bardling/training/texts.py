@@ -62,12 +62,12 @@ def load_texts(config: RunConfig, previous: RunConfig | None, tokenizer: Tokeniz
     sample, prompts = asked, list[Prompt]()
 
     def encode() -> None:
-        if dataset.manifest.row:
+        if dataset.manifest.holds_conversations:
             prompts.extend(_questions(asked, tokenizer, dataset))
         else:
             _check_prompt(asked.prompt, sample.prompt, tokenizer, config.model.vocab_size)
 
-    if not dataset.manifest.row:
+    if not dataset.manifest.holds_conversations:
         sample = replace(asked, prompt=asked.prompt or _new_document(tokenizer, dataset))
     kept = before is not None and before.every > 0 and before.prompt == asked.prompt
     sampled = not asked.every or check(encode, kept=kept, without="samples")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bardling.data.batches import IGNORE
-from bardling.data.batches.order import SequenceOrder
+from bardling.data.batches.order import DataOrder
 from bardling.data.batches.packing import document_bounds, shorten_bounds
 from bardling.data.tokens.conversations import ANSWER, BEGIN
 from bardling.data.tokens.shards import TokenSplit
@@ -55,10 +55,19 @@ class BatchSource(Protocol):
         """Samples `first_sample` to `first_sample + size - 1`."""
 
 
+class SequenceSet(Protocol):
+    """A fixed set of `n` sequences, such as `EvalSequences`."""
+
+    n: int
+
+    def batch(self, first_sample: int, size: int) -> Batch:
+        """Inputs and targets [size, time] of `size` sequences."""
+
+
 class TrainSequences:
     """Sequences of a split in the order of a run; `document_start`, if set, is the id of the token that begins a document."""
 
-    def __init__(self, split: TokenSplit, order: SequenceOrder, document_start: int | None = None) -> None:
+    def __init__(self, split: TokenSplit, order: DataOrder, document_start: int | None = None) -> None:
         if order.n_tokens != len(split):
             raise ValueError(f"the order is for {order.n_tokens} tokens, the split has {len(split)}")
         self._split, self._order, self._document_start = split, order, document_start

@@ -6,11 +6,12 @@ over the smallest domain of 2^(2h) numbers that contains all sequences, applied 
 range ("cycle walking"; J. Black and P. Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002). Nothing is stored, so a
 restart needs only i, and any process can compute any part of the order.
 
-Limits: sequences come from one dataset; the permutation is for shuffling, not for secrecy. The numbers are part of the format:
-changing them would change what a resumed run sees, which a test with fixed values prevents.
+Limits: sequences come from one dataset (`mixture.py` mixes several); the permutation is for shuffling, not for secrecy. The
+numbers are part of the format: changing them would change what a resumed run sees, which a test with fixed values prevents.
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +23,7 @@ _UInt64s = npt.NDArray[np.uint64]
 
 ROUNDS = 8  # of the Feistel network; four already shuffle well, and eight also mix domains of a few bits
 GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: the increment of SplitMix64, which spreads consecutive numbers
-_MASK = (1 << 64) - 1
+MASK = (1 << 64) - 1
 
 
 def mix(x: _UInt64s) -> _UInt64s:
@@ -37,7 +38,7 @@ def _feistel(x: _UInt64s, keys: _UInt64s, half: int) -> _UInt64s:
     shift, mask = np.uint64(half), np.uint64((1 << half) - 1)
     left, right = x >> shift, x & mask
     for r in range(1, ROUNDS + 1):
-        round_keys = keys + np.uint64(r * GOLDEN & _MASK)
+        round_keys = keys + np.uint64(r * GOLDEN & MASK)
         left, right = right, left ^ (mix(right ^ round_keys) & mask)
     return (left << shift) | right
 
@@ -53,6 +54,28 @@ def permute(x: _UInt64s, keys: _UInt64s, size: int) -> _UInt64s:
     return out
 
 
+class DataOrder(Protocol):
+    """Which sequence of tokens each sample is: a pure function of its number."""
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens in the split."""
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of context; a sequence has one more, the last target."""
+
+    @property
+    def sequences_per_epoch(self) -> int:
+        """Sequences in the split."""
+
+    def starts(self, first: int, count: int) -> Int64s:
+        """Where samples `first` to `first + count - 1` begin, int64 [count]; each covers start to start + block_size."""
+
+    def epochs(self, samples: int) -> list[float]:
+        """How often each source has been visited after `samples` samples."""
+
+
 @dataclass(frozen=True)
 class SequenceOrder:
     """The order in which a run sees the sequences of one split, which must have room for at least one."""
@@ -66,7 +89,7 @@ class SequenceOrder:
         if self.block_size < 1:
             raise UserError(f"model.block_size = {self.block_size}: must be at least 1")
         if self.row and self.row != self.block_size + 1:
-            remedy = "prepare the conversations again, or leave out model.block_size"
+            remedy = f"set it to {self.row - 1}, or prepare the data again for this context"
             raise UserError(f"model.block_size = {self.block_size}: the data has rows for {self.row - 1} tokens: {remedy}")
         if self.n_tokens < self.block_size + 1:
             need = f"one sequence needs model.block_size + 1 = {self.block_size + 1:,}"
@@ -82,11 +105,18 @@ class SequenceOrder:
         """Where samples `first` to `first + count - 1` begin, int64 [count]; each covers start to start + block_size."""
         if first < 0 or count < 0:
             raise ValueError(f"samples {first} to {first + count}: must not be negative")
+        return self.starts_of(np.arange(first, first + count, dtype=np.int64))
+
+    def epochs(self, samples: int) -> list[float]:
+        return [samples / self.sequences_per_epoch]
+
+    def starts_of(self, numbers: Int64s) -> Int64s:
+        """Where the samples of these numbers begin, in the same order."""
         per_epoch = self.sequences_per_epoch
         max_offset = self.n_tokens - 1 - per_epoch * self.block_size  # of the grid
-        samples = np.arange(first, first + count, dtype=np.uint64)
+        samples = numbers.astype(np.uint64)
         epochs, indices = samples // np.uint64(per_epoch), samples % np.uint64(per_epoch)
-        seed = mix(np.full(1, self.seed & _MASK, np.uint64) + np.uint64(GOLDEN))
+        seed = mix(np.full(1, self.seed & MASK, np.uint64) + np.uint64(GOLDEN))
         keys = mix(seed ^ mix(epochs + np.uint64(1)))  # [count], one key per epoch
         if self.row:
             return (permute(indices, keys, per_epoch) * np.uint64(self.row)).astype(np.int64)

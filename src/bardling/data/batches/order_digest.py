@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from bardling.data.batches.order import GOLDEN, SequenceOrder, mix
+from bardling.data.batches.order import GOLDEN, DataOrder, mix
 
 _MASK = (1 << 64) - 1
 _CHUNK = 1 << 16  # samples hashed at once
@@ -27,7 +27,7 @@ class OrderDigest:
     first: int = 0
     end: int = 0
     value: int = 0
-    order: SequenceOrder | None = None  # of the samples that follow
+    order: DataOrder | None = None  # of the samples that follow
 
     def upto(self, end: int) -> "OrderDigest":
         """The digest of samples `first` to `end` - 1, for an `end` that is not before this one's."""

@@ -13,6 +13,7 @@ target. Bounds are computed in host memory, where batches are made, so that this
 import torch
 from torch import Tensor
 
+from bardling.data.tokens.documents import begins_documents
 from bardling.data.tokens.shards import TokenDataset
 from bardling.data.tokens.tokenizer import Tokenizer
 from bardling.errors import UserError
@@ -58,14 +59,3 @@ def document_start(masked: bool, dataset: TokenDataset, tokenizer: Tokenizer | N
     if dataset.manifest.train.documents == 1:
         raise UserError(f"data.document_mask = True: {dataset.path} contains a single document: omit the setting")
     return start
-
-
-def begins_documents(dataset: TokenDataset, tokenizer: Tokenizer) -> int | None:
-    """The token before the text of each document: the one that the tokenizer puts there, or else the end-of-text token.
-
-    Datasets of versions that left out the former are recognized by their first token.
-    """
-    for token in tokenizer.interface.start[:1]:
-        if int(dataset.split("train").read(0, 1)[0]) == token:
-            return token
-    return tokenizer.eot_id

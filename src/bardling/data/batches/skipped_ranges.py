@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bardling.data.batches.order import Int64s, SequenceOrder
+from bardling.data.batches.order import DataOrder, Int64s
 
 Range = tuple[int, int]  # first position in the data order, and number of sequences
 
@@ -27,10 +27,23 @@ def merge_ranges(ranges: Iterable[Range]) -> tuple[Range, ...]:
 
 
 @dataclass(frozen=True)
-class SkippingOrder(SequenceOrder):
+class SkippingOrder:
     """A data order without some ranges; made by `skip_ranges`."""
 
+    order: DataOrder
     ranges: tuple[Range, ...] = ()  # as returned by `merge_ranges`
+
+    @property
+    def n_tokens(self) -> int:
+        return self.order.n_tokens
+
+    @property
+    def block_size(self) -> int:
+        return self.order.block_size
+
+    @property
+    def sequences_per_epoch(self) -> int:
+        return self.order.sequences_per_epoch
 
     def places(self, first: int, count: int) -> list[Range]:
         """Positions in the data order of samples `first` to `first + count - 1`, in as few ranges as possible."""
@@ -45,11 +58,14 @@ class SkippingOrder(SequenceOrder):
         return [*result, (position, count)] if count else result
 
     def starts(self, first: int, count: int) -> Int64s:
-        starts = super().starts
-        parts = [starts(*place) for place in self.places(first, count)]
-        return np.concatenate(parts) if parts else starts(first, 0)
+        parts = [self.order.starts(*place) for place in self.places(first, count)]
+        return np.concatenate(parts) if parts else self.order.starts(first, 0)
+
+    def epochs(self, samples: int) -> list[float]:
+        """As in the data order: what was skipped counts as visited."""
+        return self.order.epochs(samples + sum(size for begin, size in self.ranges if begin < samples))
 
 
-def skip_ranges(order: SequenceOrder, ranges: Iterable[Range]) -> SkippingOrder:
+def skip_ranges(order: DataOrder, ranges: Iterable[Range]) -> SkippingOrder:
     """`order` without `ranges`, which may overlap."""
-    return SkippingOrder(order.seed, order.n_tokens, order.block_size, order.row, merge_ranges(ranges))
+    return SkippingOrder(order, merge_ranges(ranges))

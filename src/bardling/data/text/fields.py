@@ -34,6 +34,8 @@ def instead(name: str, names: Iterable[object]) -> str:
 
 def valid_text(text: str) -> str:
     """The text, with lone surrogates, which UTF-8 cannot encode, replaced by U+FFFD."""
+    if text.isascii():  # known without looking at the characters
+        return text
     try:
         text.encode()
     except UnicodeEncodeError:

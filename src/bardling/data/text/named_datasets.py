@@ -81,11 +81,13 @@ class HubSource:
     split: str = "train"
     field: str = DEFAULT_FIELD  # the column that contains the text, or a template
     stream: bool = False  # read the files over the network each time instead of downloading them
+    first: int = 0  # file to begin with
+    last: int | None = None  # file before which to end; None: to the end
     findings: Findings = dataclass_field(default_factory=Findings, compare=False)  # of the last pass over the documents
 
     def documents(self) -> Iterator[Document]:
         """All rows with text, named FILE:ROW with rows counted from 0; a `UserError` if one cannot be downloaded or read."""
-        return self._from(0, 0)
+        return self._from(self.first, 0)
 
     def after(self, name: str) -> Iterator[Document]:
         """The documents after the one with this name; earlier files are not opened."""
@@ -100,7 +102,7 @@ class HubSource:
         found = self._listing()
         self.findings.clear()
         wanted = RowText(self.field)
-        for file in found.files[number:]:
+        for file in found.files[number : self.last]:
             for index, content in self._rows(found, file, wanted, row):
                 name = f"{file.path}:{index}"
                 place = f"row {index}" if file.path.endswith(".parquet") else f"line {index + 1}"
@@ -135,14 +137,17 @@ class HubSource:
     def size(self) -> int:
         """Approximate bytes of text, extrapolated from the first file; 0 if unknown."""
         found = self._listing()
-        first = found.files[0]
+        files = found.files[self.first : self.last]
+        if not files:
+            return 0
+        first = files[0]
         if not first.path.endswith(".parquet"):
             return 0
         place = hub.remote(found, first) if self.stream else hub.fetch(found, first)
         label = f"hf:{self.repository}/{first.path}"
         with opened(place) as (stream, _):
             text = parquet_text_bytes(Table(stream, label, RowText(self.field), _FIELD_REMEDY))
-        return int(text / max(1, first.size) * sum(file.size for file in found.files))
+        return int(text / max(1, first.size) * sum(file.size for file in files))
 
 
 def is_source_name(spec: str) -> bool:

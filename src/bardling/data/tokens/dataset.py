@@ -13,6 +13,7 @@ from bardling.data.text.named_datasets import is_source_name, source_for
 from bardling.data.text.opening import without_secrets
 from bardling.data.tokens.conversations import Rows
 from bardling.data.tokens.manifest import FORMAT
+from bardling.data.tokens.pack_documents import pack_documents
 from bardling.data.tokens.prepare import METHOD, SPLIT_RULE, prepare
 from bardling.data.tokens.shards import TokenDataset, open_dataset
 from bardling.data.tokens.token_files import detect_token_folder, open_token_folder
@@ -37,6 +38,17 @@ def reading(config: DataConfig) -> dict[str, Any]:
 
 
 def open_data(config: DataConfig, split_rule: int = SPLIT_RULE, context: int = 0) -> TokenDataset:
+    """The dataset of `config`, as `_open` finds it; with data.packing = "documents", its documents in rows for a `context`."""
+    dataset = _open(config, split_rule, context)
+    if config.packing == "concat" or dataset.manifest.row:
+        return dataset
+    key = json_sha256([FORMAT, METHOD, dataset.fingerprint, context])[:16]
+    packed = _cache(config) / "datasets" / f"{dataset.manifest.source.get('name', 'tokens')}-packed{context}-{key}"
+    tag_cache(_cache(config))
+    return open_dataset(packed) if packed.exists() else pack_documents(dataset, packed, context)
+
+
+def _open(config: DataConfig, split_rule: int, context: int) -> TokenDataset:
     """Open the dataset of `config`. Text is prepared once, in data.cache, else $BARDLING_CACHE, else ~/.cache/bardling.
 
     A prepared text is found again by everything that determines its ids: the files, their encoding, the tokenizer with its

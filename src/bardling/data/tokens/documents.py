@@ -25,6 +25,7 @@ import numpy.typing as npt
 from bardling.data.tokens.journal import cut_back
 from bardling.data.tokens.manifest import IndexFile, SplitName
 from bardling.data.tokens.shards import TokenDataset
+from bardling.data.tokens.tokenizer import Tokenizer
 from bardling.errors import UserError
 from bardling.files.atomic import os_error_as_user_error
 from bardling.files.digests import file_sha256
@@ -105,14 +106,25 @@ class Documents:
         """The documents of the `count` tokens from `start` on; a `UserError` names an index file that is damaged."""
         return self._indexed(start, start + count) if self.named else self._scanned(start, start + count)
 
-    def _indexed(self, start: int, stop: int) -> list[Document]:
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens of each document, [documents]; empty without an index."""
+        if not self.named or not self._sizes[0]:
+            return np.zeros(0, np.int64)
+        begins = self._rows()[:, 0].astype(np.int64)
+        return np.append(begins[1:], len(self._split)) - begins
+
+    def _rows(self) -> npt.NDArray[np.uint64]:
+        """The index: position, and offset of the name, of each document, [documents, 2]."""
         path, size = self._paths[0], self._sizes[0]
         with os_error_as_user_error(path, "read"):
             if path.stat().st_size != size or size % _ROW_BYTES:
                 raise UserError(f"{path}: is truncated or was changed, so documents have no names: prepare the dataset again")
-            if not size:
-                return []
-            rows = np.memmap(path, "<u8", "r", shape=(size // _ROW_BYTES, 2))
+            return np.memmap(path, "<u8", "r", shape=(size // _ROW_BYTES, 2)) if size else np.zeros((0, 2), np.uint64)
+
+    def _indexed(self, start: int, stop: int) -> list[Document]:
+        path, rows = self._paths[0], self._rows()
+        if not len(rows):
+            return []
         begins = rows[:, 0]
         first, last = bisect.bisect_right(begins, start) - 1, bisect.bisect_left(begins, stop)
         bounds = [int(begins[number]) if number < len(rows) else len(self._split) for number in range(first, last + 1)]
@@ -145,3 +157,12 @@ class Documents:
                 break  # with bounds on both sides of the range, `low` and `high` do not matter
         bounds = [low, *(end + 1 for end in ends), high]
         return [Document(a, b) for a, b in itertools.pairwise(bounds) if a < b and a < stop and b > start]
+
+
+def begins_documents(dataset: TokenDataset, tokenizer: Tokenizer) -> int | None:
+    """The token before the text of each document: the one that the tokenizer puts there, or else the end-of-text token.
+
+    Datasets of versions that left out the former are recognized by their first token.
+    """
+    first = [split.read(0, 1)[0] for split in (dataset.split("train"), dataset.split("val")) if len(split)][:1]
+    return next((token for token in tokenizer.interface.start[:1] if token in first), tokenizer.eot_id)

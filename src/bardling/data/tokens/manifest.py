@@ -66,10 +66,15 @@ class Manifest:
     train: SplitInfo
     val: SplitInfo
     format: int = FORMAT
-    row: int = 0  # tokens of each packed row of conversations; 0: text, which is cut anywhere
+    row: int = 0  # tokens of each packed row of conversations or documents; 0: text, which is cut anywhere
 
     def split(self, name: SplitName) -> SplitInfo:
         return self.train if name == "train" else self.val
+
+    @property
+    def holds_conversations(self) -> bool:
+        """Whether the rows are of conversations, and not of documents (`pack_documents.py`)."""
+        return self.row > 0 and "packing" not in self.source
 
     @property
     def fingerprint(self) -> str:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass
 
 from bardling.distributed.device import memory_used
@@ -20,6 +20,7 @@ class Log:
     every: int
     sequences_per_epoch: int | None  # to report epochs; None if the size of the dataset is unknown
     flops_per_token: Callable[[int], int]  # FLOPs of a token, as a function of the context length
+    epochs: Callable[[int], Mapping[str, float]] = lambda samples: {}  # of each source of a mixture, by name
     peak_flops: float | None  # of one process's device (FLOP/s); None if unknown
     _steps: int = 0  # since the latest record
 
@@ -55,6 +56,7 @@ class Log:
                 memory_bytes=memory_used(result.loss.device),
                 seconds_left=plan.cost(self.flops_per_token, state.step) / flops * seconds,
                 time=time.time(),
+                sources={f"epoch/{name}": value for name, value in self.epochs(state.samples).items()},
                 order_digest=None if digest is None else str(digest),
             )
         )

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from bardling.data.batches.loader import Batch, TrainSequences, shorten_context
-from bardling.data.batches.order import SequenceOrder
+from bardling.data.batches.order import DataOrder
 from bardling.data.batches.skipped_ranges import Range
 from bardling.data.tokens.documents import Document
 from bardling.data.tokens.shards import TokenDataset
@@ -42,7 +42,7 @@ class Explainer:
     """Explains bad steps of one run. All processes must call it alike, because it runs forward passes."""
 
     dataset: TokenDataset
-    order: SequenceOrder  # before anything is skipped
+    order: DataOrder  # before anything is skipped
     objective: Objective
     context: Context
     precision: Precision
@@ -92,6 +92,7 @@ class Explainer:
         named = {} if document.number is None else {"number": document.number, "name": document.name}
         return {
             **entry,
+            **({"source": sequence.source} if sequence.source else {}),
             "start": sequence.start,
             "file": sequence.file,
             "place": sequence.offset,
@@ -172,4 +173,5 @@ def describe_sequence(entry: dict[str, Any]) -> str:
     if "start" not in entry:
         return f"{text} ({entry.get('note', 'position unknown')})"
     document = Document(**entry["document"])
-    return f"{text}, {entry['file']} from token {entry['place']:,}; in it {document}"
+    source = f"source {entry['source']}, " if entry.get("source") else ""
+    return f"{text}, {source}{entry['file']} from token {entry['place']:,}; in it {document}"

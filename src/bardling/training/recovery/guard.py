@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from bardling.config import GuardConfig
-from bardling.data.batches.order import SequenceOrder
+from bardling.data.batches.order import DataOrder
 from bardling.data.batches.skipped_ranges import Range, SkippingOrder
 from bardling.distributed.context import Context
 from bardling.errors import UserError
@@ -74,7 +74,7 @@ class _StepMetrics:
 class Guard:
     config: GuardConfig
     context: Context
-    data_order: SequenceOrder  # before anything is skipped
+    data_order: DataOrder  # before anything is skipped
     rollbacks: tuple[Rollback, ...]  # of the run so far
     explainer: Explainer  # runs a bad step's sequences once more, in all processes alike
     _: KW_ONLY

@@ -8,13 +8,16 @@ Limits: runs started by versions that did not record samples are taken to have h
 answer is about the steps that led to the latest state, not about those that a rollback undid.
 """
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
 from bardling.checkpoint.run_folder import RunFolder
 from bardling.config import DataConfig, RunConfig, TrainConfig
-from bardling.data.batches.order import SequenceOrder
+from bardling.data.batches.assemble import data_order
+from bardling.data.batches.order import DataOrder
 from bardling.data.batches.skipped_ranges import Range, SkippingOrder, skip_ranges
+from bardling.data.tokens.corpus import locate, parts_of, reopen_corpus
 from bardling.data.tokens.dataset import open_data
 from bardling.data.tokens.documents import Document, Documents
 from bardling.data.tokens.shards import TokenDataset
@@ -30,8 +33,9 @@ _LAST_SAMPLE = 1 << 60
 @dataclass(frozen=True)
 class TracedSequence:
     sample: int  # its number in the data order
-    start: int  # position of its first token in the split
+    start: int  # position of its first token in the split of its source
     length: int  # tokens, including the last target
+    source: str  # name, in a mixture
     file: str
     offset: int  # of its first token in the file
     documents: tuple[Document, ...]
@@ -41,6 +45,7 @@ class TracedSequence:
 class TracedStep:
     step: int
     dataset: TokenDataset
+    order: DataOrder  # of which `TracedSequence.sample` is a number
     named: bool  # whether documents have names
     sequences: tuple[TracedSequence, ...]
     rollbacks: tuple[Rollback, ...]  # caused by this step before it succeeded
@@ -49,24 +54,29 @@ class TracedStep:
         """The first tokens of a sequence as text; None without a tokenizer."""
         if self.dataset.tokenizer is None:
             return None
-        ids = self.dataset.split("train").read(sequence.start, min(tokens, sequence.length))
+        split = dict(self.dataset.splits("train"))[sequence.source]
+        ids = split.read(sequence.start, min(tokens, sequence.length))
         return self.dataset.tokenizer.decode(ids.tolist())
 
 
 class Tracer:
     """Finds sequences and their documents in the training split."""
 
-    def __init__(self, dataset: TokenDataset, order: SequenceOrder) -> None:
-        self._split, self._order = dataset.split("train"), order
-        self.documents = Documents(dataset, "train")
+    def __init__(self, dataset: TokenDataset, order: DataOrder) -> None:
+        parts = parts_of(dataset, "train")
+        self._order, self._splits = order, dataset.splits("train")
+        self._documents = [Documents(part.dataset, "train") for part in parts]
+        self._bounds = list(itertools.accumulate((len(split) for _, split in self._splits), initial=0))
+        self.named = all(documents.named for documents in self._documents)
 
     def sequences(self, ranges: list[Range]) -> list[TracedSequence]:
         found, length = [], self._order.block_size + 1
         for first, count in ranges:
             for sample, start in enumerate(self._order.starts(first, count).tolist(), first):
-                file, offset = self._split.place(start)
-                documents = tuple(self.documents.at(start, length))
-                found.append(TracedSequence(sample, start, length, file, offset, documents))
+                number, local = locate(self._bounds, start)
+                source, split = self._splits[number]
+                documents = tuple(self._documents[number].at(local, length))
+                found.append(TracedSequence(sample, local, length, source, *split.place(local), documents))
         return found
 
 
@@ -80,7 +90,7 @@ def trace_step(folder: RunFolder, step: int) -> TracedStep:
     if not 1 <= step <= config.train.steps:
         raise UserError(f"--step {step}: {folder.path} has steps 1 to {config.train.steps:,}; choose one of these")
     dataset = _open_dataset(folder)
-    order = SequenceOrder(trained.seed, len(dataset.split("train")), trained.model.block_size, dataset.manifest.row)
+    order = data_order(dataset, trained.data, trained.seed, trained.model.block_size)
     rollbacks = read_rollbacks(folder)
     first, count = _samples(folder, config, step)
     if count > _MAX_SEQUENCES or first > _LAST_SAMPLE:
@@ -91,16 +101,18 @@ def trace_step(folder: RunFolder, step: int) -> TracedStep:
     tracer = Tracer(dataset, order)
     sequences = tracer.sequences(order_after(order, rollbacks).places(first, count))
     caused = tuple(rollback for rollback in rollbacks if rollback.event.step == step)
-    return TracedStep(step, dataset, tracer.documents.named, tuple(sequences), caused)
+    return TracedStep(step, dataset, order, tracer.named, tuple(sequences), caused)
 
 
-def order_after(order: SequenceOrder, rollbacks: tuple[Rollback, ...]) -> SkippingOrder:
+def order_after(order: DataOrder, rollbacks: tuple[Rollback, ...]) -> SkippingOrder:
     """The data order without the sequences that rollbacks skip."""
     return skip_ranges(order, [part for rollback in rollbacks for part in rollback.ranges])
 
 
 def _open_dataset(folder: RunFolder) -> TokenDataset:
-    record = folder.dataset_record()
+    record, trained = folder.dataset_record(), folder.trained_config()
+    if trained.data.sources or trained.data.val_source:
+        return reopen_corpus(trained.data, record, folder.path, context=trained.model.block_size)
     try:
         dataset = open_data(DataConfig(source=str(record.get("path"))))
     except UserError as error:
