@@ -97,3 +97,5 @@ def test_the_loss_of_a_mixture_is_that_of_its_tokens():
     assert weighted_mean([web], [1.0], [""]) is web
     hopeless = LossResult(loss=math.inf, bits_per_byte=None, tokens=10, bytes=None)
     assert weighted_mean([web, hopeless], [1.0, 0.0], ["web", "other"]).loss == 2.0
+    endless = LossResult(loss=math.inf, bits_per_byte=math.inf, tokens=10, bytes=10)
+    assert weighted_mean([web, endless], [1.0, 0.0], ["web", "other"]).bits_per_byte == pytest.approx(1.5)

@@ -47,7 +47,7 @@ def weighted_mean(results: Sequence[LossResult], weights: Sequence[float], names
     if all(result.bits_per_byte is not None for result in results):
         # Bits and bytes for each token of the mixture.
         sizes = [weight * (result.bytes or 0) / result.tokens for result, weight in parts]
-        bits = sum(size * (result.bits_per_byte or 0.0) for size, result in zip(sizes, results, strict=True))
+        bits = sum(size * (result.bits_per_byte or 0.0) for size, result in zip(sizes, results, strict=True) if size)
         bits_per_byte = bits / sum(sizes) if sum(sizes) else None
     return LossResult(
         sum(weight * result.loss for result, weight in parts if weight),  # a source without weight may have an infinite loss
