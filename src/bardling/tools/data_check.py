@@ -353,9 +353,9 @@ def dataset_tokens(dataset: TokenDataset, seed: int) -> Report:
 
 
 def dataset_report(dataset: TokenDataset, seed: int) -> Report:
-    """`dataset_tokens`, with the lengths of the documents where the dataset has an index."""
+    """`dataset_tokens`, with the lengths of the documents where the dataset has an index, and they are whole."""
     lengths = Histogram()
-    for name in SPLITS:
+    for name in SPLITS if not dataset.manifest.source.get("packing") else ():
         for part in parts_of(dataset, name):
             lengths.add(Documents(part.dataset, name).lengths())
     found = {"lengths": lengths.facts("tokens")} if lengths.total else {}

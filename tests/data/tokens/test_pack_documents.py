@@ -16,7 +16,9 @@ from bardling.data.tokens.documents import Documents
 from bardling.data.tokens.pack_documents import describe_packing
 from bardling.data.tokens.prepare import prepare
 from bardling.data.tokens.shards import open_dataset
+from bardling.data.tokens.split_text import decoded_text
 from bardling.errors import UserError
+from bardling.tools.data_check import dataset_report
 
 BLOCK = 24
 
@@ -97,9 +99,17 @@ def test_a_validation_text_is_packed_too(source):
     assert np.array_equal(dataset.split("train").read(0, 500), dataset.split("val").read(0, 500))
 
 
+def test_parts_of_documents_are_not_taken_for_documents(source):
+    dataset = opened(source)
+    with pytest.raises(UserError, match=r"packed into rows, .*: use the text that it was made from \(.*texts.jsonl\)$"):
+        decoded_text(dataset)
+    assert "lengths" not in dataset_report(dataset, 0)
+    assert "lengths" in dataset_report(open_data(DataConfig(str(source), "byte")), 0)
+
+
 def test_text_that_cannot_be_packed_is_refused(tmp_path):
     (tmp_path / "one.txt").write_text("a single document " * 50)
-    with pytest.raises(UserError, match=r"one-byte-\w+ contains a single document: use --data.packing concat"):
+    with pytest.raises(UserError, match=r"one-byte-\w+ has fewer than two documents in each split: use --data.packing concat"):
         opened(tmp_path / "one.txt")
     with pytest.raises(UserError, match=r"data.packing = 'documents': the char tokenizer has no end-of-text token"):
         DataConfig(tokenizer="char", packing="documents")

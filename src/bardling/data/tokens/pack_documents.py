@@ -46,7 +46,7 @@ def pack_documents(dataset: TokenDataset, out: Path, block_size: int) -> TokenDa
     if tokenizer is None or start is None:
         fault = "has no end-of-text token to separate documents"
     elif max(dataset.manifest.split(name).documents for name in SPLITS) < 2:
-        fault = "contains a single document"
+        fault = "has fewer than two documents in each split"
     elif not all(Documents(dataset, name).named for name in SPLITS):
         fault = "has no document index (prepare the text again)"
     if tokenizer is None or start is None or fault:

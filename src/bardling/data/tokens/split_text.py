@@ -82,11 +82,15 @@ def _said(conversation: str) -> str:
 
 
 def decoded_text(dataset: TokenDataset) -> SplitText:
-    """The text of a dataset, which may be a mixture; a `UserError` if it has no tokenizer."""
+    """The text of a dataset, which may be a mixture; a `UserError` if it has no tokenizer or no whole documents."""
     tokenizer, manifest = dataset.tokenizer, dataset.manifest
     if tokenizer is None:
         fault = "has token files without a tokenizer, so its text cannot be read"
-        raise UserError(f"{dataset.path}: {fault}: check the text that it was made from")
+        raise UserError(f"{dataset.path}: {fault}: use the text that it was made from")
+    if manifest.source.get("packing"):
+        texts = ", ".join(str(part.dataset.manifest.source.get("spec", "")) for part in parts_of(dataset, "train"))
+        fault = "holds documents packed into rows, where long ones are in parts"
+        raise UserError(f"{dataset.title}: {fault}: use the text that it was made from ({texts})")
     skipped = tokenizer.bytes_per_token() == 0
 
     def documents() -> Iterator[SplitDocument]:
