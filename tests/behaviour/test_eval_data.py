@@ -128,6 +128,33 @@ def test_text_that_was_trained_on_is_reported(run, tmp_path, measure, corpus):
     assert 0 < float(found["validation"].partition("%")[0]) < 100, "its lines are built from few words"
 
 
+def test_the_overlap_with_packed_text_is_unknown_and_a_validation_text_is_named(tmp_path, measure, capsys):
+    """Rows hold documents in another order, and parts of long ones, so a search would miss most of the text."""
+    for name in ("train", "val"):
+        rows = [f"The {name} text of number {number}, which goes on for {number} more." for number in range(40)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    values = {
+        "device": "cpu",
+        "precision": "float32",
+        "compile": "off",
+        "model": {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 32},
+        "data": {
+            "source": str(tmp_path / "train.jsonl"),
+            "val_source": str(tmp_path / "val.jsonl"),
+            "tokenizer": "byte",
+            "packing": "documents",
+        },
+        "train": {"steps": 2, "batch_size": 4},
+        "eval": {"every": 0},
+        "sample": {"every": 0},
+    }
+    run = train(config_from_dict(RunConfig, values, "test"), tmp_path / "run", quiet=True).folder
+    rows = measure(run, tmp_path / "train.jsonl")
+    assert rows["overlap"] == f"unknown, because the training text of {run} is packed into rows"
+    main(["eval", str(run), "--device", "cpu", "--precision", "float32"])
+    assert re.search(r"^measured on +[\d,]+ tokens of .*\bval-packed32-", capsys.readouterr().out, re.MULTILINE)
+
+
 def test_overlap_is_that_of_a_plain_search(tmp_path):
     rng = np.random.default_rng(0)
     training = "".join(map(str, rng.integers(0, 10, 5000)))

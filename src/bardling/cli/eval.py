@@ -166,7 +166,7 @@ def _about_data(found: "Sequence[Measured]", wanted: "Wanted") -> Rows:
     from bardling.report.compression import compressor_bits_per_byte
 
     rows: Rows = []
-    datasets = {measured.dataset.title: measured for measured in found if measured.dataset is not None}
+    datasets = {measured.dataset.validation_title: measured for measured in found if measured.dataset is not None}
     for number, measured in enumerate(datasets.values()):
         dataset, loss = measured.dataset, measured.loss
         assert dataset is not None
@@ -175,7 +175,7 @@ def _about_data(found: "Sequence[Measured]", wanted: "Wanted") -> Rows:
         if whole and (number == 0 or wanted.data is None):  # else it is the same text in other tokens
             indent, baselines = "  " if len(found) == 1 else "", compressor_bits_per_byte(dataset).items()
             rows += [(f"{indent}{name}", f"{bits:.4f} bits per byte on the same text") for name, bits in baselines]
-        rows.append(("measured on", f"{loss.tokens:,} tokens of {dataset.title}"))
+        rows.append(("measured on", f"{loss.tokens:,} tokens of {dataset.validation_title}"))
         if wanted.data is not None and measured.run is not None:
             rows.append(("overlap", _overlap(dataset, measured.run)))
     return rows
@@ -204,5 +204,7 @@ def _overlap(dataset: "TokenDataset", run: "RunFolder") -> str:
     if trained is None:
         return f"unknown, because the training tokens of {run.path} are gone"
     training = trained.split("train")
+    if training.row:  # documents are in another order there, and long ones are cut
+        return f"unknown, because the training text of {run.path} is packed into rows"
     part = "" if len(training) <= MOST_TOKENS else f" (in its first {MOST_TOKENS:,} tokens)"
     return f"{training_overlap(dataset.split('val'), training):.1%} of this text is also training text of {run.path}{part}"

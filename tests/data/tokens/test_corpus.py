@@ -40,6 +40,15 @@ def test_the_splits_follow_each_other(files):
     assert corpus.fingerprint != open_corpus(mixture(*reversed(files), tokenizer="byte")).fingerprint
 
 
+def test_the_validation_text_has_its_own_title(files):
+    single = open_corpus(DataConfig(str(files[0]), "byte", val_source=str(files[1])))
+    mixed = open_corpus(mixture(*files, tokenizer="byte", val_source=str(files[1])))
+    assert single.validation_title == mixed.validation_title == str(single.val[0].dataset.path) != single.title
+    assert mixed.title == "the mixture of one, two" == open_corpus(mixture(*files, tokenizer="byte")).validation_title
+    alone = open_corpus(DataConfig(str(files[0]), "byte"))
+    assert alone.validation_title == alone.title
+
+
 def test_a_trained_tokenizer_is_that_of_the_first_source(files):
     corpus = open_corpus(mixture(*files, tokenizer="bpe:270"))
     prints = {part.dataset.manifest.tokenizer for part in corpus.train}

@@ -62,6 +62,10 @@ class Corpus(TokenDataset):
         names = ", ".join(part.name for part in self.train)
         return f"the mixture of {names}" if names else super().title
 
+    @property
+    def validation_title(self) -> str:
+        return self.title if self.val == self.train else str(self.val[0].dataset.path)
+
     def split(self, name: SplitName) -> TokenSplit:
         return JoinedSplit([split for _, split in self.splits(name)])
 

@@ -239,6 +239,11 @@ class TokenDataset:
         """What the dataset is called in results."""
         return str(self.path)
 
+    @property
+    def validation_title(self) -> str:
+        """What its validation text is called there."""
+        return self.title
+
     def splits(self, name: SplitName) -> list[tuple[str, TokenSplit]]:
         """The split of each source, with its name, which is empty if there is only one (`corpus.py`)."""
         return [("", self.split(name))]
