@@ -105,6 +105,7 @@ def test_a_run_shows_the_samples_of_a_step(tiny, notes, tmp_path, capsys):
     checked = output(capsys, "data", "check", tmp_path / "run")
     assert "training" in checked
     assert "tokens" in checked
+    assert "--data.source" not in checked, "a run is no text"
 
 
 def test_answers_of_conversations_are_shown_as_learned(tmp_path, tiny, capsys):

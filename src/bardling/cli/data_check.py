@@ -173,6 +173,8 @@ def _next_step(report: dict[str, Any], options: CheckOptions) -> str:
         return f"next: bardling data check {options.source} --dedup CLEAN, then train with --data.source CLEAN/documents.jsonl"
     if titles:
         return "next: remove what is listed above from the text, then check it again"
+    if (Path(options.source) / "config.toml").is_file():
+        return f"next: bardling eval {options.source}"
     if "token_sizes" in report:
         return f"next: bardling train quickstart --data.source {options.source}"
     return f"next: bardling prepare {options.source} --out DATASET"
