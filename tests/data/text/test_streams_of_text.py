@@ -188,7 +188,7 @@ def test_standard_input_is_prepared_like_a_file(tmp_path: Path, name: str) -> No
 def test_standard_input_that_cannot_be(tmp_path: Path) -> None:
     done = bardling("prepare", "-", "--out", tmp_path / "ds", data=b"", cache=tmp_path / "cache")
     assert done.returncode == 2
-    assert b"is empty" in done.stderr
+    assert b"standard input is empty" in done.stderr
     assert not (tmp_path / "ds").exists()
     with pytest.raises(UserError, match="run `bardling prepare - --out DIR`"):
         open_data(DataConfig(source="-"))

@@ -37,6 +37,8 @@ def standard_input(spec: str) -> Iterator[str]:
                 while piece := sys.stdin.buffer.read(1 << 20):
                     digest.update(piece)
                     file.write(piece)
+            if not copy.stat().st_size:
+                raise UserError("standard input is empty: pipe text into this command")
             os.utime(copy, ns=(0, 0))  # its identity has the time of the last change
             named = cache_root() / "stdin" / digest.hexdigest()[:32]
             named.mkdir(parents=True, exist_ok=True)
