@@ -169,6 +169,13 @@ def test_nothing_is_overwritten(planted, report, tmp_path, capsys):
     assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
 
+def test_the_next_step_reads_the_text_in_the_same_way(tmp_path, capsys):
+    rows = [{"title": f"t{number}", "body": f"body of number {number * number}"} for number in range(9)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    main(["data", "check", str(tmp_path / "rows.jsonl"), "--field", "{title}: {body}"])
+    assert capsys.readouterr().out.endswith("rows.jsonl --field '{title}: {body}' --out DATASET\n")
+
+
 def test_a_prepared_dataset_gives_the_same_findings(planted, tmp_path):
     folder, items, names = planted
     dataset = prepare(str(folder), tmp_path / "set", "byte")

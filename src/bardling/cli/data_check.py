@@ -1,6 +1,7 @@
 """`bardling data check PATH`: describe a source or dataset, and list what should not be in it."""
 
 import json
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -166,15 +167,17 @@ def _next_step(report: dict[str, Any], options: CheckOptions) -> str:
     """The last line: what to do next."""
     from bardling.tools.data_dedup import DOCUMENTS
 
+    reading = [(name, getattr(options, name)) for name in ("encoding", "field", "separator")]
     titles = " ".join(found["title"] for found in report["findings"] if found["severity"] != "note")
     if options.dedup:
         return f"next: bardling data check {options.dedup / DOCUMENTS}"
+    source = shlex.join([options.source, *(part for name, value in reading if value for part in (f"--{name}", value))])
     if "copies" in titles or "near-duplicates" in titles:
-        return f"next: bardling data check {options.source} --dedup CLEAN, then train with --data.source CLEAN/documents.jsonl"
+        return f"next: bardling data check {source} --dedup CLEAN, then train with --data.source CLEAN/documents.jsonl"
     if titles:
         return "next: remove what is listed above from the text, then check it again"
     if (Path(options.source) / "config.toml").is_file():
         return f"next: bardling eval {options.source}"
     if "token_sizes" in report:
         return f"next: bardling train quickstart --data.source {options.source}"
-    return f"next: bardling prepare {options.source} --out DATASET"
+    return f"next: bardling prepare {source} --out DATASET"
