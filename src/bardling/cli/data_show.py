@@ -33,7 +33,7 @@ class ShowOptions:
     seed: int = 1337
     """Of a dataset's data order, as train.seed of a run."""
     block_size: int = 256
-    """Tokens of context, for a dataset."""
+    """Tokens of context, for a dataset whose text is not packed into rows."""
     batch_size: int = 8
     """Samples of a step, for a dataset."""
     document_mask: bool = False
@@ -98,8 +98,7 @@ def _print(sequence: "ShownSequence", tokenizer: "Tokenizer | None") -> None:
         if span.anew:
             print(_styled("\n--- attention begins anew ---", _LINE))
         if span.document is not None:
-            before = sequence.start - span.document.begin
-            begins = "continues" if before > 0 else "begins"
+            begins = "continues" if span.continued else "begins"
             print(_styled(f"\n=== {printable(str(span.document))} {begins} ===", _LINE))
         text = str(span.ids.tolist()) if tokenizer is None else _text(tokenizer, span.ids.tolist())
         style = (text, _LEARNED) if span.learned else (_bracketed(text), _NOT_LEARNED)

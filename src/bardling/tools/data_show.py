@@ -27,6 +27,7 @@ class Span:
     ids: Ids  # [tokens]
     learned: bool  # whether they are targets
     document: Document | None  # if one begins with these tokens, or the sequence does
+    continued: bool  # whether the document's beginning is elsewhere
     anew: bool  # whether attention does not reach the tokens before
 
 
@@ -47,6 +48,9 @@ def show_samples(dataset: TokenDataset, order: DataOrder, samples: list[int], *,
     """Samples of the data order; `masked` tells that attention does not cross documents (`data.document_mask`)."""
     split, tracer = dataset.split("train"), Tracer(dataset, order)
     source = TrainSequences(split, order, document_start(masked, dataset, dataset.tokenizer))
+    starts = set[int | None]()  # in packed rows, what a document begins with, but not the later parts of a long one
+    if dataset.tokenizer is not None and dataset.manifest.source.get("packing"):
+        starts = {*dataset.tokenizer.interface.start[:1], dataset.tokenizer.eot_id}
     for sample in samples:
         batch = source.batch(sample, 1)
         (traced,) = tracer.sequences([(sample, 1)])
@@ -57,8 +61,10 @@ def show_samples(dataset: TokenDataset, order: DataOrder, samples: list[int], *,
         names = {max(found.begin - traced.start, 0): found for found in traced.documents}
         changes = {0, *names, *begun, *(np.flatnonzero(np.diff(learned)) + 1).tolist()}
         cuts = [*sorted(changes), len(ids)]
-        spans = tuple(
-            Span(ids[begin:end], bool(learned[begin]), names.get(begin), begin in begun) for begin, end in pairwise(cuts)
-        )
+        spans = []
+        for begin, end in pairwise(cuts):
+            found = names.get(begin)
+            continued = found is not None and (found.begin < traced.start or bool(starts and int(ids[begin]) not in starts))
+            spans.append(Span(ids[begin:end], bool(learned[begin]), found, continued, begin in begun))
         place = f"{traced.file} from token {traced.offset:,}{' of ' * bool(traced.source)}{traced.source}"
-        yield ShownSequence(sample, traced.start, place, spans)
+        yield ShownSequence(sample, traced.start, place, tuple(spans))

@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import re
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from bardling.config import DataConfig
 from bardling.data.batches import IGNORE
 from bardling.data.batches.loader import EvalSequences
+from bardling.data.batches.order import SequenceOrder
 from bardling.data.tokens.corpus import open_corpus
 from bardling.data.tokens.dataset import open_data
 from bardling.data.tokens.documents import Documents
@@ -19,6 +21,7 @@ from bardling.data.tokens.shards import open_dataset
 from bardling.data.tokens.split_text import decoded_text
 from bardling.errors import UserError
 from bardling.tools.data_check import dataset_report
+from bardling.tools.data_show import show_samples
 
 BLOCK = 24
 
@@ -82,6 +85,20 @@ def test_rows_are_named_by_their_documents(source):
     (first, *_) = index.at(0, BLOCK + 1)
     assert first.name.startswith("texts.jsonl:")
     assert first.begin == 0
+
+
+def test_the_later_parts_of_a_document_are_shown_as_such(source):
+    dataset = opened(source)
+    order = SequenceOrder(1, len(dataset.split("train")), BLOCK, BLOCK + 1)
+    spans = [
+        span for row in show_samples(dataset, order, list(range(order.sequences_per_epoch)), masked=False) for span in row.spans
+    ]
+    parts = [span for span in spans if span.document is not None]
+    for part in parts:
+        assert part.continued == (part.ids[0] != dataset.tokenizer.eot_id)
+        assert part.document.number is None
+    assert sum(not part.continued for part in parts) == dataset.manifest.train.documents
+    assert re.fullmatch(r"'texts.jsonl:\d+' \(tokens 0 to \d+\)", str(Documents(dataset, "train").at(0, 1)[0]))
 
 
 def test_the_same_rows_from_text_and_from_a_prepared_folder(source, tmp_path):

@@ -41,12 +41,14 @@ class Document:
 
     begin: int  # position of its first token
     end: int  # position after its last token, which is the end-of-text token
-    number: int | None = None  # counted from 0; None without an index
+    number: int | None = None  # counted from 0; None without an index, and for the parts of documents in packed rows
     name: str = ""  # in the source; empty without an index
 
     def __str__(self) -> str:
         place = f"tokens {self.begin:,} to {self.end - 1:,}"
-        return f"the document at {place}" if self.number is None else f"{self.name!r} (document {self.number:,}, {place})"
+        if self.number is not None:
+            return f"{self.name!r} (document {self.number:,}, {place})"
+        return f"{self.name!r} ({place})" if self.name else f"the document at {place}"
 
 
 class DocumentWriter(AbstractContextManager["DocumentWriter"]):
@@ -100,6 +102,7 @@ class Documents:
         index = dataset.manifest.split(split).index
         self._paths = [dataset.path / file.name for file in index]
         self._sizes = [file.size for file in index]
+        self._whole = not dataset.manifest.source.get("packing")
         self.named = bool(self._paths) and all(path.is_file() for path in self._paths)
 
     def at(self, start: int, count: int) -> list[Document]:
@@ -131,7 +134,7 @@ class Documents:
         if first < 0 or any(start > end for start, end in itertools.pairwise(bounds)):
             raise UserError(f"{path}: is damaged, because its documents are out of order: prepare the dataset again")
         pairs = enumerate(itertools.pairwise(bounds), first)
-        return [Document(*pair, number, self._name(int(rows[number, 1]))) for number, pair in pairs]
+        return [Document(*pair, number if self._whole else None, self._name(int(rows[number, 1]))) for number, pair in pairs]
 
     def _name(self, offset: int) -> str:
         path = self._paths[1]
