@@ -9,7 +9,7 @@ import torch
 from bardling.config import ModelConfig
 from bardling.data.batches.loader import Batch
 from bardling.distributed.device import Precision
-from bardling.evaluate.loss import Interrupted, LossResult, evaluate_loss
+from bardling.evaluate.loss import Interrupted, LossResult, evaluate_loss, weighted_mean
 from bardling.model.gpt import GPT
 
 FLOAT32 = Precision("float32", "test", "cpu")
@@ -83,3 +83,17 @@ def test_progress_is_reported_and_a_stop_request_is_obeyed(model):
 
 def test_perplexity_of_a_huge_loss_is_infinite_and_no_error():
     assert LossResult(1e4, None, 1, None).perplexity == math.inf
+
+
+def test_the_loss_of_a_mixture_is_that_of_its_tokens():
+    web = LossResult(loss=2.0, bits_per_byte=1.5, tokens=100, bytes=400)
+    code = LossResult(loss=4.0, bits_per_byte=3.0, tokens=1000, bytes=2000)
+    found = weighted_mean([web, code], [0.75, 0.25], ["web", "code"])
+    assert found.loss == pytest.approx(0.75 * 2.0 + 0.25 * 4.0)
+    # Of four tokens, three come from the web, with 4 bytes each, and one is code, with 2 bytes.
+    assert found.bits_per_byte == pytest.approx((3 * 4 * 1.5 + 2 * 3.0) / (3 * 4 + 2))
+    assert found.sources == {"web": web, "code": code}
+    assert (found.tokens, found.bytes) == (1100, 2400)
+    assert weighted_mean([web], [1.0], [""]) is web
+    hopeless = LossResult(loss=math.inf, bits_per_byte=None, tokens=10, bytes=None)
+    assert weighted_mean([web, hopeless], [1.0, 0.0], ["web", "other"]).loss == 2.0

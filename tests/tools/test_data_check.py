@@ -14,6 +14,7 @@ from bardling.data.text.sources import open_source
 from bardling.data.tokens.prepare import held_out, prepare
 from bardling.data.tokens.shards import open_dataset
 from bardling.data.tokens.split_text import open_split_text
+from bardling.tools import data_check
 from bardling.tools.data_check import dataset_report, describe, start_check
 
 PARTS, CHARACTERS = 160, 3000
@@ -182,6 +183,20 @@ def test_a_prepared_dataset_gives_the_same_findings(planted, tmp_path):
     assert sum(count for _, count in short["lengths"]["bars"]) == len(list(folder.iterdir()))
 
 
+def test_long_documents_are_looked_at_in_parts(planted, report, monkeypatch):
+    monkeypatch.setattr(data_check, "_PART", 700)
+    folder, items, _ = planted
+    check = start_check(open_split_text(DataConfig(source=str(folder))), (str(items),), lambda *_: None)
+    found = json.loads(json.dumps(describe(check, "", 0)))
+    for start in ("exact copies", "validation documents", "task items", "strings that look"):
+        assert {example["document"] for example in finding(found, start)["examples"]} == {
+            example["document"] for example in finding(report[0], start)["examples"]
+        }
+    assert finding(found, "strings that look")["examples"] == finding(report[0], "strings that look")["examples"]
+    assert found["sizes"] == report[0]["sizes"]
+    assert found["lengths"] == report[0]["lengths"]
+
+
 def test_random_text_has_no_findings(tmp_path):
     draw = random.Random(5)
     for number in range(120):
@@ -199,3 +214,14 @@ def test_a_single_text_is_checked_against_its_own_end(tmp_path):
     check = start_check(open_split_text(DataConfig(source=str(tmp_path / "one.txt"))), (), lambda *_: None)
     found = finding(describe(check, "", 0), "validation documents")
     assert "passage has 100 words" in found["examples"][0]["text"]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_conversations_are_read_without_their_template(count, tmp_path):
+    rows = [
+        {"messages": [{"role": "user", "content": f"Question {n}?"}, {"role": "assistant", "content": "Yes."}]}
+        for n in range(count)
+    ]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = open_split_text(DataConfig(source=str(tmp_path / "chat.jsonl")))
+    assert sorted(document.text for document in text.documents()) == [f"Question {n}?\n\nYes." for n in range(count)]

@@ -95,6 +95,8 @@ def test_a_mixture_resumes_exactly_on_one_and_two_processes(mixture, change, tmp
 def test_a_started_mixture_keeps_its_sources_and_weights(mixture, change, tmp_path):
     config = change(mixture, train={"steps": 4}, eval={"every": 0})
     train(config, tmp_path / "run", quiet=True)
+    with pytest.raises(UserError, match=r"^data.sources: web has [\d,]+ training tokens, but one sequence needs .*: add text"):
+        train(change(config, model={"block_size": 50_000}), tmp_path / "long", quiet=True)
     web, code, books = load_recipe(str(tmp_path / "run" / "config.toml")).data.sources
     for values in (
         {"sources": (web, code)},
@@ -152,7 +154,7 @@ def test_packed_documents_resume_even_if_the_rows_are_gone(mixture, change, tmp_
     assert weights(copy, 16) == weights(run, 16)
     with pytest.raises(UserError, match=r"data.packing = 'concat': a run that has started keeps 'documents'"):
         resume(run, change(config, data={"packing": "concat"}), quiet=True)
-    with pytest.raises(UserError, match=r"train.context_start: the rows of data.packing"):
+    with pytest.raises(UserError, match=r"train.context_start: rows are packed for the whole context"):
         train(change(config, train={"context_start": 8}), tmp_path / "other", quiet=True)
 
 

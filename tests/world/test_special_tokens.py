@@ -11,6 +11,8 @@ from small_tokenizers import library, llama_folder, surround, write
 from bardling.checkpoint.export import export_hf
 from bardling.checkpoint.load import load
 from bardling.cli.sample import run as sample_command
+from bardling.config import DataConfig
+from bardling.data.batches.loader import EvalSequences
 from bardling.data.tokens.dataset import open_data
 from bardling.data.tokens.tokenizer import build_tokenizer, load_tokenizer
 from bardling.errors import UserError
@@ -231,3 +233,17 @@ def test_the_key_of_prepared_text_depends_on_what_surrounds_it(tmp_path: Path) -
     options: list[dict[str, Any]] = [{"start": ()}, {}, {"eos_token": "<unk>"}]
     folders = [llama_folder(tmp_path / str(number), **option) for number, option in enumerate(options)]
     assert len({load_tokenizer(folder).data_key for folder in folders}) == 3
+
+
+def test_packed_documents_begin_with_the_token_of_the_tokenizer(tmp_path: Path) -> None:
+    llama_folder(tmp_path, start=("<s>",))
+    (tmp_path / "texts.jsonl").write_text("".join(f'{{"text": "the king {n}"}}\n' for n in range(120)))
+    config = DataConfig(str(tmp_path / "texts.jsonl"), str(tmp_path / "tokenizer.json"), packing="documents")
+    dataset = open_data(config, context=40)
+    assert dataset.tokenizer is not None
+    begin, fed = dataset.tokenizer.interface.start[0], 0
+    for name in ("train", "val"):
+        batch = EvalSequences(dataset.split("train" if name == "train" else "val"), 40, None).batch(0, 10_000)
+        assert not (batch.targets == begin).any(), "given in generation, so not learned"
+        fed += int((batch.inputs == begin).sum())
+    assert fed == 120

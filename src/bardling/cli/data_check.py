@@ -125,7 +125,8 @@ def _facts(report: dict[str, Any]) -> list[tuple[str, str]]:
     rows = []
     for split, sizes in report["sizes"].items():
         tokens = f", {report['token_sizes'][split]:,} tokens" if "token_sizes" in report else ""
-        text = f"{sizes['documents']:,} documents, {size_bytes(sizes['bytes'])}, {count(sizes['words'])} words{tokens}"
+        documents = f"{sizes['documents']:,} document{'s' * (sizes['documents'] != 1)}"
+        text = f"{documents}, {size_bytes(sizes['bytes'])}, {count(sizes['words'])} words{tokens}"
         rows.append(("training" if split == "train" else "validation", text))
     lengths = report["lengths"]
     median, high = count(lengths["median"]), count(lengths["p95"])

@@ -10,7 +10,8 @@ class EvalConfig:
     every: int = 250
     """Steps between validations; 0 validates only after the last step."""
     windows: int = 64
-    """Validation sequences of block_size tokens, evenly spaced over the validation split and the same every time."""
+    """Validation sequences of block_size tokens, evenly spaced over the validation split and the same every time.
+    Those of a mixture are divided evenly among its sources."""
     tasks: tuple[str, ...] = ()
     """Tasks to evaluate: 'hellaswag', the path of a JSON Lines or JSON file in the same format, lm-eval:NAME for a task of the
     language model evaluation harness (or the YAML file of one), or core:FOLDER for DCLM's CORE."""

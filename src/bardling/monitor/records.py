@@ -14,8 +14,9 @@ class Record:
     step: int
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values including the record's kind; unknown values (None) are left out."""
+        """Plain values including the record's kind and those of `sources`; unknown values (None) are left out."""
         values = {"kind": self.kind, **{name: value for name, value in vars(self).items() if value is not None}}
+        values |= values.pop("sources", {})
         return values | ({"bits_per_byte_version": BITS_PER_BYTE_VERSION} if "bits_per_byte" in values else {})
 
 
@@ -42,13 +43,8 @@ class TrainRecord(Record):
     seconds_left: float  # at this speed
     time: float  # Unix time (seconds)
 
-    epochs: Mapping[str, float] = field(default_factory=dict)  # epoch/NAME of each source of a mixture, fields of the record
+    sources: Mapping[str, float] = field(default_factory=dict)  # epoch/NAME of each source of a mixture
     order_digest: str | None = None  # of the samples seen, 16 hexadecimal digits: reproducible, and equal for equal data order
-
-    def as_dict(self) -> dict[str, Any]:
-        values = super().as_dict()
-        epochs: Mapping[str, float] = values.pop("epochs")
-        return {**values, **epochs}
 
 
 @dataclass(frozen=True)
@@ -59,12 +55,7 @@ class ValRecord(Record):
     perplexity: float
     best: bool  # the lowest loss so far
     tokens: int | None = None  # seen since the run began
-    sources: Mapping[str, float] = field(default_factory=dict)  # loss/NAME of each source of a mixture, fields of the record
-
-    def as_dict(self) -> dict[str, Any]:
-        values = super().as_dict()
-        sources: Mapping[str, float] = values.pop("sources")
-        return {**values, **sources}
+    sources: Mapping[str, float] = field(default_factory=dict)  # loss/NAME of each source of a mixture
 
 
 @dataclass(frozen=True)

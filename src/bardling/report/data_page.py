@@ -25,7 +25,8 @@ h1 { font-size: 1.5rem; line-height: 1.25; } h2 { font-size: 1.15rem; margin: 2r
 .card b { color: var(--kind); } ul { margin: .4rem 0 0; padding-left: 1.1rem; } li { margin: .2rem 0; }
 code, .tokens { font: .85rem/1.6 ui-monospace, monospace; white-space: pre-wrap; }
 table { border-collapse: collapse; width: 100%; } td, th { padding: .2rem .6rem .2rem 0; text-align: left;
-  border-bottom: 1px solid var(--line); font-weight: normal; vertical-align: top; } th { color: var(--dim); }
+  border-bottom: 1px solid var(--line); font-weight: normal; vertical-align: top;
+  white-space: pre-wrap; } th { color: var(--dim); }
 th.number { text-align: right; }
 .columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); gap: 0 2rem; }
 svg { width: 100%; max-width: 44rem; height: auto; display: block; } .columns svg { max-width: 28rem; }

@@ -1,7 +1,7 @@
 """Checks training data: describes it, and finds what should not be in it.
 
-One pass over the validation text and one over everything, in bounded memory: statistics, secrets, copies of documents, and
-validation text and task items in the training text. Languages and tokens are those of a sample, spread evenly over the text.
+One pass over the validation text and one over everything: statistics, secrets, copies of documents, and validation text and
+task items in the training text. Languages and tokens are those of a sample, spread evenly over the text.
 What is found is a list of findings, the most serious first, each with examples that name documents.
 
 The result is a dictionary of plain values (`check_data`), which the command prints, stores and draws. Writing a clean copy is
@@ -23,7 +23,7 @@ from bardling.data.text.findings import describe_findings
 from bardling.data.text.overlaps import MANY_DOCUMENTS, RUN, SHORTEST, Overlaps, Passage
 from bardling.data.text.secrets import find_secrets, hide_secrets
 from bardling.data.text.statistics import Histogram, TextStatistics
-from bardling.data.text.words import Words, code_points, find_words
+from bardling.data.text.words import Hashes, code_points, find_words
 from bardling.data.tokens.corpus import locate, parts_of
 from bardling.data.tokens.documents import Documents
 from bardling.data.tokens.manifest import SplitName
@@ -41,6 +41,7 @@ _EXCERPT, _EXCERPTS = 2000, 2000  # characters of an excerpt of the sample, and 
 _SEQUENCES, _SEQUENCE = 8, 96  # random decoded sequences, and tokens of each
 _COUNTED = 1 << 24  # tokens of a dataset whose frequencies are counted
 _WINDOW = 1 << 14  # of them, read at once
+_PART = 1 << 23  # characters of a document that are looked at at once
 _LEAK = 0.5  # of the word runs of a validation document
 _LONG = 50  # words of a passage that counts as copied
 _LANGUAGES, _RARE = 12, 0.005  # the most languages that are listed, and the fraction of the rarest
@@ -87,41 +88,45 @@ class DataCheck:
         self.tasks = Overlaps(find_words(code_points(text)).hashes for text in item_texts)
         self.groups: list[Group] = []
 
-    def _validation_words(self) -> Iterator[Any]:
+    def _validation_words(self) -> Iterator[Hashes]:
         done = 0
         for name, split, text in self.text.documents():
             done += len(text)
             self._progress("reading the validation text", done, self.text.size)
             if split == "val":
                 self._val_names.append(name)
-                yield find_words(code_points(text)).hashes
+                yield np.concatenate([find_words(code_points(part)).hashes for _, part in _parts(text)])
 
     def run(self) -> None:
         done = 0
         for name, split, text in self.text.documents():
-            points = code_points(text)
-            words = find_words(points)
             self.names.append(name)
             self.splits.append(split)
-            self.statistics.add(split, text, points, len(words.hashes))
-            self.duplicates.add(text, words.hashes)
+            self.statistics.begin(split, len(text))
+            hashes = [self._look(name, split, *part) for part in _parts(text)]
+            self.duplicates.add(text, np.concatenate(hashes))
             self.sample.add(name, text)
-            self._look(name, split, text, words)
             done += len(text)
             self._progress("checking", done, self.text.size)
         if not self.names:
             raise UserError("data check: the source has no text")
         self.groups = self.duplicates.groups()
 
-    def _look(self, name: str, split: SplitName, text: str, words: Words) -> None:
+    def _look(self, name: str, split: SplitName, line: int, text: str) -> Hashes:
+        """Look at a part of a document that begins after `line` lines; returns the hashes of its words."""
+        points = code_points(text)
+        words = find_words(points)
+        self.statistics.add(split, text, points, len(words.hashes))
         if split == "train":
             self.held_out.look(name, text, words)
             if self._items:
                 self.tasks.look(name, text, words)
-        for kind, line, masked in find_secrets(text):
-            self.secrets[kind] += 1
+        for secret in find_secrets(text):
+            self.secrets[secret.kind] += 1
             if len(self.secret_examples) < _EXAMPLES:
-                self.secret_examples.append({"document": name, "line": line, "text": f"{kind} {masked}"})
+                shown = f"{secret.kind} {secret.masked}"
+                self.secret_examples.append({"document": name, "line": line + secret.line, "text": shown})
+        return words.hashes
 
     def findings(self) -> list[Report]:
         """All findings, the most serious first."""
@@ -142,9 +147,11 @@ class DataCheck:
         chosen = sorted(leaked | {found.owner for found in passages}, key=lambda owner: (-shares[owner], owner))
         examples = []
         for owner in chosen[:_EXAMPLES]:
-            best = by_owner.get(owner, [Passage(owner, "", 0, "", False)])[0]
-            what = f"{100 * shares[owner]:.0f}% of it; the longest passage has {best.words:,} words"
-            examples.append({"document": self._val_names[owner], "twin": best.document, "text": f"{what}: {best.excerpt}"})
+            text, best = f"{100 * shares[owner]:.0f}% of it", next(iter(by_owner.get(owner, ())), None)
+            if best is not None:  # else another validation document has the same passages
+                text += f"; the longest passage has {best.words:,} words: {best.excerpt}"
+            twin = {"twin": best.document} if best is not None else {}
+            examples.append({"document": self._val_names[owner], "text": text, **twin})
         return _finding(
             "serious",
             f"validation documents that are also in the training text: {len(chosen):,} of {len(self._val_names):,}",
@@ -185,35 +192,32 @@ class DataCheck:
         return _finding("serious", title, advice, self.secrets.total(), self.secret_examples)
 
     def _copies(self) -> list[Report]:
-        equal, alike = list[Report](), list[Report]()
-        counts = [0, 0, 0]
-        for group in self.groups:
-            twin = self.names[group.members[0]]
-            for number, same in list(zip(*group, strict=True))[1:]:
-                across = self.splits[number] != self.splits[group.members[0]]
-                counts[not same] += 1
-                counts[2] += across
-                text = "equal" if same else f"similarity {self.duplicates.compare(group.members[0], number)[0]:.2f}"
-                text += " (one in training, one in validation)" * across
-                (equal if same else alike).append({"document": self.names[number], "twin": twin, "text": text})
+        equal, alike, across = list[Report](), list[Report](), 0
+        for number, twin in (pair for group in self.groups for pair in zip(group.members, group.twins, strict=True)):
+            if number == twin:
+                continue
+            similarity, same = self.duplicates.compare(twin, number)
+            text = "equal" if same else f"similarity {similarity:.2f}"
+            text += " (linked through other copies)" * (similarity < THRESHOLD)
+            if self.splits[number] != self.splits[twin]:
+                across, text = across + 1, f"{text}, one in training and one in validation"
+            (equal if same else alike).append({"document": self.names[number], "twin": self.names[twin], "text": text})
         alike.sort(key=lambda one: "validation" not in one["text"])
-        pairs = f"Pairs with one in each split: {counts[2]:,}. " * bool(counts[2])
+        pairs = f"Pairs with one in each split: {across:,}. " * bool(across)
         checked = f"only the first {MOST_DOCUMENTS:,} documents are compared. " * (self.duplicates.count > MOST_DOCUMENTS)
         near = f"estimated Jaccard similarity of at least {THRESHOLD} over runs of {SHINGLE} words. {pairs}{checked}"
         remedy = "`--dedup OUT` writes a clean copy of the data."
-        share = len(self.names)
+        rows = (("exact copies", remedy, equal), ("near-duplicates", near + remedy, alike))
         return [
-            _finding("check", f"exact copies of other documents: {counts[0]:,} of {share:,}", remedy, counts[0], equal),
-            _finding(
-                "check", f"near-duplicates of other documents: {counts[1]:,} of {share:,}", near + remedy, counts[1], alike
-            ),
+            _finding("check", f"{name} of other documents: {len(found):,} of {len(self.names):,}", advice, len(found), found)
+            for name, advice, found in rows
         ]
 
     def _invalid(self) -> Report:
         bad = {kind: self.statistics.characters_of(kind) for kind in ("U+FFFD", "control characters")}
         share = sum(bad.values()) / max(1, self.statistics.characters)
         told = ", ".join(f"{count:,} {kind}" for kind, count in bad.items() if count)
-        advice = f"{share:.2%} of all characters: text in another encoding, or binary data."
+        advice = f"{100 * share:.2g}% of all characters: text in another encoding, or binary data."
         title = f"characters that are hardly text: {told}"
         return _finding("check" if share > 1e-4 else "note", title, advice, sum(bad.values()), []) if told else {}
 
@@ -225,6 +229,17 @@ class DataCheck:
         examples = [{"text": f"{count:,} x {line.strip()}"} for line, count in lines[:_EXAMPLES]]
         title = f"repeated lines are {'' if self.statistics.lines.exact else 'at least '}{share:.1%} of the text"
         return _finding("note", title, "all but the first occurrence of lines of 20 characters or more.", len(lines), examples)
+
+
+def _parts(text: str) -> Iterator[tuple[int, str]]:
+    """A text in parts, which end with a line where lines are short, and how many lines come before each."""
+    begin = line = 0
+    while len(text) - begin > _PART:
+        end = text.rfind("\n", begin, begin + _PART) + 1 or begin + _PART
+        part = text[begin:end]
+        yield line, part
+        begin, line = end, line + part.count("\n")
+    yield line, text[begin:]
 
 
 def _finding(severity: str, title: str, advice: str, count: int, examples: list[Report]) -> Report:

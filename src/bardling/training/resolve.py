@@ -97,7 +97,7 @@ def resolve(config: RunConfig, facts: Facts) -> ResolvedRun:
     data = _with_chat_format(_with_models_tokenizer(data, optim, start, facts, log, lora=lora), start, facts, log)
     dataset = facts.dataset(data, asked.block_size if start is None else min(asked.block_size, start.config.context))
     if dataset.manifest.row and train.context_start:
-        raise UserError("train.context_start: the rows of data.packing are made for the whole context: leave this setting out")
+        raise UserError("train.context_start: rows are packed for the whole context: leave this setting out")
     schedule = check_schedule(optim, train, facts, start, log.changes, log.warnings)
     tokenizer, vocab_size = _vocabulary(dataset, asked.vocab_size if start is None else start.config.vocab_size, start, facts)
     model = _model(asked, vocab_size, start, dataset, tokenizer, log, facts.continued or asked.init)

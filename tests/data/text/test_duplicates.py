@@ -38,15 +38,22 @@ def test_groups(documents):
     found = Duplicates()
     for text in documents:
         add(found, text)
-    groups = {group.members: group.equal for group in found.groups()}
+    groups = {group.members: group.twins for group in found.groups()}
     assert jaccard(documents[7], documents[61]) > 0.85 > THRESHOLD > jaccard(documents[8], documents[62])
-    assert groups == {(5, 60): (False, True), (7, 61): (False, False), (9, 63): (False, False), (65, 66): (False, True)}
+    assert groups == {(5, 60): (5, 5), (7, 61): (7, 7), (9, 63): (9, 9), (65, 66): (65, 65)}
     assert found.compare(5, 60) == (1.0, True)
     assert found.compare(9, 63) == (1.0, False)
     similarity, equal = found.compare(7, 61)
     assert not equal
     assert similarity == pytest.approx(jaccard(documents[7], documents[61]), abs=0.12)
     assert found.compare(0, 1)[0] < 0.1
+
+
+def test_equal_texts_in_a_group_of_similar_ones(documents):
+    found = Duplicates()
+    for text in (documents[7], documents[0], documents[61], documents[61]):
+        add(found, text)
+    assert [(group.members, group.twins) for group in found.groups()] == [((0, 2, 3), (0, 0, 2))]
 
 
 def test_result_does_not_depend_on_batches(documents, monkeypatch):

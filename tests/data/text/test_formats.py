@@ -255,11 +255,25 @@ def test_settings_of_reading_are_part_of_a_cached_dataset(tmp_path: Path) -> Non
     assert "has changed" in changed_text(DataConfig(**text), open_data(DataConfig(**text, separator="|", cache=config.cache)))
 
 
+@pytest.mark.slow
 def test_a_text_is_evaluated_with_the_settings_of_reading(tmp_path: Path, bardling) -> None:
     (tmp_path / "a.csv").write_text("review,stars\n" + "".join(f"a review of {n} words,{n}\n" for n in range(40)))
     model = ["--model.n_layer", "1", "--model.n_embd", "16", "--model.n_head", "1", "--model.block_size", "16"]
     data = ["--data.source", tmp_path / "a.csv", "--data.field", "{review}: {stars}", "--data.cache", tmp_path / "cache"]
-    bardling("train", "quickstart", *data, *model, "--train.steps", "1", "--train.batch_size", "2", "--out", tmp_path / "run")
+    bardling(
+        "train",
+        "quickstart",
+        *data,
+        *model,
+        "--train.steps",
+        "1",
+        "--compile",
+        "off",
+        "--train.batch_size",
+        "2",
+        "--out",
+        tmp_path / "run",
+    )
     shown = bardling("eval", tmp_path / "run", "--data", tmp_path / "a.csv", "--field", "review").stdout
     assert "bits per byte" in shown
     failed = bardling("eval", tmp_path / "run", "--data", tmp_path / "a.csv", check=2).stderr

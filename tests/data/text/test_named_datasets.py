@@ -288,7 +288,7 @@ def test_wrong_names_fields_and_kinds(fake_hub):
     fake_hub.add("me/set", {"train.parquet": parquet(TEN), "test.parquet": b"PAR1 no parquet PAR1"})
     with pytest.raises(UserError, match=r"hf:me/nothing: does not exist on the hub, or is private.*HF_TOKEN"):
         texts(source_for("hf:me/nothing"))
-    with pytest.raises(UserError, match=r"has no field 'txt' \(did you mean 'text'\?\); it has number, text"):
+    with pytest.raises(UserError, match=r"has no field 'txt' \(did you mean 'text'\?\); it has 'number', 'text'"):
         texts(source_for("hf:me/set:::txt"))
     with pytest.raises(UserError, match=r"field 'number' contains int64, not text"):
         texts(source_for("hf:me/set:::number"))

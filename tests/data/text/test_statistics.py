@@ -13,6 +13,7 @@ from bardling.data.text.words import code_points
 def counted(*texts):
     found = TextStatistics()
     for text in texts:
+        found.begin("train", len(text))
         found.add("train", text, code_points(text), 3)
     return found
 

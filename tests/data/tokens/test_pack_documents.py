@@ -34,8 +34,8 @@ def source(tmp_path, texts):
     return path
 
 
-def opened(source, **values):
-    return open_data(DataConfig(str(source), "byte", packing="documents", **values), context=BLOCK)
+def opened(source):
+    return open_data(DataConfig(str(source), "byte", packing="documents"), context=BLOCK)
 
 
 def test_every_token_is_a_target_once_and_documents_are_kept_apart(source, texts):

@@ -1,4 +1,4 @@
-"""From a sample number to a batch: the data order, skipped ranges, document bounds, and the prefetching loader."""
+"""From a sample number to a batch: the data order, mixtures, skipped ranges, document bounds, and the prefetching loader."""
 
 IGNORE = -100
 """Target excluded from every loss: PyTorch's default `ignore_index`."""

@@ -15,7 +15,9 @@ from collections.abc import Callable, Iterator
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
-from bardling.data.text.compression import Expanded, Stream, damage, seekable
+from bardling.data.text.compression import Expanded, Reader, Stream, damage, seekable
+
+_LONGEST_HEADER = 32 << 10  # bytes of an extended header; tarfile takes quadratic time for it
 
 
 class Member(NamedTuple):
@@ -35,10 +37,14 @@ def tar_members(stream: Stream, label: str, kept: Callable[[str], None]) -> Iter
         def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "Info":
             nonlocal ended
             ended = ended or (len(buf) == tarfile.BLOCKSIZE and not any(buf))
-            return super().frombuf(buf, encoding, errors)
+            made = super().frombuf(buf, encoding, errors)
+            if made.type in (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE) and made.size > _LONGEST_HEADER:
+                raise tarfile.ReadError(f"an extended header of {made.size:,} bytes")
+            if made.size < 0:
+                raise tarfile.ReadError("a negative size")
+            return made
 
-    buffered = io.BufferedReader(stream, 1 << 16)
-    with damage(label, "tar data"), tarfile.open(fileobj=buffered, mode="r|", tarinfo=Info) as archive:
+    with damage(label, "tar data"), tarfile.open(fileobj=_Ending(stream), mode="r|", tarinfo=Info) as archive:
         for info in archive:
             archive.members = []  # type: ignore[attr-defined]  # else it keeps all of them
             if info.isdir():
@@ -48,6 +54,19 @@ def tar_members(stream: Stream, label: str, kept: Callable[[str], None]) -> Iter
             yield Member(info.name, None if file is None else _guarded(file, f"{label}!{info.name}", "tar", 1 << 62), reason)
     if not ended:
         kept("tar archive without the mark of its end, perhaps truncated")
+
+
+class _Ending(Reader):
+    """Bytes that cannot be read on and on after their end, which `tarfile` does as far as the size in a header reaches."""
+
+    _after_end = 0
+
+    def read(self, size: int = -1) -> bytes:
+        data: bytes = self.raw.read(size)
+        self._after_end = 0 if data else self._after_end + 1
+        if self._after_end > 2:
+            raise tarfile.ReadError("unexpected end of data")
+        return data
 
 
 def zip_members(stream: Stream, label: str, kept: Callable[[str], None]) -> Iterator[Member]:

@@ -61,23 +61,22 @@ class Stream(Reader):
     def __init__(self, raw: Any, *, from_any_place: bool = False) -> None:
         super().__init__(raw)
         self.count, self.from_any_place = 0, from_any_place
-        self._head = b""
+        self._head, self._at = bytearray(), 0  # what has been looked at, and how much of it has been read
 
     def peek(self, size: int) -> bytes:
-        """The next `size` bytes, fewer only at the end, which are read again afterwards."""
+        """The first `size` bytes, fewer only at the end, which are read again afterwards. Not to be called after `read`."""
         while len(self._head) < size and (piece := self.raw.read(max(size - len(self._head), 1 << 16))):
             self._head += piece
-        return self._head[:size]
+        return bytes(self._head[:size])
 
     def read(self, size: int = -1) -> bytes:
-        if size is None or size < 0:
-            data, self._head = self._head, b""
-            rest = self.raw.read()
+        everything = size is None or size < 0
+        data = bytes(self._head[self._at :] if everything else self._head[self._at : self._at + size])
+        self._at += len(data)
+        if not data or everything:
+            self._head, self._at = bytearray(), 0
+            rest = self.raw.read(size)
             data = data + rest if data else rest
-        elif self._head:
-            data, self._head = self._head[:size], self._head[size:]
-        else:
-            data = self.raw.read(size)
         self.count += len(data)
         return data
 

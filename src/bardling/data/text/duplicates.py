@@ -32,7 +32,7 @@ class Group(NamedTuple):
     """Documents that are copies of one another, by their numbers."""
 
     members: tuple[int, ...]  # in order
-    equal: tuple[bool, ...]  # whether the text of each is that of an earlier member
+    twins: tuple[int, ...]  # for each, the first member with the same text; without one before it, the first of all
 
 
 class Duplicates:
@@ -99,7 +99,7 @@ class Duplicates:
         first: dict[bytes, int] = {}
         for number, digest in enumerate(self._texts):
             parent[number] = first.setdefault(digest, number)
-        equal = [parent[number] != number for number in range(self.count)]
+        same = list(parent)
         for one, other in self._candidates():
             a, b = root(one), root(other)
             if a != b and _similarity(self._all, one, other) >= THRESHOLD:
@@ -108,7 +108,10 @@ class Duplicates:
         for number in range(self.count):
             if (head := root(number)) != number:
                 members.setdefault(head, [head]).append(number)
-        return [Group(tuple(found), tuple(equal[one] for one in found)) for _, found in sorted(members.items())]
+        return [
+            Group(tuple(found), tuple(head if same[one] == one else same[one] for one in found))
+            for head, found in sorted(members.items())
+        ]
 
     def _candidates(self) -> Sequence[tuple[int, int]]:
         """Pairs that agree in a band: each document with the first of its bucket, and with the one before it."""
@@ -117,10 +120,10 @@ class Duplicates:
         bands, pairs = np.concatenate(self._bands), set[tuple[int, int]]()
         for column in bands.T:
             order = np.argsort(column, kind="stable")
-            same = column[order[1:]] == column[order[:-1]]
+            agree = column[order[1:]] == column[order[:-1]]
             head = 0
-            for place in np.flatnonzero(same).tolist():
-                if place == 0 or not same[place - 1]:
+            for place in np.flatnonzero(agree).tolist():
+                if place == 0 or not agree[place - 1]:
                     head = int(order[place])
                 pairs |= {(head, int(order[place + 1])), (int(order[place]), int(order[place + 1]))}
         return sorted(pairs)

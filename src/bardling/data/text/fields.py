@@ -5,8 +5,9 @@ A field is named as it is written (`text`), or with dots where it is nested (`me
 null is empty and counted.
 """
 
+import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -23,6 +24,12 @@ _ABSENT = object()
 def unescaped(text: str) -> str:
     r"""A setting with `\n`, `\t`, `\r` and `\\` replaced by the characters, which shells do not do."""
     return re.sub(r"\\[ntr\\]", lambda found: _ESCAPES[found[0]], text)
+
+
+def instead(name: str, names: Iterable[object]) -> str:
+    """For messages, what a row or a table has instead of a field; its names may be long, and many."""
+    known = [str(one)[:60] for one in itertools.islice(names, 100)]
+    return f"{closest(name, known)}; it has {', '.join(map(repr, known[:8])) or 'none'}"
 
 
 def valid_text(text: str) -> str:
@@ -102,6 +109,5 @@ class RowText:
         for key in name.split("."):
             value = value.get(key, _ABSENT) if isinstance(value, Mapping) else _ABSENT
         if value is _ABSENT:
-            fields = ", ".join(map(repr, list(row)[:8])) or "none"
-            raise UserError(f"{place} has no field {name!r}{closest(name, [*map(str, row)])}; it has {fields}: {remedy}")
+            raise UserError(f"{place} has no field {name!r}{instead(name, row)}: {remedy}")
         return value

@@ -90,7 +90,7 @@ def _json(
         first = _first_rows(_first_lines(stream, encoding), all_of_head=suffix not in _DOCUMENTS and not named)
         rows = bool(first) and (named or (suffix in _DOCUMENTS and len(first) > 1) or not wanted.missing(first[0]))
         if first and not rows and suffix not in _DOCUMENTS:
-            fields = ", ".join(map(repr, list(first[0])[:8])) or "none"
+            fields = ", ".join(repr(field[:60]) for field in list(first[0])[:8]) or "none"
             remedy = f"name the field that contains the text, as in {name}:FIELD (it has {fields})"
             return Contents(fault=f"a JSON Lines file without the field {wanted.fields[0]!r}", remedy=remedy)
     if rows:

@@ -21,7 +21,7 @@ RUN = 13  # words
 SHORTEST = 8
 MANY_DOCUMENTS = 10
 _MOST = 1 << 24
-_MOST_PASSAGES = 5_000
+_MOST_PASSAGES = 8  # kept of each text
 
 
 class Passage(NamedTuple):
@@ -73,7 +73,8 @@ class Overlaps:
             self._filter = np.zeros(1 << max(16, int(total * 16).bit_length()), bool)
         for table in self._tables.values():
             self._filter[self._place(table.hashes)] = True
-        self._passages: list[tuple[int, int, int, str, str]] = []  # words, size, place in the table, document, excerpt
+        self._passages: dict[int, list[tuple[int, int, int, str, str]]] = {}
+        """The longest of each text: words, size, place in the table, document, excerpt."""
 
     def _kept(self, hashes: Hashes) -> Hashes:
         return hashes if self.fraction == 1 else hashes[hashes < np.uint64(int(self.fraction * 2.0**64))]
@@ -98,15 +99,16 @@ class Overlaps:
                 first, last = int(places[begin]), int(places[end - 1]) + size - 1
                 excerpt = " ".join(text[words.starts[first] : words.ends[min(last, first + 2 * RUN)]].split())
                 row = int(rows[(begin + end) // 2])
-                self._passages.append((last - first + 1, size, row, name, excerpt))
-        if len(self._passages) > 2 * _MOST_PASSAGES:
-            self._passages = sorted(self._passages, reverse=True)[:_MOST_PASSAGES]
+                kept = self._passages.setdefault(int(table.owners[row]), [])
+                kept.append((last - first + 1, size, row, name, excerpt))
+                if len(kept) > _MOST_PASSAGES:
+                    kept.remove(min(kept))
 
     def passages(self) -> Iterator[Passage]:
-        """The passages found, the longest first; of equal runs in several texts, the first is named."""
-        for words, size, row, name, excerpt in sorted(self._passages, reverse=True)[:_MOST_PASSAGES]:
-            table = self._tables[size]
-            yield Passage(int(table.owners[row]), name, words, excerpt, bool(table.documents[row] > MANY_DOCUMENTS))
+        """The longest passages of each text, from the longest of all on; of equal runs in several texts, the first has them."""
+        found = [(passage, owner) for owner, passages in self._passages.items() for passage in passages]
+        for (words, size, row, name, excerpt), owner in sorted(found, reverse=True):
+            yield Passage(owner, name, words, excerpt, bool(self._tables[size].documents[row] > MANY_DOCUMENTS))
 
     def shares(self, *, boilerplate: bool) -> npt.NDArray[np.float64]:
         """The fraction of each text's runs that occur in the documents, [owners]; NaN if it is not looked for."""

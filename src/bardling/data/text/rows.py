@@ -20,13 +20,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from bardling.data.text.compression import EXTRA, Stream, damage, seekable
-from bardling.data.text.fields import RowText
-from bardling.errors import UserError, closest
+from bardling.data.text.fields import RowText, instead
+from bardling.errors import UserError
 from bardling.files.decoding import MARK
 
-LONGEST_ROW = 256 << 20  # bytes
+LONGEST_ROW = 64 << 20  # bytes; JSON takes up to twenty times as much when it is parsed
 _CHUNK = 1 << 18
-_BATCH = 1024  # rows of a table converted at once
+_BATCH = 128  # rows of a table converted at once
 _TEXT = ("string", "large_string", "string_view")  # types of Arrow
 _NUMBERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "halffloat", "float", "double")
 
@@ -236,10 +236,9 @@ def csv_rows(table: Table) -> Iterator[Row]:
 def _check_columns(table: Table, columns: list[str]) -> None:
     if len(set(columns)) < len(columns):
         twice = next(name for name in columns if columns.count(name) > 1)
-        raise UserError(f"{table.label}: has two columns {twice!r}: rename one in the first line")
+        raise UserError(f"{table.label}: has two columns {twice[:60]!r}: rename one in the first line")
     if name := table.wanted.missing(columns):
-        has = ", ".join(map(repr, columns[:12]))
-        raise UserError(f"{table.label}: has no column {name!r}{closest(name, columns)}; it has {has}: {table.remedy}")
+        raise UserError(f"{table.label}: has no column {name!r}{instead(name, columns)}: {table.remedy}")
 
 
 def parquet_rows(table: Table) -> Iterator[Row]:
@@ -305,13 +304,13 @@ def _columns(schema: Any, table: Table) -> list[str]:
     names, wanted = schema.names, table.wanted
     fault = ""
     if name := wanted.missing(names):
-        fault = f"has no field {name!r}{closest(name, names)}; it has {', '.join(names[:12])}"
+        fault = f"has no field {name!r}{instead(name, names)}"
     for name in wanted.fields if not fault else ():
         if name in names:
             kind = str(schema.field(name).type)
             types = (*_TEXT, *(_NUMBERS if wanted.template else ()), "null")
             if kind.removeprefix("dictionary<values=").partition(",")[0] not in types:
-                fault = f"field {name!r} contains {kind}, not text"
+                fault = f"field {name!r} contains {kind[:60]}, not text"
     if fault:
         raise UserError(f"{table.label}: {fault}: {table.remedy}")
     return list(dict.fromkeys(name if name in names else name.split(".")[0] for name in wanted.fields))

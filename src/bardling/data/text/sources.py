@@ -27,7 +27,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from dataclasses import field as dataclass_field
 from itertools import chain
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import NamedTuple, Protocol
 
 from bardling.data.text.archives import ARCHIVES
@@ -169,11 +169,12 @@ class FileSource:
     def _members(self, stream: Stream, kind: str, label: str, shown: str) -> Iterator[Document]:
         """The documents in an archive."""
         for name, member, reason in ARCHIVES[kind](stream, shown, lambda what: self.findings.kept(what, label, 1)):
-            inner = f"{label}!{name}"
+            printable = "".join(c if c.isprintable() else "?" for c in name[:200])
+            inner = f"{label}!{printable}"
             if member is None:
                 self.findings.left_out(reason, inner)
             else:
-                yield from self._parts(member, name, inner, f"{shown}!{name}", True, inside=True)
+                yield from self._parts(member, name, inner, f"{shown}!{printable}", True, inside=True)
 
     def _whole(self, stream: Stream, label: str, shown: str, lenient: bool) -> Iterator[Document]:
         data = stream.read()
@@ -206,7 +207,7 @@ class FileSource:
             self.findings.kept(f"text file without the separator {self.separator!r}", label, 1)
 
     def _rows(self, stream: Stream, contents: Contents, name: str, label: str, shown: str) -> Iterator[Document]:
-        remedy = f"name the field that contains the text, as in {name}:FIELD"
+        remedy = f"name the field that contains the text, as in {PurePath(name).name[-60:]}:FIELD"
         if self.separator:
             self.findings.kept("file with rows, which data.separator does not divide", label, 1)
         wanted, place = contents.wanted, _PLACES.get(contents.kind, "row")

@@ -107,14 +107,17 @@ class TextStatistics:
         self.lengths, self.lines = Histogram(), LineCounter()
         self._kinds = np.zeros(len(kinds()), np.int64)
 
+    def begin(self, label: str, length: int) -> None:
+        """Count a document of `length` characters, whose text follows."""
+        self.sizes.setdefault(label, Sizes()).documents += 1
+        self.lengths.add(np.array([length]))
+
     def add(self, label: str, text: str, points: npt.NDArray[np.uint32], words: int) -> None:
-        """Count a document: its text, the same as code points [characters], and its number of words."""
-        sizes = self.sizes.setdefault(label, Sizes())
-        sizes.documents += 1
+        """Count a part of the document: its text, the same as code points [characters], and its number of words."""
+        sizes = self.sizes[label]
         sizes.characters += len(text)
         sizes.bytes += len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
         sizes.words += words
-        self.lengths.add(np.array([len(text)]))
         self.lines.add(text)
         self._kinds += np.bincount(_kind_table()[points], minlength=len(self._kinds))
 

@@ -12,6 +12,7 @@ a row is padding. One that is longer than a row is cut at its end, or left out (
 Limits: the order of rows is that of closing, which the data order shuffles.
 """
 
+import bisect
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -112,8 +113,9 @@ class Packer:
     cut: int = 0  # conversations cut at the end of a row
     dropped: int = 0  # and those left out
     without_answer: int = 0  # left out because no token of an answer is in the row
-    _open: list[list[Marked]] = field(default_factory=list)
-    _filled: list[int] = field(default_factory=list)  # tokens of each
+    _opened: int = 0  # rows so far
+    _open: dict[int, list[Marked]] = field(default_factory=dict)  # by number, in the order in which they were opened
+    _filled: list[tuple[int, int]] = field(default_factory=list)  # tokens and number of each open row, sorted
 
     def add(self, conversation: Marked) -> Iterator[list[Marked]]:
         length = self.rows.length
@@ -127,28 +129,30 @@ class Packer:
         if not (conversation.marks[1:] & ANSWER).any():
             self.without_answer += 1
             return
-        room = length - len(conversation.ids)
-        fitting = [place for place, filled in enumerate(self._filled) if filled <= room]
+        fitting = bisect.bisect_left(self._filled, (length - len(conversation.ids) + 1, 0))
         if fitting:
-            place = max(fitting, key=self._filled.__getitem__)
-            self._open[place].append(conversation)
-            self._filled[place] += len(conversation.ids)
+            filled, row = self._first(self._filled[fitting - 1][0])
         else:
-            place = len(self._open)
-            self._open.append([conversation])
-            self._filled.append(len(conversation.ids))
-        if self._filled[place] == length:
-            yield self._close(place)
-        elif len(self._open) > _OPEN_ROWS:
-            yield self._close(max(range(len(self._open)), key=self._filled.__getitem__))
+            filled, row = 0, self._opened
+            self._opened, self._open[row] = self._opened + 1, []
+        self._open[row].append(conversation)
+        filled += len(conversation.ids)
+        bisect.insort(self._filled, (filled, row))
+        if filled == length or len(self._open) > _OPEN_ROWS:
+            yield self._close(*self._first(self._filled[-1][0]))
+
+    def _first(self, filled: int) -> tuple[int, int]:
+        """Take the first row with this number of tokens out of `_filled`."""
+        return self._filled.pop(bisect.bisect_left(self._filled, (filled, 0)))
 
     def finish(self) -> Iterator[list[Marked]]:
-        while self._open:
-            yield self._close(0)
+        for row, filled in sorted((row, filled) for filled, row in self._filled):
+            yield self._close(filled, row)
+        self._filled.clear()
 
-    def _close(self, place: int) -> list[Marked]:
+    def _close(self, filled: int, number: int) -> list[Marked]:
         """A full row: its conversations, the last of which ends with padding."""
-        row, filled = self._open.pop(place), self._filled.pop(place)
+        row = self._open.pop(number)
         name, ids, marks = row[-1]
         padding = (0, self.rows.length - filled)
         row[-1] = Marked(name, np.pad(ids, padding, constant_values=self.pad), np.pad(marks, padding))

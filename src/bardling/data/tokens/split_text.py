@@ -69,9 +69,10 @@ def open_split_text(config: DataConfig) -> SplitText:
 
     def documents() -> Iterator[SplitDocument]:
         for name, text in source.documents():
-            for where, part in split(text):
-                if part:
-                    yield SplitDocument(name, where, _said(part) if chat else part)
+            pieces: list[tuple[SplitName, str]] = (
+                split(text) if several or not chat else [("train", text)]
+            )  # a conversation is never cut
+            yield from (SplitDocument(name, where, _said(part) if chat else part) for where, part in pieces if part)
 
     return SplitText(documents, source.size(), not several, getattr(source, "findings", Findings()))
 

@@ -56,7 +56,7 @@ class Log:
                 memory_bytes=memory_used(result.loss.device),
                 seconds_left=plan.cost(self.flops_per_token, state.step) / flops * seconds,
                 time=time.time(),
-                epochs={f"epoch/{name}": value for name, value in self.epochs(state.samples).items()},
+                sources={f"epoch/{name}": value for name, value in self.epochs(state.samples).items()},
                 order_digest=None if digest is None else str(digest),
             )
         )
