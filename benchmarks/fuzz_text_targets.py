@@ -12,12 +12,14 @@ from bardling.checkpoint.load import load
 from bardling.config import ModelConfig
 from bardling.config.recipes import load_recipe
 from bardling.data.text.named_datasets import source_for
-from bardling.data.tokens.tokenizer import StreamDecoder, load_tokenizer
+from bardling.data.tokens.stream_decoder import StreamDecoder
+from bardling.data.tokens.tokenizer import load_tokenizer
 from bardling.errors import UserError
 from bardling.evaluate.multiple_choice import check_items
 from bardling.evaluate.tasks import load_items
 from bardling.files.prompt import read_prompt_file
 from bardling.generation.generate import prompt_ids
+from fuzz_file_formats import FORMAT_TARGETS
 from fuzz_targets import TEXT, Target, make_hf, make_recipe
 
 SPECIAL = ("<unk>", "<s>", "</s>", "<pad>")
@@ -186,4 +188,5 @@ TEXT_TARGETS = (
     Target("text folder", 6, make_texts, ("text/one.txt", "text/two.txt"), load_text("text")),
     Target("JSON Lines", 6, make_texts, ("rows.jsonl",), load_text("rows.jsonl")),
     Target("task file", 6, make_texts, ("task.jsonl",), load_task),
+    *FORMAT_TARGETS,
 )  # fmt: skip

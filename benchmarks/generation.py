@@ -36,8 +36,9 @@ from bardling.cli.parse import parse
 from bardling.config import ModelConfig
 from bardling.distributed.device import keep_freed_memory
 from bardling.distributed.huge_pages import VARIABLE
-from bardling.distributed.threads import cpu_quota, limit_threads
+from bardling.distributed.threads import limit_threads
 from bardling.errors import UserError
+from bardling.files.cpu_quota import cpu_quota
 from bardling.generation.generate import generate
 from bardling.generation.weights import convert_weights
 from bardling.model.gpt import GPT

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "bardling"
 MOST_FILE_LINES = 400
 MOST_FUNCTION_LINES = 60
-MOST_SOURCE_LINES = 38_000
+MOST_SOURCE_LINES = 39_800
 
 
 def modules() -> dict[str, Path]:

@@ -380,3 +380,63 @@ def test_the_server_under_load(tmp_path: Path) -> None:
     assert all(int(row[1].replace(",", "")) > 0 for row in rows[:4])
     assert rows[5][0] == "bardling serve"
     assert "no slot stayed occupied" in (tmp_path / "serve.md").read_text()
+
+
+@pytest.mark.slow
+def test_preparing_is_compared_with_other_methods(tmp_path: Path) -> None:
+    import prepare
+
+    prepare.main(["--tiny", "--rounds", "1", "--results", str(tmp_path)])
+    head, *rows = rows_of(tmp_path / "prepare.md")
+    assert head[:2] == ["side", "seconds"]
+    assert [row[0] for row in rows] == ["bardling", "bardling without gigatoken"]
+    assert all(float(row[1].split()[0]) > 0 and float(row[4]) > 50 for row in rows)
+    assert "equal to tokenizers: all 1," in (tmp_path / "prepare.md").read_text()
+
+
+def test_a_wrong_id_is_found(tmp_path: Path) -> None:
+    import prepare
+    from bardling.data.tokens.prepare import prepare as make
+    from bardling.data.tokens.tokenizer import build_tokenizer
+
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": f"document {number}"}) + "\n" for number in range(120)))
+    build_tokenizer("bpe:300", ["document 0123456789"]).save(tmp_path)
+    spec = tmp_path / "tokenizer.json"
+    make(str(text), tmp_path / "ds", str(spec), val_fraction=prepare.VAL_FRACTION)
+    assert prepare.compare(text, tmp_path / "ds", spec) > 500
+    tokens = tmp_path / "ds" / "train-00000.bin"
+    content = bytearray(tokens.read_bytes())
+    content[-4] ^= 1
+    tokens.write_bytes(content)
+    with pytest.raises(UserError, match=r"train, from token [\d,]+: other ids than those of tokenizers"):
+        prepare.compare(text, tmp_path / "ds", spec)
+
+
+def test_the_baselines_of_preparing_write_all_tokens(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    import prepare_sides
+    from bardling.data.tokens.gpt2_bpe import cached_gpt2_files
+
+    vocabulary = next(cached_gpt2_files(), None)
+    if vocabulary is None:
+        pytest.skip("GPT-2's tokenizer is not on this machine")
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": f"document {number}"}) + "\n" for number in range(3000)))
+    sizes = {}
+    for method in ("datasets_map", "pool_imap"):
+        out = tmp_path / method
+        subprocess.run([sys.executable, prepare_sides.__file__, method, str(text), str(out), str(vocabulary)], check=True)
+        sizes[method] = sum(path.stat().st_size // 2 for path in out.iterdir() if path.suffix in (".bin", ".npy"))
+    assert sizes["datasets_map"] > 9000
+    assert 0 <= sizes["pool_imap"] - sizes["datasets_map"] < 100  # the head of a file of NumPy
+
+
+def test_reading_with_files_and_maps(tmp_path: Path) -> None:
+    import reading
+
+    reading.main(["--tiny", "--results", str(tmp_path)])
+    head, *rows = rows_of(tmp_path / "reading.md")
+    assert head[0] == "method"
+    assert [row[0] for row in rows] == list(reading.METHODS)
+    assert all(float(row[1].replace(",", "")) > 0 for row in rows)

@@ -76,5 +76,7 @@ def test_the_rest_of_the_processes_see_other_samples():
     )
     assert str(layout) == "HSDP with context parallelism (replicate 4, context 2)"
     assert sharded_bytes(plan(8, 4), Layout(shard=2, context=2)) == 4 * 10**9
-    with pytest.raises(UserError, match=r"parallel.context = 2: needs a multiple of 2 processes, but there are 3: .* 1$"):
-        choose_layout(ParallelConfig(context=2), 3, 3, plan(1, 1), None, MODEL)
+    for size, processes, nearest in ((2, 3, 1), (6, 8, 2)):  # 4 divides 8 processes, but not 6 heads
+        message = f"parallel.context = {size}: needs a multiple of {size} processes, but there are {processes}: .* {nearest}$"
+        with pytest.raises(UserError, match=message):
+            choose_layout(ParallelConfig(context=size), processes, processes, plan(1, 1), None, MODEL)

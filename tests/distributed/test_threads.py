@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bardling.distributed.threads import cpu_quota, limit_threads
+from bardling.distributed.threads import limit_threads
+from bardling.files.cpu_quota import cpu_quota
 
 
 @pytest.mark.parametrize(

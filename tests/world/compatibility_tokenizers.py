@@ -141,6 +141,19 @@ def unread(folder: Path, name: str, data: bytes = b"x", direct: bool = False, be
     return str(build_tokenizer(str(folder / "model" / name), ()) if direct else load(folder / "model").needed_tokenizer())
 
 
+def sentencepiece(folder: Path, **settings: Any) -> str:
+    """A trained model has the ids of the `sentencepiece` library."""
+    library = pytest.importorskip("sentencepiece")
+    settings |= {"vocab_size": 300, "hard_vocab_limit": False, "minloglevel": 2}
+    with (folder / "tokenizer.model").open("wb") as file:
+        library.SentencePieceTrainer.train(sentence_iterator=iter(WORDS * 9), model_writer=file, **settings)
+    theirs = library.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    ours = build_tokenizer(str(folder / "tokenizer.model"), ())
+    for text in (*WORDS, *NAMED):
+        assert ours.encode(text).tolist() == theirs.encode(text)
+    return "read"
+
+
 TOKENIZERS: dict[str, Run] = {
     "byte-level BPE": partial(tokenizer_json, kind="byte-level"),
     "byte-level BPE that begins texts with a token": partial(tokenizer_json, kind="byte-level", start=("<s>",)),
@@ -202,8 +215,10 @@ TOKENIZERS: dict[str, Run] = {
             "qwen.tiktoken": "`qwen.tiktoken`",
         }.items()
     },
-    "SentencePiece's `tokenizer.model`, named directly": partial(unread, name="tokenizer.model", direct=True),
-    "the same beside a `tokenizer.json`": partial(unread, name="tokenizer.model", direct=True, beside="tokenizer.json"),
+    "SentencePiece's `tokenizer.model`, named directly, BPE": partial(sentencepiece, model_type="bpe", byte_fallback=True),
+    "the same, unigram": partial(sentencepiece, model_type="unigram", user_defined_symbols=["<sep>"]),
+    "the same, characters": partial(sentencepiece, model_type="char"),
+    "the same, damaged": partial(unread, name="tokenizer.model", direct=True),
     "`vocab.json`, named directly": partial(unread, name="vocab.json", data=b'{"a": 0}', direct=True),
     "the same beside a `merges.txt`": partial(unread, name="vocab.json", data=b'{"a": 0}', direct=True, beside="merges.txt"),
     "`meta.pkl`, named directly": partial(unread, name="meta.pkl", data=pickle.dumps({"vocab_size": 2}), direct=True),

@@ -7,6 +7,7 @@ After a change, `BARDLING_WRITE_DOCS=1 pytest tests/world/test_compatibility.py`
 import gzip
 import io
 import json
+import lzma
 import os
 import pickle
 import re
@@ -37,8 +38,17 @@ IDS = [5, 0, 3, 1, 2, 4]
 # ---- Text: the bytes of the dataset are those of the text ----
 
 
-def text(folder: Path, name: str, data: bytes | Callable[[], bytes], *expected: str, field: str = "", **options: Any) -> str:
+def text(
+    folder: Path,
+    name: str,
+    data: bytes | Callable[[], bytes],
+    *expected: str,
+    field: str = "",
+    template: str = "",
+    **options: Any,
+) -> str:
     """A file, or with more than one text its rows, named as a source."""
+    options |= {"field": template} if template else {}
     (folder / name).write_bytes(data if isinstance(data, bytes) else data())
     return prepared(folder, f"{folder / name}{field}", *expected, **options)
 
@@ -95,6 +105,10 @@ def document(rows: Any, **options: Any) -> bytes:
     return json.dumps(rows, **options).encode()
 
 
+def zstd(data: bytes) -> bytes:
+    return bytes(pytest.importorskip("zstandard").ZstdCompressor().compress(data))
+
+
 CSV = b'text,body\r\n"one, \n1",B1\r\n'
 TEXTS: dict[str, Run] = {
     "`.txt`, UTF-8, with line ends of Windows": lambda f: text(f, "a.txt", PLAIN.encode(), PLAIN),
@@ -121,18 +135,32 @@ TEXTS: dict[str, Run] = {
     "JSON Lines in a `.txt`": lambda f: text(f, "a.txt", lines(), *ROWS),
     "`.jsonl.gz`": lambda f: text(f, "a.jsonl.gz", gzip.compress(lines()), *ROWS),
     "a truncated `.jsonl.gz`": lambda f: text(f, "a.jsonl.gz", gzip.compress(lines() * 99)[:-9]),
-    "`.json`, an array": lambda f: text(f, "a.json", document([{"text": "x"}])),
-    "`.json`, a document": lambda f: text(f, "a.json", document({"a": {"b": 1}}, indent=1)),
-    "`.csv`": lambda f: text(f, "a.csv", CSV),
-    "`.tsv`": lambda f: text(f, "a.tsv", b"text\tbody\n"),
-    "`.parquet`": lambda f: text(f, "a.parquet", table("parquet")),
-    "`.arrow`": lambda f: text(f, "a.arrow", table("feather")),
-    "`.txt.gz`": lambda f: text(f, "a.txt.gz", gzip.compress(b"text")),
-    "`.jsonl.zst`": lambda f: text(f, "a.jsonl.zst", b"\x28\xb5\x2f\xfd" + bytes(30)),
-    "`.zip`": lambda f: text(f, "a.zip", archive("zip")),
-    "`.tar`": lambda f: text(f, "a.tar", archive("tar")),
+    "`.json`, an array": lambda f: text(f, "a.json", document([{"text": ROWS[0]}, {"text": ROWS[1]}], indent=1), *ROWS),
+    "a truncated array": lambda f: text(f, "a.json", document([{"text": "x"}, {"text": "y"}])[:-4]),
+    "`.json`, a document with the field `text`": lambda f: text(f, "a.json", document({"text": "x"}, indent=1), "x"),
+    "`.json`, another document": lambda f: text(f, "a.json", document({"a": {"b": 1}}, indent=1)),
+    "`.csv`": lambda f: text(f, "a.csv", CSV, "one, \n1"),
+    "`.csv` with a template: `--field '{text} ({body})'`": lambda f: text(
+        f, "a.csv", CSV, "one, \n1 (B1)", template="{text} ({body})"
+    ),
+    "`.csv` without a column `text`": lambda f: text(f, "a.csv", b"review,stars\ngood,5\n"),
+    "`.tsv`": lambda f: text(f, "a.tsv", b"text\tbody\none\tB1\n", "one"),
+    "`.parquet`": lambda f: text(f, "a.parquet", table("parquet"), *ROWS),
+    "`.arrow`": lambda f: text(f, "a.arrow", table("feather"), *ROWS),
+    "`.txt.gz`": lambda f: text(f, "a.txt.gz", gzip.compress(b"text"), "text"),
+    "`.txt.xz`": lambda f: text(f, "a.txt.xz", lzma.compress(b"text"), "text"),
+    "`.jsonl.zst`": lambda f: text(f, "a.jsonl.zst", zstd(lines()), *ROWS),
+    "a truncated `.jsonl.zst`": lambda f: text(f, "a.jsonl.zst", zstd(lines() * 99)[:-9]),
+    "a decompression bomb": lambda f: text(f, "a.txt.gz", gzip.compress(bytes(8 << 20)) * 33),
+    "`.zip`": lambda f: text(f, "a.zip", archive("zip"), "text"),
+    "`.tar`": lambda f: text(f, "a.tar", archive("tar"), "text"),
+    "`.tar.gz`": lambda f: text(f, "a.tar.gz", gzip.compress(archive("tar")), "text"),
+    "`.txt` with `--separator '<|endoftext|>'`": lambda f: text(
+        f, "a.txt", b"one<|endoftext|>two", "one", "two", separator="<|endoftext|>"
+    ),
     "`.pdf`": lambda f: text(f, "a.pdf", b"%PDF-1.7\n"),
     "`.docx`": lambda f: text(f, "a.docx", archive("zip")),
+    "`.7z`": lambda f: text(f, "a.7z", b"7z\xbc\xaf\x27\x1c" + bytes(30)),
     "`.png`": lambda f: text(f, "a.png", b"\x89PNG\r\n\x1a\n" + bytes(30)),
     "`.gguf`": lambda f: text(f, "a.gguf", b"GGUF\x03\0\0\0" + bytes(30)),
     "another binary file": lambda f: text(f, "a.bin", bytes(range(256)) * 9),
@@ -263,7 +291,7 @@ def outcome(section: str, what: str, folder: Path) -> str:
 def shortened(message: str, folder: Path) -> str:
     """Without the folders of paths, and without the reasons that other libraries give."""
     message = re.sub(re.escape(str(folder)) + r"/(?:[\w.-]+/)*", "", message)
-    return re.sub(r"(safetensors file|readable tokenizer|JSON|gzip data) \(.*\)", r"\1 (...)", message)
+    return re.sub(r"(safetensors file|readable tokenizer|JSON|gzip data|Zstandard data) \(.*\)", r"\1 (...)", message)
 
 
 def row(what: str, found: str) -> str:

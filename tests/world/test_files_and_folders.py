@@ -6,7 +6,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -68,42 +67,41 @@ def archive(kind: str) -> bytes:
             file.writestr("x.txt", "text")
     else:
         with tarfile.open(fileobj=buffer, mode="w") as file:
-            file.addfile(tarfile.TarInfo("x.txt"), io.BytesIO(b""))
+            info = tarfile.TarInfo("x.txt")
+            info.size = 4
+            file.addfile(info, io.BytesIO(b"text"))
     return buffer.getvalue()
 
 
 FORMATS = {
-    "array.json": (lambda: json.dumps(ROWS, indent=1).encode(), "a JSON array"),
-    "minified.json": (lambda: json.dumps(ROWS).encode(), "a JSON array"),
-    "object.json": (lambda: json.dumps({"rows": ROWS}, indent=1).encode(), "a JSON document"),
-    "single.json": (lambda: b'{"name": "package"}', "a JSON document"),
+    "array.json": (lambda: json.dumps([{"a": 1}], indent=1).encode(), "has no field 'text'"),
+    "object.json": (lambda: json.dumps({"rows": ROWS}, indent=1).encode(), "has no field 'text'; it has 'rows'"),
+    "single.json": (lambda: b'{"name": "package"}', "has no field 'text'; it has 'name'"),
     "book.ipynb": (lambda: json.dumps({"cells": []}, indent=1).encode(), "a JSON document"),
-    "table.csv": (lambda: b'text,body\r\n"one, \n1",B1\r\ntwo,B2\r\n', "a CSV table"),
-    "TABLE.CSV": (lambda: b"text,body\ntwo,B2\n", "a CSV table"),
-    "table.tsv": (lambda: b"text\tbody\ntwo\tB2\n", "a TSV table"),
-    "plain.txt.gz": (lambda: gzip.compress(b"plain text\n", mtime=0), "gzip data"),
-    "plain.txt": (lambda: gzip.compress(b"plain text\n", mtime=0), "gzip data"),
-    "rows.jsonl.zst": (lambda: b"\x28\xb5\x2f\xfd" + bytes(30), "Zstandard data"),
-    "rows.jsonl.xz": (lambda: b"\xfd7zXZ\0" + bytes(30), "xz data"),
-    "rows.jsonl.bz2": (lambda: b"BZh91AY&SY" + bytes(30), "bzip2 data"),
-    "rows.parquet": (lambda: table("parquet"), "a Parquet file"),
-    "rows.arrow": (lambda: table("feather"), "an Arrow file"),
-    "all.zip": (lambda: archive("zip"), "a zip archive"),
-    "all.tar": (lambda: archive("tar"), "a tar archive"),
+    "table.csv": (lambda: b"a,b\none,two\n", "has no column 'text'; it has 'a', 'b'"),
+    "TABLE.CSV": (lambda: b"a;b\none;two\n", "has no column 'text'; it has 'a', 'b'"),
+    "table.tsv": (lambda: b"a\tb\none\ttwo\n", "has no column 'text'"),
+    "rows.jsonl.zst": (lambda: b"\x28\xb5\x2f\xfd" + bytes(30), "damaged Zstandard data"),
+    "rows.jsonl.xz": (lambda: b"\xfd7zXZ\0" + bytes(30), "damaged xz data"),
+    "rows.jsonl.bz2": (lambda: b"BZh91AY&SY" + bytes(30), "damaged bzip2 data"),
+    "twice.gz": (lambda: gzip.compress(gzip.compress(b"text")), "is gzip data"),
+    "rows.jsonl.lz4": (lambda: b"\x04\x22\x4d\x18" + bytes(30), "is LZ4 data"),
+    "all.7z": (lambda: b"7z\xbc\xaf\x27\x1c" + bytes(30), "a 7-Zip archive"),
+    "paper.docx": (lambda: archive("zip"), "a document in a zip archive (.docx)"),
     "paper.pdf": (lambda: b"%PDF-1.7\n%\xe2\xe3\n", "a PDF file"),
     "picture.png": (lambda: b"\x89PNG\r\n\x1a\n" + bytes(30), "a PNG image"),
-    "other.jsonl": (lambda: lines([{"content": "x"}]), None),
+    "other.jsonl": (lambda: lines([{"content": "x"}]), "has no field 'text'"),
     "content.txt": (lambda: lines([{"content": "x"}]), "a JSON Lines file without the field 'text'"),
 }
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_other_formats_are_refused_by_name_and_counted_in_a_folder(tmp_path, name):
-    make, kind = FORMATS[name]
+    make, fault = FORMATS[name]
     (tmp_path / name).write_bytes(make())
     with pytest.raises(UserError) as caught:
         texts(tmp_path / name)
-    assert (kind or "has no field 'text'") in str(caught.value)
+    assert fault in str(caught.value)
     assert "\n" not in str(caught.value)
     assert str(tmp_path / name) in str(caught.value)
     (tmp_path / "text.txt").write_text("text")
@@ -113,22 +111,16 @@ def test_other_formats_are_refused_by_name_and_counted_in_a_folder(tmp_path, nam
     assert entry == {"count": 1, "names": [name]}
 
 
-@pytest.mark.parametrize(
-    "name", ["array.json", "table.csv", "TABLE.CSV", "table.tsv", "rows.parquet", "rows.arrow", "plain.txt.gz"]
-)
-def test_the_remedy_works(tmp_path, name, monkeypatch):
+def test_the_remedy_works(tmp_path):
     folder = tmp_path / "it's here"
     folder.mkdir()
-    (folder / name).write_bytes(FORMATS[name][0]())
+    (folder / "twice.txt.gz").write_bytes(gzip.compress(gzip.compress(b"plain text\n")))
     with pytest.raises(UserError) as caught:
-        texts(folder / name)
+        texts(folder / "twice.txt.gz")
     command = re.search(r"`(.+)`", str(caught.value))
     assert command is not None
-    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     subprocess.run(["bash", "-c", command[1]], check=True, timeout=60)
-    (new,) = (path for path in folder.iterdir() if path.name != name)
-    wanted = {"plain.txt.gz": ["plain text\n"], "table.csv": ["one, \n1", "two"], "TABLE.CSV": ["two"], "table.tsv": ["two"]}
-    assert texts(new) == wanted.get(name, ["one é", "two"])
+    assert texts(folder / "twice.txt") == ["plain text\n"]
 
 
 def test_what_a_folder_leaves_out_is_counted_and_named(tmp_path):
@@ -142,7 +134,7 @@ def test_what_a_folder_leaves_out_is_counted_and_named(tmp_path):
         root / "sub" / "rows.jsonl": b'{"text": "R"}\n{"text": null}\n{"text": ""}\n',
         root / "sub" / "foreign.jsonl": b'{"messages": []}\n',
         root / "sub" / "broken.jsonl": b"not json\n",
-        root / "table.csv": b"a,b\n",
+        root / "table.csv": b"a,b\n1,2\n",
         elsewhere / "linked.txt": b"L",
     }.items():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -161,7 +153,7 @@ def test_what_a_folder_leaves_out_is_counted_and_named(tmp_path):
         "file that is not UTF-8": ["latin.txt"],
         "empty file or row": ["empty.txt", "sub/rows.jsonl:2", "sub/rows.jsonl:3"],
         "JSON Lines without text in the field 'text'": ["sub/broken.jsonl", "sub/foreign.jsonl"],
-        "CSV table": ["table.csv"],
+        "CSV without text in the field 'text'": ["table.csv"],
         "link to a folder that is read already": ["link"],
         "link to a folder that contains it": ["loop", "sub/up"],
         "broken link": ["gone"],

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from small_tokenizers import KINDS, LETTERS, added, library, lm_eval_pair, surround, words, write
 
 from bardling.config import ModelConfig
-from bardling.data.tokens.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
+from bardling.data.tokens.stream_decoder import StreamDecoder
+from bardling.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from bardling.errors import UserError
 from bardling.evaluate.multiple_choice import _encode
 from bardling.evaluate.tasks import ChoiceItem

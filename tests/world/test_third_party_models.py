@@ -22,7 +22,7 @@ from bardling.checkpoint.load import load
 from bardling.config import DataConfig
 from bardling.config.recipes import load_recipe
 from bardling.data.tokens.chat_template import chat_prompt_ids
-from bardling.data.tokens.tokenizer import StreamDecoder
+from bardling.data.tokens.stream_decoder import StreamDecoder
 from bardling.distributed.device import Precision
 from bardling.evaluate.multiple_choice import evaluate_choices
 from bardling.evaluate.tasks import ChoiceItem, draw_items, read_items

@@ -9,6 +9,7 @@ import tyro
 
 from bardling.cli.parse import parse, require_options
 from bardling.cli.tables import columns, print_rows, show_table
+from bardling.config import DataConfig
 from bardling.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,6 +29,10 @@ class EvalOptions:
     """Text to evaluate on: whole files, or the validation split of a named or prepared dataset; default: that of the run."""
     encoding: Annotated[str, tyro.conf.arg(aliases=["--data.encoding"])] = ""
     """Encoding of the text files of --data without a byte order mark, such as cp1252; default: UTF-8."""
+    field: Annotated[str, tyro.conf.arg(aliases=["--data.field"])] = ""
+    """Field of the rows of --data that contains the text, or a template such as '{title}\\n\\n{body}'; default: text."""
+    separator: Annotated[str, tyro.conf.arg(aliases=["--data.separator"])] = ""
+    """What separates the documents in text files of --data; default: each file is one document."""
     windows: int | None = None
     """Number of sequences to use, evenly spaced; default: all."""
     stride: int | None = None
@@ -72,7 +77,7 @@ def run(argv: Sequence[str]) -> None:
     steps = _steps(options, names)
     wanted = Wanted(
         options.data,
-        options.encoding,
+        DataConfig(encoding=options.encoding, field=options.field, separator=options.separator),
         options.windows,
         options.stride,
         options.batch_size,

@@ -36,6 +36,7 @@ COMMANDS = {
     "eval": "evaluate a model on validation text and tasks",
     "export": "write a model in a format that other software loads",
     "prepare": "tokenize text into a dataset folder",
+    "data": "check training data, and show what the model sees",
     "migrate": "translate a nanoGPT configuration into a recipe",
     "report": "draw training curves",
     "info": "describe a run, checkpoint or dataset, and verify checksums",

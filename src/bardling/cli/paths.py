@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from bardling.config import RunConfig
+from bardling.errors import UserError
+from bardling.files.atomic import check_place
 from bardling.files.paths import expand_home
 
 T = TypeVar("T")
@@ -64,3 +66,14 @@ def _names(kind: str) -> tuple[str, ...]:
     from bardling.interop.pretrained import GPT2_NAMES
 
     return tuple(GPT2_NAMES)
+
+
+def refuse_existing_file(path: Path | None) -> None:
+    """Raise a `UserError` if a file cannot be created, before anything slow."""
+    if path is None:
+        return
+    check_place(path)
+    if path.exists():
+        raise UserError(f"{path}: already exists: remove it, or choose another file")
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: the folder {path.parent} does not exist: create it, or choose another file")

@@ -7,6 +7,7 @@ from pathlib import Path
 import tyro
 
 from bardling.cli.parse import parse
+from bardling.cli.paths import refuse_existing_file
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,8 @@ class ReportOptions:
     drew earlier, and refuses to overwrite any other file."""
     compressors: bool = False
     """Also draw lines for what gzip -9 and xz -9 reach on the first run's validation text."""
+    data: Path | None = None
+    """Page (.html) to create about the data of the first run: sizes, lengths, frequent tokens and random sequences."""
 
 
 def run(argv: Sequence[str]) -> None:
@@ -29,6 +32,7 @@ def run(argv: Sequence[str]) -> None:
         raise UserError("report: no run given; name at least one run folder")
     out = options.out or options.runs[0] / "curve.png"
     check_image_path(out)  # before anything slow
+    refuse_existing_file(options.data)
     marks = {}
     if options.compressors:
         from bardling.checkpoint.run_folder import open_run
@@ -43,6 +47,23 @@ def run(argv: Sequence[str]) -> None:
     for path in options.runs:
         _show_samples(path)
     print(out)
+    if options.data is not None:
+        _draw_data(options.runs[0], options.data)
+        print(options.data)
+
+
+def _draw_data(path: Path, out: Path) -> None:
+    """Write a page about the data of a run."""
+    from bardling.checkpoint.run_folder import open_run
+    from bardling.data.tokens.corpus import reopen_corpus
+    from bardling.files.atomic import write_atomically
+    from bardling.report.data_page import data_page
+    from bardling.tools.data_check import dataset_report
+
+    run = open_run(path)
+    config = run.trained_config()
+    dataset = reopen_corpus(config.data, run.dataset_record(), run.path, "omit --data", config.model.block_size)
+    write_atomically(out, data_page(dataset_report(dataset, seed=0)).encode())
 
 
 def _show_samples(path: Path) -> None:

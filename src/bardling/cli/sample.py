@@ -76,7 +76,8 @@ def run(argv: Sequence[str]) -> None:
     text = _prompt(options)
     from bardling.checkpoint.load import load, run_of
     from bardling.distributed.device import choose_device, choose_precision, keep_freed_memory
-    from bardling.distributed.threads import cpu_quota, limit_threads
+    from bardling.distributed.threads import limit_threads
+    from bardling.files.cpu_quota import cpu_quota
     from bardling.generation.engine import Engine
     from bardling.generation.generate import prompt_ids, will_slide
     from bardling.generation.requests import Request

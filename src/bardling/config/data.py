@@ -31,8 +31,9 @@ class DataConfig:
 
     source: str = "stdlib"
     """'stdlib' (Python's standard library sources), 'shakespeare', 'openwebtext', 'fineweb-edu', a dataset on the Hugging Face
-    Hub as hf:NAME[:CONFIG][:SPLIT][:FIELD], a text file, a folder, a glob, FILE.jsonl[:FIELD], a folder of prepared shards, or
-    token files of nanoGPT, nano-gpt or llm.c."""
+    Hub as hf:NAME[:CONFIG][:SPLIT][:FIELD], a file (text, JSON, CSV, Parquet, Arrow, tar or zip, compressed or not) or
+    FILE:FIELD, a folder, a glob, a URL such as s3://BUCKET/FILE, a folder of prepared shards, or token files of nanoGPT,
+    nano-gpt or llm.c."""
     tokenizer: str = "byte"
     """'byte', 'char', 'bpe:SIZE' (trained on the source, or the first one), 'gpt2', or the path of a tokenizer.json. With
     model.init, the default is that model's tokenizer."""
@@ -55,6 +56,13 @@ class DataConfig:
     """Folder for datasets prepared from a source; empty: $BARDLING_CACHE, or ~/.cache/bardling."""
     encoding: str = ""
     """Encoding of text files without a byte order mark, such as 'cp1252'; empty: UTF-8."""
+    field: str = ""
+    """Field of each row (JSON, CSV, Parquet, Arrow) that contains the text, or a template such as '{title}\\n\\n{body}'; empty:
+    'text', or the FIELD of FILE:FIELD."""
+    separator: str = ""
+    """What separates the documents of a text file, such as '<|endoftext|>' or '\\n\\n'; empty: each file is one document."""
+    stream: bool = False
+    """Read a dataset on the Hugging Face Hub over the network each time, and keep no copy of its files on disk."""
 
     format: Literal["auto", "text", "chat"] = "auto"
     """What the source holds: text, or conversations, of which a model learns the answers; auto: conversations if it is a JSON

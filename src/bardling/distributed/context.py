@@ -23,8 +23,9 @@ from bardling.distributed.device import choose_device
 from bardling.distributed.heartbeat import Heartbeat, lost_connection
 from bardling.distributed.local_rank import gpu_identity, gpu_index, local_rank, require_own_gpu
 from bardling.distributed.rendezvous import environment_number, form_group
-from bardling.distributed.threads import cpu_quota, limit_threads
+from bardling.distributed.threads import limit_threads
 from bardling.errors import Terminated, UserError
+from bardling.files.cpu_quota import cpu_quota
 from bardling.planning.layout import AXES, DATA_AXES, Layout
 
 T = TypeVar("T")

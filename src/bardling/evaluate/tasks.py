@@ -23,7 +23,8 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-from bardling.data.text.hub import EXTRA, hub_file
+from bardling.data.text.compression import EXTRA
+from bardling.data.text.hub import hub_file
 from bardling.errors import UserError
 from bardling.extensions import TASKS
 from bardling.files.atomic import os_error_as_user_error

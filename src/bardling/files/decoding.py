@@ -22,10 +22,6 @@ HEAD = 1 << 16  # bytes at the start of a file that are enough to recognise its 
 
 _ARCHIVE = "extract it and name the folder, `{} {{file}}`"
 _UNPACK = "decompress it, `{} -dc {{file}} > {{text}}`"
-_TO_ROWS = (
-    'convert it to JSON Lines with pyarrow, `python -c "import json,sys,pyarrow.{0} as p; '
-    '[print(json.dumps(row, default=str)) for row in p.read_table(sys.argv[1]).to_pylist()]" {{file}} > {{rows}}`'
-)
 _OTHER = "choose text files"
 _FORMATS = (  # offset and bytes that identify a format, its name, and what to do
     (0, b"\x1f\x8b\x08", "gzip data", _UNPACK.format("gzip")),
@@ -37,8 +33,8 @@ _FORMATS = (  # offset and bytes that identify a format, its name, and what to d
     (0, b"Rar!\x1a\x07", "a RAR archive", _ARCHIVE.format("unrar x")),
     (257, b"ustar", "a tar archive", _ARCHIVE.format("tar -xf")),
     (0, b"PK\x03\x04", "a zip archive (or a document in one)", _ARCHIVE.format("unzip")),
-    (0, b"PAR1\x15", "a Parquet file", _TO_ROWS.format("parquet")),
-    (0, b"ARROW1\0\0", "an Arrow file", _TO_ROWS.format("feather")),
+    (0, b"PAR1\x15", "a Parquet file", _OTHER),
+    (0, b"ARROW1\0\0", "an Arrow file", _OTHER),
     (0, b"%PDF-", "a PDF file", "extract its text, `pdftotext {file} {text}`"),
     (0, b"{\\rtf", "an RTF document", "convert it, `pandoc {file} -t plain -o {text}`"),
     (0, b"\xd0\xcf\x11\xe0\xa1\xb1", "a Microsoft Office document", "save it as plain text"),
@@ -60,8 +56,7 @@ def known_format(head: bytes, file: str) -> tuple[str, str] | None:
         return None
     path = PurePath(file)
     text = path.with_suffix("") if len(path.suffixes) > 1 else path.with_suffix(".txt")
-    names = {"file": file, "text": str(text), "rows": str(path.with_suffix(".jsonl"))}
-    return found[0], found[1].format(**{name: shlex.quote(value) for name, value in names.items()})
+    return found[0], found[1].format(file=shlex.quote(file), text=shlex.quote(str(text)))
 
 
 def byte_order_mark(head: bytes) -> tuple[str, int]:

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from bardling.data.tokens.tokenizer import StreamDecoder, Tokenizer
+from bardling.data.tokens.stream_decoder import StreamDecoder
+from bardling.data.tokens.tokenizer import Tokenizer
 
 _CONTEXT = 32  # tokens of the prompt that the text follows: enough to complete a character, and to know what begins a word
 

@@ -83,7 +83,7 @@ def choose_layout(
     tensor = config.tensor or 1
     given = config.replicate, config.shard, *(size if size > 1 else None for size in (config.pipeline, config.context))
     if any(size is not None for size in given) or processes % tensor:
-        return given_layout(config, processes), "as configured"
+        return given_layout(config, processes, model), "as configured"
     rest = processes // tensor
     if config.layout != "auto" or rest == 1:
         whole = config.layout != "fsdp"
@@ -105,8 +105,11 @@ def choose_layout(
     return chosen, f"{sizes} do not fit in {_gb(memory)}, sharded{divided or _among(tensor)} {share}"
 
 
-def given_layout(config: ParallelConfig, processes: int) -> Layout:
-    """The layout with the sizes given; a size left open takes the remaining processes. Beside a pipeline, copies do."""
+def given_layout(config: ParallelConfig, processes: int, model: ModelConfig | None = None) -> Layout:
+    """The layout with the sizes given; a size left open takes the remaining processes. Beside a pipeline, copies do.
+
+    A message for sizes that do not fit suggests one that can divide the `model`.
+    """
     sizes = {"replicate": config.replicate, "shard": config.shard, "tensor": config.tensor}
     asked = {**sizes, **{axis: size for axis in ("pipeline", "context") if (size := getattr(config, axis)) > 1}}
     stated = {f"parallel.{axis}": size for axis, size in asked.items() if size is not None}
@@ -122,8 +125,10 @@ def given_layout(config: ParallelConfig, processes: int) -> Layout:
     need = f"a multiple of {product} processes" if open_axes else f"{product} processes"
     key, size = next(reversed(stated.items()))
     others_size = product // size
-    divisors = [n for n in range(1, processes + 1) if processes % n == 0 and processes % (n * others_size) == 0]
-    nearest = min(divisors or [1], key=lambda n: abs(n - size))
+    divided = {"parallel.tensor": _divided_sizes, "parallel.context": _heads}.get(key)
+    counts = [processes // others_size, *(divided(model).values() if divided and model else ())]
+    divisors = [n for n in range(1, processes + 1) if not any(count % n for count in counts)]
+    nearest = min(divisors if processes % others_size == 0 else [1], key=lambda n: abs(n - size))
     others = "" if open_axes or others_size * nearest == processes else f" --parallel.replicate {processes // nearest}"
     raise UserError(f"{listed}: needs {need}, but there are {processes}: nearest possible: --{key} {nearest}{others}")
 
@@ -155,7 +160,7 @@ def check_context(model: ModelConfig, layout: Layout) -> None:
     if model.value_embeddings:
         remedy = "set model.value_embeddings = 0, or leave parallel.context out"
         raise UserError(f"{asked}: value embeddings are not divided among processes: {remedy}")
-    heads = {"model.n_head": model.architecture.n_head, "model.n_kv_head": model.architecture.n_kv_head}
+    heads = _heads(model)
     key = next((key for key, count in heads.items() if count % size), None)
     if key is not None:
         common = math.gcd(layout.world_size, *heads.values())
@@ -232,10 +237,14 @@ def _state(needed: MemoryPlan) -> int:
     return needed.total - needed.activations.total
 
 
+def _heads(model: ModelConfig) -> dict[str, int]:
+    """What the processes of a context group must divide evenly."""
+    return {"model.n_head": model.architecture.n_head, "model.n_kv_head": model.architecture.n_kv_head}
+
+
 def _divided_sizes(model: ModelConfig) -> dict[str, int]:
     """What the processes of a tensor group must divide evenly."""
-    arch = model.architecture
-    sizes = {"model.n_head": arch.n_head, "model.n_kv_head": arch.n_kv_head, "model.mlp_hidden": arch.mlp_hidden}
+    sizes = _heads(model) | {"model.mlp_hidden": model.architecture.mlp_hidden}
     vocabulary = {"model.vocab_size, padded to model.vocab_multiple,": model.padded_vocab_size} if model.vocab_size else {}
     return sizes | vocabulary
 

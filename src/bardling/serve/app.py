@@ -19,7 +19,7 @@ from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from bardling.data.text.sources import valid_text
+from bardling.data.text.fields import valid_text
 from bardling.serve.answers import Answer, encode_prompt, encode_prompts, engine_requests
 from bardling.serve.catalog import Model
 from bardling.serve.errors import ApiError, JsonResponse

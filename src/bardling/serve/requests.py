@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from bardling.data.text.sources import valid_text
+from bardling.data.text.fields import valid_text
 from bardling.data.tokens.chat_template import checked_messages
 from bardling.errors import UserError, closest
 from bardling.generation.sampling import Sampling

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from bardling.data.tokens.tokenizer import StreamDecoder, Tokenizer
+from bardling.data.tokens.stream_decoder import StreamDecoder
+from bardling.data.tokens.tokenizer import Tokenizer
 from bardling.generation.requests import Output, TokenLogprob
 from bardling.serve.requests import Generation
 

@@ -4,7 +4,7 @@ A model is anything that `checkpoint/load.py` opens. On other text than the run'
 export. All processes call these functions together; the results are the same in each.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -34,7 +34,7 @@ class Wanted:
     """What is measured."""
 
     data: str | None = None  # text, or a dataset; None for the run's own validation split
-    encoding: str = ""  # of text files
+    reading: DataConfig = field(default_factory=DataConfig)  # encoding, field and separator of the text
     windows: int | None = None  # sequences, evenly spaced; None for all
     stride: int | None = None  # tokens between the beginnings of overlapping sequences; None for sequences that do not overlap
     batch_size: int = 16  # sequences per forward pass
@@ -143,7 +143,7 @@ def _dataset(wanted: Wanted, loaded: Loaded, run: RunFolder | None) -> TokenData
             spec = tokenizer_file(tokenizer)
             rule = SPLIT_RULE if is_source_name(source) else EVALUATION_ONLY
         cache = "" if run is None else run.trained_config().data.cache
-        text = DataConfig(source, spec, val_fraction, cache=cache, encoding=wanted.encoding)
+        text = replace(wanted.reading, source=source, tokenizer=spec, val_fraction=val_fraction, cache=cache)
         dataset = open_data(text, rule, loaded.config.block_size)
     if tokenizer is not None and dataset.tokenizer is not None and tokenizer.fingerprint != dataset.tokenizer.fingerprint:
         raise UserError(

@@ -60,7 +60,7 @@ class HubHandler(Handler):
     def do_GET(self):  # noqa: N802 (the name that http.server calls)
         path = urllib.parse.urlparse(self.path).path
         self.server.requests.append((self.command, path))
-        match = re.fullmatch(r"/api/datasets/([\w-]+/[\w-]+)(?:/(revision|tree)/([^/]+))?", path)
+        match = re.fullmatch(r"/api/datasets/([\w-]+/[\w-]+)(?:/(revision|tree)/([^/]+)(?:/.*)?)?", path)
         file = re.fullmatch(r"/(datasets/)?([\w-]+/[\w-]+)/resolve/([^/]+)/(.+)", path)
         kind, name = ("datasets", match[1]) if match else ("datasets" if file[1] else "models", file[2])
         repository = self.server.repositories.get((kind, name))
@@ -87,7 +87,10 @@ class HubHandler(Handler):
         if path not in files:
             return self.answer(b"", 404, X_Error_Code="EntryNotFound")
         data = self.server.damage.get(path, files[path])
-        return self.answer(data, X_Repo_Commit=sha, ETag=f'"{hashlib.sha256(files[path]).hexdigest()}"')
+        about = {"X_Repo_Commit": sha, "ETag": f'"{hashlib.sha256(files[path]).hexdigest()}"'}
+        if bounds := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")):
+            return self.answer(data[int(bounds[1]) : int(bounds[2]) + 1], 206, **about)
+        return self.answer(data, **about)
 
 
 @pytest.fixture
@@ -173,6 +176,57 @@ def test_json_lines_plain_and_gzipped(fake_hub):
         texts(source_for("hf:me/lines:::txt"))
 
 
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "jsonl.gz"])
+def test_streaming_keeps_no_file_and_resumes_at_the_last_document(fake_hub, tmp_path, kind):
+    rows = [TEN[:4], TEN[4:7], TEN[7:]]
+    parts = {f"train-{i}.{kind}": packed_rows(texts, kind) for i, texts in enumerate(rows)}
+    card = {"configs": [{"config_name": "x", "data_files": [f"*.{kind}"]}]}
+    fake_hub.add("me/set", parts, card)
+    source = source_for("hf:me/set", stream=True)
+    every = list(source.documents())
+    assert [document.text for document in every] == TEN
+    assert every == list(source_for("hf:me/set", stream=True).documents())
+    fetched = len([path for _, path in fake_hub.requests if path.endswith(f"train-0.{kind}")])
+    assert [document.text for document in documents_after(source, 6, every[5].name)] == TEN[6:]
+    assert len([path for _, path in fake_hub.requests if path.endswith(f"train-0.{kind}")]) == fetched, "it is done"
+    streamed = prepare("hf:me/set", tmp_path / "a", "byte", stream=True)
+    assert not list((tmp_path / "hf").rglob(f"*.{kind}")), "nothing may be kept on disk"
+    assert source.identity() == source_for("hf:me/set").identity()
+    assert prepare("hf:me/set", tmp_path / "b", "byte").fingerprint == streamed.fingerprint
+    assert texts(source_for("hf:me/set", field="{number}: {text}", stream=True))[:2] == ["0: text number 0", "1: text number 1"]
+
+
+def packed_rows(texts: list[str], kind: str) -> bytes:
+    if kind == "parquet":
+        return parquet(texts, group=2)
+    lines = b"".join(json.dumps({"number": number, "text": text}).encode() + b"\n" for number, text in enumerate(texts))
+    return gzip.compress(lines) if kind.endswith("gz") else lines
+
+
+def test_a_hub_that_ends_while_it_is_read(fake_hub):
+    fake_hub.add("me/set", {"train.parquet": parquet([text * 9000 for text in TEN])})
+    source = source_for("hf:me/set", stream=True)
+    documents = source.documents()
+    assert next(documents).text.startswith("text number 0")
+    fake_hub.damage["train.parquet"] = b""
+    with pytest.raises(UserError, match=r"hf:me/set/train.parquet: is damaged|cannot be read"):
+        list(source_for("hf:me/set", stream=True).documents())
+
+
+@pytest.mark.parametrize(
+    ("spec", "options", "message"),
+    [
+        ("stdlib", {"stream": True}, "is not a dataset on the hub"),
+        ("shakespeare", {"field": "x"}, "has no fields"),
+        ("hf:me/set", {"separator": "x"}, "has no text files to divide"),
+        ("hf:me/set:::body", {"field": "text2"}, "names another field, 'body'"),
+    ],
+)
+def test_settings_that_do_not_fit_a_source(spec, options, message):
+    with pytest.raises(UserError, match=message):
+        source_for(spec, **options)
+
+
 def test_resuming_after_any_document_skips_the_earlier_ones(fake_hub):
     parts = {f"train-{i}.parquet": parquet(TEN[3 * i :][:3] + [None, ""] * i, group=2) for i in range(3)}
     fake_hub.add("me/set", parts)
@@ -234,11 +288,11 @@ def test_wrong_names_fields_and_kinds(fake_hub):
     fake_hub.add("me/set", {"train.parquet": parquet(TEN), "test.parquet": b"PAR1 no parquet PAR1"})
     with pytest.raises(UserError, match=r"hf:me/nothing: does not exist on the hub, or is private.*HF_TOKEN"):
         texts(source_for("hf:me/nothing"))
-    with pytest.raises(UserError, match=r"has no field 'txt' \(did you mean 'text'\?\); it has number, text"):
+    with pytest.raises(UserError, match=r"has no field 'txt' \(did you mean 'text'\?\); it has 'number', 'text'"):
         texts(source_for("hf:me/set:::txt"))
     with pytest.raises(UserError, match=r"field 'number' contains int64, not text"):
         texts(source_for("hf:me/set:::number"))
-    with pytest.raises(UserError, match="cannot be read as Parquet"):
+    with pytest.raises(UserError, match="is damaged Parquet data"):
         texts(source_for("hf:me/set::test"))
     with pytest.raises(UserError, match="no configuration or split 'default:valid'"):
         texts(source_for("hf:me/set::valid"))

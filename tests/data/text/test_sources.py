@@ -110,7 +110,7 @@ def test_missing_sources_say_what_is_near(tmp_path: Path, monkeypatch: pytest.Mo
         "nowhere/a.txt": "folder nowhere does not exist",
         "bare": "has no files",
         "ds": "is a prepared dataset",
-        "corpus.txt:body": "only .jsonl files have fields",
+        "corpus.txt:body": "only rows have fields",
         os.devnull: "neither a file nor a folder",
     }.items():
         with pytest.raises(UserError, match=message):

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bardling.data.tokens import journal
+from bardling.data.tokens import journal, parallel
 from bardling.data.tokens import prepare as prepare_module
 from bardling.data.tokens.journal import Journal, Position, work_folder
-from bardling.data.tokens.parallel import Encoders, default_workers, encode
+from bardling.data.tokens.parallel import Encoders, PieceEncoder, default_workers, utf8
 from bardling.data.tokens.prepare import prepare
 from bardling.data.tokens.shards import ShardWriter, open_dataset
 from bardling.data.tokens.tokenizer import Tokenizer, build_tokenizer
@@ -58,7 +58,8 @@ def test_number_of_workers_does_not_show_in_the_dataset(text, tmp_path, small_ba
 
 def test_encode_sorts_by_split_and_ends_each_piece():
     tokenizer = build_tokenizer("byte", ())
-    train, val = encode(tokenizer, [("train", "ab"), ("val", "é"), ("train", ""), ("train", "c")], [256])
+    pieces = [("train", b"ab"), ("val", "é".encode()), ("train", b""), ("train", b"c")]
+    train, val = PieceEncoder(tokenizer, [256]).encode(pieces)
     assert (train.ids.tolist(), train.lengths.tolist(), train.bytes) == ([97, 98, 256, 99, 256], [3, 2], 3)
     assert (val.ids.tolist(), val.lengths.tolist(), val.bytes) == ([0xC3, 0xA9, 256], [3], 2)
 
@@ -67,7 +68,7 @@ class Some:
     """A batch."""
 
     def __init__(self, *texts: str) -> None:
-        self.pieces = [("train", text) for text in texts]
+        self.pieces = [("train", utf8(text)) for text in texts]
 
 
 def test_workers_answer_in_order_also_for_broken_text(tmp_path):
@@ -77,8 +78,9 @@ def test_workers_answer_in_order_also_for_broken_text(tmp_path):
     with Encoders(tokenizer, tmp_path, [0], 2) as encoders:
         results = list(encoders.run(batches))
     assert [batch for batch, _ in results] == batches
+    encoder = PieceEncoder(tokenizer, [0])
     for batch, parts in results:
-        expected = encode(tokenizer, batch.pieces, [0])
+        expected = encoder.encode(batch.pieces)
         for got, want in zip(parts, expected, strict=True):
             assert np.array_equal(got.ids, want.ids)
             assert (got.lengths.tolist(), got.bytes) == (want.lengths.tolist(), want.bytes)
@@ -127,7 +129,7 @@ def test_workers_end_with_their_owner(tmp_path):
     build_tokenizer("byte", ()).save(tmp_path)
     code = (
         "import sys, time; from pathlib import Path; from bardling.data.tokens.parallel import _Worker;"
-        "w = _Worker(Path(sys.argv[1])); print(w._process.pid, flush=True); time.sleep(600)"
+        "w = _Worker(Path(sys.argv[1]), []); print(w._process.pid, flush=True); time.sleep(600)"
     )
     owner = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     pid = int(owner.stdout.readline())
@@ -145,10 +147,15 @@ def test_workers_end_with_their_owner(tmp_path):
     pytest.fail("the worker outlived its owner")
 
 
-def test_default_workers():
-    cores = default_workers(0, "bpe")
-    assert cores == default_workers(1 << 40, "other") >= 1
-    assert default_workers(1000, "bpe") == default_workers(1 << 40, "byte") == default_workers(1 << 40, "char") == 1
+def test_default_workers(monkeypatch):
+    monkeypatch.setattr(parallel, "cpu_quota", lambda: None)
+    for cores, others, fast in ((1, 0, 0), (2, 2, 1), (4, 4, 3), (128, 16, 3)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)))
+        assert default_workers(0, "bpe") == default_workers(1 << 40, "other") == others
+        assert default_workers(1 << 40, "bpe", fast=True) == fast  # more would wait for the process that reads
+    monkeypatch.setattr(parallel, "cpu_quota", lambda: 2)
+    assert (default_workers(0, "bpe"), default_workers(0, "bpe", fast=True)) == (2, 1)
+    assert default_workers(1000, "bpe") == default_workers(1 << 40, "byte") == default_workers(1 << 40, "char") == 0
 
 
 def test_writer_goes_on_where_it_was(tmp_path):
@@ -203,7 +210,7 @@ def test_journal_of_something_else_or_damaged_is_not_taken(tmp_path):
 
 PREPARE = """
 import signal, sys, time
-from bardling.data.tokens import journal
+from bardling.data.tokens import journal, parallel
 from bardling.data.tokens import prepare
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
 journal.EVERY = 0.0
@@ -215,6 +222,27 @@ def slower(*args):
 journal.Journal.write = slower
 prepare.prepare(sys.argv[1], sys.argv[2], "bpe:400", val_fraction=0.2, shard_tokens=10_000, workers=int(sys.argv[3]))
 """
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_killed_at_ten_random_moments_it_ends_with_the_same_bytes(text, tmp_path, small_batches, workers):
+    pytest.importorskip("gigatoken")
+    prepare(str(text), tmp_path / "whole", "bpe:400", val_fraction=0.2, shard_tokens=10_000, workers=1)
+    out, draw, killed = tmp_path / "ds", random.Random(workers), 0
+    for _ in range(10):
+        child = subprocess.Popen([sys.executable, "-c", PREPARE, str(text), str(out), str(workers)], stderr=subprocess.DEVNULL)
+        try:
+            child.wait(draw.uniform(0.2, 3))  # anywhere from its first import to its last batch
+            break
+        except subprocess.TimeoutExpired:
+            child.kill()
+            killed += child.wait(120) == -signal.SIGKILL
+            assert not out.exists()
+    assert killed > 2
+    if not out.exists():
+        prepare(str(text), out, "bpe:400", val_fraction=0.2, shard_tokens=10_000, workers=workers)
+    assert content(out) == content(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(("how", "workers"), [(signal.SIGKILL, 1), (signal.SIGKILL, 2), (signal.SIGINT, 1), (signal.SIGINT, 2)])
@@ -280,7 +308,7 @@ pathlib.Path.rename = lambda path, target: os.kill(os.getpid(), 9)
 
 
 def test_a_process_that_comes_at_the_very_end_finds_the_dataset(text, tmp_path, monkeypatch):
-    out, sync, found = tmp_path / "ds", prepare_module.sync_folder, []
+    out, sync, found = tmp_path / "ds", journal.sync_folder, []
 
     def comes() -> None:
         with pytest.raises(UserError, match="already exists"):
@@ -295,7 +323,7 @@ def test_a_process_that_comes_at_the_very_end_finds_the_dataset(text, tmp_path, 
             time.sleep(0.3)
         sync(folder)
 
-    monkeypatch.setattr(prepare_module, "sync_folder", slowly)
+    monkeypatch.setattr(journal, "sync_folder", slowly)
     prepare(str(text), out, "byte", val_fraction=0.2)
     other.join(300)
     assert found == [[]]
@@ -336,6 +364,7 @@ def test_a_changed_source_begins_anew(text, tmp_path, monkeypatch, small_batches
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ds", "fresh", "text.jsonl"]
 
 
-def test_workers_below_one_are_refused(text, tmp_path):
-    with pytest.raises(UserError, match="workers = 0: must be at least 1"):
-        prepare(str(text), tmp_path / "ds", "byte", workers=0)
+@pytest.mark.parametrize("workers", [0, 65])
+def test_workers_are_limited(text, tmp_path, workers):
+    with pytest.raises(UserError, match=f"workers = {workers}: must be at least 1 and at most 64"):
+        prepare(str(text), tmp_path / "ds", "byte", workers=workers)

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from bardling.config import DataConfig
 from bardling.data.tokens import vocabulary
 from bardling.data.tokens.dataset import open_data
-from bardling.data.tokens.tokenizer import StreamDecoder, Tokenizer, build_tokenizer, is_tokenizer_path, load_tokenizer
+from bardling.data.tokens.stream_decoder import StreamDecoder
+from bardling.data.tokens.tokenizer import Tokenizer, build_tokenizer, is_tokenizer_path, load_tokenizer
 from bardling.errors import UserError
 from bardling.extensions import TOKENIZERS
 

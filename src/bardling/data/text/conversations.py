@@ -11,23 +11,23 @@ Each becomes a document whose text is the JSON of its messages, so documents are
 not a conversation (another layout, an unknown role, an empty turn, no answer) is left out, counted and named. A file in which
 no row is one is refused.
 
-Limits: a JSON array is read into memory as a whole, up to 256 MiB; a line has at most 16 MiB; a conversation has at most
-10,000 turns and 2 million characters.
+Limits: a row has at most 16 MiB; a conversation has at most 10,000 turns and 2 million characters.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
 from pathlib import Path
 from typing import Any
 
+from bardling.data.text.fields import RowText, valid_text
 from bardling.data.text.findings import Findings, describe_findings
-from bardling.data.text.formats import row_lines
-from bardling.data.text.sources import Document, FileSource, open_source, valid_text
+from bardling.data.text.opening import Remote, opened
+from bardling.data.text.rows import Table, TooLong, json_lines, json_values
+from bardling.data.text.sources import Document, FileSource, open_source
 from bardling.errors import UserError
-from bardling.files.atomic import os_error_as_user_error
-from bardling.files.decoding import MARK
+from bardling.files.decoding import HEAD, MARK, byte_order_mark
 
 Message = dict[str, str]
 
@@ -40,22 +40,20 @@ _LAYOUTS = (("messages",), ("conversations",), ("instruction", "output"), ("prom
 MAX_MESSAGES = 10_000
 MAX_CHARACTERS = 2_000_000
 """Limits of a conversation: turns, and characters of all together."""
-_MAX_ARRAY_BYTES = 256 << 20
-_MAX_LINE_BYTES = 16 << 20
-_GZIP = b"\x1f\x8b"
+_LONGEST_ROW = 16 << 20  # bytes
 
 
 class NotAConversation(ValueError):  # noqa: N818  not an error: the row is left out
     """Why a row is left out: a short noun phrase."""
 
 
-def has_conversations(spec: str) -> bool:
+def has_conversations(spec: str, encoding: str = "") -> bool:
     """Whether a source is a JSON file whose first row is a conversation and has no `text` to train on."""
     path = Path(spec).expanduser()
     if not path.is_file():
         return False
     try:
-        _, row = next(_rows(path), (0, None))
+        _, row = next(_rows(path, encoding), (0, None))
     except UserError:  # reading it as text reports the fault
         return False
     return isinstance(row, dict) and "text" not in row and _layout(row) is not None
@@ -77,8 +75,8 @@ class ConversationSource:
         self.findings.clear()
         found = False
         for path in self.files.files:
-            label = path.relative_to(self.files.root).as_posix()
-            for number, row in _rows(path):
+            label = self.files.label(path)
+            for number, row in _rows(path, self.files.encoding):
                 name = f"{label}:{number}"
                 try:
                     messages = conversation(row)
@@ -99,11 +97,9 @@ class ConversationSource:
         return self.files.size()
 
 
-def open_conversations(spec: str) -> ConversationSource:
-    """The conversations of a file, folder or glob."""
-    source = open_source(spec)
-    assert isinstance(source, FileSource)
-    return ConversationSource(source)
+def open_conversations(spec: str, encoding: str = "") -> ConversationSource:
+    """The conversations of a file, folder or glob; `encoding` is that of files without a byte order mark."""
+    return ConversationSource(open_source(spec, encoding))
 
 
 def conversation(row: Any) -> list[Message]:
@@ -180,36 +176,15 @@ def _text(content: Any) -> str:
     return valid_text(content)
 
 
-def _rows(path: Path) -> Iterator[tuple[int, Any]]:
+def _rows(file: Path | Remote, encoding: str) -> Iterator[tuple[int, Any]]:
     """Number, counted from 1, and content of each row of a file: lines, or the elements of an array."""
-    with os_error_as_user_error(path, "read"), path.open("rb") as file:
-        gzipped = file.read(2) == _GZIP
-    lines = row_lines(path, gzipped, "utf-8", _MAX_LINE_BYTES + 1)
-    start = (line.removeprefix(b"\xef\xbb\xbf").lstrip() for line in row_lines(path, gzipped, "utf-8", 64))
-    if next(filter(None, start), b"").startswith(b"["):
-        yield from enumerate(_array(path, lines), 1)
-        return
-    for number, line in enumerate(lines, 1):
-        if len(line) > _MAX_LINE_BYTES:
-            raise UserError(f"{path}: line {number} is longer than {_MAX_LINE_BYTES >> 20} MiB: is this a JSON Lines file?")
-        if not line.strip():
-            continue
-        try:
-            yield number, json.loads(line.decode().lstrip(MARK))
-        except (ValueError, RecursionError) as error:  # also for bytes that are not UTF-8
-            reason = " ".join(str(error).split())[:120]
-            raise UserError(f"{path}: line {number} is not JSON ({reason}): each line must be one JSON object") from None
-
-
-def _array(path: Path, lines: Iterable[bytes]) -> list[Any]:
-    data = bytearray()
-    for line in lines:
-        data += line
-        if len(data) > _MAX_ARRAY_BYTES:
-            remedy = "write one object per line (JSON Lines)"
-            raise UserError(f"{path}: a JSON array may have at most {_MAX_ARRAY_BYTES >> 20} MiB: {remedy}")
-    try:
-        rows = json.loads(data.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is not valid JSON ({' '.join(str(error).split())[:120]}): correct the array") from None
-    return list(rows)
+    with opened(file) as (stream, _):
+        head = stream.peek(HEAD)
+        encoding = byte_order_mark(head)[0] or encoding or "utf-8"
+        array = head.decode(encoding, "ignore").lstrip(MARK).lstrip().startswith("[")
+        rows = json_values if array else json_lines
+        for number, row in rows(Table(stream, str(file), RowText(), "", encoding, longest=_LONGEST_ROW)):
+            if isinstance(row, TooLong):
+                fault = f"line {number} is longer than {_LONGEST_ROW >> 20} MiB"
+                raise UserError(f"{file}: {fault}: is this a JSON Lines file?")
+            yield number, row

@@ -3,7 +3,7 @@
 The counts are those of the last pass over the documents. `prepare` stores them in the dataset's manifest.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 _NAMES = 5  # kept for each reason
@@ -13,6 +13,7 @@ class Findings:
     """Counts by reason; `kept` tells what stays in the text, `left_out` what does not."""
 
     def __init__(self) -> None:
+        self.total = 0
         self._tables: dict[str, dict[str, dict[str, Any]]] = {"left_out": {}, "kept": {}}
 
     def left_out(self, reason: str, name: str) -> None:
@@ -25,10 +26,12 @@ class Findings:
     def _add(self, table: str, reason: str, name: str, count: int) -> None:
         entry = self._tables[table].setdefault(reason, {"count": 0, "names": []})
         entry["count"] += count
+        self.total += count
         if len(entry["names"]) < _NAMES:
             entry["names"].append(name)
 
     def clear(self) -> None:
+        self.total = 0
         for table in self._tables.values():
             table.clear()
 
@@ -38,7 +41,7 @@ class Findings:
 
 
 def describe_findings(facts: Mapping[str, Any]) -> list[str]:
-    """A line for each table of `Findings.facts`, which may come from a file; other content is ignored."""
+    """A line for each table of `Findings.facts`, which may come from a manifest, and its part; other content is ignored."""
     lines = []
     for table, title in (("left_out", "left out"), ("kept", "kept in the text")):
         entries = facts.get(table)
@@ -49,4 +52,18 @@ def describe_findings(facts: Mapping[str, Any]) -> list[str]:
                 parts.append(f"{count} x {reason} ({', '.join(map(str, names))}{', ...' if count != len(names) else ''})")
         if parts:
             lines.append(f"{title}: {'; '.join(parts)}")
+    if isinstance(part := facts.get("part"), dict):
+        lines.append(f"part: {part.get('number')} of {part.get('count')}, to be joined with `bardling data merge`")
     return lines
+
+
+def joined_findings(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The facts of a whole source, given those of its parts in order."""
+    whole = Findings()
+    for facts in parts:
+        for table in whole._tables:
+            for reason, entry in facts.get(table, {}).items():
+                for name in entry["names"]:
+                    whole._add(table, reason, name, 0)
+                whole._tables[table][reason]["count"] += entry["count"]
+    return whole.facts()

@@ -20,13 +20,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
+from bardling.data.text.compression import EXTRA
 from bardling.data.text.download import cache_root
+from bardling.data.text.opening import Remote
 from bardling.errors import UserError, closest
 from bardling.files.atomic import os_error_as_user_error, write_atomically
 from bardling.files.digests import file_sha256, json_sha256
 from bardling.files.reading import read_json_object
 
-EXTRA = "pip install 'bardling[datasets]'"
 _SUFFIXES = (".parquet", ".jsonl", ".json", ".jsonl.gz", ".json.gz")
 _CONVERTED = "refs/convert/parquet"
 _CONVENTIONAL = [f"{folder}{{0}}{end}" for end in ("-*.parquet", ".parquet", "/*.parquet") for folder in ("data/", "")]
@@ -81,6 +82,12 @@ def fetch(found: Listing, file: HubFile) -> Path:
         path.unlink(missing_ok=True)
     fault = f"{size:,} of {file.size:,} bytes, or a wrong checksum"
     raise UserError(f"{found.repository}: {file.path} arrived damaged ({fault}) and was removed: try again")
+
+
+def remote(found: Listing, file: HubFile) -> Remote:
+    """A file that is read over the network (by the hub's own file system, HfFileSystem), at the commit of the listing."""
+    address = f"{found.repository}@{found.revision.replace('/', '%2F')}/{file.path}"
+    return Remote(f"hf://datasets/{address}", file.size, file.sha256, (("endpoint", hub_endpoint()),))
 
 
 @lru_cache(maxsize=256)

@@ -3,25 +3,26 @@
 `shakespeare` and `shakespeare-char` are the same text, the tiny Shakespeare of char-rnn, with different default tokenizers.
 `openwebtext`, `fineweb-edu` (its sample of ten billion GPT-2 tokens) and `hf:NAME[:CONFIG][:SPLIT][:FIELD]` come from the hub
 and are read file by file, so memory stays bounded; on disk the hub's cache holds every file (about 24 GB for openwebtext, 28 GB
-for fineweb-edu). Each row of a hub dataset is one document; rows without text are skipped and counted (after an interruption,
-only those of the resumed part).
+for fineweb-edu), unless they are streamed: then nothing is kept, and each pass over the text reads it over the network, without
+checking its SHA-256. Each row of a hub dataset is one document; rows without text are skipped and counted (after an
+interruption, only those of the resumed part).
 
 These names take precedence over files and folders: `./shakespeare` is a local one.
 """
 
-import gzip
 import itertools
-import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from dataclasses import field as dataclass_field
-from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from bardling.data.text import hub
 from bardling.data.text.download import Remote, cache_root, download
+from bardling.data.text.fields import DEFAULT_FIELD, RowText
 from bardling.data.text.findings import Findings
-from bardling.data.text.sources import STDLIB, Document, Source, json_lines, open_source, slug
+from bardling.data.text.opening import opened, without_secrets
+from bardling.data.text.rows import Row, Table, TooLong, json_lines, parquet_rows, parquet_text_bytes
+from bardling.data.text.sources import STDLIB, Document, Source, open_source, slug
 from bardling.errors import UserError, closest
 from bardling.extensions import SOURCES
 from bardling.files.atomic import os_error_as_user_error
@@ -48,8 +49,6 @@ _HUB_NAMES = {
     "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT"),
 }
 _FIELD_REMEDY = "specify the field that contains the text as hf:NAME:CONFIG:SPLIT:FIELD"
-_TEXT_TYPES = ("string", "large_string", "string_view")  # of Arrow
-_ROWS = 1024  # rows of a Parquet file converted to text at once
 
 
 @dataclass(frozen=True)
@@ -80,12 +79,15 @@ class HubSource:
     repository: str
     config: str = ""
     split: str = "train"
-    field: str = "text"  # the column that contains the text
+    field: str = DEFAULT_FIELD  # the column that contains the text, or a template
+    stream: bool = False  # read the files over the network each time instead of downloading them
+    first: int = 0  # file to begin with
+    last: int | None = None  # file before which to end; None: to the end
     findings: Findings = dataclass_field(default_factory=Findings, compare=False)  # of the last pass over the documents
 
     def documents(self) -> Iterator[Document]:
         """All rows with text, named FILE:ROW with rows counted from 0; a `UserError` if one cannot be downloaded or read."""
-        return self._from(0, 0)
+        return self._from(self.first, 0)
 
     def after(self, name: str) -> Iterator[Document]:
         """The documents after the one with this name; earlier files are not opened."""
@@ -99,17 +101,33 @@ class HubSource:
     def _from(self, number: int, row: int) -> Iterator[Document]:
         found = self._listing()
         self.findings.clear()
-        for file in found.files[number:]:
-            path = hub.fetch(found, file)
-            label = f"hf:{self.repository}/{file.path}"
-            rows = _parquet_rows if file.path.endswith(".parquet") else _json_rows
-            for index, text in rows(path, self.field, row, label):
-                document = Document(f"{file.path}:{index}", (text or "").lstrip(MARK))
-                if document.text:
-                    yield document
+        wanted = RowText(self.field)
+        for file in found.files[number : self.last]:
+            for index, content in self._rows(found, file, wanted, row):
+                name = f"{file.path}:{index}"
+                place = f"row {index}" if file.path.endswith(".parquet") else f"line {index + 1}"
+                text, nulls = wanted.text(content, f"hf:{self.repository}/{file.path}: {place}", _FIELD_REMEDY)
+                self.findings.kept("null field of a template", name, nulls)
+                if text := (text or "").lstrip(MARK):
+                    yield Document(name, text)
                 else:
-                    self.findings.left_out("row without text", document.name)
+                    self.findings.left_out("row without text", name)
             row = 0
+
+    def _rows(self, found: hub.Listing, file: hub.HubFile, wanted: RowText, first: int) -> Iterator[Row]:
+        """The rows of a file from number `first` on; in JSON Lines, the number of a row is that of its line minus 1."""
+        label = f"hf:{self.repository}/{file.path}"
+        place = hub.remote(found, file) if self.stream else hub.fetch(found, file)
+        with opened(place) as (stream, _):
+            table = Table(stream, label, wanted, _FIELD_REMEDY, skip=first)
+            if file.path.endswith(".parquet"):
+                yield from parquet_rows(table)
+                return
+            for line, content in json_lines(table):
+                if isinstance(content, TooLong):
+                    self.findings.left_out(content.reason, f"{file.path}:{line - 1}")
+                else:
+                    yield line - 1, content
 
     def identity(self) -> str:
         found = self._listing()
@@ -119,64 +137,17 @@ class HubSource:
     def size(self) -> int:
         """Approximate bytes of text, extrapolated from the first file; 0 if unknown."""
         found = self._listing()
-        first = found.files[0]
+        files = found.files[self.first : self.last]
+        if not files:
+            return 0
+        first = files[0]
         if not first.path.endswith(".parquet"):
             return 0
-        with _parquet(hub.fetch(found, first), self.field, f"hf:{self.repository}/{first.path}") as opened:
-            column = opened.metadata.schema.names.index(self.field)
-            groups = map(opened.metadata.row_group, range(opened.metadata.num_row_groups))
-            text = sum(group.column(column).total_uncompressed_size for group in groups)
-        return int(text / max(1, first.size) * sum(file.size for file in found.files))
-
-
-def _parquet(path: Path, field: str, label: str) -> Any:
-    """An open Parquet file, after checking that it has the field and that the field is text."""
-    try:
-        import pyarrow  # type: ignore[import-untyped]
-        import pyarrow.parquet  # type: ignore[import-untyped]
-    except ImportError as error:
-        raise UserError(f"{label}: reading Parquet needs the package pyarrow: {hub.EXTRA}") from error
-    try:
-        opened = pyarrow.parquet.ParquetFile(path, memory_map=True)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{label}: cannot be read as Parquet ({_short(error)})") from error
-    names, fault = opened.schema_arrow.names, ""
-    if field not in names:
-        fault = f"has no field {field!r}{closest(field, names)}; it has {', '.join(names[:12])}"
-    elif (kind := opened.schema_arrow.field(field).type) not in [getattr(pyarrow, name)() for name in _TEXT_TYPES]:
-        fault = f"field {field!r} contains {kind}, not text"
-    if fault:
-        opened.close()
-        raise UserError(f"{label}: {fault}: {_FIELD_REMEDY}")
-    return opened
-
-
-def _parquet_rows(path: Path, field: str, first: int, label: str) -> Iterator[tuple[int, str | None]]:
-    """Number and text of each row from row `first` on."""
-    with _parquet(path, field, label) as opened:
-        sizes = [opened.metadata.row_group(group).num_rows for group in range(opened.metadata.num_row_groups)]
-        bounds = list(itertools.accumulate(sizes, initial=0))
-        groups = [group for group in range(len(sizes)) if bounds[group + 1] > first]
-        if not groups:
-            return
-        row = bounds[groups[0]]
-        try:
-            for batch in opened.iter_batches(_ROWS, row_groups=groups, columns=[field]):
-                texts = batch.column(0).to_pylist() if row + batch.num_rows > first else []
-                yield from ((number, text) for number, text in enumerate(texts, row) if number >= first)
-                row += batch.num_rows
-        except (OSError, ValueError) as error:  # pyarrow's exceptions derive from these
-            raise UserError(f"{label}: is damaged near row {row:,} ({_short(error)})") from error
-
-
-def _json_rows(path: Path, field: str, first: int, label: str) -> Iterator[tuple[int, str | None]]:
-    """The same for JSON Lines, perhaps gzipped: a row is a line."""
-    try:
-        with gzip.open(path) if label.endswith(".gz") else path.open("rb") as file:
-            for number, text in json_lines(file, field, label, _FIELD_REMEDY, skip=first):
-                yield number - 1, text
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{label}: cannot be read as JSON Lines ({_short(error)})") from error
+        place = hub.remote(found, first) if self.stream else hub.fetch(found, first)
+        label = f"hf:{self.repository}/{first.path}"
+        with opened(place) as (stream, _):
+            text = parquet_text_bytes(Table(stream, label, RowText(self.field), _FIELD_REMEDY))
+        return int(text / max(1, first.size) * sum(file.size for file in files))
 
 
 def is_source_name(spec: str) -> bool:
@@ -184,22 +155,32 @@ def is_source_name(spec: str) -> bool:
     return spec in NAMES or spec.startswith("hf:") or spec.partition(":")[0] in SOURCES
 
 
-def source_for(spec: str, encoding: str = "") -> Source:
+def source_for(spec: str, encoding: str = "", field: str = "", separator: str = "", *, stream: bool = False) -> Source:
     """The source that a spec names: a named dataset, one on the hub, or files (`open_source`); a `UserError` if none.
 
-    `encoding` is that of files without a byte order mark; other sources know theirs.
+    `encoding`, `field` and `separator` are for files (see `open_source`), `field` also for the hub, and `stream` only for it.
     """
     source = _named_source(spec)
-    if source is not None and encoding:
+    if stream and not isinstance(source, HubSource):
+        raise UserError(f"data.stream: {without_secrets(spec)} is not a dataset on the hub: omit this setting")
+    if source is None:
+        try:
+            return open_source(spec, encoding, field, separator)
+        except UserError as error:
+            if near := closest(spec, list(DEFAULTS)):
+                raise UserError(f"{error}{near}") from error
+            raise
+    if encoding:
         raise UserError(f"data.encoding = {encoding!r}: {spec} has a known encoding: omit this setting, which is for files")
-    if source is not None:
-        return source
-    try:
-        return open_source(spec, encoding)
-    except UserError as error:
-        if near := closest(spec, list(DEFAULTS)):
-            raise UserError(f"{error}{near}") from error
-        raise
+    if separator:
+        raise UserError(f"data.separator = {separator!r}: {spec} has no text files to divide: omit this setting")
+    if isinstance(source, HubSource):
+        if field and source.field not in (field, DEFAULT_FIELD):
+            raise UserError(f"data.field = {field!r}: {spec} names another field, {source.field!r}: omit one of them")
+        return replace(source, field=field or source.field, stream=stream)
+    if field:
+        raise UserError(f"data.field = {field!r}: {spec} has no fields: omit this setting")
+    return source
 
 
 def _named_source(spec: str) -> Source | None:
@@ -229,9 +210,4 @@ def _hub_source(spec: str) -> HubSource:
         raise UserError(f"data.source = {spec!r}: a hub dataset is specified as hf:NAME[:CONFIG][:SPLIT][:FIELD]")
     config, split, field = (*rest, "", "", "")[:3]
     name = slug(f"{repository.rpartition('/')[2]}-{config}", default="hub")
-    return HubSource(name, repository, config, split or "train", field or "text")
-
-
-def _short(error: Exception) -> str:
-    """The start of an error's message, on one line."""
-    return " ".join(str(error).split())[:120]
+    return HubSource(name, repository, config, split or "train", field or DEFAULT_FIELD)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from bardling.data.text.conversations import MAX_CHARACTERS, MAX_MESSAGES
-from bardling.data.text.sources import valid_text
+from bardling.data.text.fields import valid_text
 from bardling.data.tokens import chat_process
 from bardling.data.tokens.text_interface import TextInterface
 from bardling.data.tokens.tokenizer import Tokenizer

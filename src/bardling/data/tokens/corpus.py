@@ -77,6 +77,13 @@ class Corpus(TokenDataset):
         return [problem for dataset in datasets.values() for problem in dataset.verify()]
 
 
+def parts_of(dataset: TokenDataset, name: SplitName) -> Sequence[Part]:
+    """Where a split of a dataset comes from: the sources of a corpus, or the dataset itself."""
+    if isinstance(dataset, Corpus):
+        return dataset.train if name == "train" else dataset.val
+    return (Part("", dataset),)
+
+
 class JoinedSplit(TokenSplit):
     """Several splits end to end."""
 

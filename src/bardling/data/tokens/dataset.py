@@ -10,6 +10,7 @@ from bardling.data.text.conversations import has_conversations
 from bardling.data.text.download import cache_root
 from bardling.data.text.folders import tag_cache
 from bardling.data.text.named_datasets import is_source_name, source_for
+from bardling.data.text.opening import without_secrets
 from bardling.data.tokens.conversations import Rows
 from bardling.data.tokens.manifest import FORMAT
 from bardling.data.tokens.pack_documents import pack_documents
@@ -28,7 +29,12 @@ def has_rows(config: DataConfig) -> bool:
     """Whether the source holds conversations."""
     if config.format != "auto" or is_source_name(config.source) or is_tokenized(config.source):
         return config.format == "chat"
-    return has_conversations(config.source)
+    return has_conversations(config.source, config.encoding)
+
+
+def reading(config: DataConfig) -> dict[str, Any]:
+    """How text is read: the arguments of `prepare` and `source_for` besides the source."""
+    return {"encoding": config.encoding, "field": config.field, "separator": config.separator, "stream": config.stream}
 
 
 def open_data(config: DataConfig, split_rule: int = SPLIT_RULE, context: int = 0) -> TokenDataset:
@@ -62,9 +68,13 @@ def _open(config: DataConfig, split_rule: int, context: int) -> TokenDataset:
             raise UserError(f"data.tokenizer = {spec!r}: {fault}: {remedy}")
         return dataset
     check_tokenizer_spec(spec)
+    if without_secrets(config.source) != config.source:
+        fault = "has a user, a password or a query, which a run would store in its configuration"
+        remedy = "run `bardling prepare URL --out DIR`, which stores none, then name DIR"
+        raise UserError(f"data.source = {without_secrets(config.source)!r}: {fault}: {remedy}")
     cache = _cache(config)
     rows = _rows(config, tokenizer, context) if has_rows(config) else None
-    source = source_for(config.source, config.encoding)
+    source = source_for(config.source, **reading(config))
     tag_cache(cache)
     parts = [FORMAT, METHOD, split_rule, source.identity(), made_with, config.val_fraction]
     if rows is not None and tokenizer is not None:
@@ -77,9 +87,8 @@ def _open(config: DataConfig, split_rule: int, context: int) -> TokenDataset:
         except UserError as error:
             raise UserError(f"{error}; {_ELSEWHERE}") from error
         try:
-            fraction, encoding = config.val_fraction, config.encoding
-            settings: dict[str, Any] = {"encoding": encoding, "split_rule": split_rule, "rows": rows}
-            return prepare(config.source, cached, spec, val_fraction=fraction, **settings)
+            settings: dict[str, Any] = {**reading(config), "split_rule": split_rule, "rows": rows}
+            return prepare(config.source, cached, spec, val_fraction=config.val_fraction, **settings)
         except UserError as error:
             if not (cached / "manifest.json").is_file():  # else another process has just prepared the same dataset
                 if isinstance(error.__cause__, OSError) and str(cache) in str(error):
@@ -164,7 +173,7 @@ def changed_text(config: DataConfig, dataset: TokenDataset) -> str:
     if identity is None or is_source_name(config.source) or is_tokenized(config.source):
         return ""
     try:
-        if source_for(config.source, config.encoding).identity() == identity:
+        if source_for(config.source, **reading(config)).identity() == identity:
             return ""
         fault = "has changed since it was prepared"
     except UserError:

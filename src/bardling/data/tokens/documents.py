@@ -106,14 +106,25 @@ class Documents:
         """The documents of the `count` tokens from `start` on; a `UserError` names an index file that is damaged."""
         return self._indexed(start, start + count) if self.named else self._scanned(start, start + count)
 
-    def _indexed(self, start: int, stop: int) -> list[Document]:
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens of each document, [documents]; empty without an index."""
+        if not self.named or not self._sizes[0]:
+            return np.zeros(0, np.int64)
+        begins = self._rows()[:, 0].astype(np.int64)
+        return np.append(begins[1:], len(self._split)) - begins
+
+    def _rows(self) -> npt.NDArray[np.uint64]:
+        """The index: position, and offset of the name, of each document, [documents, 2]."""
         path, size = self._paths[0], self._sizes[0]
         with os_error_as_user_error(path, "read"):
             if path.stat().st_size != size or size % _ROW_BYTES:
                 raise UserError(f"{path}: is truncated or was changed, so documents have no names: prepare the dataset again")
-            if not size:
-                return []
-            rows = np.memmap(path, "<u8", "r", shape=(size // _ROW_BYTES, 2))
+            return np.memmap(path, "<u8", "r", shape=(size // _ROW_BYTES, 2)) if size else np.zeros((0, 2), np.uint64)
+
+    def _indexed(self, start: int, stop: int) -> list[Document]:
+        path, rows = self._paths[0], self._rows()
+        if not len(rows):
+            return []
         begins = rows[:, 0]
         first, last = bisect.bisect_right(begins, start) - 1, bisect.bisect_left(begins, stop)
         bounds = [int(begins[number]) if number < len(rows) else len(self._split) for number in range(first, last + 1)]

@@ -17,7 +17,7 @@ from typing import Any
 
 from bardling.data.tokens.manifest import SplitName
 from bardling.errors import UserError
-from bardling.files.atomic import check_place, remove_partial_files, write_atomically
+from bardling.files.atomic import check_place, remove_partial_files, sync_folder, write_atomically
 from bardling.files.lock import locked
 
 JOURNAL = "journal.json"
@@ -34,6 +34,7 @@ class Position:
     characters: int  # total characters in them
     splits: Mapping[SplitName, dict[str, Any]]  # as returned by `ShardWriter.sync` and `DocumentWriter.sync`
     names: Mapping[str, int] = field(default_factory=dict)  # how often each control token was written in the text
+    only_library: bool = False  # because a faster encoder gave other ids
 
 
 class Journal:
@@ -99,3 +100,29 @@ def working_on(out: Path) -> Iterator[Path]:
             refuse_existing(out)
         remove_partial_files(work)
         yield work
+
+
+@contextmanager
+def becoming(out: Path, work: Path) -> Iterator[None]:
+    """Give the work folder its name `out` in the end; if its contents cannot be completed and it has no journal, remove it."""
+    try:
+        yield
+        sync_folder(work)
+        work.rename(out)  # fails if another program has created a folder with files there in the meantime
+    except BaseException:
+        if not Journal(work).kept and work.exists():
+            empty(work)
+            (work / "lock").unlink(missing_ok=True)  # last, because another process may start from here on
+            with suppress(OSError):
+                work.rmdir()
+        raise
+    sync_folder(out.parent)
+    (out / JOURNAL).unlink(missing_ok=True)  # not earlier: until the folder has its name, a kill must not lose the tokens
+    (out / "lock").unlink(missing_ok=True)  # held until here, so that a waiting process finds the dataset
+
+
+def empty(work: Path) -> None:
+    """Remove everything except the lock from a work folder."""
+    for path in work.iterdir():
+        if path.name != "lock":
+            path.unlink(missing_ok=True)

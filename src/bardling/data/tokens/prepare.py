@@ -27,24 +27,27 @@ import hashlib
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from bardling.data.text.conversations import open_conversations
 from bardling.data.text.findings import Findings
 from bardling.data.text.named_datasets import documents_after, source_for
+from bardling.data.text.opening import without_secrets
+from bardling.data.text.parts import Shard, part_of
 from bardling.data.text.sources import Document, Source
 from bardling.data.tokens.conversations import Rows
 from bardling.data.tokens.documents import DocumentWriter
-from bardling.data.tokens.journal import JOURNAL, Journal, Position, refuse_existing, working_on
-from bardling.data.tokens.manifest import Manifest, token_dtype, write_manifest
+from bardling.data.tokens.fast_encoding import EncodersDiffer, has_fast
+from bardling.data.tokens.journal import Journal, Position, becoming, empty, refuse_existing, working_on
+from bardling.data.tokens.manifest import Manifest, SplitName, token_dtype, write_manifest
 from bardling.data.tokens.packed_rows import write_rows
-from bardling.data.tokens.parallel import SPLITS, Encoders, Piece, TextBatch, default_workers
+from bardling.data.tokens.parallel import MOST_WORKERS, SPLITS, Encoders, Piece, TextBatch, default_workers, utf8
 from bardling.data.tokens.shards import SHARD_TOKENS, ShardWriter, TokenDataset, open_dataset
 from bardling.data.tokens.tokenizer import Tokenizer, build_tokenizer, check_tokenizer_spec, load_tokenizer
 from bardling.errors import UserError
-from bardling.files.atomic import os_error_as_user_error, sync_folder
+from bardling.files.atomic import os_error_as_user_error
 from bardling.files.digests import json_sha256
 from bardling.files.streams import tell
 from bardling.monitor.progress import ProgressBar
@@ -62,7 +65,11 @@ Progress = Callable[[str, int, int], None]  # called with (current activity, cha
 
 def _number(text: str) -> int:
     """A uniform number below 2^64 that depends only on the text."""
-    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
+    return _number_of(text.encode("utf-8", "surrogatepass"))
+
+
+def _number_of(data: bytes) -> int:
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], "big")
 
 
 def held_out(text: str, val_fraction: float) -> bool:
@@ -103,7 +110,15 @@ class _Splitter:
             self._held_out = _some(characters, val_fraction).__contains__
             self.description = f"whole documents, of {count}, by hash and size"
 
-    def split(self, text: str) -> list[Piece]:
+    def pieces(self, text: str) -> list[Piece]:
+        """The pieces of `split` in UTF-8, with lone surrogates replaced by U+FFFD."""
+        if self._held_out is None:
+            return [(split, utf8(part)) for split, part in self.split(text)]
+        data = utf8(text)
+        same = len(data) == len(text) or b"\xef\xbf\xbd" not in data  # without a U+FFFD, no surrogate has been replaced
+        return [("val" if self._held_out(_number_of(data) if same else _number(text)) else "train", data)]
+
+    def split(self, text: str) -> list[tuple[SplitName, str]]:
         if self._held_out is not None:
             return [("val" if self._held_out(_number(text)) else "train", text)]
         cut = int(len(text) * (1 - self._val_fraction))
@@ -111,6 +126,12 @@ class _Splitter:
             reach = max(200, len(text) // 100)
             cut = text.rfind("\n", max(0, cut - reach), cut) + 1 or cut
         return [("train", text[:cut]), ("val", text[cut:])]
+
+
+def text_splitter(source: Source, val_fraction: float, spec: str) -> tuple[bool, Callable[[str], list[tuple[SplitName, str]]]]:
+    """Whether a source has several documents, and the function that divides each into pieces of the splits, as `prepare`."""
+    splitter = _Splitter(source, val_fraction, SPLIT_RULE, spec)
+    return splitter.several, splitter.split
 
 
 def _some(characters: Mapping[int, int], val_fraction: float) -> set[int]:
@@ -135,36 +156,50 @@ def prepare(
     *,
     val_fraction: float = 0.05,
     encoding: str = "",
+    field: str = "",
+    separator: str = "",
+    stream: bool = False,
     split_rule: int = SPLIT_RULE,
     progress: Progress | None = None,
     shard_tokens: int = SHARD_TOKENS,
     workers: int | None = None,
     rows: Rows | None = None,
+    shard: Shard | None = None,
 ) -> TokenDataset:
     """Create the dataset folder `out`, which must not exist, resuming an earlier attempt that was interrupted.
 
     For the specs, see `named_datasets.source_for` and `tokenizer.build_tokenizer`. A fraction of the text, between 0 and 1, is
-    for validation, chosen by `split_rule`. `encoding` is that of files without a byte order mark. A file has at most
-    `shard_tokens` tokens. Without `progress`, standard error shows it after a few seconds. The result does not depend on the
-    number of processes that tokenize, `workers`; None chooses. With `rows`, the source holds conversations
-    (`conversations.py`).
+    for validation, chosen by `split_rule`. `encoding`, `field`, `separator` and `stream` are those of `source_for`. A file
+    has at most `shard_tokens` tokens. Without `progress`, standard error shows it after a few seconds. The result does not
+    depend on the number of processes that tokenize, `workers`; None chooses. With `rows`, the source holds conversations
+    (`conversations.py`). With `shard`, only that part of the source is prepared, for `merge.py`.
     """
     out = Path(out)
     if not 0.0 < val_fraction < 1.0:
         raise UserError(f"data.val_fraction = {val_fraction!r}: must be between 0 and 1")
-    if workers is not None and workers < 1:
-        raise UserError(f"workers = {workers}: must be at least 1")
+    if workers is not None and not 1 <= workers <= MOST_WORKERS:
+        raise UserError(f"workers = {workers}: must be at least 1 and at most {MOST_WORKERS}")
     refuse_existing(out)
     check_tokenizer_spec(tokenizer_spec)
-    source = source_for(source_spec, encoding) if rows is None else open_conversations(source_spec)
+    if shard is not None and (tokenizer_spec == "char" or tokenizer_spec.startswith("bpe:")):
+        fault = "each part would get a vocabulary of its own"
+        remedy = "use byte, gpt2 or a tokenizer.json, such as that of a dataset that was prepared from some of the text"
+        raise UserError(f"--shard {shard} --tokenizer {tokenizer_spec}: {fault}: {remedy}")
+    if rows is None:
+        source = source_for(source_spec, encoding, field, separator, stream=stream)
+    else:
+        source = open_conversations(source_spec, encoding)
+    source_spec = without_secrets(source_spec)
     with ProgressBar(unit="bytes") as bar:
         told = progress or bar.update
-        job = _Job(source, source_spec, tokenizer_spec, val_fraction, split_rule, shard_tokens, workers, told, bar, rows)
+        job = _Job(source, source_spec, tokenizer_spec, val_fraction, split_rule, shard_tokens, workers, told, bar, rows, shard)
         with os_error_as_user_error(out, "prepare the dataset"):
             out.parent.mkdir(parents=True, exist_ok=True)
             with working_on(out) as work:
-                _build(job, out, work)
-    return open_dataset(out)
+                tokenizer = _build(job, out, work)
+    dataset = open_dataset(out)
+    dataset.tokenizer = tokenizer  # loading it again takes as long as tokenizing 50 MB
+    return dataset
 
 
 @dataclass(frozen=True)
@@ -179,47 +214,37 @@ class _Job:
     progress: Progress
     bar: ProgressBar
     rows: Rows | None
+    shard: Shard | None
 
 
-def _build(job: _Job, out: Path, work: Path) -> None:
-    """Write the dataset into the work folder and rename it."""
+def _build(job: _Job, out: Path, work: Path) -> Tokenizer:
+    """Write the dataset into the work folder and rename it; returns its tokenizer."""
     journal = Journal(work)
-    try:
+    with becoming(out, work):
         splitter = _Splitter(job.source, job.val_fraction, job.split_rule, job.source_spec)
         method = (METHOD, "indexed")  # attempts of versions that wrote no index are not resumed
         settings = (job.tokenizer_spec, job.val_fraction, job.split_rule, job.shard_tokens, splitter.description)
-        made_of = json_sha256([method, job.source.identity(), *settings])
+        made_of = json_sha256([method, job.source.identity(), *settings, *((str(job.shard),) if job.shard else ())])
         if position := journal.read(made_of):
             tokenizer = load_tokenizer(work)
         else:
-            _empty(work)
+            empty(work)
             tokenizer = _tokenizer(job, splitter)
             tokenizer.save(work)
             position = Position(made_of, documents=0, last="", characters=0, splits={})
-        if job.rows is None:
-            manifest = _write(job, splitter, tokenizer, work, journal, position)
-        else:
+        if job.rows is not None:
             manifest = _write_conversations(job, job.rows, splitter, tokenizer, work)
+        else:
+            try:
+                manifest = _write(job, splitter, tokenizer, work, journal, position)
+            except EncodersDiffer as difference:  # what is written may be wrong
+                tell(f"gigatoken gives other tokens than tokenizers at {str(difference)[:60]!r}: starting again without it")
+                empty(work)
+                tokenizer.save(work)
+                position = Position(made_of, documents=0, last="", characters=0, splits={}, only_library=True)
+                manifest = _write(job, splitter, tokenizer, work, journal, position)
         write_manifest(work, manifest)
-        sync_folder(work)
-        work.rename(out)  # fails if another program has created a folder with files there in the meantime
-    except BaseException:
-        if not journal.kept and work.exists():
-            _empty(work)
-            (work / "lock").unlink(missing_ok=True)  # last, because another process may start from here on
-            with contextlib.suppress(OSError):
-                work.rmdir()
-        raise
-    sync_folder(out.parent)
-    (out / JOURNAL).unlink(missing_ok=True)  # not earlier: until the folder has its name, a kill must not lose the tokens
-    (out / "lock").unlink(missing_ok=True)  # held until here, so that a waiting process finds the dataset
-
-
-def _empty(work: Path) -> None:
-    """Remove everything except the lock from a work folder."""
-    for path in work.iterdir():
-        if path.name != "lock":
-            path.unlink(missing_ok=True)
+    return tokenizer
 
 
 def _tokenizer(job: _Job, splitter: _Splitter) -> Tokenizer:
@@ -240,33 +265,43 @@ def _tokenizer(job: _Job, splitter: _Splitter) -> Tokenizer:
 def _write(job: _Job, splitter: _Splitter, tokenizer: Tokenizer, work: Path, journal: Journal, position: Position) -> Manifest:
     """Tokenize the documents after `position`."""
     end = [tokenizer.eot_id] if splitter.several and tokenizer.eot_id is not None else []
-    source, total, vocab_size = job.source, job.source.size(), tokenizer.vocab_size
-    origin: dict[str, Any] = {"spec": job.source_spec, "name": source.name, "identity": source.identity()}
+    origin: dict[str, Any] = {"spec": job.source_spec, "name": job.source.name, "identity": job.source.identity()}
     origin |= {"held_out": splitter.description, "split_rule": job.split_rule}
-    workers = job.workers or default_workers(total, tokenizer.kind)
+    if job.shard is not None and not splitter.several:
+        raise UserError(f"data.source = {job.source_spec!r}: is a single document, which has no parts: omit --shard")
+    source = job.source if job.shard is None else part_of(job.source, job.shard)
+    total, vocab_size = source.size(), tokenizer.vocab_size
+    fast = not position.only_library and has_fast(tokenizer)
+    workers = default_workers(total, tokenizer.kind, fast=fast) if job.workers is None else job.workers
+    processes = workers if workers > 1 or job.workers is None else 0  # 1 asks for no other process
     documents, done, started, names = position.documents, position.characters, time.monotonic(), Counter(position.names)
     with contextlib.ExitStack() as stack:
         shards = {name: stack.enter_context(ShardWriter(work, name, vocab_size, job.shard_tokens)) for name in SPLITS}
         indexes = {name: stack.enter_context(DocumentWriter(work, name)) for name in SPLITS}
-        encoders = stack.enter_context(Encoders(tokenizer, work, end, workers))
+        encoders = stack.enter_context(Encoders(tokenizer, work, end, processes, allow_fast=fast))
         for split, state in position.splits.items():
             shards[split].restore(state)
             indexes[split].restore(state["index"])
         rest = documents_after(source, documents, position.last) if documents else source.documents()
-        for batch, encoded in encoders.run(_batches(splitter, rest, _BATCH if workers == 1 else _BATCH_OF_WORKER)):
+        for batch, encoded in encoders.run(_batches(splitter, rest, _BATCH_OF_WORKER if processes else _BATCH)):
             for split, part in zip(SPLITS, encoded, strict=True):
                 shards[split].add(part.ids, documents=len(part.lengths), text_bytes=part.bytes)
                 indexes[split].add(part.lengths, batch.names_of(split))
+                names.update(part.names)
             documents, done = documents + batch.documents, done + batch.characters
-            for _, text in batch.pieces:
-                names.update(tokenizer.control_tokens_in(text))
             if journal.due:
                 states = {split: {**shards[split].sync(), "index": indexes[split].sync()} for split in SPLITS}
-                journal.write(Position(position.made_of, documents, batch.names[-1], done, states, dict(names)))
+                journal.write(
+                    replace(
+                        position, documents=documents, last=batch.names[-1], characters=done, splits=states, names=dict(names)
+                    )
+                )
             speed = (documents - position.documents) / max(time.monotonic() - started, 1e-9)
             job.bar.note = f"{speed:,.0f} documents/s"
             job.progress("tokenizing", done, total)
         origin |= getattr(source, "findings", Findings()).facts()
+        if job.shard is not None:
+            origin["part"] = {**asdict(job.shard), "shard_tokens": job.shard_tokens, "tokenizer": tokenizer.data_key}
         for message in _notes(tokenizer, names, separated=bool(end) or not splitter.several):
             tell(message)
         train, val = (replace(shards[split].finish(), index=indexes[split].finish()) for split in SPLITS)
@@ -300,7 +335,8 @@ def _notes(tokenizer: Tokenizer, names: Counter[str], *, separated: bool) -> Ite
     """What the user should know about the text and its tokens, one sentence each."""
     if names:
         found = ", ".join(f"{name} ({count:,})" for name, count in names.most_common(5))
-        yield f"the text contains names of control tokens, which stay ordinary text: {found}"
+        kept = "stay ordinary text (data.separator divides text files at one)"
+        yield f"the text contains names of control tokens, which {kept}: {found}"
     if not separated:
         fault = "has no end-of-text token, so documents follow each other without a separator"
         remedy = "to separate them, name one of its tokens as eos_token in a tokenizer_config.json beside it"
@@ -312,7 +348,7 @@ def _batches(splitter: _Splitter, documents: Iterable[Document], batch_size: int
     names: list[str] = []
     count = size = 0
     for name, text in documents:
-        pieces += splitter.split(text)
+        pieces += splitter.pieces(text)
         names += [name] * (len(pieces) - len(names))
         count, size = count + 1, size + len(text)
         if size >= batch_size:

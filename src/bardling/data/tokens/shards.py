@@ -11,8 +11,10 @@ does not grow as with the pages of a map. Every id is checked when it is read, s
 """
 
 import bisect
+import hashlib
 import itertools
 import os
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from functools import cached_property
@@ -31,6 +33,7 @@ from bardling.files.digests import file_sha256
 
 SHARD_TOKENS = 100_000_000  # default maximum of tokens per file: 200 MB at 16 bits
 MARKS = 4  # values of a token's mark
+_SYNC_AHEAD = 32 << 20  # bytes written between two syncs
 _CHECKED = 1 << 22  # tokens read at once where all are checked
 
 
@@ -45,6 +48,10 @@ class ShardWriter(AbstractContextManager["ShardWriter"]):
         self._dtype = np.dtype(token_dtype(vocab_size)).newbyteorder("<")
         self._files: list[ShardFile] = []
         self._open: Any = None
+        self._digest = hashlib.sha256()  # of the open file
+        self._thread = ThreadPoolExecutor(1, "sync")
+        self._syncing: Future[None] | None = None
+        self._unsynced = 0  # bytes
         self._tokens = self._documents = self._bytes = 0  # tokens: of the open file
 
     def add(self, ids: npt.NDArray[Any], *, documents: int = 1, text_bytes: int = 0) -> None:
@@ -58,10 +65,26 @@ class ShardWriter(AbstractContextManager["ShardWriter"]):
             if self._open is None:
                 self._open = self._path().open("xb")
             part, ids = ids[: self._shard_tokens - self._tokens], ids[self._shard_tokens - self._tokens :]
-            self._open.write(part.astype(self._dtype).tobytes())
+            data = np.ascontiguousarray(part, self._dtype).data
+            self._open.write(data)
+            self._digest.update(data)
             self._tokens += part.size
+            self._sync_ahead(data.nbytes)
             if self._tokens == self._shard_tokens:
                 self._finish_file()
+
+    def _sync_ahead(self, written: int) -> None:
+        """Let the disk work while tokens are made, so that the sync at the end does not wait for all of them."""
+        self._unsynced += written
+        if self._unsynced >= _SYNC_AHEAD and (self._syncing is None or self._syncing.done()):
+            self._wait_for_sync()
+            self._open.flush()
+            self._syncing, self._unsynced = self._thread.submit(os.fsync, self._open.fileno()), 0
+
+    def _wait_for_sync(self) -> None:
+        if self._syncing is not None:
+            self._syncing.result()
+            self._syncing = None
 
     def _path(self) -> Path:
         """The file being written."""
@@ -71,11 +94,12 @@ class ShardWriter(AbstractContextManager["ShardWriter"]):
         self.sync()
         self._open.close()
         path, size = self._path(), self._tokens * self._dtype.itemsize
-        self._files.append(ShardFile(path.name, self._tokens, size, file_sha256(path)))
-        self._open, self._tokens = None, 0
+        self._files.append(ShardFile(path.name, self._tokens, size, self._digest.hexdigest()))
+        self._open, self._tokens, self._digest = None, 0, hashlib.sha256()
 
     def sync(self) -> dict[str, Any]:
         """Make everything written so far survive a power failure; return the state from which `restore` can continue."""
+        self._wait_for_sync()
         if self._open is not None:
             self._open.flush()
             os.fsync(self._open.fileno())
@@ -95,6 +119,8 @@ class ShardWriter(AbstractContextManager["ShardWriter"]):
         for path, size in sizes.items():
             cut_back(path, size)
         if self._tokens:
+            with self._path().open("rb") as file:
+                self._digest = hashlib.file_digest(file, "sha256")
             self._open = self._path().open("ab")
 
     def finish(self) -> SplitInfo:
@@ -104,6 +130,7 @@ class ShardWriter(AbstractContextManager["ShardWriter"]):
         return SplitInfo(sum(file.tokens for file in self._files), self._documents, self._bytes, tuple(self._files))
 
     def __exit__(self, *_: object) -> None:
+        self._thread.shutdown()
         if self._open is not None:
             self._open.close()
 

@@ -14,7 +14,6 @@ The fingerprint is a digest of the file's content, stored as it was read, so it 
 Limits: files of up to 256 MiB and ids below 2^24. Lone surrogates, which UTF-8 cannot encode, become U+FFFD.
 """
 
-import codecs
 import contextlib
 import json
 import re
@@ -29,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bardling.config.architecture import GPT2_VOCAB_SIZE
-from bardling.data.text.sources import valid_text
+from bardling.data.text.fields import valid_text
 from bardling.data.tokens.bpe_files import pair_content, refuse_other_format
 from bardling.data.tokens.gpt2_bpe import Encode, fast_encoder, gpt2_tokenizer_file
 from bardling.data.tokens.library import (
@@ -39,6 +38,7 @@ from bardling.data.tokens.library import (
     text_reaches_control_tokens,
     with_unwritable_names,
 )
+from bardling.data.tokens.sentencepiece_files import sentencepiece_content
 from bardling.data.tokens.text_interface import TextFiles, TextInterface, read_text_files, text_interface
 from bardling.data.tokens.vocabulary import ANY_CHARACTER, BYTE_OF, EOT, byte_content, char_content, pieces, train_bpe_content
 from bardling.errors import UserError, closest
@@ -119,6 +119,11 @@ class Tokenizer:
         """The content of its `tokenizer.json`."""
         return self._stored
 
+    @property
+    def text_content(self) -> Mapping[str, Any]:
+        """The content of the tokenizer that encodes text: no text becomes its control tokens."""
+        return self._content if self._library is self._decoding else with_unwritable_names(self._content)
+
     def extends(self, other: "Tokenizer") -> bool:
         """Whether all ids of another tokenizer are the same tokens here."""
         return self._tokens[: other.vocab_size] == other._tokens
@@ -150,7 +155,12 @@ class Tokenizer:
         if self.kind == "char":
             return [self._encode_characters(text) for text in texts]
         if sum(map(len, texts)) >= _FAST_MIN_CHARACTERS and self._fast is not None:
-            return self._fast(texts)
+            with contextlib.suppress(ValueError):  # its regular expressions give up on a run of a million spaces
+                return self._fast(texts)
+        return self.encode_with_library(texts)
+
+    def encode_with_library(self, texts: Sequence[str]) -> list[Ids]:
+        """The same by the `tokenizers` library, which defines the ids; the texts have no lone surrogates."""
         split = [list(pieces(text)) if self._splits_like_gpt2 else [text] for text in texts]
         with library_errors(f"{self.name}: cannot encode the text"):
             encoded = self._library.encode_batch_fast([piece for parts in split for piece in parts], add_special_tokens=False)
@@ -195,10 +205,14 @@ class Tokenizer:
         """How often each control token is written in a text, where it is encoded as ordinary characters."""
         return Counter(self._control_names.findall(text))
 
+    @property
+    def control_names(self) -> list[str]:
+        """Control tokens, as a text could contain them; the longest first."""
+        return sorted(self._control.values(), key=len, reverse=True)
+
     @cached_property
     def _control_names(self) -> re.Pattern[str]:
-        names = sorted(self._control.values(), key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, names)) if names else "(?!)")
+        return re.compile("|".join(map(re.escape, self.control_names)) if self._control else "(?!)")
 
     @cached_property
     def _character_ids(self) -> Ids:
@@ -253,6 +267,10 @@ class Tokenizer:
             return token[len(prefix) :].encode()
         return token.replace("\u2581", " ").encode()  # SentencePiece's mark for a space
 
+    def is_byte(self, index: int) -> bool:
+        """Whether a token is a byte of SentencePiece's byte fallback."""
+        return _BYTE_TOKEN.fullmatch(self._tokens[self._checked(index)] or "") is not None
+
     def bytes_per_token(self) -> Ids:
         """UTF-8 bytes of each token: int64 [vocab_size], 0 for control tokens and those that the tokenizer puts around a text.
 
@@ -282,44 +300,6 @@ class Tokenizer:
         about.write(folder, names)
 
 
-class StreamDecoder:
-    """Decodes ids one at a time, holding back the bytes of a character until it is complete.
-
-    The results of `push` followed by that of `finish` equal `Tokenizer.decode` of all ids. For tokenizers of kind 'other',
-    whose decoding depends on context, the most recent tokens are decoded again with each new one. There, a run of byte tokens
-    is held back until it ends, since a single invalid one among them changes the text of all.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._ids: list[int] = []  # kind 'other': the tokens returned last, as context, then those held back
-        self._returned = 0  # how many of them have been returned
-        self._bytes_wait = '"ByteFallback"' in json.dumps(tokenizer._content.get("decoder"))
-
-    def push(self, token: int) -> str:
-        """Text completed by this token; may be empty."""
-        if self._tokenizer.kind != "other":
-            return self._utf8.decode(self._tokenizer.token_bytes(token))
-        self._ids.append(token)
-        if self._bytes_wait and _BYTE_TOKEN.fullmatch(self._tokenizer._tokens[self._tokenizer._checked(token)] or ""):
-            return ""
-        return self._new_text(final=False)
-
-    def finish(self) -> str:
-        """The text held back; an incomplete character becomes U+FFFD."""
-        if self._tokenizer.kind != "other":
-            return self._utf8.decode(b"", final=True)
-        return self._new_text(final=True)
-
-    def _new_text(self, *, final: bool) -> str:
-        text, before = self._tokenizer.decode(self._ids), self._tokenizer.decode(self._ids[: self._returned])
-        if not final and (len(text) <= len(before) or text.endswith("\ufffd")):
-            return ""
-        self._ids, self._returned = self._ids[self._returned :], len(self._ids) - self._returned
-        return text[len(before) :]
-
-
 def _has_byte_level(part: Any) -> bool:
     """Whether a pre-tokenizer is `ByteLevel`, or a sequence that contains it."""
     if not isinstance(part, dict):
@@ -340,9 +320,11 @@ def _end_of_text(ids: Mapping[str, int], vocab_size: int, eot: str | None, files
 def load_tokenizer(path: Path | str) -> Tokenizer:
     """Read a `tokenizer.json`, or the one in a folder, with the files beside it that describe the model's text.
 
-    A folder may have a `vocab.json` and a `merges.txt` instead.
+    A folder may have a `vocab.json` and a `merges.txt` instead; a file may also be a SentencePiece model.
     """
     path = Path(path)
+    if path.suffix == ".model" and path.is_file():
+        return Tokenizer(*sentencepiece_content(path))
     folder, path = path.is_dir(), path / "tokenizer.json" if path.is_dir() else path
     if not folder and not path.is_file():
         raise UserError(f"{path}: no such tokenizer file")

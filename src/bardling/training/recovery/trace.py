@@ -17,7 +17,7 @@ from bardling.config import DataConfig, RunConfig, TrainConfig
 from bardling.data.batches.assemble import data_order
 from bardling.data.batches.order import DataOrder
 from bardling.data.batches.skipped_ranges import Range, SkippingOrder, skip_ranges
-from bardling.data.tokens.corpus import Corpus, Part, locate, reopen_corpus
+from bardling.data.tokens.corpus import locate, parts_of, reopen_corpus
 from bardling.data.tokens.dataset import open_data
 from bardling.data.tokens.documents import Document, Documents
 from bardling.data.tokens.shards import TokenDataset
@@ -45,6 +45,7 @@ class TracedSequence:
 class TracedStep:
     step: int
     dataset: TokenDataset
+    order: DataOrder  # of which `TracedSequence.sample` is a number
     named: bool  # whether documents have names
     sequences: tuple[TracedSequence, ...]
     rollbacks: tuple[Rollback, ...]  # caused by this step before it succeeded
@@ -62,7 +63,7 @@ class Tracer:
     """Finds sequences and their documents in the training split."""
 
     def __init__(self, dataset: TokenDataset, order: DataOrder) -> None:
-        parts = dataset.train if isinstance(dataset, Corpus) else [Part("", dataset)]
+        parts = parts_of(dataset, "train")
         self._order, self._splits = order, dataset.splits("train")
         self._documents = [Documents(part.dataset, "train") for part in parts]
         self._bounds = list(itertools.accumulate((len(split) for _, split in self._splits), initial=0))
@@ -100,7 +101,7 @@ def trace_step(folder: RunFolder, step: int) -> TracedStep:
     tracer = Tracer(dataset, order)
     sequences = tracer.sequences(order_after(order, rollbacks).places(first, count))
     caused = tuple(rollback for rollback in rollbacks if rollback.event.step == step)
-    return TracedStep(step, dataset, tracer.named, tuple(sequences), caused)
+    return TracedStep(step, dataset, order, tracer.named, tuple(sequences), caused)
 
 
 def order_after(order: DataOrder, rollbacks: tuple[Rollback, ...]) -> SkippingOrder:

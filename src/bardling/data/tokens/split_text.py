@@ -1,0 +1,119 @@
+"""The text of a source or of a prepared dataset, divided into training and validation text: what `data check` reads.
+
+A source is divided as `prepare` would divide it. The text of a dataset is decoded from its tokens; its documents are found by
+the index, or by the end-of-text token.
+
+Limits: in a dataset without an index, a document is read in parts of about a million tokens; what a tokenizer does not keep
+(spaces of a WordPiece) is missing in decoded text. Of conversations, only what was said is read, without the template.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from bardling.config import DataConfig
+from bardling.data.text.conversations import open_conversations
+from bardling.data.text.findings import Findings
+from bardling.data.text.named_datasets import source_for
+from bardling.data.text.sources import Source
+from bardling.data.tokens.conversations import messages_of
+from bardling.data.tokens.corpus import parts_of
+from bardling.data.tokens.dataset import has_rows, is_tokenized, open_data, reading
+from bardling.data.tokens.documents import Document, Documents
+from bardling.data.tokens.manifest import SplitName
+from bardling.data.tokens.parallel import SPLITS
+from bardling.data.tokens.prepare import text_splitter
+from bardling.data.tokens.shards import TokenDataset
+from bardling.data.tokens.tokenizer import Ids, Tokenizer
+from bardling.errors import UserError
+
+_WINDOW = 1 << 20  # tokens looked up in the index at once
+
+
+class SplitDocument(NamedTuple):
+    """A document, or the part of it that belongs to a split."""
+
+    name: str
+    split: SplitName
+    text: str
+
+
+@dataclass(frozen=True)
+class SplitText:
+    """Documents that can be read again and again.
+
+    Attributes:
+        size: approximate bytes in all; 0 if unknown.
+        cut: whether a single document is divided between the splits.
+        dataset: the prepared tokens that the documents are decoded from; None for a source.
+    """
+
+    documents: Callable[[], Iterator[SplitDocument]]
+    size: int
+    cut: bool
+    findings: Findings
+    dataset: TokenDataset | None = None
+
+
+def open_split_text(config: DataConfig) -> SplitText:
+    """The documents of `data.source`, without reading all of them; a `UserError` if there are none."""
+    if is_tokenized(config.source):
+        return decoded_text(open_data(config))
+    chat = has_rows(config)
+    source: Source = (
+        open_conversations(config.source, config.encoding) if chat else source_for(config.source, **reading(config))
+    )
+    several, split = text_splitter(source, config.val_fraction, config.source)
+
+    def documents() -> Iterator[SplitDocument]:
+        for name, text in source.documents():
+            pieces: list[tuple[SplitName, str]] = (
+                split(text) if several or not chat else [("train", text)]
+            )  # a conversation is never cut
+            yield from (SplitDocument(name, where, _said(part) if chat else part) for where, part in pieces if part)
+
+    return SplitText(documents, source.size(), not several, getattr(source, "findings", Findings()))
+
+
+def _said(conversation: str) -> str:
+    return "\n\n".join(message["content"] for message in messages_of(conversation))
+
+
+def decoded_text(dataset: TokenDataset) -> SplitText:
+    """The text of a dataset, which may be a mixture; a `UserError` if it has no tokenizer."""
+    tokenizer, manifest = dataset.tokenizer, dataset.manifest
+    if tokenizer is None:
+        fault = "has token files without a tokenizer, so its text cannot be read"
+        raise UserError(f"{dataset.path}: {fault}: check the text that it was made from")
+    skipped = tokenizer.bytes_per_token() == 0
+
+    def documents() -> Iterator[SplitDocument]:
+        for name in SPLITS:
+            for part in parts_of(dataset, name):
+                split, index, position = part.dataset.split(name), Documents(part.dataset, name), 0
+                while position < len(split):
+                    for found in index.at(position, min(_WINDOW, len(split) - position)):
+                        ids = split.read(position, found.end - position)
+                        position = found.end
+                        if text := decode_text(tokenizer, ids[~skipped[ids]]):
+                            yield SplitDocument(_label(part.name, name, found), name, text)
+
+    size = sum(manifest.split(name).bytes or 2 * manifest.split(name).tokens for name in SPLITS)
+    return SplitText(documents, size, manifest.train.documents == 1, Findings(), dataset)
+
+
+def _label(source: str, split: SplitName, found: Document) -> str:
+    number = f"at token {found.begin:,}" if found.number is None else f"{found.number:,}"
+    name = found.name or f"{split} document {number}"
+    return f"{source}: {name}" if source else name
+
+
+def decode_text(tokenizer: Tokenizer, ids: Ids) -> str:
+    """`Tokenizer.decode` for long texts: 20 MB/s."""
+    if tokenizer.kind == "other":
+        return tokenizer.decode(ids)
+    used = np.unique(ids).tolist()
+    table = {index: tokenizer.token_bytes(index) for index in used}
+    return b"".join(map(table.__getitem__, ids.tolist())).decode("utf-8", "replace")
