@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
+from bardling.data.text import compression
 from bardling.data.text.compression import Expanded, Reader, Stream, damage, seekable
 
 _LONGEST_HEADER = 32 << 10  # bytes of an extended header; tarfile takes quadratic time for it
@@ -76,9 +77,12 @@ def zip_members(stream: Stream, label: str, kept: Callable[[str], None]) -> Iter
         for info in archive.infolist():
             if info.is_dir():
                 continue
+            packed = min(size, info.compress_size)
             reason = "encrypted member" if info.flag_bits & 1 else _name_fault(info.filename)
+            if info.file_size > max(compression.EXPANSION_FREE, compression.MOST_EXPANSION * packed):  # zipfile reads no more
+                reason = "decompression bomb"
             inner = None if reason else archive.open(info)
-            opened = None if inner is None else _guarded(inner, f"{label}!{info.filename}", "zip", size)
+            opened = None if inner is None else _guarded(inner, f"{label}!{info.filename}", "zip", packed)
             yield Member(info.filename, opened, reason)
             if opened is not None:
                 opened.close()
