@@ -101,7 +101,7 @@ def test_auto_compiles_a_run_that_is_long_enough_for_its_steps_or_its_deadline()
 
 def test_several_processes_replicate_the_model_and_divide_the_batch():
     run = resolve(config(), FakeFacts(context=Context(1, 4, torch.device("cpu"))))
-    assert run.layout.sizes == (4, 1, 1, 1)
+    assert run.layout.sizes == (4, 1, 1, 1, 1)
     assert (run.plan.data_size, run.plan.micro_batch, run.plan.accumulation) == (4, 2, 1)
     with pytest.raises(UserError, match="does not divide among 3 processes"):
         resolve(config(), FakeFacts(context=Context(0, 3, torch.device("cpu"))))

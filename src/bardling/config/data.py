@@ -15,7 +15,9 @@ class SourceConfig:
     name: str = ""
     """Name in reports, such as that of its validation loss; empty: from the source."""
     encoding: str = ""
-    """Like data.encoding, for this source; empty: data.encoding."""
+    """Like data.encoding, for this source; empty: data.encoding. The same holds for field and separator."""
+    field: str = ""
+    separator: str = ""
 
     def __post_init__(self) -> None:
         expand_paths(self, "source")

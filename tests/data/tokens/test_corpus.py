@@ -63,6 +63,16 @@ def test_a_prepared_source_gives_its_tokenizer_to_text(files, tmp_path):
         open_corpus(mixture(files[1], prepared))
 
 
+def test_a_source_may_have_its_own_field_and_separator(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("".join(f'{{"body": "row {number}"}}\n' for number in range(9)))
+    (tmp_path / "joined.txt").write_text("##".join(f"part {number}" for number in range(7)))
+    rows, joined = (str(tmp_path / name) for name in ("rows.jsonl", "joined.txt"))
+    sources = (SourceConfig(rows, field="body"), SourceConfig(joined, separator="##"))
+    corpus = open_corpus(DataConfig(source="", sources=sources))
+    manifests = [part.dataset.manifest for part in corpus.train]
+    assert [manifest.train.documents + manifest.val.documents for manifest in manifests] == [9, 7]
+
+
 def test_names_are_unique():
     config = mixture("a/web.jsonl", "b/web.jsonl:body", "hf:some/Stories", "books/*.txt", "c/web-2")
     assert source_names(config) == ["web", "web-2", "stories", "books", "web-2-2"]

@@ -175,7 +175,16 @@ def source_configs(config: DataConfig) -> list[DataConfig]:
     if not config.sources:
         return [replace(config, val_source="")]
     alone = replace(config, source=DataConfig.source, sources=(), stages=(), val_source="")
-    return [replace(alone, source=each.source, encoding=each.encoding or config.encoding) for each in config.sources]
+    return [
+        replace(
+            alone,
+            source=each.source,
+            encoding=each.encoding or config.encoding,
+            field=each.field or config.field,
+            separator=each.separator or config.separator,
+        )
+        for each in config.sources
+    ]
 
 
 def holds_conversations(config: DataConfig) -> bool:
