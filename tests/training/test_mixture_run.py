@@ -125,6 +125,17 @@ def test_a_validation_text_of_its_own(mixture, change, tmp_path, texts):
     assert metrics(tmp_path / "other") == metrics(tmp_path / "run"), "data.val_fraction does not apply"
 
 
+def test_what_happened_to_the_validation_text_is_told(mixture, change, tmp_path, texts, capsys):
+    path = tmp_path / "val.jsonl"
+    path.write_text((texts / "books.jsonl").read_text() + '{"text": null}\n')
+    config = change(mixture, data={"val_source": str(path)}, train={"steps": 2}, eval={"every": 0})
+    train(config, tmp_path / "run")
+    assert f"{path}: left out: 1 x empty file or row" in capsys.readouterr().out
+    path.write_text(path.read_text() + '{"text": "more"}\n')
+    resume(tmp_path / "run", change(config, train={"steps": 3}))
+    assert f"{path}: has changed since it was prepared" in capsys.readouterr().out
+
+
 def test_one_source_in_a_list_is_that_source(mixture, change, tmp_path):
     (source, *_) = mixture.data.sources
     alone = change(mixture, data={"sources": (), "stages": (), "source": source.source}, train={"steps": 6})

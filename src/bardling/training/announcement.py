@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from bardling.config import DataConfig
 from bardling.data.batches.order import DataOrder
 from bardling.data.text.findings import describe_findings
-from bardling.data.tokens.corpus import Corpus, Part, source_configs
+from bardling.data.tokens.corpus import texts_of
 from bardling.data.tokens.dataset import changed_text
 from bardling.data.tokens.pack_documents import describe_packing
 from bardling.data.tokens.shards import TokenDataset
@@ -35,13 +35,12 @@ def announce(
     )
     for line in _mixture(config.data, dataset, order, plan.samples_before(plan.steps)):
         note(line)
-    parts = dataset.train if isinstance(dataset, Corpus) else [Part("", dataset)]
-    for text, part in zip(source_configs(config.data), parts, strict=True):
+    for text, tokens in texts_of(config.data, dataset):
         if not facts.resumed:
-            lines = [*describe_findings(part.dataset.manifest.source), describe_packing(part.dataset.manifest)]
+            lines = [*describe_findings(tokens.manifest.source), describe_packing(tokens.manifest)]
             for line in filter(None, lines):
                 note(f"{text.source}: {line}")
-        elif change := changed_text(text, part.dataset):
+        elif change := changed_text(text, tokens):
             note(change)
     if len(plan.stages) > 1:
         note(f"batch and context grow: {plan.describe_stages()}")

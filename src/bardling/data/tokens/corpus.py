@@ -165,7 +165,7 @@ def _open(config: DataConfig, record: Mapping[str, Any], opened: Opener) -> Toke
     if not config.val_source:
         return Corpus(train, train)
     tokenizer = _shared_tokenizer(config, train[0].dataset)
-    own = replace(config, source=config.val_source, sources=(), stages=(), val_source="", tokenizer=tokenizer)
+    own = replace(_validation_config(config), tokenizer=tokenizer)
     (known,) = _recorded(record, "validation", 1)
     return Corpus(train, [Part("", opened(own, EVALUATION_ONLY, known))])
 
@@ -185,6 +185,18 @@ def source_configs(config: DataConfig) -> list[DataConfig]:
         )
         for each in config.sources
     ]
+
+
+def _validation_config(config: DataConfig) -> DataConfig:
+    """The settings of `data.val_source` by itself."""
+    return replace(config, source=config.val_source, sources=(), stages=(), val_source="")
+
+
+def texts_of(config: DataConfig, dataset: TokenDataset) -> list[tuple[DataConfig, TokenDataset]]:
+    """The settings and the dataset of each text of a run: its sources, and `data.val_source` if there is one."""
+    configs = source_configs(config) + ([_validation_config(config)] if config.val_source else [])
+    parts = [*parts_of(dataset, "train"), *(parts_of(dataset, "val") if config.val_source else ())]
+    return [(text, part.dataset) for text, part in zip(configs, parts, strict=True)]
 
 
 def holds_conversations(config: DataConfig) -> bool:
