@@ -136,6 +136,17 @@ def test_what_happened_to_the_validation_text_is_told(mixture, change, tmp_path,
     assert f"{path}: has changed since it was prepared" in capsys.readouterr().out
 
 
+def test_mixtures_of_the_same_names_are_not_taken_for_the_same_text(mixture, change, tmp_path, texts, capsys):
+    config, runs = change(mixture, train={"steps": 2}, eval={"every": 0}), list[str]()
+    for names in (("web", "code"), ("books", "code")):
+        named = [SourceConfig(str(texts / f"{name}.jsonl"), name=f"s{number}") for number, name in enumerate(names)]
+        run = tmp_path / names[0]
+        train(change(config, data={"sources": tuple(named), "stages": ()}), run, quiet=True)
+        runs.append(str(run))
+    eval_command.run([*runs, "--device", "cpu"])
+    assert len(re.findall(r"^measured on .* the mixture of s0, s1", capsys.readouterr().out, re.MULTILINE)) == 2
+
+
 def test_one_source_in_a_list_is_that_source(mixture, change, tmp_path):
     (source, *_) = mixture.data.sources
     alone = change(mixture, data={"sources": (), "stages": (), "source": source.source}, train={"steps": 6})

@@ -166,7 +166,7 @@ def _about_data(found: "Sequence[Measured]", wanted: "Wanted") -> Rows:
     from bardling.report.compression import compressor_bits_per_byte
 
     rows: Rows = []
-    datasets = {measured.dataset.validation_title: measured for measured in found if measured.dataset is not None}
+    datasets = {_identity(measured.dataset): measured for measured in found if measured.dataset is not None}
     for number, measured in enumerate(datasets.values()):
         dataset, loss = measured.dataset, measured.loss
         assert dataset is not None
@@ -179,6 +179,13 @@ def _about_data(found: "Sequence[Measured]", wanted: "Wanted") -> Rows:
         if wanted.data is not None and measured.run is not None:
             rows.append(("overlap", _overlap(dataset, measured.run)))
     return rows
+
+
+def _identity(dataset: "TokenDataset") -> tuple[str, ...]:
+    """What tells validation texts apart; mixtures of other files may have the same names."""
+    from bardling.data.tokens.corpus import parts_of
+
+    return (dataset.validation_title, *(part.dataset.fingerprint for part in parts_of(dataset, "val")))
 
 
 def _draw(out: Path, found: "Sequence[Measured]", steps: dict[str, int]) -> None:
