@@ -82,12 +82,14 @@ class Overlaps:
     def _place(self, hashes: Hashes) -> npt.NDArray[np.int64]:
         return (hashes & np.uint64(len(self._filter) - 1)).astype(np.int64)
 
-    def look(self, name: str, text: str, words: Words) -> None:
-        """Look for the texts in a document."""
+    def look(self, name: str, text: str, words: Words, before: Hashes | None = None) -> None:
+        """Look for the texts in a document, or in a part of it that comes after the words `before`."""
         for size, table in self._tables.items():
-            if len(words.hashes) < size:
+            joined = words.hashes if before is None else np.concatenate([before[-size + 1 :], words.hashes])
+            earlier = len(joined) - len(words.hashes)
+            if not len(words.hashes) or len(joined) < size:
                 continue
-            hashes = ngrams(words.hashes, size)
+            hashes = ngrams(joined, size)
             places = np.flatnonzero(self._filter[self._place(hashes)])
             rows = np.searchsorted(table.hashes, hashes[places])
             hit = table.hashes[np.minimum(rows, len(table.hashes) - 1)] == hashes[places]
@@ -97,7 +99,8 @@ class Overlaps:
             table.documents[np.unique(rows)] += 1
             for begin, end in _stretches(places, 1 if self.fraction == 1 else RUN):
                 first, last = int(places[begin]), int(places[end - 1]) + size - 1
-                excerpt = " ".join(text[words.starts[first] : words.ends[min(last, first + 2 * RUN)]].split())
+                begins, ends = max(0, first - earlier), min(last, first + 2 * RUN) - earlier
+                excerpt = " ".join(text[words.starts[begins] : words.ends[ends]].split())
                 row = int(rows[(begin + end) // 2])
                 kept = self._passages.setdefault(int(table.owners[row]), [])
                 kept.append((last - first + 1, size, row, name, excerpt))

@@ -7,7 +7,7 @@ Limits: in a dataset without an index, a document is read in parts of about a mi
 (spaces of a WordPiece) is missing in decoded text. Of conversations, only what was said is read, without the template.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ from bardling.config import DataConfig
 from bardling.data.text.conversations import open_conversations
 from bardling.data.text.findings import Findings
 from bardling.data.text.named_datasets import source_for
-from bardling.data.text.sources import Source
+from bardling.data.text.sources import FileSource, Source
 from bardling.data.tokens.conversations import messages_of
 from bardling.data.tokens.corpus import parts_of
 from bardling.data.tokens.dataset import has_rows, is_tokenized, open_data, reading
@@ -30,14 +30,19 @@ from bardling.data.tokens.tokenizer import Ids, Tokenizer
 from bardling.errors import UserError
 
 _WINDOW = 1 << 20  # tokens looked up in the index at once
+_LONG = 1 << 26  # bytes of a text file that is read in pieces
 
 
 class SplitDocument(NamedTuple):
-    """A document, or the part of it that belongs to a split."""
+    """A document, or the part of it that belongs to a split; its pieces can be read once, before the next document."""
 
     name: str
     split: SplitName
-    text: str
+    pieces: Iterable[str]
+
+    @property
+    def text(self) -> str:
+        return "".join(self.pieces)
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,8 @@ def open_split_text(config: DataConfig) -> SplitText:
     source: Source = (
         open_conversations(config.source, config.encoding) if chat else source_for(config.source, **reading(config))
     )
+    if isinstance(source, FileSource) and source.size() > _LONG and source.is_one_text():
+        return _long_text(source, config.val_fraction)
     several, split = text_splitter(source, config.val_fraction, config.source)
 
     def documents() -> Iterator[SplitDocument]:
@@ -72,9 +79,31 @@ def open_split_text(config: DataConfig) -> SplitText:
             pieces: list[tuple[SplitName, str]] = (
                 split(text) if several or not chat else [("train", text)]
             )  # a conversation is never cut
-            yield from (SplitDocument(name, where, _said(part) if chat else part) for where, part in pieces if part)
+            yield from (SplitDocument(name, where, [_said(part) if chat else part]) for where, part in pieces if part)
 
     return SplitText(documents, source.size(), not several, getattr(source, "findings", Findings()))
+
+
+def _long_text(source: FileSource, val_fraction: float) -> SplitText:
+    """The two parts of a single document, which is never in memory as a whole."""
+    length = sum(map(len, source.pieces()))
+    cut = int(length * (1 - val_fraction))  # as `text_splitter` divides it
+    bounds: tuple[tuple[SplitName, int, int], ...] = (("train", 0, cut), ("val", cut, length))
+
+    def documents() -> Iterator[SplitDocument]:
+        for split, begin, end in bounds:
+            if begin < end:
+                yield SplitDocument(source.label(source.files[0]), split, _between(source.pieces(), begin, end))
+
+    return SplitText(documents, source.size(), True, source.findings)
+
+
+def _between(pieces: Iterable[str], begin: int, end: int) -> Iterator[str]:
+    """The characters from `begin` to `end`."""
+    position = 0
+    for piece in pieces:
+        yield piece[max(0, begin - position) : max(0, end - position)]
+        position += len(piece)
 
 
 def _said(conversation: str) -> str:
@@ -98,7 +127,7 @@ def decoded_text(dataset: TokenDataset) -> SplitText:
                         ids = split.read(position, found.end - position)
                         position = found.end
                         if text := decode_text(tokenizer, ids[~skipped[ids]]):
-                            yield SplitDocument(_label(part.name, name, found), name, text)
+                            yield SplitDocument(_label(part.name, name, found), name, [text])
 
     size = sum(manifest.split(name).bytes or 2 * manifest.split(name).tokens for name in SPLITS)
     return SplitText(documents, size, manifest.train.documents == 1, Findings(), dataset)
