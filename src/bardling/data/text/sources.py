@@ -13,7 +13,7 @@ named: other formats, damaged files, text in another encoding, files whose first
 `folders.py` lists. Everywhere, empty files and rows whose text is null or empty are skipped and counted, and a later row
 without the field is an error.
 
-Limits: a text file without separators is read into memory as a whole.
+Limits: a text file without separators is read into memory as a whole, except by `pieces`.
 """
 
 import glob
@@ -49,6 +49,7 @@ STANDARD_INPUT = "-"
 _LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings", "pydoc_data"}
 """Folders of the standard library to skip: tests, installed packages, and generated tables."""
 _PLACES = {"JSON Lines": "line", "CSV": "line", "JSON": "element"}  # what messages call a row; else row
+_PIECE = 1 << 22  # bytes of a long text that are read at once
 
 
 class Document(NamedTuple):
@@ -135,7 +136,7 @@ class FileSource:
         self.findings.clear()
         with opened(file) as (stream, _):
             encoding = byte_order_mark(stream.peek(HEAD))[0] or self.encoding or "utf-8"
-            for piece in text_pieces(stream, encoding, str(file), 1 << 22):
+            for piece in text_pieces(stream, encoding, str(file), _PIECE):
                 self._notice(self.label(file), piece)
                 yield piece
 
