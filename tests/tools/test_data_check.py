@@ -221,6 +221,18 @@ def test_a_long_text_file_is_read_in_pieces(tmp_path, monkeypatch):
     assert check.duplicates.compare(0, 1) == whole.duplicates.compare(0, 1)
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_long_documents_of_a_dataset_are_decoded_in_pieces(several, tmp_path, monkeypatch):
+    for number in range(1 + several):
+        (tmp_path / f"{number}.txt").write_text(f"\u00e9\U0001f600 {number}\n" * 700, encoding="utf-8")
+    source = tmp_path if several else tmp_path / "0.txt"
+    config = DataConfig(source=str(prepare(str(source), tmp_path.parent / f"{tmp_path.name}-set", "byte").path))
+    whole = [document.text for document in open_split_text(config).documents()]
+    monkeypatch.setattr(split_text, "_WINDOW", 101)
+    assert max(len(list(document.pieces)) for document in open_split_text(config).documents()) > 50
+    assert [document.text for document in open_split_text(config).documents()] == whole
+
+
 def test_a_training_document_that_is_much_like_a_validation_document_is_removed(tmp_path):
     texts = {f"part-{number:03}.txt": text for number, text in enumerate(parts())}
     val = next(name for name, text in texts.items() if held_out(text, 0.05))
