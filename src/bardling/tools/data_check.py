@@ -2,6 +2,7 @@
 
 One pass over the validation text and one over everything: statistics, secrets, copies of documents, and validation text and
 task items in the training text. Languages and tokens are those of a sample, spread evenly over the text.
+Long documents are looked at in parts that end with a line, in bounded memory; a private key across two parts is not found.
 What is found is a list of findings, the most serious first, each with examples that name documents.
 
 The result is a dictionary of plain values (`check_data`), which the command prints, stores and draws. Writing a clean copy is
@@ -239,7 +240,7 @@ class DataCheck:
         share = sum(len(line) * (count - 1) for line, count in lines) / max(1, self.statistics.characters)
         examples = [{"text": f"{count:,} x {line.strip()}"} for line, count in lines[:_EXAMPLES]]
         title = f"repeated lines are {'' if self.statistics.lines.exact else 'at least '}{share:.1%} of the text"
-        return _finding("note", title, "all but the first occurrence of lines of 20 characters or more.", len(lines), examples)
+        return _finding("note", title, "all but the first occurrence of lines of 20 to 16,384 characters.", len(lines), examples)
 
 
 def _parts(pieces: Iterable[str]) -> Iterator[str]:
