@@ -73,6 +73,40 @@ def test_names_of_control_tokens_are_text(tokenizer):
     assert tokenizer.decode(ids) == "a<|endoftext|>b"
 
 
+def other_tokenizer(texts: list[str], name: str) -> Tokenizer:
+    """A byte-level BPE with the pre-tokenization of another family."""
+    from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as Library
+
+    number = r"\p{N}{1,3}" if name == "llama3" else r"\p{N}"
+    words = rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{number}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*"
+    pattern = Regex(r"\w{1,3}|\W" if name == "unusual" else rf"{words}|\s*[\r\n]+|\s+(?!\S)|\s+")
+    split, plain = pre_tokenizers.Split(pattern, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    library = Library(models.BPE())
+    library.pre_tokenizer = plain if name == "no words" else pre_tokenizers.Sequence([split, plain])
+    if name == "qwen":
+        library.normalizer = normalizers.NFC()
+    library.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=["<|eot|>"], initial_alphabet=alphabet, show_progress=False)
+    library.train_from_iterator([text[:1000] for text in texts], trainer)
+    return Tokenizer(json.loads(library.to_str()), name)
+
+
+@pytest.mark.parametrize("name", ["llama3", "qwen", "unusual"])
+def test_other_families_have_the_same_ids(texts, name):
+    tokenizer = other_tokenizer(texts, name)
+    encoder = BulkEncoder(tokenizer)
+    assert (encoder._fast is None) == (name == "unusual")  # which it does not load
+    for ids, expected in zip(encoder.encode([text.encode() for text in texts]), tokenizer.encode_batch(texts), strict=True):
+        assert np.array_equal(ids, expected)
+
+
+def test_a_family_that_it_takes_for_another_is_found_by_the_hostile_text(texts):
+    with pytest.raises(EncodersDiffer):
+        BulkEncoder(other_tokenizer(texts, "no words"))
+
+
 def test_it_is_not_tried_for_other_tokenizers(tokenizer):
     assert has_fast(tokenizer)
     assert not has_fast(build_tokenizer("byte", ()))

@@ -5,9 +5,10 @@ A dataset is a folder with `manifest.json`, `train-00000.bin` and so on, `val-00
 number of tokens and SHA-256 and contains a digest of itself, so opening a dataset names a part that is truncated, missing or
 edited; `TokenDataset.verify` also reads every byte.
 
-Each read opens the file, reads and closes it again: 5 microseconds for 1,024 tokens, against 3 for a memory map that stays open
-and 26 for one opened each time. So threads and forked processes can share a split, descriptors do not accumulate, and memory
-does not grow as with the pages of a map. Every id is checked when it is read, so a bad one does not reach the device.
+Each read opens the file, reads and closes it again. So threads and forked processes can share a split, descriptors do not
+accumulate, and resident memory stays flat over 10,000 batches. A memory map that stays open is three times as fast, but all of
+the dataset becomes resident; on one busy core, reading is 14 times as fast as a GPU that trains on 575,000 tokens per second
+(`benchmarks/results/reading.md`). Every id is checked when it is read, so a bad one does not reach the device.
 """
 
 import bisect
