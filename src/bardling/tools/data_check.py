@@ -240,7 +240,7 @@ class DataCheck:
         share = sum(len(line) * (count - 1) for line, count in lines) / max(1, self.statistics.characters)
         examples = [{"text": f"{count:,} x {line.strip()}"} for line, count in lines[:_EXAMPLES]]
         title = f"repeated lines are {'' if self.statistics.lines.exact else 'at least '}{share:.1%} of the text"
-        return _finding("note", title, "all but the first occurrence of lines of 20 to 16,384 characters.", len(lines), examples)
+        return _finding("note", title, "all but the first of lines of 20 to 16,384 characters.", len(lines), examples)
 
 
 def _parts(pieces: Iterable[str]) -> Iterator[str]:
