@@ -10,7 +10,9 @@ import pytest
 
 from bardling.cli.main import main
 from bardling.config import DataConfig
+from bardling.data.text import sources
 from bardling.data.text.sources import open_source
+from bardling.data.tokens import split_text
 from bardling.data.tokens.prepare import held_out, prepare
 from bardling.data.tokens.shards import open_dataset
 from bardling.data.tokens.split_text import open_split_text
@@ -202,6 +204,57 @@ def test_long_documents_are_looked_at_in_parts(planted, report, monkeypatch):
     assert finding(found, "strings that look")["examples"] == finding(report[0], "strings that look")["examples"]
     assert found["sizes"] == report[0]["sizes"]
     assert found["lengths"] == report[0]["lengths"]
+
+
+def test_a_long_text_file_is_read_in_pieces(tmp_path, monkeypatch):
+    draw, path = random.Random(1), tmp_path / "long.txt"
+    words = [f"w{draw.randrange(10**5)}\u00e9\U0001f600"[: draw.randrange(3, 9)] for _ in range(60_000)]
+    words[-300:] = words[1000:1300]
+    words[5000] = "\ufeff" + words[5000]
+    lines = [" ".join(words[begin : begin + 12]) for begin in range(0, len(words), 12)]
+    path.write_text("\n".join([*lines[:2000], f"key {KEY}", *lines[2000:]]), encoding="utf-8")
+    whole = start_check(open_split_text(DataConfig(source=str(path))), (), lambda *_: None)
+    monkeypatch.setattr(split_text, "_LONG", 1000)
+    monkeypatch.setattr(data_check, "_PART", 5000)
+    monkeypatch.setattr(sources, "_PIECE", 1001)
+    text = open_split_text(DataConfig(source=str(path)))
+    assert len(list(next(text.documents()).pieces)) > 100
+    check = start_check(text, (), lambda *_: None)
+    (report, expected) = (describe(each, "", 0) for each in (check, whole))
+    for found in (report, expected):
+        found["languages"] = {}  # its excerpts end where a part ends
+    assert report == expected
+    assert finding(report, "validation documents")
+    assert check.duplicates.compare(0, 1) == whole.duplicates.compare(0, 1)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_long_documents_of_a_dataset_are_decoded_in_pieces(several, tmp_path, monkeypatch):
+    for number in range(1 + several):
+        (tmp_path / f"{number}.txt").write_text(f"\u00e9\U0001f600 {number}\n" * 700, encoding="utf-8")
+    source = tmp_path if several else tmp_path / "0.txt"
+    config = DataConfig(source=str(prepare(str(source), tmp_path.parent / f"{tmp_path.name}-set", "byte").path))
+    whole = [document.text for document in open_split_text(config).documents()]
+    monkeypatch.setattr(split_text, "_WINDOW", 101)
+    assert max(len(list(document.pieces)) for document in open_split_text(config).documents()) > 50
+    assert [document.text for document in open_split_text(config).documents()] == whole
+
+
+def test_a_training_document_that_is_much_like_a_validation_document_is_removed(tmp_path):
+    texts = {f"part-{number:03}.txt": text for number, text in enumerate(parts())}
+    val = next(name for name, text in texts.items() if held_out(text, 0.05))
+    near = (texts[val].replace(" ", f" changed{number} ", 1) for number in range(100))
+    texts["near.txt"] = next(text for text in near if not held_out(text, 0.05))
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    main(["data", "check", str(tmp_path), "--dedup", str(tmp_path / "clean")])
+    rows = [json.loads(line) for line in (tmp_path / "clean" / "removed.jsonl").read_text().splitlines()]
+    (row,) = [row for row in rows if row["name"] == "near.txt"]
+    assert (row["kept"], row["split"]) == (val, "train")
+    assert row["reason"].startswith("near-duplicate")
+    kept = [text for _, text in open_source(str(tmp_path / "clean" / "documents.jsonl")).documents()]
+    assert texts[val] in kept
+    assert texts["near.txt"] not in kept
 
 
 def test_random_text_has_no_findings(tmp_path):

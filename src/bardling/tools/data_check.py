@@ -2,6 +2,7 @@
 
 One pass over the validation text and one over everything: statistics, secrets, copies of documents, and validation text and
 task items in the training text. Languages and tokens are those of a sample, spread evenly over the text.
+Long documents are looked at in parts that end with a line, in bounded memory; a private key across two parts is not found.
 What is found is a list of findings, the most serious first, each with examples that name documents.
 
 The result is a dictionary of plain values (`check_data`), which the command prints, stores and draws. Writing a clean copy is
@@ -11,7 +12,7 @@ The result is a dictionary of plain values (`check_data`), which the command pri
 import contextlib
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -90,43 +91,54 @@ class DataCheck:
 
     def _validation_words(self) -> Iterator[Hashes]:
         done = 0
-        for name, split, text in self.text.documents():
-            done += len(text)
-            self._progress("reading the validation text", done, self.text.size)
-            if split == "val":
+        for name, split, pieces in self.text.documents():
+            hashes = []
+            for part in _parts(pieces):
+                done += len(part)
+                self._progress("reading the validation text", done, self.text.size)
+                if split == "val":
+                    hashes.append(find_words(code_points(part)).hashes)
+            if hashes:
                 self._val_names.append(name)
-                yield np.concatenate([find_words(code_points(part)).hashes for _, part in _parts(text)])
+                yield np.concatenate(hashes)
 
     def run(self) -> None:
         done = 0
-        for name, split, text in self.text.documents():
+        for name, split, pieces in self.text.documents():
             self.names.append(name)
             self.splits.append(split)
-            self.statistics.begin(split, len(text))
-            hashes = [self._look(name, split, *part) for part in _parts(text)]
-            self.duplicates.add(text, np.concatenate(hashes))
-            self.sample.add(name, text)
-            done += len(text)
-            self._progress("checking", done, self.text.size)
+            line = length = 0
+            before: Hashes | None = None
+            for part in _parts(pieces):
+                before = self._look(name, split, line, part, before)
+                self.sample.add(name, part)
+                line, length = line + part.count("\n"), length + len(part)
+                self._progress("checking", done + length, self.text.size)
+            self.statistics.end(split, length)
+            done += length
         if not self.names:
             raise UserError("data check: the source has no text")
         self.groups = self.duplicates.groups()
 
-    def _look(self, name: str, split: SplitName, line: int, text: str) -> Hashes:
-        """Look at a part of a document that begins after `line` lines; returns the hashes of its words."""
+    def _look(self, name: str, split: SplitName, line: int, text: str, before: Hashes | None) -> Hashes:
+        """Look at a part of a document that begins after `line` lines and the words `before`; returns the last words.
+
+        The words are hashes; for the first part of a document, `before` is None.
+        """
         points = code_points(text)
         words = find_words(points)
         self.statistics.add(split, text, points, len(words.hashes))
         if split == "train":
-            self.held_out.look(name, text, words)
+            self.held_out.look(name, text, words, before)
             if self._items:
-                self.tasks.look(name, text, words)
+                self.tasks.look(name, text, words, before)
+        (self.duplicates.add if before is None else self.duplicates.extend)(text, words.hashes)
         for secret in find_secrets(text):
             self.secrets[secret.kind] += 1
             if len(self.secret_examples) < _EXAMPLES:
                 shown = f"{secret.kind} {secret.masked}"
                 self.secret_examples.append({"document": name, "line": line + secret.line, "text": shown})
-        return words.hashes
+        return (words.hashes if before is None else np.concatenate([before, words.hashes]))[-RUN:]
 
     def findings(self) -> list[Report]:
         """All findings, the most serious first."""
@@ -228,18 +240,20 @@ class DataCheck:
         share = sum(len(line) * (count - 1) for line, count in lines) / max(1, self.statistics.characters)
         examples = [{"text": f"{count:,} x {line.strip()}"} for line, count in lines[:_EXAMPLES]]
         title = f"repeated lines are {'' if self.statistics.lines.exact else 'at least '}{share:.1%} of the text"
-        return _finding("note", title, "all but the first occurrence of lines of 20 characters or more.", len(lines), examples)
+        return _finding("note", title, "all but the first of lines of 20 to 16,384 characters.", len(lines), examples)
 
 
-def _parts(text: str) -> Iterator[tuple[int, str]]:
-    """A text in parts, which end with a line where lines are short, and how many lines come before each."""
-    begin = line = 0
-    while len(text) - begin > _PART:
-        end = text.rfind("\n", begin, begin + _PART) + 1 or begin + _PART
-        part = text[begin:end]
-        yield line, part
-        begin, line = end, line + part.count("\n")
-    yield line, text[begin:]
+def _parts(pieces: Iterable[str]) -> Iterator[str]:
+    """A text in parts, which end with a line where lines are short; at least one."""
+    rest = ""
+    for piece in pieces:
+        rest, begin = rest + piece, 0
+        while len(rest) - begin > _PART:
+            end = rest.rfind("\n", begin, begin + _PART) + 1 or begin + _PART
+            yield rest[begin:end]
+            begin = end
+        rest = rest[begin:]
+    yield rest
 
 
 def _finding(severity: str, title: str, advice: str, count: int, examples: list[Report]) -> Report:

@@ -39,11 +39,11 @@ def write_clean(check: DataCheck, out: Path) -> tuple[int, int]:
                 removed[number] = (kept, *check.duplicates.compare(kept, number))
     with os_error_as_user_error(out, "write"), atomic_folder(out) as folder, ExitStack() as files:
         documents, record = (files.enter_context((folder / name).open("wb")) for name in (DOCUMENTS, REMOVED))
-        for number, (name, split, text) in enumerate(check.text.documents()):
+        for number, (name, split, pieces) in enumerate(check.text.documents()):
             if number >= len(check.names) or name != check.names[number]:
                 raise UserError(f"--dedup {out}: the source changed while it was read: run the command again")
             if number not in removed:
-                documents.write(_line({"name": name, "text": text}))
+                documents.write(_line({"name": name, "text": "".join(pieces)}))
                 continue
             kept, similarity, equal = removed[number]
             reason = "exact copy" if equal else f"near-duplicate (similarity of at least {THRESHOLD}, or linked by such)"

@@ -34,7 +34,8 @@ class Sample:
         text = open_split_text(self.config)
         limit = min(1.0, self.size / text.size if text.size else 1.0) * 2.0**64
         done = 0
-        for _, split, part in text.documents():
+        for _, split, pieces in text.documents():
+            part = "".join(pieces)
             digest = hashlib.sha256(b"sample" + part.encode("utf-8", "surrogatepass")).digest()
             if split == "train" and (int.from_bytes(digest[:8], "big") < limit or text.cut):
                 part = part[: max(0, self.size - done)]

@@ -61,6 +61,21 @@ def test_result_does_not_depend_on_batches(documents, monkeypatch):
     test_groups(documents)
 
 
+@pytest.mark.parametrize("batch", [100, 10**6])
+def test_parts_of_a_document_are_one_document(documents, monkeypatch, batch):
+    monkeypatch.setattr(module, "_BATCH", batch)
+    whole, found = Duplicates(), Duplicates()
+    for text in documents:
+        add(whole, text)
+        lines = text.replace(" ", " \n", 40).splitlines()[30:] or [""]
+        parts = [text[: len(text) - sum(map(len, lines))], *lines]
+        add(found, parts[0])
+        for part in parts[1:]:
+            found.extend(part, find_words(code_points(part)).hashes)
+    assert found.groups() == whole.groups()
+    assert [found.compare(7, n) for n in range(60)] == [whole.compare(7, n) for n in range(60)]
+
+
 def test_only_equal_texts_are_compared_beyond_the_limit(documents, monkeypatch):
     monkeypatch.setattr(module, "MOST_DOCUMENTS", 50)
     found = Duplicates()

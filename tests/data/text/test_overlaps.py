@@ -48,6 +48,19 @@ def test_short_texts_are_looked_for_as_a_whole(count, found):
     assert bool(list(look([text], [f"{sentence(20)} {text} {sentence(20)}"]).passages())) is found
 
 
+@pytest.mark.parametrize("cut", [3, 11, 12, 13, 30, 57, 60])
+@pytest.mark.parametrize("count", [9, 40])
+def test_a_passage_is_found_across_the_parts_of_a_document(cut, count):
+    text, inside = sentence(count), 20
+    document = f"{sentence(inside)} {text} {sentence(20)}".split()
+    whole, found = look([text], [" ".join(document)]), Overlaps([words(text).hashes])
+    first, last = (" ".join(part) for part in (document[:cut], document[cut:]))
+    found.look("doc0", first, words(first))
+    found.look("doc0", last, words(last), words(first).hashes)
+    assert found.shares(boilerplate=True).tolist() == whole.shares(boilerplate=True).tolist() == [1.0]
+    assert all(passage.excerpt in " ".join(document) for passage in found.passages())
+
+
 def test_twelve_words_of_a_longer_text_are_no_overlap():
     text = sentence(30)
     assert not list(look([text], [" ".join(text.split()[:12])]).passages())

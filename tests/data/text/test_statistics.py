@@ -13,8 +13,8 @@ from bardling.data.text.words import code_points
 def counted(*texts):
     found = TextStatistics()
     for text in texts:
-        found.begin("train", len(text))
         found.add("train", text, code_points(text), 3)
+        found.end("train", len(text))
     return found
 
 

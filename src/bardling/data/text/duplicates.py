@@ -26,6 +26,7 @@ EXTRA = "pip install 'bardling[check]'"
 _PERMUTATIONS, _BANDS = 128, 16
 _BATCH = 1 << 21  # word runs
 _SEED = 1
+_NOTHING = 0xFFFFFFFF  # hash of a document without words
 
 
 class Group(NamedTuple):
@@ -45,7 +46,11 @@ class Duplicates:
             raise UserError(f"finding near-duplicates needs the package rensa: {EXTRA}") from None
         self._digests = RMinHash.digest_matrix_from_flat_token_hashes
         self._texts: list[bytes] = []
+        self._hash = hashlib.blake2b(digest_size=16)
+        self._tail: Hashes = np.zeros(0, np.uint64)  # last words of the document so far
         self._waiting: list[Hashes] = []
+        self._owners: list[int] = []  # numbers of the documents that these belong to
+        self._open = np.zeros((0, _PERMUTATIONS), np.uint64)  # of the parts of the last document that are signed
         self._size = 0
         self._signatures: list[npt.NDArray[np.uint16]] = []
         self._all = np.zeros((0, _PERMUTATIONS), np.uint16)  # the same in one piece, after `groups`
@@ -57,34 +62,48 @@ class Duplicates:
 
     def add(self, text: str, words: Hashes) -> None:
         """Add a document: its text, and the hashes of its words."""
-        self._texts.append(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest())
-        if self.count <= MOST_DOCUMENTS:
-            self._waiting.append(ngrams(words, SHINGLE))
-            self._size += len(words)
-            if self._size >= _BATCH:
-                self._sign()
+        self._texts.append(b"")
+        self._hash = hashlib.blake2b(digest_size=16)
+        self._tail = self._tail[:0]
+        self.extend(text, words)
 
-    def _sign(self) -> None:
-        if not self._waiting:
+    def extend(self, text: str, words: Hashes) -> None:
+        """Add a part to the last document."""
+        self._hash.update(text.encode("utf-8", "surrogatepass"))
+        self._texts[-1] = self._hash.digest()
+        if self.count <= MOST_DOCUMENTS:
+            joined = np.concatenate([self._tail, words])
+            self._waiting.append(ngrams(joined, SHINGLE) if len(words) else words)
+            self._owners.append(self.count - 1)
+            self._tail, self._size = joined[1 - SHINGLE :], self._size + len(words)
+            if self._size >= _BATCH:
+                self._sign(1)
+
+    def _sign(self, kept: int) -> None:
+        """Sign what waits, except the last document if `kept` is 1: more of it may follow."""
+        if not self._owners:
             return
         ends = np.cumsum([0, *map(len, self._waiting)]).astype(np.uint64)
-        rows = self._digests(np.concatenate(self._waiting), ends, _PERMUTATIONS, _SEED).to_rows()
-        full = np.array(rows, np.uint64)  # [documents, permutations]
+        rows = self._digests(np.concatenate([self._tail[:0], *self._waiting]), ends, _PERMUTATIONS, _SEED).to_rows()
+        parts = np.concatenate([self._open, np.array(rows, np.uint64).reshape(-1, _PERMUTATIONS)])
+        owners, first = np.unique(self._owners, return_index=True)
+        full = np.minimum.reduceat(parts, first)  # [documents, permutations]
+        self._open, self._owners = full[len(full) - kept :], self._owners[-1:] * kept
+        full, owners = full[: len(full) - kept], owners[: len(full) - kept]
+        self._waiting, self._size = [], 0
         with np.errstate(over="ignore"):
-            bands = full.reshape(len(full), _BANDS, -1)
+            bands = full.reshape(len(full), _BANDS, _PERMUTATIONS // _BANDS)
             total = np.zeros(bands.shape[:2], np.uint64)
             for place in range(bands.shape[2]):
                 total = total * np.uint64(0x9E3779B97F4A7C15) + bands[:, :, place] + np.uint64(1)
-        empty = np.array([not len(part) for part in self._waiting])
-        numbers = np.arange(len(full), dtype=np.uint64) + np.uint64(self.count)
-        total[empty] = numbers[empty, None]  # without words, like no other
+        empty = (full == _NOTHING).all(1)
+        total[empty] = owners[empty, None]  # without words, like no other
         self._bands.append(total)
         self._signatures.append(full.astype(np.uint16))
-        self._waiting, self._size = [], 0
 
     def groups(self) -> list[Group]:
         """The groups of copies, in the order of their first members."""
-        self._sign()
+        self._sign(0)
         if self._signatures:
             self._all = np.concatenate(self._signatures)
             self._signatures = [self._all]

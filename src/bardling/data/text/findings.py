@@ -27,7 +27,7 @@ class Findings:
         entry = self._tables[table].setdefault(reason, {"count": 0, "names": []})
         entry["count"] += count
         self.total += count
-        if len(entry["names"]) < _NAMES:
+        if len(entry["names"]) < _NAMES and entry["names"][-1:] != [name]:
             entry["names"].append(name)
 
     def clear(self) -> None:

@@ -52,6 +52,7 @@ class Overlaps:
 
     def __init__(self, texts: Iterable[Hashes]) -> None:
         runs: dict[int, list[tuple[Hashes, int]]] = {}
+        starts = [np.zeros(0, np.uint64)]
         self.owners = self.skipped = total = 0
         self.fraction = 1.0
         for words in texts:
@@ -60,6 +61,8 @@ class Overlaps:
                 found = self._kept(ngrams(words, size))
                 runs.setdefault(size, []).append((found, self.owners))
                 total += len(found)
+                if size < RUN:
+                    starts.append(ngrams(words, SHORTEST)[:1])
             else:
                 self.skipped += 1
             self.owners += 1
@@ -68,6 +71,7 @@ class Overlaps:
                 runs = {size: [(self._kept(part), owner) for part, owner in parts] for size, parts in runs.items()}
                 total = sum(len(part) for parts in runs.values() for part, _ in parts)
         self._tables = {size: _table(parts) for size, parts in sorted(runs.items())}
+        self._starts = np.unique(np.concatenate(starts))  # of the texts with fewer than RUN words
         self._filter = np.zeros(1 << 16, bool)
         if total:
             self._filter = np.zeros(1 << max(16, int(total * 16).bit_length()), bool)
@@ -82,22 +86,26 @@ class Overlaps:
     def _place(self, hashes: Hashes) -> npt.NDArray[np.int64]:
         return (hashes & np.uint64(len(self._filter) - 1)).astype(np.int64)
 
-    def look(self, name: str, text: str, words: Words) -> None:
-        """Look for the texts in a document."""
+    def look(self, name: str, text: str, words: Words, before: Hashes | None = None) -> None:
+        """Look for the texts in a document, or in a part of it that comes after the words `before`."""
+        whole = words.hashes if before is None else np.concatenate([before[1 - RUN :], words.hashes])
+        begun = len(self._starts) and _rows(self._starts, ngrams(whole, SHORTEST))[1].any()
         for size, table in self._tables.items():
-            if len(words.hashes) < size:
+            joined = whole[max(0, len(whole) - len(words.hashes) - size + 1) :]
+            earlier = len(joined) - len(words.hashes)
+            if not len(words.hashes) or len(joined) < size or (size < RUN and not begun):
                 continue
-            hashes = ngrams(words.hashes, size)
+            hashes = ngrams(joined, size)
             places = np.flatnonzero(self._filter[self._place(hashes)])
-            rows = np.searchsorted(table.hashes, hashes[places])
-            hit = table.hashes[np.minimum(rows, len(table.hashes) - 1)] == hashes[places]
+            rows, hit = _rows(table.hashes, hashes[places])
             places, rows = places[hit], rows[hit]
             if not places.size:
                 continue
             table.documents[np.unique(rows)] += 1
             for begin, end in _stretches(places, 1 if self.fraction == 1 else RUN):
                 first, last = int(places[begin]), int(places[end - 1]) + size - 1
-                excerpt = " ".join(text[words.starts[first] : words.ends[min(last, first + 2 * RUN)]].split())
+                begins, ends = max(0, first - earlier), min(last, first + 2 * RUN) - earlier
+                excerpt = " ".join(text[words.starts[begins] : words.ends[ends]].split())
                 row = int(rows[(begin + end) // 2])
                 kept = self._passages.setdefault(int(table.owners[row]), [])
                 kept.append((last - first + 1, size, row, name, excerpt))
@@ -128,6 +136,12 @@ def _table(parts: list[tuple[Hashes, int]]) -> _Table:
     owners = np.repeat(np.array([owner for _, owner in parts], np.int32), [len(part) for part, _ in parts])
     order = np.argsort(hashes, kind="stable")
     return _Table(hashes[order], owners[order], np.zeros(len(hashes), np.int64))
+
+
+def _rows(table: Hashes, hashes: Hashes) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    """The first places of hashes in a sorted table, and whether they are there."""
+    rows = np.searchsorted(table, hashes)
+    return rows, table[np.minimum(rows, len(table) - 1)] == hashes
 
 
 def _stretches(places: npt.NDArray[np.int64], gap: int) -> Iterator[tuple[int, int]]:

@@ -37,10 +37,10 @@ def _cut(pieces: Iterator[str], separator: str) -> Iterator[str]:
     yield "".join((*held, tail))
 
 
-def text_pieces(stream: Stream, encoding: str, shown: str) -> Iterator[str]:
-    """The text of a file in pieces, without its byte order mark."""
+def text_pieces(stream: Stream, encoding: str, shown: str, size: int = 1 << 18) -> Iterator[str]:
+    """The text of a file in pieces of `size` bytes, without its byte order mark."""
     decoder, start = codecs.getincrementaldecoder(encoding)(), 0
-    while piece := stream.read(1 << 18):
+    while piece := stream.read(size):
         try:
             text = decoder.decode(piece)
         except UnicodeError as error:

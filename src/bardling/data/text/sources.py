@@ -13,7 +13,7 @@ named: other formats, damaged files, text in another encoding, files whose first
 `folders.py` lists. Everywhere, empty files and rows whose text is null or empty are skipped and counted, and a later row
 without the field is an error.
 
-Limits: a text file without separators is read into memory as a whole.
+Limits: a text file without separators is read into memory as a whole, except by `pieces`.
 """
 
 import glob
@@ -49,6 +49,7 @@ STANDARD_INPUT = "-"
 _LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings", "pydoc_data"}
 """Folders of the standard library to skip: tests, installed packages, and generated tables."""
 _PLACES = {"JSON Lines": "line", "CSV": "line", "JSON": "element"}  # what messages call a row; else row
+_PIECE = 1 << 22  # bytes of a long text that are read at once
 
 
 class Document(NamedTuple):
@@ -104,9 +105,7 @@ class FileSource:
                         self.findings.left_out("empty file or row", document.name)
                     continue
                 found = True
-                if "\0" in document.text:  # finds it faster than it counts
-                    self.findings.kept("NUL character", document.name, document.text.count("\0"))
-                self.findings.kept("U+FEFF inside a text", document.name, document.text.count(MARK))
+                self._notice(*document)
                 yield document
         if self.is_part:
             return
@@ -117,6 +116,29 @@ class FileSource:
                 raise UserError(f"{self.files[0]}: {fault}: choose a source that contains text")
             fault = f"none of its {len(self.files)} files contains UTF-8 text"
             raise UserError(f"{self.root}: {fault} ({why}): choose a source that does")
+
+    def _notice(self, name: str, text: str) -> None:
+        if "\0" in text:  # finds it faster than it counts
+            self.findings.kept("NUL character", name, text.count("\0"))
+        self.findings.kept("U+FEFF inside a text", name, text.count(MARK))
+
+    def is_one_text(self) -> bool:
+        """Whether this is a text file that is one document, so that `pieces` can read it."""
+        if len(self.files) > 1 or self.lenient or self.separator or self.has_rows(self.files[0]):
+            return False
+        with opened(self.files[0]) as (stream, _):
+            head = stream.peek(HEAD)
+        return bool(byte_order_mark(head)[0] or self.encoding or not wide_encoding(head))
+
+    def pieces(self) -> Iterator[str]:
+        """The text of the only document, in pieces."""
+        file = self.files[0]
+        self.findings.clear()
+        with opened(file) as (stream, _):
+            encoding = byte_order_mark(stream.peek(HEAD))[0] or self.encoding or "utf-8"
+            for piece in text_pieces(stream, encoding, str(file), _PIECE):
+                self._notice(self.label(file), piece)
+                yield piece
 
     def contents(self, file: Path | Remote) -> Contents:
         """What a file contains; a `UserError` if it is damaged."""

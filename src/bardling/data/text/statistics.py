@@ -16,7 +16,7 @@ import numpy.typing as npt
 _PER_OCTAVE = 4  # bins of a histogram between a length and its double
 _BINS = 48 * _PER_OCTAVE
 _MOST_LINES = 1 << 20  # distinct lines counted at a time
-_LINE = 20  # characters of the shortest line that counts as repeated
+_LINE, _LONGEST_LINE = 20, 1 << 14  # characters of lines that count as repeated
 _LETTERS = 0x20000  # code points from here on are ideographs
 _SMALLEST_SCRIPT = 24  # letters; names that fewer letters begin with are no scripts
 _NO_SCRIPT = {"", "COMBINING", "MODIFIER", "MATHEMATICAL", "VARIATION", "FULLWIDTH", "HALFWIDTH", "SUPERSCRIPT", "DOUBLE"}
@@ -65,14 +65,14 @@ class Histogram:
 
 
 class LineCounter:
-    """Finds the most frequent lines of at least `_LINE` characters."""
+    """Finds the most frequent lines of `_LINE` to `_LONGEST_LINE` characters."""
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
         self._rare = 0  # lines seen this often have been forgotten
 
     def add(self, text: str) -> None:
-        self._counts.update(text.splitlines())
+        self._counts.update([line for line in text.splitlines() if _LINE <= len(line) <= _LONGEST_LINE])
         while len(self._counts) > _MOST_LINES:
             self._rare += 1
             self._counts = Counter(
@@ -107,19 +107,19 @@ class TextStatistics:
         self.lengths, self.lines = Histogram(), LineCounter()
         self._kinds = np.zeros(len(kinds()), np.int64)
 
-    def begin(self, label: str, length: int) -> None:
-        """Count a document of `length` characters, whose text follows."""
-        self.sizes.setdefault(label, Sizes()).documents += 1
-        self.lengths.add(np.array([length]))
-
     def add(self, label: str, text: str, points: npt.NDArray[np.uint32], words: int) -> None:
-        """Count a part of the document: its text, the same as code points [characters], and its number of words."""
-        sizes = self.sizes[label]
+        """Count a part of a document: its text, the same as code points [characters], and its number of words."""
+        sizes = self.sizes.setdefault(label, Sizes())
         sizes.characters += len(text)
         sizes.bytes += len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
         sizes.words += words
         self.lines.add(text)
         self._kinds += np.bincount(_kind_table()[points], minlength=len(self._kinds))
+
+    def end(self, label: str, length: int) -> None:
+        """Count the document of `length` characters whose parts have been added."""
+        self.sizes[label].documents += 1
+        self.lengths.add(np.array([length]))
 
     @property
     def characters(self) -> int:

@@ -48,10 +48,12 @@ def find_words(points: npt.NDArray[np.uint32]) -> Words:
 def ngrams(hashes: Hashes, size: int) -> Hashes:
     """A hash of each run of `size` words: [words - size + 1]; of a shorter text, one of all its words."""
     size = min(size, len(hashes))
-    total = hashes
+    total, done = hashes, 1
     with np.errstate(over="ignore"):
-        for place in range(1, size):
-            total = total[:-1] * np.uint64(_FACTOR) + hashes[place:]
+        for bit in f"{size:b}"[1:]:  # a run is two of half its size, and perhaps one word
+            total, done = total[:-done] * np.uint64(pow(_FACTOR, done, 1 << 64)) + total[done:], 2 * done
+            if bit == "1":
+                total, done = total[:-1] * np.uint64(_FACTOR) + hashes[done:], done + 1
     return _mix(total)
 
 
