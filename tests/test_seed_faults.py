@@ -24,6 +24,7 @@ from safetensors import safe_open
 from bardling.checkpoint.export import export_nanogpt
 from bardling.checkpoint.load import load
 from bardling.checkpoint.run_folder import RunFolder
+from bardling.cli.data import DATA_COMMANDS
 from bardling.cli.main import COMMANDS, main
 from bardling.config import ModelConfig, RunConfig, SampleConfig, TrainConfig
 from bardling.data.tokens.tokenizer import build_tokenizer
@@ -391,15 +392,15 @@ def test_b30_b53_processes_are_left_in_order_and_no_deprecated_parser_is_used():
 
 def test_b31_options_named_in_the_documents_exist(capsys):
     known = {}
-    for command in COMMANDS:
+    for command in [*COMMANDS, *(f"data {name}" for name in DATA_COMMANDS)]:
         with contextlib.suppress(SystemExit):
-            main([command, "--help"])
+            main([*command.split(), "--help"])
         known[command] = set(re.findall(r"--([\w.]+)", capsys.readouterr().out))
     documents = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
     checked = 0
     for path in documents:
-        for command, rest in re.findall(r"bardling (\w+) ([^`\n|]*)", path.read_text()):
-            if command not in COMMANDS or ".py" in rest or re.search(r"--\w+=", rest):
+        for command, rest in re.findall(r"bardling ((?:data )?\w+) ([^`\n|]*)", path.read_text()):
+            if command not in known or ".py" in rest or re.search(r"--\w+=", rest):
                 continue  # nanoGPT's own command lines are run in tests/cli/test_nanogpt_commands.py
             for option in re.findall(r"(?<!\S)--([\w.]+)", rest):
                 assert option in known[command] | {"debug", "help"}, f"{path.name}: bardling {command} --{option}"

@@ -41,7 +41,7 @@ def test_our_own_tokenizers_count_too(tmp_path: Path, spec: str, capsys: pytest.
     dataset = prepare(
         source_of(tmp_path, "a<|endoftext|>" + "b" * 40, "c" * 30, "d" * 40), tmp_path / "out", spec, val_fraction=0.3
     )
-    assert "ordinary text: <|endoftext|> (1)" in capsys.readouterr().err
+    assert "text files at one): <|endoftext|> (1)" in capsys.readouterr().err
     assert dataset.tokenizer is not None
 
 

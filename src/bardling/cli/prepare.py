@@ -15,7 +15,7 @@ from bardling.files.streams import tell
 @dataclass(frozen=True)
 class PrepareOptions:
     source: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="SOURCE")]]
-    """'stdlib', 'shakespeare', 'shakespeare-char', 'openwebtext', 'fineweb-edu', hf:NAME[:CONFIG][:SPLIT][:FIELD], a file
+    """hf:NAME[:CONFIG][:SPLIT][:FIELD], 'stdlib', 'shakespeare', 'shakespeare-char', 'openwebtext', 'fineweb-edu', a file
     (text, JSON, CSV, Parquet, Arrow, tar or zip, compressed or not) or FILE:FIELD, a folder, a glob, a URL such as
     s3://BUCKET/FILE, or '-' for standard input."""
     out: Path
