@@ -3,6 +3,9 @@
 PyTorch waits for each exchange on a CPU, and gloo sums gradients in all processes before each takes its part. Here the weights
 of the next module are gathered during a module's forward pass, and gradients are exchanged by all-to-all and summed when they
 are needed, or at the latest when `_OPEN` later modules have begun their exchanges, which bounds memory.
+
+Limits: uses parts of PyTorch's FSDP2 that are not public; not for copies of shards (HSDP), where PyTorch goes on to exchange
+the sums at once.
 """
 
 from collections import deque
@@ -12,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_OPEN = 2
+_OPEN = 2  # exchanges of gradients at the same time, each of which holds the gradients of a module
 
 
 class Reductions:
@@ -46,8 +49,8 @@ class Reductions:
         received = torch.empty_like(gradients)
         work = dist.all_to_all_single(received, gradients, group=group, async_op=True)
         self._open.append((work, received.view(dist.get_world_size(group), -1), output, average))
-        # PyTorch adds a second pass to the first, whose result must then be there.
-        self._finish(0 if module in self._begun else _OPEN)
+        # PyTorch goes on computing with the output if it is no mean yet, and if it adds a second pass to the first.
+        self._finish(_OPEN if average and module not in self._begun else 0)
         self._begun.add(module)
 
     def finish(self) -> None:

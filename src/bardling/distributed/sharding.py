@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from bardling.config import ModelConfig
 from bardling.distributed.context import Context
+from bardling.distributed.context_parallel import divide_tokens
 from bardling.distributed.device import DTYPES
 from bardling.distributed.overlap import Reductions
-from bardling.distributed.sequence import divide_tokens
 from bardling.distributed.tensor import divide
 from bardling.model.divided import Split, tensor_splits
 from bardling.model.gpt import GPT
@@ -208,7 +208,7 @@ def shard(
     if context.size("tensor") > 1:
         divide(model, context, tensor_splits(model.config))
     if context.size("context") > 1:
-        divide_tokens(model, context, model.config)
+        divide_tokens(model, context)
     mesh, copies = _mesh(context), context.size("replicate") > 1
     options: dict[str, Any] = {"mesh": mesh}
     options["offload_policy"] = CPUOffloadPolicy() if offload else OffloadPolicy()

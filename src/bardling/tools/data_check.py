@@ -148,18 +148,18 @@ class DataCheck:
 
     def _leaks(self) -> Report:
         shares = self.held_out.shares(boilerplate=False)
-        passages = [found for found in self.held_out.passages() if not found.boilerplate and found.words >= _LONG]
+        passages = [found for found in self.held_out.passages() if not found.boilerplate]
+        copied = {found.owner for found in passages if found.words >= _LONG}
         leaked = set(np.flatnonzero(np.nan_to_num(shares) >= _LEAK).tolist())
-        if not leaked and not passages:
+        if not leaked and not copied:
             return {}
-        by_owner: dict[int, list[Passage]] = {}
-        for passage in self.held_out.passages():
-            if not passage.boilerplate:
-                by_owner.setdefault(passage.owner, []).append(passage)
-        chosen = sorted(leaked | {found.owner for found in passages}, key=lambda owner: (-shares[owner], owner))
+        longest: dict[int, Passage] = {}
+        for passage in passages:
+            longest.setdefault(passage.owner, passage)
+        chosen = sorted(leaked | copied, key=lambda owner: (-shares[owner], owner))
         examples = []
         for owner in chosen[:_EXAMPLES]:
-            text, best = f"{100 * shares[owner]:.0f}% of it", next(iter(by_owner.get(owner, ())), None)
+            text, best = f"{100 * shares[owner]:.0f}% of it", longest.get(owner)
             if best is not None:  # else another validation document has the same passages
                 text += f"; the longest passage has {best.words:,} words: {best.excerpt}"
             twin = {"twin": best.document} if best is not None else {}
@@ -333,17 +333,17 @@ def _sequence(tokenizer: Tokenizer, place: str, ids: list[int]) -> Report:
 
 def dataset_tokens(dataset: TokenDataset, seed: int) -> Report:
     """Sizes in tokens, most frequent tokens and random decoded sequences of a dataset: cheap, whatever its size."""
-    tokenizer, splits = dataset.tokenizer, SPLITS
+    tokenizer = dataset.tokenizer
     counts, read, sequences = np.zeros(dataset.vocab_size, np.int64), 0, list[Report]()
     chooser = random.Random(seed)
-    for name in splits:
+    for name in SPLITS:
         split = dataset.split(name)
         windows = -(-len(split) // _WINDOW)
         for window in range(0, windows, max(1, -(-windows * _WINDOW // _COUNTED))):
             ids = split.read(window * _WINDOW, min(_WINDOW, len(split) - window * _WINDOW))
             counts += np.bincount(ids, minlength=len(counts))
             read += len(ids)
-    report: Report = {"token_sizes": {name: len(dataset.split(name)) for name in splits}}
+    report: Report = {"token_sizes": {name: len(dataset.split(name)) for name in SPLITS}}
     if tokenizer is None:
         return report
     split = dataset.split("train")

@@ -17,7 +17,7 @@ _FEW_ROWS = {  # batch sizes for which `few_rows_linear` is faster, by what mult
     "onednn": range(4, 33),
     "bfloat16": range(1, 33),
 }
-_PACKED_ROWS = range(3, 17)
+_PACKED_ROWS = range(3, 17)  # batch sizes for which matrices packed in advance are faster
 _INT8_ROWS = 28  # up to which the fused kernel for int8 weights is faster
 
 

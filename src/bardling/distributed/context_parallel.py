@@ -23,7 +23,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from bardling.config import ModelConfig
 from bardling.distributed.context import Context
 from bardling.distributed.tensor import Gathered, Places, Tokens, padded
 from bardling.model.divided import Split
@@ -97,7 +96,7 @@ class _Words(Embedding):
         return super().forward(ids.narrow(1, *self.tokens.own()), table)
 
 
-def divide_tokens(model: GPT, context: Context, config: ModelConfig) -> None:
+def divide_tokens(model: GPT, context: Context) -> None:
     """Let a model on the meta device compute this process's tokens, in place."""
     group = context.group(("context",)) or dist.group.WORLD
     assert group is not None
@@ -105,7 +104,7 @@ def divide_tokens(model: GPT, context: Context, config: ModelConfig) -> None:
     kinds: list[tuple[Any, type[nn.Module]]] = [(model.transformer.wte, _Words)]
     if hasattr(model.transformer, "wpe"):
         kinds.append((model.transformer.wpe, Places))
-    split = Split(2, tuple(matrix_rows(config)["attn.c_attn"].values()))
+    split = Split(2, tuple(matrix_rows(model.config)["attn.c_attn"].values()))
     for block in model.transformer.h.children():
         attention: Any = block.attn
         attention.heads = [heads // tokens.count for heads in attention.heads]
